@@ -1,1 +1,1 @@
-""""""
+"""Hallucination evaluation before and after a patch."""

@@ -1,1 +1,1 @@
-""""""
+"""Loaders of images, annotations and questions."""

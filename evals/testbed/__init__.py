@@ -1,1 +1,1 @@
-""""""
+"""The embedded tiny vision-language model and its scenes."""

@@ -1,0 +1,21 @@
+"""The errors of vlmfix. Each message says what was expected, what was found and what to type next."""
+
+
+class VlmfixError(Exception):
+    """Base class of every error vlmfix raises on purpose."""
+
+
+class UnsupportedModelError(VlmfixError, ValueError):
+    """The model (or object) handed in cannot be patched."""
+
+
+class UnsupportedFeatureError(VlmfixError, NotImplementedError):
+    """The model is supported, but not together with what was asked of it."""
+
+
+class MethodError(VlmfixError, ValueError):
+    """An unknown method, an unknown parameter, or a value out of range."""
+
+
+class DataError(VlmfixError, ValueError):
+    """A file of the evaluation is missing, corrupt or contradicts another one."""
