@@ -1,0 +1,276 @@
+"""CHAIR: which objects a caption names that are not in the image (Rohrbach et al. 2018, arXiv:1809.02156).
+
+A caption becomes a list of mentions, each mapped to one of the 80 COCO objects. With GT(i) the objects of image i (instance annotations united with
+the objects its reference captions name), M_i the mentions (a list, repeats count) and D_i their set:
+
+    CHAIR_s   = |{i : some m in M_i is not in GT(i)}| / captions
+    CHAIR_i   = sum_i |{m in M_i : m not in GT(i)}| / sum_i |M_i|
+    recall    = sum_i |D_i & GT(i)| / sum_i |GT(i)|
+    precision = sum_i |D_i & GT(i)| / sum_i |D_i|,     F1 = 2 * precision * recall / (precision + recall)
+
+The two official word normalisations (:class:`ChairMatcher` modes) differ by up to three points of CHAIR_s on the same captions: the mode belongs to
+every figure, and two modes never go into one table.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmfix.errors import DataError
+
+from .chair_words import ChairMode, Tokenizer, double_words, make_words, objects_by_word
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ChairMatch:
+    """The objects found in one caption; the official script calls the fields words, node_words, idxs and double_words.
+
+    Attributes:
+        words: The vocabulary words found, in order, repeats kept ("man", "ski").
+        nodes: The object of each word ("person", "skis").
+        idxs: Position of each word in the tokens before two-word names are merged. As in the official script, positions behind a dropped
+            "seat" (captions with "toilet" and "seat") are those of the token before. Exact with the ``punkt`` tokenizer, else those of the regex tokens.
+        tokens: All normalised tokens with two-word names merged; "" stands for a token whose normal form is outside the vocabulary.
+    """
+
+    words: tuple[str, ...]
+    nodes: tuple[str, ...]
+    idxs: tuple[int, ...]
+    tokens: tuple[str, ...]
+
+
+class ChairMatcher:
+    """Finds the mentions of COCO objects in captions.
+
+    Args:
+        mode: ``"original"`` (singular forms of pattern.en, no dependency) or ``"nltk"`` (tagger and WordNet lemmas: what papers on vision-language
+            models print; needs the extra ``vlmfix[nltk]`` and two data packages of nltk).
+        tokenizer: ``"regex"`` or ``"punkt"`` (nltk ``word_tokenize``). Default: regex for ``original``, punkt for ``nltk`` (its only one). Mentions
+            are the same with both; the official length in tokens exists only with ``"punkt"``.
+
+    Raises:
+        DataError: unknown mode or tokenizer, or data of nltk is missing (never replaced by the other mode).
+        UnsupportedFeatureError: nltk is not installed.
+    """
+
+    def __init__(self, mode: ChairMode = "original", *, tokenizer: Tokenizer | None = None):
+        self.mode: ChairMode = mode
+        self.tokenizer: Tokenizer = tokenizer or ("punkt" if mode == "nltk" else "regex")
+        self._words = make_words(self.mode, self.tokenizer)
+        self._objects = objects_by_word()
+        self._doubles = double_words()
+
+    @property
+    def exact_tokens(self) -> bool:
+        """Whether token counts and positions are those of the official scripts."""
+        return self.tokenizer == "punkt"
+
+    def match(self, caption: str) -> ChairMatch:
+        """Find the objects that ``caption`` names. There is no negation: "not a dog" names a dog."""
+        tokens, starts = self._merge(self._words(caption.lower()))
+        kept = tokens
+        if "toilet" in tokens and "seat" in tokens:  # "the seat of the toilet" is not a chair
+            kept = [token for token in tokens if token != "seat"]
+        found = [(word, starts[i]) for i, word in enumerate(kept) if word in self._objects]
+        return ChairMatch(
+            words=tuple(word for word, _ in found),
+            nodes=tuple(self._objects[word] for word, _ in found),
+            idxs=tuple(start for _, start in found),
+            tokens=tuple(tokens),
+        )
+
+    def node(self, category: str) -> str:
+        """The object that a category name stands for.
+
+        Raises:
+            DataError: the name is not in the vocabulary of CHAIR, which covers the 80 COCO categories only.
+        """
+        try:
+            return self._objects[category]
+        except KeyError:
+            raise DataError(
+                f"CHAIR covers the 80 COCO categories, and {category!r} is none of them: use annotations with COCO category names"
+            ) from None
+
+    def _merge(self, words: list[str]) -> tuple[list[str], list[int]]:
+        """Merge two-word names from left to right; returns the tokens and where each began."""
+        tokens: list[str] = []
+        starts: list[int] = []
+        i = 0
+        while i < len(words):
+            merged = self._doubles.get(f"{words[i]} {words[i + 1]}") if i + 1 < len(words) else None
+            tokens.append(words[i] if merged is None else merged)
+            starts.append(i)
+            i += 1 if merged is None else 2
+        return tokens, starts
+
+
+class Annotations(Protocol):
+    """What :func:`ground_truth` asks of a data set (``vlmfix.evals.data.coco.CocoData`` has it)."""
+
+    def objects(self, image_id: int) -> Collection[str]:
+        """Category names of the image's instance annotations."""
+
+    def captions(self, image_id: int) -> Collection[str]:
+        """The image's reference captions."""
+
+
+def ground_truth(coco: Annotations, image_ids: Iterable[int], matcher: ChairMatcher) -> dict[int, frozenset[str]]:
+    """The objects of each image: its instance annotations united with the objects its reference captions name.
+
+    Args:
+        coco: Annotations, loaded with captions.
+        image_ids: The images to build it for.
+        matcher: Finds objects in the reference captions. Use the matcher of the scored captions, unless a "mixed" published figure is to be
+            reproduced (captions in ``nltk`` mode against an ``original`` ground truth).
+
+    Returns:
+        Image id -> object names.
+
+    Raises:
+        DataError: an image without annotations, or a category name outside the 80 of COCO.
+    """
+    truth: dict[int, frozenset[str]] = {}
+    for image_id in image_ids:
+        named = {node for caption in coco.captions(image_id) for node in matcher.match(caption).nodes}
+        truth[image_id] = frozenset(named | {matcher.node(name) for name in coco.objects(image_id)})
+    return truth
+
+
+@dataclass(frozen=True, eq=False)
+class ChairTable:
+    """Integer counts of CHAIR, one row per caption; every figure is a ratio of their sums.
+
+    Attributes:
+        image_ids: int64 [n], sorted.
+        mentions: int64 [n], object mentions, repeats counted.
+        hallucinated: int64 [n], mentions of objects not in the ground truth.
+        distinct: int64 [n], different objects mentioned.
+        recalled: int64 [n], different objects mentioned that are in the ground truth.
+        gt_objects: int64 [n], objects in the ground truth.
+        words: int64 [n], pieces when the caption is split at single spaces (length as in the POPE paper); 0 for an empty caption.
+        tokens: int64 [n], tokens after merging two-word names (length as in OPERA's script), or None: only the punkt tokenizer counts them exactly.
+        nodes: The objects each caption mentions, in order.
+        hallucinated_nodes: Those of them that are not in the ground truth.
+        hallucinated_words: The same as the caption words them ("table" for "dining table").
+        mode: Mode of the captions' matcher.
+        ground_truth_mode: Mode the ground truth was made with.
+    """
+
+    image_ids: IntArray
+    mentions: IntArray
+    hallucinated: IntArray
+    distinct: IntArray
+    recalled: IntArray
+    gt_objects: IntArray
+    words: IntArray
+    tokens: IntArray | None
+    nodes: tuple[tuple[str, ...], ...] = field(repr=False)
+    hallucinated_nodes: tuple[tuple[str, ...], ...] = field(repr=False)
+    hallucinated_words: tuple[tuple[str, ...], ...] = field(repr=False)
+    mode: ChairMode
+    ground_truth_mode: ChairMode
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def mode_label(self) -> str:
+        """The mode as printed beside every figure: "original", "nltk", or "nltk captions, original ground truth"."""
+        if self.mode == self.ground_truth_mode:
+            return self.mode
+        return f"{self.mode} captions, {self.ground_truth_mode} ground truth"
+
+    def counts(self) -> dict[str, int]:
+        """Corpus sums; ``tokens_after_double_words`` is present only if the tokenizer counts them exactly."""
+        counts = {
+            "captions": len(self),
+            "hallucinated_captions": int((self.hallucinated > 0).sum()),
+            "mentions": int(self.mentions.sum()),
+            "hallucinated_mentions": int(self.hallucinated.sum()),
+            "gt_objects": int(self.gt_objects.sum()),
+            "recalled_gt_objects": int(self.recalled.sum()),
+            "generated_distinct": int(self.distinct.sum()),
+        }
+        if self.tokens is not None:
+            counts["tokens_after_double_words"] = int(self.tokens.sum())
+        return counts
+
+    def summary(self) -> dict[str, float]:
+        """The figures as fractions (0 to 1) and mean lengths per caption; NaN where the denominator is zero or the length is not known exactly."""
+        c = self.counts()
+        recall = _ratio(c["recalled_gt_objects"], c["gt_objects"])
+        precision = _ratio(c["recalled_gt_objects"], c["generated_distinct"])
+        return {
+            "chair_s": _ratio(c["hallucinated_captions"], c["captions"]),
+            "chair_i": _ratio(c["hallucinated_mentions"], c["mentions"]),
+            "recall": recall,
+            "precision": precision,
+            # = 2PR/(P+R), written so that it stays defined when nothing is recalled
+            "f1": _ratio(2 * c["recalled_gt_objects"], c["gt_objects"] + c["generated_distinct"]),
+            "length_words": _ratio(int(self.words.sum()), len(self)),
+            "length_tokens": math.nan if self.tokens is None else _ratio(int(self.tokens.sum()), len(self)),
+        }
+
+
+def score_captions(
+    captions: Mapping[int, str],
+    ground_truth: Mapping[int, Collection[str]],
+    matcher: ChairMatcher,
+    *,
+    ground_truth_mode: ChairMode | None = None,
+) -> ChairTable:
+    """Count mentions and hallucinations of one caption per image.
+
+    Args:
+        captions: Image id -> caption.
+        ground_truth: Image id -> objects in the image, from :func:`ground_truth`; other images in it are ignored.
+        matcher: Finds the mentions.
+        ground_truth_mode: The mode ``ground_truth`` was made with, if it is not the matcher's.
+
+    Raises:
+        DataError: no captions, or a caption of an image that has no ground truth.
+    """
+    if not captions:
+        raise DataError("CHAIR got no captions to score: generate at least one")
+    missing = sorted(set(captions) - set(ground_truth))
+    if missing:
+        raise DataError(
+            f"{len(missing)} captions belong to images without ground truth (first: image {missing[0]}): build it for these ids too"
+        )
+    image_ids = sorted(captions)
+    matches = [matcher.match(captions[i]) for i in image_ids]
+    truth = [frozenset(ground_truth[i]) for i in image_ids]
+    wrong = [
+        [(word, node) for word, node in zip(match.words, match.nodes, strict=True) if node not in gt]
+        for match, gt in zip(matches, truth, strict=True)
+    ]
+
+    def column(values: Iterable[int]) -> IntArray:
+        return np.fromiter(values, dtype=np.int64, count=len(image_ids))
+
+    return ChairTable(
+        image_ids=column(image_ids),
+        mentions=column(len(match.nodes) for match in matches),
+        hallucinated=column(len(pairs) for pairs in wrong),
+        distinct=column(len(set(match.nodes)) for match in matches),
+        recalled=column(len(gt.intersection(match.nodes)) for match, gt in zip(matches, truth, strict=True)),
+        gt_objects=column(len(gt) for gt in truth),
+        words=column(len(captions[i].split(" ")) if captions[i] else 0 for i in image_ids),
+        tokens=column(len(match.tokens) for match in matches) if matcher.exact_tokens else None,
+        nodes=tuple(match.nodes for match in matches),
+        hallucinated_nodes=tuple(tuple(node for _, node in pairs) for pairs in wrong),
+        hallucinated_words=tuple(tuple(word for word, _ in pairs) for pairs in wrong),
+        mode=matcher.mode,
+        ground_truth_mode=ground_truth_mode or matcher.mode,
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
