@@ -1,15 +1,16 @@
 """CHAIR: which objects a caption names that are not in the image (Rohrbach et al. 2018, arXiv:1809.02156).
 
-A caption becomes a list of mentions, each mapped to one of the 80 COCO objects. With GT(i) the objects of image i (instance annotations united with
-the objects its reference captions name), M_i the mentions (a list, repeats count) and D_i their set:
+A caption becomes a list of mentions, each mapped to one of the 80 COCO objects. With GT(i) the objects of image i
+(instance annotations united with the objects its reference captions name), M_i the mentions (a list, repeats count) and
+D_i their set:
 
     CHAIR_s   = |{i : some m in M_i is not in GT(i)}| / captions
     CHAIR_i   = sum_i |{m in M_i : m not in GT(i)}| / sum_i |M_i|
     recall    = sum_i |D_i & GT(i)| / sum_i |GT(i)|
     precision = sum_i |D_i & GT(i)| / sum_i |D_i|,     F1 = 2 * precision * recall / (precision + recall)
 
-The two official word normalisations (:class:`ChairMatcher` modes) differ by up to three points of CHAIR_s on the same captions: the mode belongs to
-every figure, and two modes never go into one table.
+The two official word normalisations (:class:`ChairMatcher` modes) differ by up to three points of CHAIR_s on the same
+captions: the mode belongs to every figure, and two modes never go into one table.
 """
 
 import math
@@ -34,9 +35,11 @@ class ChairMatch:
     Attributes:
         words: The vocabulary words found, in order, repeats kept ("man", "ski").
         nodes: The object of each word ("person", "skis").
-        idxs: Position of each word in the tokens before two-word names are merged. As in the official script, positions behind a dropped
-            "seat" (captions with "toilet" and "seat") are those of the token before. Exact with the ``punkt`` tokenizer, else those of the regex tokens.
-        tokens: All normalised tokens with two-word names merged; "" stands for a token whose normal form is outside the vocabulary.
+        idxs: Position of each word in the tokens before two-word names are merged. As in the official script, positions
+            behind a dropped "seat" (captions with "toilet" and "seat") are those of the token before. Exact with the
+            ``punkt`` tokenizer, else those of the regex tokens.
+        tokens: All normalised tokens with two-word names merged; "" stands for a token whose normal form is outside the
+            vocabulary.
     """
 
     words: tuple[str, ...]
@@ -49,10 +52,12 @@ class ChairMatcher:
     """Finds the mentions of COCO objects in captions.
 
     Args:
-        mode: ``"original"`` (singular forms of pattern.en, no dependency) or ``"nltk"`` (tagger and WordNet lemmas: what papers on vision-language
-            models print; needs the extra ``vlmfix[nltk]`` and two data packages of nltk).
-        tokenizer: ``"regex"`` or ``"punkt"`` (nltk ``word_tokenize``). Default: regex for ``original``, punkt for ``nltk`` (its only one). Mentions
-            are the same with both; the official length in tokens exists only with ``"punkt"``.
+        mode: ``"original"`` (singular forms of pattern.en, no dependency) or ``"nltk"`` (tagger and WordNet lemmas:
+            what papers on vision-language models print; needs the extra ``vlmfix[nltk]`` and two data packages of
+            nltk).
+        tokenizer: ``"regex"`` or ``"punkt"`` (nltk ``word_tokenize``). Default: regex for ``original``, punkt for
+            ``nltk`` (its only one). Mentions are the same with both; the official length in tokens exists only with
+            ``"punkt"``.
 
     Raises:
         DataError: unknown mode or tokenizer, or data of nltk is missing (never replaced by the other mode).
@@ -95,7 +100,8 @@ class ChairMatcher:
             return self._objects[category]
         except KeyError:
             raise DataError(
-                f"CHAIR covers the 80 COCO categories, and {category!r} is none of them: use annotations with COCO category names"
+                f"CHAIR covers the 80 COCO categories, and {category!r} is none of them: "
+                "use annotations with COCO category names"
             ) from None
 
     def _merge(self, words: list[str]) -> tuple[list[str], list[int]]:
@@ -127,8 +133,8 @@ def ground_truth(coco: Annotations, image_ids: Iterable[int], matcher: ChairMatc
     Args:
         coco: Annotations, loaded with captions.
         image_ids: The images to build it for.
-        matcher: Finds objects in the reference captions. Use the matcher of the scored captions, unless a "mixed" published figure is to be
-            reproduced (captions in ``nltk`` mode against an ``original`` ground truth).
+        matcher: Finds objects in the reference captions. Use the matcher of the scored captions, unless a "mixed"
+            published figure is to be reproduced (captions in ``nltk`` mode against an ``original`` ground truth).
 
     Returns:
         Image id -> object names.
@@ -154,8 +160,10 @@ class ChairTable:
         distinct: int64 [n], different objects mentioned.
         recalled: int64 [n], different objects mentioned that are in the ground truth.
         gt_objects: int64 [n], objects in the ground truth.
-        words: int64 [n], pieces when the caption is split at single spaces (length as in the POPE paper); 0 for an empty caption.
-        tokens: int64 [n], tokens after merging two-word names (length as in OPERA's script), or None: only the punkt tokenizer counts them exactly.
+        words: int64 [n], pieces when the caption is split at single spaces (length as in the POPE paper); 0 for an
+            empty caption.
+        tokens: int64 [n], tokens after merging two-word names (length as in OPERA's script), or None: only the punkt
+            tokenizer counts them exactly.
         nodes: The objects each caption mentions, in order.
         hallucinated_nodes: Those of them that are not in the ground truth.
         hallucinated_words: The same as the caption words them ("table" for "dining table").
@@ -203,7 +211,10 @@ class ChairTable:
         return counts
 
     def summary(self) -> dict[str, float]:
-        """The figures as fractions (0 to 1) and mean lengths per caption; NaN where the denominator is zero or the length is not known exactly."""
+        """The figures as fractions (0 to 1) and the mean lengths per caption.
+
+        NaN stands for a zero denominator and for a length in tokens that is not known exactly (regex tokenizer).
+        """
         c = self.counts()
         recall = _ratio(c["recalled_gt_objects"], c["gt_objects"])
         precision = _ratio(c["recalled_gt_objects"], c["generated_distinct"])
@@ -242,7 +253,8 @@ def score_captions(
     missing = sorted(set(captions) - set(ground_truth))
     if missing:
         raise DataError(
-            f"{len(missing)} captions belong to images without ground truth (first: image {missing[0]}): build it for these ids too"
+            f"{len(missing)} captions belong to images without ground truth (first: image {missing[0]}): "
+            "build it for these ids too"
         )
     image_ids = sorted(captions)
     matches = [matcher.match(captions[i]) for i in image_ids]

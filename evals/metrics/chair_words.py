@@ -1,8 +1,8 @@
 """From a caption to normalised words: the two official normalisations of CHAIR.
 
-``original`` follows Rohrbach et al. 2018 (pattern.en singular forms), ``nltk`` follows the port that most papers on vision-language models use
-(part-of-speech tags, then WordNet lemmas). Both need only small tables shipped beside this file, because a word matters for CHAIR only if it is in the
-vocabulary before or after normalisation.
+``original`` follows Rohrbach et al. 2018 (pattern.en singular forms), ``nltk`` follows the port that most papers on
+vision-language models use (part-of-speech tags, then WordNet lemmas). Both need only small tables shipped beside this
+file, because a word matters for CHAIR only if it is in the vocabulary before or after normalisation.
 """
 
 import functools
@@ -19,16 +19,17 @@ ChairMode = Literal["original", "nltk"]
 Tokenizer = Literal["regex", "punkt"]
 Words = Callable[[str], list[str]]
 
-# One token: an initialism (u.s.), or word characters, glued over an inner hyphen or symbol and over an apostrophe that does not start a contraction
-# ('s, 're, ...), or one other character. With the tables below it finds the same mentions as Punkt + Treebank; it does not count the same tokens.
+# One token: an initialism (u.s.), or word characters, glued over an inner hyphen or symbol and over an apostrophe that
+# does not start a contraction ('s, 're, ...), or one other character. With the tables below it finds the same mentions
+# as Punkt + Treebank; it does not count the same tokens.
 _TOKEN = re.compile(
     r"(?:[^\W\d_]\.){2,}(?!\w)"
     r"|[\w\u200b]+(?:(?:-|[/.&+*~^|=]+)[\w\u200b]+|'(?!(?:s|re|ve|ll|d|m)(?![\w/-]))\w+)*/*"
     r"|[^\w\s]"
 )
 _NLTK_DATA_HINT = (
-    "type `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that holds tokenizers/punkt_tab and "
-    "taggers/averaged_perceptron_tagger_eng"
+    "type `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that "
+    "holds tokenizers/punkt_tab and taggers/averaged_perceptron_tagger_eng"
 )
 
 
@@ -102,7 +103,7 @@ def singulars(tokens: list[str]) -> list[str]:
 
 
 def tagged_lemmas() -> Callable[[list[str]], list[str]]:
-    """WordNet lemmas under the tags of nltk's perceptron tagger (so "seated" becomes "seat"); WordNet itself is not needed.
+    """WordNet lemmas under the tags of nltk's perceptron tagger ("seated" becomes "seat"), without WordNet itself.
 
     Raises:
         UnsupportedFeatureError: nltk is not installed.
@@ -130,7 +131,8 @@ def make_words(mode: ChairMode, tokenizer: Tokenizer) -> Words:
 
     Args:
         mode: ``"original"`` or ``"nltk"``.
-        tokenizer: ``"regex"`` (no dependency) or ``"punkt"`` (nltk and its data). The tagger of ``nltk`` mode must see Punkt's tokens.
+        tokenizer: ``"regex"`` (no dependency) or ``"punkt"`` (nltk and its data). The tagger of ``nltk`` mode must see
+            Punkt's tokens.
 
     Raises:
         DataError: an unknown mode or tokenizer, or data of nltk is missing.
@@ -145,6 +147,6 @@ def make_words(mode: ChairMode, tokenizer: Tokenizer) -> Words:
         tokenize, lemmas = punkt_tokens(), tagged_lemmas()
         return lambda text: lemmas(tokenize(text))
     raise DataError(
-        f"CHAIR knows the mode 'original' (tokenizer 'regex' or 'punkt') and the mode 'nltk' (tokenizer 'punkt'), not mode {mode!r} with tokenizer "
-        f"{tokenizer!r}; leave the tokenizer out to get the mode's own"
+        "CHAIR knows the mode 'original' (tokenizer 'regex' or 'punkt') and the mode 'nltk' (tokenizer 'punkt'), not "
+        f"mode {mode!r} with tokenizer {tokenizer!r}; leave the tokenizer out to get the mode's own"
     )

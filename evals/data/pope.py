@@ -1,0 +1,275 @@
+"""POPE questions: "Is there a dog in the image?" (Li et al. 2023, arXiv:2305.10355).
+
+Per image ``num_positive`` objects that are in it are asked for, each followed by one object that is not, chosen
+at random (``random``), as the most frequent object (``popular``) or as the object that most often occurs together with
+the positive (``adversarial``).
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vlmfix.errors import DataError
+
+PopeSplit = Literal["random", "popular", "adversarial"]
+SPLITS: tuple[PopeSplit, ...] = get_args(PopeSplit)
+
+# The first release replaced every "a" of the template before a vowel, hence "imange".
+_QUESTION = re.compile(r"\s*Is there an? (?P<object>.+?) in the im(?:an|a)ge\?", re.IGNORECASE)
+_IMAGE_ID = re.compile(r"(\d+)\.\w+$")
+
+
+@dataclass(frozen=True)
+class PopeQuestion:
+    """One yes/no question about one object in one image.
+
+    Attributes:
+        question_id: Its id within the split, as a string.
+        image_id: COCO id of the image.
+        image: File name of the image.
+        object: The object asked for.
+        text: The question, without any instruction how to answer.
+        label: Whether the object is there (yes).
+        split: "random", "popular", "adversarial", or the name of the file it was read from.
+    """
+
+    question_id: str
+    image_id: int
+    image: str
+    object: str
+    text: str
+    label: bool
+    split: str
+
+
+def load_questions(path: Path | str) -> list[PopeQuestion]:
+    """Read a POPE question file: one JSON object per line with question_id, image, text and label (yes or no).
+
+    The split comes from a field "category" if the line has one, else from the file name (``coco_pope_random.json``).
+
+    Raises:
+        DataError: the file is missing or empty, a line is broken or incomplete, or an id occurs twice. The message
+            names the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no POPE question file {path}: download "
+            "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from RUCAIBox/POPE"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"POPE question file {path} cannot be read ({error}): expected one JSON object per line"
+        ) from error
+    split = next((name for name in SPLITS if name in path.stem), path.stem)
+    questions = [_question(line, split, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise DataError(f"POPE question file {path} is empty: download it again")
+    twice = [key for key, count in Counter((q.split, q.question_id) for q in questions).items() if count > 1]
+    if twice:
+        raise DataError(f"POPE question file {path} uses the question id {twice[0][1]} twice: make the ids unique")
+    return questions
+
+
+def _question(line: str, split: str, where: str) -> PopeQuestion:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        number, image, text, label = (
+            row["question_id"],
+            str(row["image"]),
+            str(row["text"]),
+            str(row["label"]).strip().lower(),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{where}: expected JSON with question_id, image, text and label, found {line[:80]!r} ({error!r})"
+        ) from error
+    asked, image_number = _QUESTION.match(text), _IMAGE_ID.search(image)
+    if asked is None:
+        raise DataError(f"{where}: expected 'Is there a ... in the image?', found {text!r}")
+    if image_number is None:
+        raise DataError(
+            f"{where}: expected an image name that ends in its COCO id, like COCO_val2014_000000310196.jpg, "
+            f"found {image!r}"
+        )
+    if label not in ("yes", "no"):
+        raise DataError(f"{where}: expected the label yes or no, found {label!r}")
+    return PopeQuestion(
+        str(number), int(image_number[1]), image, asked["object"], text, label == "yes", str(row.get("category", split))
+    )
+
+
+def question_text(name: str) -> str:
+    """The question for an object, with "an" before a vowel and no grammar for plurals, as in the current release."""
+    return f"Is there {'an' if name[:1].lower() in 'aeiou' else 'a'} {name} in the image?"
+
+
+@dataclass(frozen=True)
+class ObjectStatistics:
+    """How often objects occur, and occur together, in a set of images.
+
+    Attributes:
+        frequency: Object -> number of images with it; most frequent first, ties in the order of first occurrence.
+        together: Object -> (other object -> number of images with both), in the same order.
+    """
+
+    frequency: Mapping[str, int]
+    together: Mapping[str, Mapping[str, int]] = field(repr=False)
+
+    @classmethod
+    def of(cls, images: Iterable[Sequence[str]]) -> "ObjectStatistics":
+        """Count over the object lists of images."""
+        frequency: Counter[str] = Counter()
+        together: dict[str, Counter[str]] = {}
+        for names in images:
+            frequency.update(names)
+            for name in names:
+                together.setdefault(name, Counter()).update(other for other in names if other != name)
+        return cls(
+            dict(frequency.most_common()), {name: dict(counts.most_common()) for name, counts in together.items()}
+        )
+
+
+def build_questions(
+    ground_truth: Mapping[int, Collection[str]],
+    split: PopeSplit,
+    *,
+    num_positive: int = 3,
+    seed: int = 0,
+    image_name: str = "COCO_val2014_{:012d}.jpg",
+) -> list[PopeQuestion]:
+    """Make POPE questions by the published rule: 2 * ``num_positive`` per image, positives and negatives in turn.
+
+    Images with fewer than ``num_positive`` objects are left out, of the counts too. Positives are the first objects of
+    an image: in the given order if its collection is a sequence, else in an order drawn from ``seed``. A negative is
+    never in the image and never asked twice for it; ties go to the object that occurred first; if no object ever occurs
+    together with the positive, the adversarial negative is drawn at random.
+
+    Args:
+        ground_truth: Image id -> objects in the image. The published questions follow CHAIR's ``original`` ground
+            truth.
+        split: Rule of the negatives.
+        num_positive: Positives per image.
+        seed: Of every random choice.
+        image_name: Format of the image file names.
+
+    Raises:
+        DataError: unknown split, no image has enough objects, or an image has all objects so that nothing is left to
+            ask for.
+    """
+    if split not in SPLITS:
+        raise DataError(f"POPE has the splits {', '.join(SPLITS)}, not {split!r}")
+    if num_positive < 1:
+        raise DataError(f"num_positive must be at least 1, not {num_positive}")
+    rng = random.Random(seed)
+    images = {i: _ordered(names, rng) for i, names in ground_truth.items()}
+    images = {i: names for i, names in images.items() if len(names) >= num_positive}
+    if not images:
+        raise DataError(f"no image has {num_positive} objects or more: lower num_positive, or give more images")
+    statistics = ObjectStatistics.of(images.values())
+    questions: list[PopeQuestion] = []
+    for image_id, names in images.items():
+        asked: set[str] = set()
+        for positive in names[:num_positive]:
+            asked.add(positive)
+            negative = _negative(split, positive, asked.union(names), statistics, rng)
+            if negative is None:
+                raise DataError(f"image {image_id} leaves no object to ask for that is not in it: give more images")
+            asked.add(negative)
+            for name in (positive, negative):
+                file_name = image_name.format(image_id)
+                questions.append(
+                    PopeQuestion(
+                        str(len(questions) + 1), image_id, file_name, name, question_text(name), name == positive, split
+                    )
+                )
+    return questions
+
+
+def _ordered(names: Collection[str], rng: random.Random) -> list[str]:
+    if isinstance(names, Sequence):
+        return list(dict.fromkeys(names))
+    order = sorted(names)
+    rng.shuffle(order)
+    return order
+
+
+def _negative(
+    split: PopeSplit, positive: str, excluded: Collection[str], statistics: ObjectStatistics, rng: random.Random
+) -> str | None:
+    everything = [name for name in statistics.frequency if name not in excluded]
+    if not everything:
+        return None
+    ranked = {
+        "random": [],
+        "popular": everything,
+        "adversarial": [n for n in statistics.together[positive] if n not in excluded],
+    }[split]
+    return ranked[0] if ranked else rng.choice(everything)
+
+
+def check_questions(questions: Iterable[PopeQuestion], ground_truth: Mapping[int, Collection[str]]) -> dict[str, int]:
+    """Compare POPE questions with a ground truth, for question files that were made elsewhere.
+
+    Args:
+        questions: Questions of one split, positives and negatives in turn per image.
+        ground_truth: Image id -> objects; frequencies are counted over the images of the questions.
+
+    Returns:
+        Counts: ``yes_not_in_gt`` and ``no_but_in_gt`` (labels that contradict the ground truth), and for the splits
+            popular and adversarial
+        how many negatives are an object of maximal frequency or co-occurrence (``consistent``, ``of_which_tied``), how
+        many had no candidate (``no_candidate_random_fallback``), and the rest (``inconsistent``).
+
+    Raises:
+        DataError: a question's image has no ground truth, or an image's first question is negative.
+    """
+    rows = list(questions)
+    missing = [q.image_id for q in rows if q.image_id not in ground_truth]
+    if missing:
+        raise DataError(
+            f"image {missing[0]} of the POPE questions has no ground truth: give that of all "
+            f"{len(set(missing))} such images"
+        )
+    statistics = ObjectStatistics.of([list(ground_truth[i]) for i in dict.fromkeys(q.image_id for q in rows)])
+    counts: Counter[str] = Counter()
+    asked: dict[int, list[str]] = {}
+    for q in rows:
+        present = ground_truth[q.image_id]
+        counts["yes_not_in_gt"] += q.label and q.object not in present
+        counts["no_but_in_gt"] += not q.label and q.object in present
+        before = asked.setdefault(q.image_id, [])
+        if not q.label and q.split in ("popular", "adversarial"):
+            if not before:
+                raise DataError(f"the first question of image {q.image_id} is negative: POPE asks for a positive first")
+            weights = statistics.frequency if q.split == "popular" else statistics.together.get(before[-1], {})
+            counts[_verdict(q.object, {n: w for n, w in weights.items() if n not in present and n not in before})] += 1
+        before.append(q.object)
+    tied = counts.pop("tied", 0)
+    counts["consistent"] += tied
+    counts["of_which_tied"] = tied
+    names = (
+        "yes_not_in_gt",
+        "no_but_in_gt",
+        "consistent",
+        "of_which_tied",
+        "no_candidate_random_fallback",
+        "inconsistent",
+    )
+    return {name: counts[name] for name in names}
+
+
+def _verdict(chosen: str, candidates: Mapping[str, int]) -> str:
+    if not candidates:
+        return "no_candidate_random_fallback"
+    best = max(candidates.values())
+    if candidates.get(chosen) != best:
+        return "inconsistent"
+    return "tied" if sum(weight == best for weight in candidates.values()) > 1 else "consistent"
