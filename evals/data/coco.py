@@ -169,8 +169,8 @@ class CocoData:
         present = self.present_ids()
         if not present:
             raise DataError(
-                f"none of the {len(self.image_ids)} images of instances_{self.split}.json is in {self.image_dir} (expected "
-                f"for example {self._files[self.image_ids[0]]}): is this the right folder?"
+                f"none of the {len(self.image_ids)} images of instances_{self.split}.json is in {self.image_dir} "
+                f"(expected for example {self._files[self.image_ids[0]]}): is this the right folder?"
             )
         if len(present) < len(self.image_ids):
             _LOGGER.warning(

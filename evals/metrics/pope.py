@@ -22,7 +22,7 @@ from ..data.pope import PopeQuestion
 Parser = Literal["official", "official_raw", "opera", "vcd", "lmms", "vlmeval"]
 PARSERS: tuple[Parser, ...] = get_args(Parser)
 
-_YES_OR_NO = re.compile(r"\b(?:yes|no|not|\w+n't)\b")
+_YES = re.compile(r"\byes\b")
 _PUNCTUATION = re.compile(r"[^\w\s']")
 
 
@@ -81,12 +81,15 @@ def parse_answer(text: str, parser: Parser = "official", *, label: bool | None =
 def is_unparsed(text: str, parser: Parser = "official") -> bool:
     """Whether the parser found nothing to go by.
 
-    ``lmms`` and ``vlmeval`` leave such an answer open. The others decide always; for them an answer counts as unparsed
-    if none of yes, no, not and words in n't is in it, in upper or lower case.
+    ``lmms`` and ``vlmeval`` leave such an answer open. The others always decide: ``official``, ``official_raw`` and
+    ``opera`` take it as yes, so an answer counts as unparsed if it is read as yes without the word yes in it ("NO" and
+    "none" in the official rule); ``vcd`` takes it as wrong, so unparsed means neither "yes" nor "no" is in it.
     """
-    if parser in ("lmms", "vlmeval"):
-        return parse_answer(text, parser) is None
-    return _YES_OR_NO.search(text.lower()) is None
+    lowered = text.lower()
+    if parser == "vcd":
+        return "yes" not in lowered and "no" not in lowered
+    prediction = parse_answer(text, parser)
+    return prediction is None or (prediction and _YES.search(lowered) is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class PopeTable:
         image_ids: int64 [n], the image of each question.
         label: bool [n], whether the object is there.
         prediction: int8 [n], 1 yes, 0 no, -1 left open by the parser.
-        unparsed: bool [n], answers without yes or no in them (see :func:`is_unparsed`).
+        unparsed: bool [n], answers the parser found nothing in to go by (see :func:`is_unparsed`).
         score: float64 [n], higher means yes (logit of yes minus logit of no), or None.
         parser: How the answers were read; "score" if predictions come from scores.
         question_ids: Key of each question, for pairing two tables.
