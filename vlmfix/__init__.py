@@ -1,3 +1,71 @@
-"""vlmfix: make vision-language models hallucinate less at inference time, without training."""
+"""vlmfix: make vision-language models hallucinate less at inference time, without training.
+
+>>> import vlmfix
+>>> vlmfix.__version__
+'0.1.0'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError, VlmfixError
+
+if TYPE_CHECKING:
+    from vlmfix.methods.base import Method
+    from vlmfix.methods.none import NoMethod
+    from vlmfix.methods.var import VAR
+    from vlmfix.methods.vhr import VHR
+    from vlmfix.patching import Status, patch, patched, status, unpatch
+    from vlmfix.recipes import load_recipe, methods, save_recipe
+    from vlmfix.sinks import find_sink_dims
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "Method": "vlmfix.methods.base",
+    "NoMethod": "vlmfix.methods.none",
+    "VAR": "vlmfix.methods.var",
+    "VHR": "vlmfix.methods.vhr",
+    "Status": "vlmfix.patching",
+    "patch": "vlmfix.patching",
+    "patched": "vlmfix.patching",
+    "status": "vlmfix.patching",
+    "unpatch": "vlmfix.patching",
+    "load_recipe": "vlmfix.recipes",
+    "methods": "vlmfix.recipes",
+    "save_recipe": "vlmfix.recipes",
+    "find_sink_dims": "vlmfix.sinks",
+}
+"""Public names that need torch: imported on first use, so that ``import vlmfix`` and the command line start at once."""
+
+__all__ = [
+    "VAR",
+    "VHR",
+    "DataError",
+    "Method",
+    "MethodError",
+    "NoMethod",
+    "Status",
+    "UnsupportedFeatureError",
+    "UnsupportedModelError",
+    "VlmfixError",
+    "__version__",
+    "find_sink_dims",
+    "load_recipe",
+    "methods",
+    "patch",
+    "patched",
+    "save_recipe",
+    "status",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

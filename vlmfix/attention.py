@@ -1,0 +1,240 @@
+"""The one attention function registered with transformers: the model's own kernel, and explicit rows beside it.
+
+It is registered under one inert name and only reached by attention modules whose config copy asks for it
+(``vlmfix.patching``). Softmax is written out only for the query rows a method edits, in fp32.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from vlmfix.errors import UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmfix.patching import Site
+    from vlmfix.run import Run
+
+ATTENTION_NAME = "vlmfix"
+"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
+
+RUN_KWARG = "vlmfix"
+"""The keyword argument that carries the ``Run`` down to the attention function; ``None`` asks for the stock model."""
+
+SITE_ATTRIBUTE = "_vlmfix_site"
+"""The attribute of a patched module's config copy that holds its ``Site``."""
+
+CHUNK_ELEMENTS = 2**24
+"""Most attention weights written out at a time (64 MiB in fp32)."""
+
+
+class _Missing:
+    """Marks a forward that did not pass through the patched model."""
+
+
+_MISSING = _Missing()
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of one attention call.
+
+    Attributes:
+        site: The patched module's site.
+        module: The attention module.
+        query: ``[batch, num_heads, q_len, head_dim]``, rotary embedding applied.
+        key: ``[batch, num_kv_heads, keys, head_dim]``, cache included, not repeated for grouped queries.
+        value: ``[batch, num_kv_heads, keys, value_dim]``.
+        attention_mask: What the stock model made for its own kernel, or ``None`` for causal.
+        kwargs: Everything else.
+    """
+
+    site: Site
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
+
+    def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the model's own kernel: ``[batch, q_len, num_heads, value_dim]`` and its weights, if it returns them."""
+        kernel, module = base_kernel(self.site, self.module)
+        output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
+            module, self.query, self.key, self.value, self.attention_mask, **self.kwargs
+        )
+        return output
+
+    def row_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``."""
+        per_row = self.query.shape[0] * self.query.shape[1] * self.key.shape[2]
+        size = max(1, CHUNK_ELEMENTS // per_row)
+        for first in range(start, stop, size):
+            yield first, min(first + size, stop)
+
+
+class _WithConfig:
+    """An attention module as its stock kernel expects it: the same module, with the original config.
+
+    Flash kernels read ``module.config._attn_implementation`` to choose their library.
+    """
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def base_kernel(site: Site, module: nn.Module) -> tuple[Callable[..., Any], Any]:
+    """Return the attention function the unpatched module would call now, and the module to hand to it."""
+    implementation = site.base_config._attn_implementation
+    if implementation is None or implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward, module
+    kernel = AttentionInterface()[implementation]
+    return kernel, _WithConfig(module, site.base_config) if "flash" in implementation else module
+
+
+def vlmfix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    vlmfix: Run | _Missing | None = _MISSING,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of a patched module, with the signature of transformers' attention functions.
+
+    Returns:
+        Head outputs ``[batch, q_len, num_heads, value_dim]`` and the weights where the base kernel returns them.
+
+    Raises:
+        UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
+    """
+    site: Site = getattr(module.config, SITE_ATTRIBUTE)
+    call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
+    if vlmfix is None:
+        return call.base()
+    if isinstance(vlmfix, _Missing):
+        raise UnsupportedFeatureError(
+            f"The attention module {site.name} of a patched model was reached without going through the model's own "
+            "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
+            "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
+        )
+    if kwargs.get("cache") is not None:
+        raise UnsupportedFeatureError(
+            "Continuous batching (a paged cache) packs several prompts into one row, which vlmfix does not support. "
+            "Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+        )
+    return vlmfix.attend(site, call)
+
+
+def explicit_weights(call: AttentionCall, start: int, stop: int, *, past: int | torch.Tensor) -> torch.Tensor:
+    """Write out the attention weights of some query rows.
+
+    Args:
+        call: The attention call.
+        start: First query row, relative to the forward.
+        stop: End of the rows.
+        past: Tokens in the cache before the forward.
+
+    Returns:
+        fp32 ``[batch, num_heads, stop - start, keys]``; a fresh tensor.
+
+    Raises:
+        UnsupportedFeatureError: The layer adds terms to its scores that are not written out here.
+    """
+    kwargs = call.kwargs
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedFeatureError(
+                f"{call.site.name} uses {name} in its attention, which methods that edit attention weights do not "
+                "support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
+            )
+    implementation = call.site.base_config._attn_implementation or "eager"
+    key, allowed = _allowed_keys(call, start, stop, implementation)
+    query = call.query[:, :, start:stop]
+    scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
+    scores = scores.unflatten(2, (-1, stop - start)).flatten(1, 2)
+    scaling = kwargs.get("scaling")
+    scores = scores.float() * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    softcap = kwargs.get("softcap")
+    if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
+        scores = torch.tanh(scores / softcap) * softcap
+    if allowed is not None and allowed.dtype == torch.bool:
+        scores = scores.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    elif allowed is not None:
+        scores = scores + allowed
+    return torch.softmax(scores, dim=-1)
+
+
+def weighted_values(call: AttentionCall, attn_weights: torch.Tensor) -> torch.Tensor:
+    """Apply explicit weights ``[batch, num_heads, rows, keys]`` to the values: ``[batch, rows, num_heads, value_dim]``."""
+    value = call.value[:, :, : attn_weights.shape[-1]]
+    rows = attn_weights.shape[2]
+    outputs = _grouped(attn_weights.to(value.dtype), value.shape[1]) @ value
+    return outputs.unflatten(2, (-1, rows)).flatten(1, 2).transpose(1, 2)
+
+
+def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Head outputs of explicit weights, and the weights themselves where the base kernel would return them."""
+    outputs = weighted_values(call, attn_weights).contiguous()
+    is_eager = (call.site.base_config._attn_implementation or "eager") == "eager"
+    return outputs, attn_weights.to(outputs.dtype) if is_eager else None
+
+
+def _grouped(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Fold query heads that share a key head into rows: ``[batch, num_kv_heads, group * rows, ...]``."""
+    return states.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+
+
+def _allowed_keys(
+    call: AttentionCall, start: int, stop: int, implementation: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the keys to score and which of them each row may see.
+
+    The mask is what the stock model made for its kernel: bool (true = attend) or additive, ``[batch, 1 or heads, rows,
+    keys]``, or ``None`` when every key is visible.
+    """
+    mask, key = call.attention_mask, call.key
+    q_len, num_keys = call.query.shape[2], key.shape[2]
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        return key, mask[:, :, start:stop, :num_keys]
+    is_flash = "flash" in implementation
+    if mask is None and not is_flash:
+        is_causal = call.kwargs.get("is_causal")
+        if q_len == 1 or not (is_causal if is_causal is not None else getattr(call.module, "is_causal", True)):
+            return key, None
+        # As in transformers' sdpa: causal from the first key on (a longer static cache is still empty behind them).
+        rows = torch.arange(start, stop, device=key.device)[:, None]
+        return key[:, :, :q_len], (torch.arange(q_len, device=key.device) <= rows)[None, None]
+    rows = torch.arange(start, stop, device=key.device)[:, None] + num_keys - q_len
+    columns = torch.arange(num_keys, device=key.device)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return key, _block_mask_rows(mask, call.query.shape[0], torch.arange(start, stop, device=key.device), columns)
+    allowed = (columns <= rows)[None, None]
+    window = call.kwargs.get("sliding_window")
+    if window is not None:
+        allowed = allowed & (columns > rows - window)
+    if mask is not None:  # flash attention's 2-D mask of keys that are no padding
+        allowed = allowed & F.pad(mask[:, -num_keys:].bool(), (max(num_keys - mask.shape[-1], 0), 0))[:, None, None]
+    return key, allowed
+
+
+def _block_mask_rows(mask: Any, batch: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Evaluate the rule behind a flex-attention block mask for some rows: bool ``[batch, 1, rows, keys]``."""
+    samples = torch.arange(batch, device=rows.device)[:, None, None, None]
+    head = torch.zeros_like(samples)
+    allowed: torch.Tensor = mask.mask_mod(samples, head, rows[:, None], columns)
+    return allowed.expand(batch, 1, rows.shape[0], columns.shape[0])
+
+
+AttentionInterface.register(ATTENTION_NAME, vlmfix_attention)

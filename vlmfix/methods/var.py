@@ -1,0 +1,167 @@
+"""VAR: Visual Attention Redistribution (Kang et al., ICLR 2025, arXiv 2503.03321)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vlmfix.anatomy import Anatomy
+from vlmfix.methods.base import Method
+from vlmfix.run import Layer, extend_mask
+
+
+@dataclass
+class SinkMap:
+    """What a prompt teaches one layer.
+
+    Attributes:
+        sink: Sink tokens, visual and textual, bool ``[batch, keys]``.
+        groups: fp32 ``[batch, keys, 3]``: image token, sink, image token that is no sink.
+        has_visual_sink: bool ``[batch, 1, 1]``.
+        acts: Whether any sample has a visual sink, once known without waiting for the device.
+    """
+
+    sink: torch.Tensor
+    groups: torch.Tensor
+    has_visual_sink: torch.Tensor
+    acts: bool = True
+
+
+@dataclass(frozen=True)
+class VAR(Method):
+    """Move attention from sinks to the other image tokens, in the rows that look at the image.
+
+    A token is a sink of a layer when its hidden state entering the layer is extreme in one of the model's sink
+    dimensions: ``max_d |x_d| / rms(x) >= sink_threshold``. A query row of a head is edited when its attention to the
+    image is at least ``image_mass``, at least ``nonsink_ratio`` of that lies outside visual sinks, and the layer has a
+    visual sink: then ``recycle`` of the attention to all sinks, visual and textual, goes to the image tokens that are
+    no sinks, in proportion to what they have. Row sums stay 1. Rows: those behind the last image token in a prompt,
+    and every decode step. Sinks are those of the prompt; generated tokens never count.
+
+    Attributes:
+        sink_dims: Hidden dimensions that mark sinks. ``None``: those known for the language model, else found by
+            ``vlmfix.find_sink_dims`` when the model is patched. Empty: the method edits nothing.
+        sink_threshold: tau, > 0. No token of a model narrower than tau squared can reach it.
+        nonsink_ratio: rho in the paper's sense (the released code uses 1 - rho), in [0, 1].
+        image_mass: Least attention on the image for a row to be edited, in [0, 1].
+        recycle: Recycled share of sink attention, in [0, 1]; 0 is the identity. The paper's 0.6; the released
+            configuration recycles 0.4.
+        layers: Default: all but the first two and the last.
+    """
+
+    name: ClassVar[str] = "var"
+    paper: ClassVar[str] = "arXiv 2503.03321"
+    summary: ClassVar[str] = "moves attention from sinks to the rest of the image, in rows that look at the image"
+    edits_weights: ClassVar[bool] = True
+    reads_layer_input: ClassVar[bool] = True
+
+    sink_dims: Sequence[int] | None = None
+    sink_threshold: float = 20.0
+    nonsink_ratio: float = 0.5
+    image_mass: float = 0.2
+    recycle: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Store dimensions as a tuple so that the method is hashable."""
+        if self.sink_dims is not None:
+            object.__setattr__(self, "sink_dims", tuple(int(dim) for dim in self.sink_dims))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 < self.sink_threshold < math.inf, "sink_threshold", "a finite number > 0")
+        for parameter in ("nonsink_ratio", "image_mass", "recycle"):
+            self.require(0 <= getattr(self, parameter) <= 1, parameter, "between 0 and 1")
+        self.require(all(dim >= 0 for dim in self.sink_dims or ()), "sink_dims", "indices >= 0 of hidden dimensions")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing would be recycled or no dimension marks sinks."""
+        return self.recycle == 0 or self.sink_dims == ()
+
+    def default_layers(self, num_layers: int) -> tuple[int, ...]:
+        """All but the first two and the last; the middle layer of models of three layers or fewer."""
+        return tuple(range(2, num_layers - 1)) or (num_layers // 2,)
+
+    def bind(self, anatomy: Anatomy) -> VAR:
+        """Resolve layers and sink dimensions."""
+        from vlmfix.sinks import sink_dims_for
+
+        bound = super().bind(anatomy)
+        if self.sink_dims is None and self.recycle > 0:
+            bound = dataclasses.replace(bound, sink_dims=sink_dims_for(anatomy))
+        bound.require(
+            all(dim < anatomy.hidden_size for dim in bound.sink_dims or ()),
+            "sink_dims",
+            f"below the model's hidden size {anatomy.hidden_size}",
+        )
+        return bound
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say when no token of this model can be a sink."""
+        if self.sink_dims == ():
+            return ("var: no sink dimensions found in this model, nothing is edited",)
+        if self.sink_threshold > math.sqrt(anatomy.hidden_size):
+            limit = math.sqrt(anatomy.hidden_size)
+            return (
+                f"var: no token can reach sink_threshold={self.sink_threshold:g}: |x_d|/rms(x) <= {limit:.1f} here",
+            )
+        return ()
+
+    def learn(self, hidden_states: torch.Tensor, layer: Layer) -> SinkMap:
+        """Find the sinks among the new tokens ``[batch, q_len, hidden_size]`` and append them to the known ones."""
+        run = layer.run
+        image = run.image_mask.to(hidden_states.device)
+        sink = find_sinks(hidden_states, self.sink_dims or (), self.sink_threshold)
+        sink &= run.valid_mask[:, run.past :].to(sink.device)
+        sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, run.past)
+        groups = torch.stack([image, sink, image & ~sink], dim=-1).float()
+        return SinkMap(sink, groups, (sink & image).any(1)[:, None, None])
+
+    def settle(self, learned: Mapping[int, Any]) -> None:
+        """Learn which layers have a visual sink at all; the others keep the base kernel while decoding."""
+        sink_maps: list[SinkMap] = list(learned.values())
+        device = sink_maps[0].sink.device
+        flags = torch.stack([sinks.has_visual_sink.any().to(device) for sinks in sink_maps])
+        for sinks, acts in zip(sink_maps, flags.tolist(), strict=True):
+            sinks.acts = acts
+
+    def acts_at(self, layer: Layer) -> bool:
+        """Whether the layer has a visual sink, as far as known."""
+        return layer.learned is not None and layer.learned.acts
+
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Redistribute ``[batch, num_heads, rows, keys]`` in the selected rows."""
+        sinks: SinkMap = layer.learned
+        groups = layer.visible_keys(sinks.groups, attn_weights.shape[-1])
+        known = attn_weights[..., : groups.shape[1]]
+        image_mass, sink_mass, rest_mass = (known @ groups[:, None]).unbind(-1)
+        selected = (image_mass >= self.image_mass) & (rest_mass >= self.nonsink_ratio * image_mass) & (rest_mass > 0)
+        selected &= sinks.has_visual_sink
+        if layer.row_mask is not None:
+            selected &= layer.row_mask[:, None]
+        gain = self.recycle * sink_mass / rest_mass.clamp_min(torch.finfo(rest_mass.dtype).tiny)
+        change = torch.stack([torch.full_like(gain, -self.recycle), gain], dim=-1) * selected[..., None]
+        factor = 1 + change @ groups[:, None, :, 1:].transpose(-1, -2)
+        return layer.scale_known(attn_weights, factor), selected
+
+
+def find_sinks(hidden_states: torch.Tensor, sink_dims: Sequence[int], threshold: float) -> torch.Tensor:
+    """Return the sink tokens of one layer (section 3 of the paper; unweighted RMS in fp32, as in the released code).
+
+    Args:
+        hidden_states: Residual stream entering the layer, ``[..., hidden_size]``.
+        sink_dims: Dimensions that mark sinks.
+        threshold: tau.
+
+    Returns:
+        Bool ``[...]``.
+    """
+    rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32) / math.sqrt(hidden_states.shape[-1])
+    peak = hidden_states[..., list(sink_dims)].abs().amax(-1).float()
+    return peak >= threshold * (rms.square() + 1e-6).sqrt()

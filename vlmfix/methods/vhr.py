@@ -1,0 +1,114 @@
+"""VHR: Vision-aware Head Reinforcement (He et al., ACL 2025, arXiv 2412.13949v3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from vlmfix.methods.base import Method
+from vlmfix.run import Layer
+
+
+@dataclass(frozen=True)
+class VHR(Method):
+    """Scale the outputs of the heads that change most when the image is taken away.
+
+    In a prompt, the head outputs at the last position (the one that predicts the first new token) are compared with
+    those of an image-free pass over the same text (eq. 4); heads that surge without the image are dropped (eq. 6); the
+    heads above the layer's median are multiplied by ``alpha`` at every position (eq. 7) and stay frozen while decoding.
+    Selection is per sample and per layer; attention weights are never edited.
+
+    Attributes:
+        alpha: Scale of the selected heads, > 0. 1 is the identity. The paper uses 2 on 7B models and reports broken
+            text from 4 on.
+        layers: Default: layer 1 and the last 14 of 32 layers (Table 5), scaled to the model's depth.
+        outliers: Drop heads whose divergence and whose image-free output both exceed mean + std of the layer (eq. 6;
+            the standard deviation divides by n - 1).
+        reinforce_noimg: Scale the same heads in the image-free pass too, so that the divergence of a layer isolates
+            the image rather than the reinforcement of the layers below. The paper leaves it open; it costs two more
+            passes over the text.
+        select: ``"divergent"`` is the method. ``"all"`` and ``"unselected"`` are its controls: every head, or only
+            those the method leaves alone.
+    """
+
+    name: ClassVar[str] = "vhr"
+    paper: ClassVar[str] = "arXiv 2412.13949"
+    summary: ClassVar[str] = "scales the heads that depend most on the image, chosen per prompt"
+    edits_heads: ClassVar[bool] = True
+
+    alpha: float = 2.0
+    outliers: bool = True
+    reinforce_noimg: bool = False
+    select: Literal["divergent", "all", "unselected"] = "divergent"
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 < self.alpha < float("inf"), "alpha", "a finite number > 0 (1 switches the method off)")
+        self.require(self.select in ("divergent", "all", "unselected"), "select", "divergent, all or unselected")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` is 1."""
+        return self.alpha == 1
+
+    @property
+    def text_only_stream(self) -> str | None:
+        """The image-free pass that selection needs; the control ``select="all"`` needs none."""
+        if self.select == "all":
+            return None
+        return "edited" if self.reinforce_noimg else "plain"
+
+    def default_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layer 1 and the last 14 of 32 (a heuristic for other depths: the paper gives absolute counts)."""
+        last = round(14 / 32 * num_layers)
+        return tuple(sorted({min(1, num_layers - 1), *range(num_layers - last, num_layers)}))
+
+    def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Scale ``[batch, q_len, num_heads, head_dim]``; in a prompt, choose the heads first."""
+        if layer.run.is_prefill:
+            heads = self.select_heads(head_outputs, layer)
+            scale = torch.where(heads, self.alpha, 1.0).to(head_outputs.dtype)
+            layer.learned = (scale[:, None, :, None], heads.sum())
+        layer.count(layer.learned[1] * head_outputs.shape[1])
+        return self.reapply_heads(head_outputs, layer)
+
+    def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Multiply by the frozen scale; heads that were not chosen are multiplied by exactly 1."""
+        scale: torch.Tensor = layer.learned[0]
+        return head_outputs * scale
+
+    def select_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Return the reinforced heads as bool ``[batch, num_heads]``; all false for a prompt without an image."""
+        run = layer.run
+        has_image = run.has_image.to(head_outputs.device)[:, None]
+        if self.select == "all":
+            return has_image.expand(-1, head_outputs.shape[2])
+        with_image = run.at_last_position(head_outputs).float()
+        without_image = layer.text_only_heads().float()
+        divergent = divergent_heads(with_image, without_image, self.outliers)
+        return (divergent if self.select == "divergent" else ~divergent) & has_image
+
+
+def divergent_heads(with_image: torch.Tensor, without_image: torch.Tensor, outliers: bool = True) -> torch.Tensor:
+    """Return the vision-sensitive heads of one layer (eqs. 4, 6 and 7).
+
+    Args:
+        with_image: Head outputs at the last position, ``[batch, num_heads, head_dim]``, fp32.
+        without_image: The same from the image-free pass.
+        outliers: Whether to drop heads that surge when the image is removed.
+
+    Returns:
+        Bool ``[batch, num_heads]``, at most half of the heads.
+    """
+    divergence = torch.linalg.vector_norm(with_image - without_image, dim=-1)
+    if outliers and divergence.shape[1] > 1:
+        surge = without_image.square().sum(-1)
+        outlier = _above_one_std(divergence) & _above_one_std(surge)
+        divergence = divergence.masked_fill(outlier, 0.0)
+    return divergence > divergence.median(dim=1, keepdim=True).values
+
+
+def _above_one_std(values: torch.Tensor) -> torch.Tensor:
+    return values > values.mean(1, keepdim=True) + values.std(1, keepdim=True)

@@ -1,0 +1,455 @@
+"""The transaction: check, attach, record, restore. The only module that changes a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vlmfix.anatomy import Anatomy, analyse, unwrap
+from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
+from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.methods.base import Method
+from vlmfix.recipes import resolve_methods
+from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, begin_prompt, state_of
+from vlmfix.text_only import run_text_only
+
+logger = logging.getLogger("vlmfix")
+
+ModelT = TypeVar("ModelT")
+MethodSpec = str | Path | Method | dict[str, Any] | Sequence[str | Method | dict[str, Any]]
+"""What ``patch`` takes for a method: a name, a method, its dict, a recipe file, or several of them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A patched attention module.
+
+    Attributes:
+        index: Its number among the model's text attention modules.
+        name: Its path in the model.
+        layer_idx: Its decoder layer's index.
+        module: The module.
+        decoder_layer: The decoder layer it belongs to.
+        base_config: The module's own config object, which the patch set aside.
+        is_sliding: Whether its layer sees a sliding window of keys.
+        readers: (method index, method) that read the layer's input.
+        weights: Those that edit attention weights here.
+        heads: Those that edit head outputs here.
+    """
+
+    index: int
+    name: str
+    layer_idx: int
+    module: nn.Module
+    decoder_layer: nn.Module
+    base_config: Any
+    is_sliding: bool
+    readers: tuple[tuple[int, Method], ...]
+    weights: tuple[tuple[int, Method], ...]
+    heads: tuple[tuple[int, Method], ...]
+
+
+class Counters:
+    """What a patch did so far. Edits are added up on the device they happen on, without waiting for it."""
+
+    def __init__(self, num_methods: int) -> None:
+        self.prompts = 0
+        self.prompts_without_image = 0
+        self.decode_steps = 0
+        self._num_methods = num_methods
+        self._edited: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, run: Run) -> None:
+        """Add a finished forward."""
+        self.prompts += run.is_prefill
+        self.prompts_without_image += run.is_prefill and not run.state.any_image
+        self.decode_steps += not run.is_prefill
+        for index, counts in enumerate(run.edited):
+            if counts:
+                total = torch.stack([count.to(counts[0].device) for count in counts]).sum()
+                self._total(total.device)[index].add_(total)
+
+    def _total(self, device: torch.device) -> torch.Tensor:
+        if device not in self._edited:
+            with torch.inference_mode(False):
+                self._edited[device] = torch.zeros(self._num_methods, dtype=torch.int64, device=device)
+        return self._edited[device]
+
+    def edited(self) -> tuple[int, ...]:
+        """Edited (sample, head, row) triples per method; waits for the device."""
+        totals = [0] * self._num_methods
+        for counts in self._edited.values():
+            totals = [total + count for total, count in zip(totals, counts.tolist(), strict=True)]
+        return tuple(totals)
+
+
+class Patch:
+    """Everything one ``patch`` call changed in a model, and the hooks that run while it is on."""
+
+    def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...]) -> None:
+        self.anatomy = anatomy
+        self.methods = methods
+        self.counters = Counters(len(methods))
+        self.sites = tuple(
+            _make_site(index, anatomy, methods)
+            for index in range(len(anatomy.sites))
+            if _is_edited(index, anatomy, methods)
+        )
+        self.notes = tuple(note for method in methods for note in method.notes(anatomy))
+        self._handles: list[Any] = []
+        self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
+        self._is_sliding = any(site.is_sliding for site in self.sites)
+
+    # Attach and restore.
+
+    def attach(self) -> None:
+        """Change the model; on any error, restore it and raise."""
+        try:
+            for site in self.sites:
+                config = copy.copy(site.base_config)
+                config.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
+                config.__dict__[SITE_ATTRIBUTE] = site
+                site.module.config = config  # type: ignore[assignment]
+            for module in dict.fromkeys([self.anatomy.model, self.anatomy.inner]):
+                self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
+            follows = any(method.text_only_stream == "edited" for site in self.sites for _, method in site.heads)
+            for site in self.sites:
+                if site.readers or follows:
+                    hook = LayerHook(site)
+                    self._handles.append(site.decoder_layer.register_forward_pre_hook(hook.before, with_kwargs=True))
+                    if follows:
+                        self._handles.append(site.decoder_layer.register_forward_hook(hook.after, with_kwargs=True))
+            _forget_compiled_code(self.anatomy.model)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Restore the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for site in self.sites:
+            if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
+                site.module.config = site.base_config
+        _forget_compiled_code(self.anatomy.model)
+
+    # Hooks on the model.
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the ``Run`` of this forward to its keyword arguments, unless the caller (or an outer hook) chose one."""
+        if RUN_KWARG in kwargs:
+            return None
+        inputs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+        cache = inputs.get("past_key_values")
+        state = state_of(cache)
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return None  # the model itself says what is missing
+        if state is not None and (tokens.shape[1] == 1 or _verifies_candidates(kwargs)) and not _is_empty(cache):
+            run = self._begin_decode(cache, state, inputs.get("input_ids"), tokens.shape[1])
+        else:
+            run = self._begin_prompt(cache, state, inputs)
+        return args, {**kwargs, RUN_KWARG: run}
+
+    def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
+        self._check_same_methods(state)
+        keeps_ids = self._needs_text and not torch.compiler.is_compiling()
+        past: int | torch.Tensor = 0
+        if self._is_sliding or keeps_ids or q_len > 1:
+            past = cache.get_seq_length()
+            past = past.clone() if isinstance(past, torch.Tensor) else past
+        if keeps_ids and input_ids is not None:
+            state.decoded.append((past, input_ids))
+        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, rows=(0, q_len))
+
+    @torch.compiler.disable
+    def _begin_prompt(self, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and state is None:
+            raise UnsupportedFeatureError(
+                "This cache was filled before the model was patched, so vlmfix does not know where its images are. "
+                "Start with an empty cache."
+            )
+        if not past:
+            state = None
+        if state is not None:
+            self._check_same_methods(state)
+        input_ids = inputs.get("input_ids")
+        run = begin_prompt(
+            self.methods,
+            self.counters,
+            input_ids=input_ids,
+            image_mask=self._image_mask(input_ids, inputs.get("inputs_embeds")),
+            attention_mask=inputs.get("attention_mask"),
+            known=state,
+            past=past,
+            text_only=lambda new_state: run_text_only(self.anatomy.inner, self.sites, new_state),
+        )
+        if cache is not None:
+            setattr(cache, STATE_ATTRIBUTE, run.state)
+        return run
+
+    def _check_same_methods(self, state: SequenceState) -> None:
+        if state.methods != self.methods:
+            raise UnsupportedFeatureError(
+                f"This cache was filled under {describe(state.methods)}, and the model is now patched with "
+                f"{describe(self.methods)}. Start with an empty cache."
+            )
+
+    def _image_mask(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        ids = self.anatomy.image_token_ids
+        if input_ids is not None:
+            mask = input_ids == ids[0]
+            for other in ids[1:]:
+                mask = mask | (input_ids == other)
+            return mask
+        assert embeds is not None
+        embedding = self.anatomy.model.get_input_embeddings()
+        rows = embedding(torch.tensor(ids, device=embeds.device).clamp_max(embedding.num_embeddings - 1))
+        mask = (embeds[:, :, None] == rows.to(embeds)).all(-1).any(-1)
+        if not bool(mask.any()):
+            raise UnsupportedFeatureError(
+                "The model was called with inputs_embeds that hold no image placeholder, so vlmfix cannot tell which "
+                "of them are image tokens. Pass input_ids and pixel_values and let the model merge them, or call "
+                "vlmfix.unpatch(model) first."
+            )
+        return mask
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Settle what was learned; keep the state on a cache the model made itself."""
+        run = kwargs.get(RUN_KWARG)
+        if not isinstance(run, Run) or run.finished:
+            return
+        run.finish()
+        cache = getattr(output, "past_key_values", None)
+        if run.is_prefill and cache is not None:
+            setattr(cache, STATE_ATTRIBUTE, run.state)
+
+    def status(self) -> Status:
+        """Describe the patch."""
+        return Status(
+            model=type(self.anatomy.model).__name__,
+            methods=self.methods,
+            layers=tuple(dict.fromkeys(site.layer_idx for site in self.sites)),
+            image_token_ids=self.anatomy.image_token_ids,
+            prompts=self.counters.prompts,
+            prompts_without_image=self.counters.prompts_without_image,
+            decode_steps=self.counters.decode_steps,
+            edited=self.counters.edited(),
+            notes=self.notes,
+        )
+
+
+class LayerHook:
+    """Hooks on one decoder layer, as bound methods: they follow ``copy.deepcopy(model)``."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the layer's input to the run."""
+        run = kwargs.get(RUN_KWARG)
+        if run is not None:
+            run.before_layer(self.site, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Tell the run that the layer is done."""
+        run = kwargs.get(RUN_KWARG)
+        if run is not None:
+            run.after_layer(self.site)
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What is active on a model.
+
+    Attributes:
+        model: The model's class name.
+        methods: The methods, bound to the model: layers and dimensions resolved.
+        layers: Layers with at least one edit.
+        image_token_ids: Ids taken for image tokens.
+        prompts: Prompts (prefills) seen so far.
+        prompts_without_image: Those among them without any image token: exact no-ops.
+        decode_steps: Decode forwards so far.
+        edited: Per method, edited (sample, head, row) triples so far: the proof that it acts.
+        notes: What to know about the methods on this model.
+    """
+
+    model: str
+    methods: tuple[Method, ...]
+    layers: tuple[int, ...]
+    image_token_ids: tuple[int, ...]
+    prompts: int
+    prompts_without_image: int
+    decode_steps: int
+    edited: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few readable lines."""
+        lines = [
+            f"{self.model} patched with {describe(self.methods)}",
+            f"  layers {', '.join(map(str, self.layers))}; image token ids {', '.join(map(str, self.image_token_ids))}",
+            f"  {self.prompts} prompts ({self.prompts_without_image} without an image), {self.decode_steps} decode steps",
+        ]
+        for method, edited in zip(self.methods, self.edited, strict=True):
+            lines.append(f"  {method.name}: {edited} head rows edited")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def describe(methods: Sequence[Method]) -> str:
+    """Name methods with their parameters."""
+    return " + ".join(repr(method) for method in methods)
+
+
+def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) -> ModelT:
+    """Patch a vision-language model in place, so that ``generate`` and pipelines hallucinate less.
+
+    Args:
+        model: A Hugging Face vision-language model, a pipeline, or a PEFT-wrapped or compiled model.
+        method: A method's name, a method object, several of them, or a recipe (dict or JSON file). ``None`` takes the
+            default recipe of the model family.
+        **parameters: Parameters of a single method given by name.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UnsupportedModelError: The model cannot be patched; it is unchanged.
+        MethodError: Unknown method, unknown parameter, value out of range, or methods that do not compose.
+
+    Patching a patched model replaces the first patch. ``unpatch`` restores the stock model bit for bit.
+    """
+    anatomy = analyse(model)
+    wanted = resolve_methods(method, parameters, anatomy)
+    previous = find_patch(model)
+    if previous is not None:
+        previous.detach()
+    try:
+        bound = tuple(each.bind(anatomy) for each in wanted)
+        new = Patch(anatomy, bound)
+        if not new.sites:
+            raise MethodError(
+                f"{describe(bound)} touches no attention layer of this model (softmax attention is in layers "
+                f"{sorted({site.layer_idx for site in anatomy.sites})}). Choose others with layers=..."
+            )
+        new.attach()
+    except BaseException:
+        if previous is not None:
+            previous.attach()
+        raise
+    logger.info("%s", new.status())
+    return model
+
+
+def unpatch(model: ModelT) -> ModelT:
+    """Take the patch off: the model is bitwise the stock model again. Without a patch, do nothing.
+
+    Returns:
+        ``model`` itself.
+    """
+    found = find_patch(model)
+    if found is not None:
+        found.detach()
+    return model
+
+
+@contextmanager
+def patched(model: ModelT, method: MethodSpec | None = None, **parameters: Any) -> Iterator[ModelT]:
+    """Patch a model inside a ``with`` block and restore what was there before, also after an exception."""
+    previous = find_patch(model)
+    patch(model, method, **parameters)
+    try:
+        yield model
+    finally:
+        # A patch put on or taken off inside the block is the caller's decision; it ends here all the same.
+        current = find_patch(model)
+        if current is not None:
+            current.detach()
+        if previous is not None:
+            previous.attach()
+
+
+def status(model: object) -> Status | None:
+    """Return what is active on a model, or ``None`` for a model that is not patched."""
+    found = find_patch(model)
+    return None if found is None else found.status()
+
+
+def find_patch(model: object) -> Patch | None:
+    """Return the patch on a model. It is found by its hooks, so a deep copy of a patched model has its own."""
+    for hook in unwrap(model)._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Patch):
+            return owner
+    return None
+
+
+def _is_edited(index: int, anatomy: Anatomy, methods: Sequence[Method]) -> bool:
+    layer_idx = anatomy.sites[index].layer_idx
+    return any(layer_idx in (method.layers or ()) for method in methods)
+
+
+def _make_site(index: int, anatomy: Anatomy, methods: Sequence[Method]) -> Site:
+    found = anatomy.sites[index]
+    here = [
+        (number, method)
+        for number, method in enumerate(methods)
+        if found.layer_idx in (method.layers or ()) and not method.is_identity
+    ]
+    layer_types = getattr(anatomy.text_config, "layer_types", None)
+    is_sliding = getattr(anatomy.text_config, "sliding_window", None) is not None
+    if layer_types is not None and found.layer_idx < len(layer_types):
+        is_sliding = layer_types[found.layer_idx] != "full_attention"
+    return Site(
+        index=index,
+        name=found.name,
+        layer_idx=found.layer_idx,
+        module=found.module,
+        decoder_layer=found.decoder_layer,
+        base_config=getattr(found.module.config, SITE_ATTRIBUTE).base_config
+        if hasattr(found.module.config, SITE_ATTRIBUTE)
+        else found.module.config,
+        is_sliding=is_sliding,
+        readers=tuple((number, method) for number, method in here if method.reads_layer_input),
+        weights=tuple((number, method) for number, method in here if method.edits_weights),
+        heads=tuple((number, method) for number, method in here if method.edits_heads),
+    )
+
+
+def _verifies_candidates(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward checks drafted tokens (assisted decoding) rather than reads a prompt.
+
+    ``generate`` then asks for the logits of every drafted token, and for those of one token when it reads a prompt.
+    """
+    wanted = kwargs.get("logits_to_keep")
+    return isinstance(wanted, int) and wanted > 1
+
+
+def _is_empty(cache: Any) -> bool:
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor):
+        # A static cache counts on the device; waiting for it at every step would cost more than it can find.
+        return length.device.type == "cpu" and not torch.compiler.is_compiling() and int(length) == 0
+    return int(length) == 0
+
+
+def _forget_compiled_code(model: nn.Module) -> None:
+    """Drop code compiled before the model changed: it would go on without looking at the new hooks."""
+    model.__dict__.pop("_compiled_call", None)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -1,0 +1,131 @@
+"""Methods as data: names, dictionaries, JSON files, and the default recipe of a model family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.errors import MethodError
+from vlmfix.methods.base import Method
+
+if TYPE_CHECKING:
+    from vlmfix.anatomy import Anatomy
+
+_METHODS = {"none": "none:NoMethod", "vhr": "vhr:VHR", "var": "var:VAR"}
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return every method class by its short name."""
+    return {name: method_class(name) for name in _METHODS}
+
+
+def method_class(name: str) -> type[Method]:
+    """Return a method's class.
+
+    Raises:
+        MethodError: There is no such method.
+    """
+    if name not in _METHODS:
+        raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(sorted(_METHODS))}.")
+    module, _, attribute = _METHODS[name].partition(":")
+    found: type[Method] = getattr(import_module(f"vlmfix.methods.{module}"), attribute)
+    return found
+
+
+def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
+    """Build a method from its name and parameters.
+
+    Raises:
+        MethodError: Unknown method or parameter, or a value of the wrong type or out of range.
+    """
+    cls = method_class(name)
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for parameter in parameters:
+        if parameter not in known:
+            raise MethodError(f"{name} has no parameter {parameter!r}. It has: {', '.join(known)}.")
+    try:
+        return cls(**parameters)
+    except MethodError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"Cannot build {name} with {dict(parameters)!r}: {error}.") from error
+
+
+def method_from_dict(data: Mapping[str, Any]) -> Method:
+    """Read back what ``Method.to_dict`` wrote.
+
+    Raises:
+        MethodError: No ``"method"`` key, unknown method or parameter.
+    """
+    if "method" not in data:
+        raise MethodError(
+            f"A recipe entry needs a 'method' key, for example {{'method': 'vhr', 'alpha': 2.0}}; got {dict(data)!r}."
+        )
+    return make_method(str(data["method"]), {key: value for key, value in data.items() if key != "method"})
+
+
+def load_recipe(path: str | Path) -> tuple[Method, ...]:
+    """Read a recipe file: one method's dict, a list of them, or ``{"methods": [...]}``.
+
+    Raises:
+        MethodError: The file is missing or is no recipe.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MethodError(f"Cannot read the recipe {path}: {error}.") from error
+    entries = data.get("methods", [data]) if isinstance(data, dict) else data
+    if not isinstance(entries, list) or not entries:
+        raise MethodError(f'{path} holds no method. Write for example [{{"method": "vhr", "alpha": 2.0}}].')
+    return tuple(method_from_dict(entry) for entry in entries)
+
+
+def save_recipe(path: str | Path, chosen: Method | Sequence[Method]) -> None:
+    """Write methods as a recipe file that ``patch`` and ``load_recipe`` read."""
+    entries = [chosen] if isinstance(chosen, Method) else list(chosen)
+    text = json.dumps({"methods": [method.to_dict() for method in entries]}, indent=2)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def default_recipe(anatomy: Anatomy) -> tuple[Method, ...]:
+    """Return the default recipe of a model family: VHR with the paper's settings for every family so far."""
+    return (make_method("vhr", {}),)
+
+
+def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) -> tuple[Method, ...]:
+    """Turn what a user hands to ``patch`` into methods, in the order of the path of attention.
+
+    Raises:
+        MethodError: Unknown or contradictory.
+    """
+    if spec is None:
+        chosen = default_recipe(anatomy)
+    elif isinstance(spec, str) and spec in _METHODS:
+        return (make_method(spec, parameters),)
+    elif isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".json")):
+        chosen = load_recipe(spec)
+    elif isinstance(spec, str):
+        chosen = (make_method(spec, parameters),)
+    elif isinstance(spec, Method):
+        chosen = (spec,)
+    elif isinstance(spec, Mapping):
+        chosen = (method_from_dict(spec),)
+    elif isinstance(spec, Sequence):
+        chosen = tuple(method for each in spec for method in resolve_methods(each, {}, anatomy))
+    else:
+        raise MethodError(f"Expected a method's name, a method, a list of them or a recipe file, got {spec!r}.")
+    if parameters:
+        raise MethodError(
+            f"Parameters ({', '.join(parameters)}) go with a method's name: vlmfix.patch(model, 'vhr', alpha=2.0)."
+        )
+    if not chosen:
+        raise MethodError("An empty list of methods. For the identity, use vlmfix.patch(model, 'none').")
+    names = [method.name for method in chosen]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise MethodError(f"{', '.join(sorted(repeated))} is given twice. Each method can be applied once.")
+    return tuple(sorted(chosen, key=lambda method: (method.edits_heads, method.edits_weights)))

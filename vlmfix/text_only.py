@@ -1,0 +1,135 @@
+"""The image-free stream: the same prompt without its image tokens, through the same language model.
+
+Methods that ask what the image contributes (VHR) compare their head outputs with those of this stream. It is a short
+text-only forward (tens of tokens), run once per prompt before the prompt itself. In ``"edited"`` mode the stream also
+carries the edits: it is then advanced layer by layer beside the prompt, since the heads of a layer are chosen only when
+the prompt reaches it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfix.attention import RUN_KWARG, AttentionCall
+from vlmfix.errors import UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from vlmfix.methods.base import Method
+    from vlmfix.patching import Site
+    from vlmfix.run import Layer, Run, SequenceState
+
+
+class TextOnlyRun:
+    """A forward over the prompts without their images; takes the place of a ``Run`` in the keyword arguments.
+
+    Attributes:
+        head_outputs: Per site index, head outputs at the last position, ``[batch, num_heads, head_dim]``.
+    """
+
+    def __init__(self, wanted: frozenset[int], *, edited: bool) -> None:
+        self.head_outputs: dict[int, torch.Tensor] = {}
+        self._wanted = wanted
+        self._edited = edited
+        self._frozen: dict[int, list[tuple[Method, Layer]]] = {}
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._hidden_states: torch.Tensor | None = None
+
+    def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember how the language model calls this layer, to advance the stream by hand later."""
+        if self._edited and site.index not in self._calls:
+            self._calls[site.index] = (args, kwargs)
+
+    def after_layer(self, site: Site) -> None:
+        """Nothing follows a layer of the stream itself."""
+
+    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the base kernel, record the last position, and apply the heads frozen by the prompt, if any yet."""
+        head_outputs, attn_weights = call.base()
+        if site.index in self._wanted:
+            self.head_outputs[site.index] = head_outputs[:, -1]
+        for method, layer in self._frozen.get(site.index, ()):
+            head_outputs = method.reapply_heads(head_outputs, layer)
+        return head_outputs, attn_weights
+
+    # Beside the prompt's own forward, in "edited" mode.
+
+    def before_layer_of_image_run(self, site: Site) -> None:
+        """Advance through this layer without edits of its own: its heads are compared before they are chosen."""
+        if self._edited and site.index in self._wanted:
+            self._advance(site)
+
+    def after_layer_of_image_run(self, site: Site, run: Run) -> None:
+        """Leave this layer, with the edits the prompt has just chosen for it."""
+        if not self._edited:
+            return
+        self._frozen[site.index] = [
+            (method, run.layer(site, index)) for index, method in site.heads if method.text_only_stream == "edited"
+        ]
+        self._hidden_states = self._advance(site)
+
+    @torch.no_grad()
+    def _advance(self, site: Site) -> torch.Tensor:
+        args, kwargs = self._calls[site.index]
+        if self._hidden_states is not None:
+            args, kwargs = _with_hidden_states(self._hidden_states, args, kwargs)
+        output = site.decoder_layer(*args, **kwargs)
+        hidden_states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_states
+
+
+def _with_hidden_states(
+    hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden_states}
+
+
+@torch.no_grad()
+def run_text_only(inner: nn.Module, sites: Sequence[Site], state: SequenceState) -> TextOnlyRun | None:
+    """Run the prompts of a batch without their image tokens.
+
+    Kept are all other tokens, in order, with contiguous positions from 0; rows are left-padded to one length.
+
+    Args:
+        inner: The model inside the language-model head.
+        sites: The patched sites.
+        state: The sequences so far, the new prompt included.
+
+    Returns:
+        The recorded stream, or ``None`` when no method at these sites asks for it.
+
+    Raises:
+        UnsupportedFeatureError: The text is not known, or a prompt has none.
+    """
+    modes = {site.index: {method.text_only_stream for _, method in site.heads} - {None} for site in sites}
+    wanted = frozenset(index for index, asked in modes.items() if asked)
+    if not wanted:
+        return None
+    input_ids = state.input_ids
+    if input_ids is None or bool((input_ids < 0).any()):
+        raise UnsupportedFeatureError(
+            "This method compares the prompt with and without its image and needs the token ids of the whole "
+            "conversation. Pass input_ids (not inputs_embeds), and start with an empty cache."
+        )
+    keep = state.valid_mask & ~state.image_mask
+    lengths = keep.sum(1).tolist()
+    if min(lengths) == 0:
+        raise UnsupportedFeatureError(
+            "A prompt of the batch has no text beside its image, so there is nothing to compare it with. Add a question."
+        )
+    order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
+    attention_mask = keep.gather(1, order)
+    inputs: dict[str, Any] = {"input_ids": input_ids.gather(1, order).masked_fill(~attention_mask, 0)}
+    if min(lengths) < max(lengths):
+        inputs["attention_mask"] = attention_mask.long()
+        inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    stream = TextOnlyRun(wanted, edited=any("edited" in asked for asked in modes.values()))
+    inner(**inputs, use_cache=False, **{RUN_KWARG: stream})
+    return stream
