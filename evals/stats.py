@@ -1,0 +1,309 @@
+"""Paired statistics of two methods on the same images.
+
+Every figure of CHAIR and POPE is a function of sums over rows (captions or questions): sum the rows of an image,
+resample the images, and recompute the figure from the resampled sums. One matrix product does all resamples. Images,
+not questions, are resampled, because the answers about one image are not independent.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vlmfix.errors import DataError
+
+FloatArray = NDArray[np.float64]
+
+_CHUNK = 4_000_000  # resampling weights held at once (32 MB)
+
+
+class Table(Protocol):
+    """One row per caption or question; ``image_ids`` int64 [n] is the image of each row."""
+
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """The image of each row."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A figure that depends on a table only through sums of columns.
+
+    Attributes:
+        name: Its name in the table's ``summary()``.
+        columns: Table -> float64 [n, k], one row per caption or question.
+        value: Sums float64 [..., k] -> the figure, float64 [...].
+    """
+
+    name: str
+    columns: Callable[[Any], FloatArray]
+    value: Callable[[FloatArray], FloatArray]
+
+    def of(self, table: Table) -> float:
+        """The figure of a whole table."""
+        return float(self.value(self.columns(table).sum(axis=0)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a percentile bootstrap interval.
+
+    Attributes:
+        estimate: The figure (or difference) on all images.
+        low: Lower end; NaN with fewer than two images.
+        high: Upper end; NaN with fewer than two images.
+        n: Number of images (clusters).
+        undefined: Resamples in which the figure had a zero denominator; they are left out.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    undefined: int = 0
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+
+def columns(*parts: ArrayLike) -> FloatArray:
+    """Stack columns [n] to float64 [n, k]."""
+    return np.column_stack([np.asarray(part, dtype=np.float64) for part in parts])
+
+
+def ratio(
+    name: str,
+    numerator: Callable[[Any], ArrayLike],
+    denominator: Callable[[Any], ArrayLike],
+    *,
+    empty: float = math.nan,
+) -> Statistic:
+    """The statistic sum(numerator) / sum(denominator).
+
+    Args:
+        name: Its name.
+        numerator: Table -> [n].
+        denominator: Table -> [n].
+        empty: Its value where the denominator sums to zero.
+    """
+    return Statistic(
+        name,
+        lambda table: columns(numerator(table), denominator(table)),
+        lambda s: _divide(s[..., 0], s[..., 1], empty),
+    )
+
+
+def _divide(numerator: FloatArray, denominator: FloatArray, empty: float) -> FloatArray:
+    zero = denominator == 0
+    return np.where(zero, empty, numerator / np.where(zero, 1.0, denominator))
+
+
+def _one(table: Table) -> FloatArray:
+    return np.ones(len(table.image_ids))
+
+
+def _mcc(sums: FloatArray) -> FloatArray:
+    tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
+    return _divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
+
+
+def _confusion(table: Any) -> FloatArray:
+    yes, no = table.prediction == 1, table.prediction == 0
+    return columns(yes & table.label, yes & ~table.label, no & ~table.label, no & table.label)
+
+
+def _by_name(*statistics: Statistic) -> Mapping[str, Statistic]:
+    return MappingProxyType({statistic.name: statistic for statistic in statistics})
+
+
+CHAIR_STATISTICS: Mapping[str, Statistic] = _by_name(
+    ratio("chair_s", lambda t: t.hallucinated > 0, _one),
+    ratio("chair_i", lambda t: t.hallucinated, lambda t: t.mentions),
+    ratio("recall", lambda t: t.recalled, lambda t: t.gt_objects),
+    ratio("precision", lambda t: t.recalled, lambda t: t.distinct),
+    ratio("f1", lambda t: 2 * t.recalled, lambda t: t.gt_objects + t.distinct),
+    ratio("length_words", lambda t: t.words, _one),
+)
+"""Statistics of a ``ChairTable``, named as in its ``summary()``."""
+
+POPE_STATISTICS: Mapping[str, Statistic] = _by_name(
+    ratio("accuracy", lambda t: t.correct, _one),
+    ratio("precision", lambda t: (t.prediction == 1) & t.label, lambda t: t.prediction == 1, empty=0.0),
+    ratio("recall", lambda t: (t.prediction == 1) & t.label, lambda t: t.label, empty=0.0),
+    ratio(
+        "f1",
+        lambda t: 2 * ((t.prediction == 1) & t.label),
+        lambda t: (t.prediction == 1).astype(int) + t.label,
+        empty=0.0,
+    ),
+    ratio("yes_ratio", lambda t: t.prediction == 1, _one),
+    Statistic("mcc", _confusion, _mcc),
+)
+"""Statistics of a ``PopeTable``, named as in its ``summary()``."""
+
+
+def paired_bootstrap(
+    statistic: Statistic,
+    table_a: Table,
+    table_b: Table,
+    *,
+    clusters: ArrayLike | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the difference ``statistic(table_a) - statistic(table_b)``: the method first, the baseline second.
+
+    Both tables are resampled with the same images, so what makes an image hard cancels.
+
+    Args:
+        statistic: For example ``CHAIR_STATISTICS["chair_i"]``.
+        table_a: Table of the method.
+        table_b: Table of the baseline: the same images, and as many rows of each.
+        clusters: [n], what to resample, one label per row of both tables, whose rows must then be in the same order.
+            Default: their ``image_ids``.
+        n_resamples: Bootstrap resamples.
+        seed: Of the resampling; the result is a function of the arguments.
+        confidence: Coverage of the percentile interval.
+
+    Raises:
+        DataError: the tables are empty or not about the same images, or a number is out of range.
+    """
+    keys_a = _keys(table_a, clusters)
+    keys_b = _keys(table_b, clusters)
+    if not np.array_equal(np.sort(keys_a), np.sort(keys_b)):
+        raise DataError(
+            f"the two tables are not about the same images ({len(np.unique(keys_a))} and {len(np.unique(keys_b))} "
+            f"images, {len(keys_a)} and {len(keys_b)} rows): score both methods on the same ids"
+        )
+    a = _cluster_sums(statistic, table_a, keys_a)
+    b = _cluster_sums(statistic, table_b, keys_b)
+
+    def difference(sums: FloatArray) -> FloatArray:
+        return statistic.value(sums[..., : a.shape[1]]) - statistic.value(sums[..., a.shape[1] :])
+
+    return _bootstrap(np.concatenate([a, b], axis=1), difference, n_resamples, seed, confidence)
+
+
+def bootstrap(
+    statistic: Statistic,
+    table: Table,
+    *,
+    clusters: ArrayLike | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of one figure of one table; arguments and errors as in :func:`paired_bootstrap`."""
+    return _bootstrap(
+        _cluster_sums(statistic, table, _keys(table, clusters)), statistic.value, n_resamples, seed, confidence
+    )
+
+
+def image_differences(statistic: Statistic, table_a: Table, table_b: Table) -> tuple[NDArray[np.int64], FloatArray]:
+    """The figure of each image under a, minus that under b.
+
+    Returns:
+        Image ids int64 [m], sorted, and differences float64 [m]; NaN where the figure is undefined for an image (no
+        mention in its caption).
+
+    Raises:
+        DataError: the tables are empty or not about the same images.
+    """
+    ids_a, ids_b = np.unique(_keys(table_a, None)), np.unique(_keys(table_b, None))
+    if not np.array_equal(ids_a, ids_b):
+        raise DataError("the two tables are not about the same images: score both methods on the same ids")
+    a = statistic.value(_cluster_sums(statistic, table_a, table_a.image_ids))
+    b = statistic.value(_cluster_sums(statistic, table_b, table_b.image_ids))
+    return ids_a, a - b
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Exact McNemar test of two sets of answers to the same questions.
+
+    Attributes:
+        only_a: Questions that only the first answers right.
+        only_b: Questions that only the second answers right.
+        p_value: Two-sided; 1 if there is no such question.
+    """
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def mcnemar(table_a: Any, table_b: Any) -> McNemar:
+    """Exact McNemar test between two ``PopeTable`` of the same questions in the same order.
+
+    Of the questions that only one of the two answers right, the first one's share is Binomial(1/2) if both are equally
+    good: p = min(1, 2 * P(X <= min(only_a, only_b))). It takes questions as independent; :func:`paired_bootstrap` does
+    not.
+
+    Raises:
+        DataError: the tables are not about the same questions in the same order.
+    """
+    if table_a.question_ids != table_b.question_ids or not np.array_equal(table_a.label, table_b.label):
+        raise DataError(
+            "the two POPE tables are not about the same questions in the same order: score both methods on one "
+            "question list"
+        )
+    right_a, right_b = np.asarray(table_a.correct), np.asarray(table_b.correct)
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    n = only_a + only_b
+    # Integers keep it exact for any n; Python divides big integers without overflow.
+    ways, tail = 1, 0
+    for i in range(min(only_a, only_b) + 1):
+        tail += ways
+        ways = ways * (n - i) // (i + 1)
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**n))
+
+
+def _keys(table: Table, clusters: ArrayLike | None) -> NDArray[Any]:
+    n = len(table.image_ids)
+    if not n:
+        raise DataError("a table has no rows: there is nothing to compare")
+    keys = np.asarray(table.image_ids if clusters is None else clusters)
+    if keys.shape != (n,):
+        raise DataError(f"expected one cluster label per row ({n}), found shape {keys.shape}")
+    return keys
+
+
+def _cluster_sums(statistic: Statistic, table: Table, keys: NDArray[Any]) -> FloatArray:
+    """Column sums per cluster, float64 [clusters, k], clusters in sorted order."""
+    rows = statistic.columns(table)
+    unique, inverse = np.unique(keys, return_inverse=True)
+    sums = np.zeros((len(unique), rows.shape[1]))
+    np.add.at(sums, inverse, rows)
+    return sums
+
+
+def _bootstrap(
+    sums: FloatArray, value: Callable[[FloatArray], FloatArray], n_resamples: int, seed: int, confidence: float
+) -> Interval:
+    if n_resamples < 1 or not 0 < confidence < 1:
+        raise DataError(f"expected n_resamples >= 1 and 0 < confidence < 1, found {n_resamples} and {confidence}")
+    n = len(sums)
+    estimate = float(value(sums.sum(axis=0)))
+    if n < 2:
+        return Interval(estimate, math.nan, math.nan, n)
+    draws = np.concatenate([value(weights @ sums) for weights in _resamples(n, n_resamples, seed)])
+    defined = draws[~np.isnan(draws)]
+    if not len(defined):
+        return Interval(estimate, math.nan, math.nan, n, n_resamples)
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high), n, n_resamples - len(defined))
+
+
+def _resamples(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
+    """How often each of n clusters is drawn, float64 [chunk, n]; the same for every chunk size."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // n)
+    for start in range(0, n_resamples, chunk):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, n_resamples - start)).astype(np.float64)
