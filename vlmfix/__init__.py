@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
 if TYPE_CHECKING:
+    from vlmfix.activity import Status
     from vlmfix.methods.base import Method
     from vlmfix.methods.none import NoMethod
     from vlmfix.methods.var import VAR
     from vlmfix.methods.vhr import VHR
-    from vlmfix.patching import Status, patch, patched, status, unpatch
-    from vlmfix.recipes import load_recipe, methods, save_recipe
+    from vlmfix.patching import patch, patched, status, unpatch
+    from vlmfix.recipes import load_recipe, save_recipe
     from vlmfix.sinks import find_sink_dims
 
 __version__ = "0.1.0"
@@ -28,13 +29,12 @@ _LAZY = {
     "NoMethod": "vlmfix.methods.none",
     "VAR": "vlmfix.methods.var",
     "VHR": "vlmfix.methods.vhr",
-    "Status": "vlmfix.patching",
+    "Status": "vlmfix.activity",
     "patch": "vlmfix.patching",
     "patched": "vlmfix.patching",
     "status": "vlmfix.patching",
     "unpatch": "vlmfix.patching",
     "load_recipe": "vlmfix.recipes",
-    "methods": "vlmfix.recipes",
     "save_recipe": "vlmfix.recipes",
     "find_sink_dims": "vlmfix.sinks",
 }
@@ -64,6 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("vlmfix.methods")
     if name not in _LAZY:
         raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
     value = getattr(import_module(_LAZY[name]), name)

@@ -1,4 +1,4 @@
-"""Finds what a model is made of: text attention modules, their decoder layers, image-token ids. Structure, not paths."""
+"""Finds what a model is made of: text attention modules, decoder layers, image-token ids. By structure, not by path."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _image_token_ids(config: Any) -> Iterator[int]:
 def _attention_sites(model: PreTrainedModel, text_config: Any) -> Iterator[AttentionSite]:
     for name, module in model.named_modules():
         if (
-            _own_config(module) is text_config
+            own_config(module) is text_config
             and hasattr(module, "layer_idx")
             and "Attention" in type(module).__name__
             and any(isinstance(getattr(module, child, None), nn.Module) for child in _OUTPUT_PROJECTIONS)
@@ -164,7 +164,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any) -> Iterator[Atten
             yield AttentionSite(name, module, int(module.layer_idx), decoder_layer)
 
 
-def _own_config(module: nn.Module) -> Any:
+def own_config(module: nn.Module) -> Any:
     """Return the config the module was built with, also while it is patched."""
     config = getattr(module, "config", None)
     site = getattr(config, SITE_ATTRIBUTE, None)

@@ -19,8 +19,8 @@ from vlmfix.errors import UnsupportedFeatureError
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlmfix.patching import Site
     from vlmfix.run import Run
+    from vlmfix.sites import Site
 
 ATTENTION_NAME = "vlmfix"
 """The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
@@ -137,14 +137,13 @@ def vlmfix_attention(
     return vlmfix.attend(site, call)
 
 
-def explicit_weights(call: AttentionCall, start: int, stop: int, *, past: int | torch.Tensor) -> torch.Tensor:
+def explicit_weights(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
     """Write out the attention weights of some query rows.
 
     Args:
         call: The attention call.
         start: First query row, relative to the forward.
         stop: End of the rows.
-        past: Tokens in the cache before the forward.
 
     Returns:
         fp32 ``[batch, num_heads, stop - start, keys]``; a fresh tensor.
@@ -163,9 +162,8 @@ def explicit_weights(call: AttentionCall, start: int, stop: int, *, past: int | 
     key, allowed = _allowed_keys(call, start, stop, implementation)
     query = call.query[:, :, start:stop]
     scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
-    scores = scores.unflatten(2, (-1, stop - start)).flatten(1, 2)
     scaling = kwargs.get("scaling")
-    scores = scores.float() * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = _ungrouped(scores, stop - start).float() * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     softcap = kwargs.get("softcap")
     if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
         scores = torch.tanh(scores / softcap) * softcap
@@ -177,11 +175,10 @@ def explicit_weights(call: AttentionCall, start: int, stop: int, *, past: int | 
 
 
 def weighted_values(call: AttentionCall, attn_weights: torch.Tensor) -> torch.Tensor:
-    """Apply explicit weights ``[batch, num_heads, rows, keys]`` to the values: ``[batch, rows, num_heads, value_dim]``."""
+    """Weigh the values: ``[batch, num_heads, rows, keys]`` to head outputs ``[batch, rows, num_heads, value_dim]``."""
     value = call.value[:, :, : attn_weights.shape[-1]]
-    rows = attn_weights.shape[2]
     outputs = _grouped(attn_weights.to(value.dtype), value.shape[1]) @ value
-    return outputs.unflatten(2, (-1, rows)).flatten(1, 2).transpose(1, 2)
+    return _ungrouped(outputs, attn_weights.shape[2]).transpose(1, 2)
 
 
 def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -193,7 +190,14 @@ def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple
 
 def _grouped(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Fold query heads that share a key head into rows: ``[batch, num_kv_heads, group * rows, ...]``."""
-    return states.unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    batch, num_heads, rows, size = states.shape
+    return states.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, size)
+
+
+def _ungrouped(states: torch.Tensor, rows: int) -> torch.Tensor:
+    """Undo ``_grouped``: ``[batch, num_heads, rows, ...]``."""
+    batch, num_kv_heads, grouped_rows, size = states.shape
+    return states.reshape(batch, num_kv_heads * grouped_rows // rows, rows, size)
 
 
 def _allowed_keys(

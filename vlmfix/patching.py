@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from vlmfix.activity import Counters, Status, describe
 from vlmfix.anatomy import Anatomy, analyse, unwrap
 from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
 from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.recipes import resolve_methods
 from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, begin_prompt, state_of
+from vlmfix.sites import Site, make_sites
 from vlmfix.text_only import run_text_only
 
 logger = logging.getLogger("vlmfix")
@@ -29,69 +30,6 @@ MethodSpec = str | Path | Method | dict[str, Any] | Sequence[str | Method | dict
 """What ``patch`` takes for a method: a name, a method, its dict, a recipe file, or several of them."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Site:
-    """A patched attention module.
-
-    Attributes:
-        index: Its number among the model's text attention modules.
-        name: Its path in the model.
-        layer_idx: Its decoder layer's index.
-        module: The module.
-        decoder_layer: The decoder layer it belongs to.
-        base_config: The module's own config object, which the patch set aside.
-        is_sliding: Whether its layer sees a sliding window of keys.
-        readers: (method index, method) that read the layer's input.
-        weights: Those that edit attention weights here.
-        heads: Those that edit head outputs here.
-    """
-
-    index: int
-    name: str
-    layer_idx: int
-    module: nn.Module
-    decoder_layer: nn.Module
-    base_config: Any
-    is_sliding: bool
-    readers: tuple[tuple[int, Method], ...]
-    weights: tuple[tuple[int, Method], ...]
-    heads: tuple[tuple[int, Method], ...]
-
-
-class Counters:
-    """What a patch did so far. Edits are added up on the device they happen on, without waiting for it."""
-
-    def __init__(self, num_methods: int) -> None:
-        self.prompts = 0
-        self.prompts_without_image = 0
-        self.decode_steps = 0
-        self._num_methods = num_methods
-        self._edited: dict[torch.device, torch.Tensor] = {}
-
-    def add(self, run: Run) -> None:
-        """Add a finished forward."""
-        self.prompts += run.is_prefill
-        self.prompts_without_image += run.is_prefill and not run.state.any_image
-        self.decode_steps += not run.is_prefill
-        for index, counts in enumerate(run.edited):
-            if counts:
-                total = torch.stack([count.to(counts[0].device) for count in counts]).sum()
-                self._total(total.device)[index].add_(total)
-
-    def _total(self, device: torch.device) -> torch.Tensor:
-        if device not in self._edited:
-            with torch.inference_mode(False):
-                self._edited[device] = torch.zeros(self._num_methods, dtype=torch.int64, device=device)
-        return self._edited[device]
-
-    def edited(self) -> tuple[int, ...]:
-        """Edited (sample, head, row) triples per method; waits for the device."""
-        totals = [0] * self._num_methods
-        for counts in self._edited.values():
-            totals = [total + count for total, count in zip(totals, counts.tolist(), strict=True)]
-        return tuple(totals)
-
-
 class Patch:
     """Everything one ``patch`` call changed in a model, and the hooks that run while it is on."""
 
@@ -99,11 +37,7 @@ class Patch:
         self.anatomy = anatomy
         self.methods = methods
         self.counters = Counters(len(methods))
-        self.sites = tuple(
-            _make_site(index, anatomy, methods)
-            for index in range(len(anatomy.sites))
-            if _is_edited(index, anatomy, methods)
-        )
+        self.sites = make_sites(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
         self._handles: list[Any] = []
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
@@ -176,7 +110,7 @@ class Patch:
             state.decoded.append((past, input_ids))
         return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, rows=(0, q_len))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_prompt(self, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and state is None:
@@ -213,7 +147,7 @@ class Patch:
     def _image_mask(self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
         ids = self.anatomy.image_token_ids
         if input_ids is not None:
-            mask = input_ids == ids[0]
+            mask: torch.Tensor = input_ids == ids[0]
             for other in ids[1:]:
                 mask = mask | (input_ids == other)
             return mask
@@ -271,49 +205,6 @@ class LayerHook:
         run = kwargs.get(RUN_KWARG)
         if run is not None:
             run.after_layer(self.site)
-
-
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """What is active on a model.
-
-    Attributes:
-        model: The model's class name.
-        methods: The methods, bound to the model: layers and dimensions resolved.
-        layers: Layers with at least one edit.
-        image_token_ids: Ids taken for image tokens.
-        prompts: Prompts (prefills) seen so far.
-        prompts_without_image: Those among them without any image token: exact no-ops.
-        decode_steps: Decode forwards so far.
-        edited: Per method, edited (sample, head, row) triples so far: the proof that it acts.
-        notes: What to know about the methods on this model.
-    """
-
-    model: str
-    methods: tuple[Method, ...]
-    layers: tuple[int, ...]
-    image_token_ids: tuple[int, ...]
-    prompts: int
-    prompts_without_image: int
-    decode_steps: int
-    edited: tuple[int, ...]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """A few readable lines."""
-        lines = [
-            f"{self.model} patched with {describe(self.methods)}",
-            f"  layers {', '.join(map(str, self.layers))}; image token ids {', '.join(map(str, self.image_token_ids))}",
-            f"  {self.prompts} prompts ({self.prompts_without_image} without an image), {self.decode_steps} decode steps",
-        ]
-        for method, edited in zip(self.methods, self.edited, strict=True):
-            lines.append(f"  {method.name}: {edited} head rows edited")
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-
-def describe(methods: Sequence[Method]) -> str:
-    """Name methods with their parameters."""
-    return " + ".join(repr(method) for method in methods)
 
 
 def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) -> ModelT:
@@ -397,38 +288,6 @@ def find_patch(model: object) -> Patch | None:
         if isinstance(owner, Patch):
             return owner
     return None
-
-
-def _is_edited(index: int, anatomy: Anatomy, methods: Sequence[Method]) -> bool:
-    layer_idx = anatomy.sites[index].layer_idx
-    return any(layer_idx in (method.layers or ()) for method in methods)
-
-
-def _make_site(index: int, anatomy: Anatomy, methods: Sequence[Method]) -> Site:
-    found = anatomy.sites[index]
-    here = [
-        (number, method)
-        for number, method in enumerate(methods)
-        if found.layer_idx in (method.layers or ()) and not method.is_identity
-    ]
-    layer_types = getattr(anatomy.text_config, "layer_types", None)
-    is_sliding = getattr(anatomy.text_config, "sliding_window", None) is not None
-    if layer_types is not None and found.layer_idx < len(layer_types):
-        is_sliding = layer_types[found.layer_idx] != "full_attention"
-    return Site(
-        index=index,
-        name=found.name,
-        layer_idx=found.layer_idx,
-        module=found.module,
-        decoder_layer=found.decoder_layer,
-        base_config=getattr(found.module.config, SITE_ATTRIBUTE).base_config
-        if hasattr(found.module.config, SITE_ATTRIBUTE)
-        else found.module.config,
-        is_sliding=is_sliding,
-        readers=tuple((number, method) for number, method in here if method.reads_layer_input),
-        weights=tuple((number, method) for number, method in here if method.edits_weights),
-        heads=tuple((number, method) for number, method in here if method.edits_heads),
-    )
 
 
 def _verifies_candidates(kwargs: dict[str, Any]) -> bool:

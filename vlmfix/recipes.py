@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _METHODS = {"none": "none:NoMethod", "vhr": "vhr:VHR", "var": "var:VAR"}
 
 
-def methods() -> dict[str, type[Method]]:
+def all_methods() -> dict[str, type[Method]]:
     """Return every method class by its short name."""
     return {name: method_class(name) for name in _METHODS}
 

@@ -18,8 +18,9 @@ from vlmfix.attention import AttentionCall, explicit_attention, explicit_weights
 from vlmfix.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
+    from vlmfix.activity import Counters
     from vlmfix.methods.base import Method
-    from vlmfix.patching import Counters, Site
+    from vlmfix.sites import Site
     from vlmfix.text_only import TextOnlyRun
 
 STATE_ATTRIBUTE = "_vlmfix"
@@ -47,7 +48,7 @@ class SequenceState:
     input_ids: torch.Tensor | None
     any_image: bool
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
-    decoded: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
 class Run:
@@ -87,21 +88,21 @@ class Run:
 
     @property
     def image_mask(self) -> torch.Tensor:
-        """bool ``[batch, prompt]``: the image tokens."""
+        """The image tokens: bool ``[batch, prompt]``."""
         return self.state.image_mask
 
     @property
     def valid_mask(self) -> torch.Tensor:
-        """bool ``[batch, prompt]``: tokens that are no padding."""
+        """Tokens that are no padding: bool ``[batch, prompt]``."""
         return self.state.valid_mask
 
     @property
     def has_image(self) -> torch.Tensor:
-        """bool ``[batch]``: which samples have an image."""
+        """Which samples have an image: bool ``[batch]``."""
         return self.state.image_mask.any(1)
 
     def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the states ``[batch, ...]`` at each sample's last prompt token; ``states`` is ``[batch, q_len, ...]``."""
+        """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
         valid = self.valid_mask[:, -states.shape[1] :].to(states.device)
         positions = torch.arange(states.shape[1], device=states.device)
         last = (valid * positions).amax(1)
@@ -146,7 +147,7 @@ class Run:
             head_outputs, attn_weights = self._edit_some_rows(call, weights_edits)
         else:
             # Every row is edited: the base kernel would compute the same rows a second time.
-            attn_weights = self._edited_weights(explicit_weights(call, *self.rows, past=self.past), weights_edits)[0]
+            attn_weights = self._edited_weights(explicit_weights(call, *self.rows), weights_edits)[0]
             head_outputs, attn_weights = explicit_attention(call, attn_weights)
         for index, method in site.heads:
             head_outputs = method.edit_heads(head_outputs, Layer(self, site, index))
@@ -159,7 +160,7 @@ class Run:
         head_outputs, attn_weights = call.base()
         for start, stop in call.row_chunks(*self.rows):
             chunk = [(method, layer.at_rows(start, stop)) for method, layer in edits]
-            edited_weights, selected = self._edited_weights(explicit_weights(call, start, stop, past=self.past), chunk)
+            edited_weights, selected = self._edited_weights(explicit_weights(call, start, stop), chunk)
             edited = weighted_values(call, edited_weights)
             rows = head_outputs[:, start:stop]
             head_outputs[:, start:stop] = torch.where(selected.transpose(1, 2)[..., None], edited, rows)
@@ -274,7 +275,9 @@ def _ids_so_far(state: SequenceState, past: int) -> torch.Tensor:
     """Return the ids of the first ``past`` tokens, -1 where they are not known."""
     ids = state.valid_mask.new_full((state.valid_mask.shape[0], past), -1, dtype=torch.int64)
     prompt = state.input_ids
-    for position, known in [] if prompt is None else [(0, prompt), *state.decoded]:
+    parts = [] if prompt is None else [(0, prompt), *state.decoded]
+    for where, known in parts:
+        position = int(where)
         stop = min(position + known.shape[1], past)
         ids[:, position:stop] = known[:, : max(stop - position, 0)]
     return ids

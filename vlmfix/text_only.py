@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vlmfix.methods.base import Method
-    from vlmfix.patching import Site
     from vlmfix.run import Layer, Run, SequenceState
+    from vlmfix.sites import Site
 
 
 class TextOnlyRun:
@@ -122,7 +122,7 @@ def run_text_only(inner: nn.Module, sites: Sequence[Site], state: SequenceState)
     lengths = keep.sum(1).tolist()
     if min(lengths) == 0:
         raise UnsupportedFeatureError(
-            "A prompt of the batch has no text beside its image, so there is nothing to compare it with. Add a question."
+            "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
         )
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
     attention_mask = keep.gather(1, order)

@@ -115,7 +115,7 @@ class Method:
         raise NotImplementedError
 
     def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """Apply what :meth:`edit_heads` froze in the prompt to further head outputs ``[batch, n, num_heads, head_dim]``."""
+        """Apply what :meth:`edit_heads` froze in the prompt to further ``[batch, n, num_heads, head_dim]``."""
         raise NotImplementedError
 
     # Recipes.

@@ -118,8 +118,9 @@ class VAR(Method):
         run = layer.run
         image = run.image_mask.to(hidden_states.device)
         sink = find_sinks(hidden_states, self.sink_dims or (), self.sink_threshold)
-        sink &= run.valid_mask[:, run.past :].to(sink.device)
-        sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, run.past)
+        past = image.shape[1] - sink.shape[1]
+        sink &= run.valid_mask[:, past:].to(sink.device)
+        sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, past)
         groups = torch.stack([image, sink, image & ~sink], dim=-1).float()
         return SinkMap(sink, groups, (sink & image).any(1)[:, None, None])
 
@@ -164,4 +165,5 @@ def find_sinks(hidden_states: torch.Tensor, sink_dims: Sequence[int], threshold:
     """
     rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32) / math.sqrt(hidden_states.shape[-1])
     peak = hidden_states[..., list(sink_dims)].abs().amax(-1).float()
-    return peak >= threshold * (rms.square() + 1e-6).sqrt()
+    is_sink: torch.Tensor = peak >= threshold * (rms.square() + 1e-6).sqrt()
+    return is_sink

@@ -107,8 +107,10 @@ def divergent_heads(with_image: torch.Tensor, without_image: torch.Tensor, outli
         surge = without_image.square().sum(-1)
         outlier = _above_one_std(divergence) & _above_one_std(surge)
         divergence = divergence.masked_fill(outlier, 0.0)
-    return divergence > divergence.median(dim=1, keepdim=True).values
+    selected: torch.Tensor = divergence > divergence.median(dim=1, keepdim=True).values
+    return selected
 
 
 def _above_one_std(values: torch.Tensor) -> torch.Tensor:
-    return values > values.mean(1, keepdim=True) + values.std(1, keepdim=True)
+    above: torch.Tensor = values > values.mean(1, keepdim=True) + values.std(1, keepdim=True)
+    return above

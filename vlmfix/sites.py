@@ -1,0 +1,81 @@
+"""The places in a model where a patch acts, with the methods that act there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from vlmfix.anatomy import Anatomy, AttentionSite, own_config
+from vlmfix.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A patched attention module.
+
+    Attributes:
+        index: Its number among the model's text attention modules.
+        name: Its path in the model.
+        layer_idx: Its decoder layer's index.
+        module: The module.
+        decoder_layer: The decoder layer it belongs to.
+        base_config: The module's own config object, which the patch set aside.
+        is_sliding: Whether its layer sees a sliding window of keys.
+        readers: (method index, method) that read the layer's input.
+        weights: Those that edit attention weights here.
+        heads: Those that edit head outputs here.
+    """
+
+    index: int
+    name: str
+    layer_idx: int
+    module: nn.Module
+    decoder_layer: nn.Module
+    base_config: Any
+    is_sliding: bool
+    readers: tuple[tuple[int, Method], ...]
+    weights: tuple[tuple[int, Method], ...]
+    heads: tuple[tuple[int, Method], ...]
+
+
+def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
+    """Place bound methods in a model.
+
+    Args:
+        anatomy: The model.
+        methods: Methods with their layers resolved, in the order of the path of attention.
+
+    Returns:
+        The sites in a layer of at least one method. Methods that are switched off have a site, and act nowhere.
+    """
+    return tuple(_make_sites(anatomy, methods))
+
+
+def _make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> Iterator[Site]:
+    for index, found in enumerate(anatomy.sites):
+        here = [(n, method) for n, method in enumerate(methods) if found.layer_idx in (method.layers or ())]
+        if not here:
+            continue
+        active = [(number, method) for number, method in here if not method.is_identity]
+        yield Site(
+            index=index,
+            name=found.name,
+            layer_idx=found.layer_idx,
+            module=found.module,
+            decoder_layer=found.decoder_layer,
+            base_config=own_config(found.module),
+            is_sliding=_is_sliding(anatomy.text_config, found),
+            readers=tuple((number, method) for number, method in active if method.reads_layer_input),
+            weights=tuple((number, method) for number, method in active if method.edits_weights),
+            heads=tuple((number, method) for number, method in active if method.edits_heads),
+        )
+
+
+def _is_sliding(text_config: Any, site: AttentionSite) -> bool:
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None and site.layer_idx < len(layer_types):
+        return bool(layer_types[site.layer_idx] != "full_attention")
+    return getattr(text_config, "sliding_window", None) is not None
