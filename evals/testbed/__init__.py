@@ -1,1 +1,28 @@
-"""The embedded tiny vision-language model and its scenes."""
+"""The embedded tiny vision-language model and its scenes.
+
+``MODEL_DIR`` is an ordinary ``from_pretrained`` folder; :func:`prepare` writes the scenes of a split as a COCO folder.
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from .captions import DETAILED_PROMPTS, SHORT_ANSWER
+from .export import default_cache_dir, prepare
+from .scenes import SPLITS, Split
+
+__all__ = ["MODEL_DIR", "PROMPTS", "RECIPE", "SPLITS", "Split", "default_cache_dir", "prepare"]
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""Folder for ``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``."""
+
+RECIPE = Path(__file__).parent / "recipe.json"
+"""Method strengths for this model, chosen on the calibration split."""
+
+PROMPTS: Mapping[str, str] = MappingProxyType(
+    {"describe": DETAILED_PROMPTS[0], "describe_in_detail": DETAILED_PROMPTS[1], "answer_suffix": SHORT_ANSWER[0]}
+)
+"""Instructions the model was trained on: a caption, the captioning prompt of CHAIR papers, LLaVA's POPE suffix."""
