@@ -89,15 +89,15 @@ class CocoData:
             captions: Also read the reference captions, which CHAIR's ground truth needs.
 
         Raises:
-            DataError: the folder or a file is missing, empty, corrupt, or ids are used twice. The message names the
-                file.
+            DataError: the folder or an annotation file is missing, empty, corrupt, or uses an id twice; the message
+                names the file. Missing images are found by :meth:`image` and :meth:`select`.
         """
         root = Path(data_dir)
         annotation_dir, split = _find_annotations(root, split)
         image_dir = _find_images(root, split)
         path = annotation_dir / f"instances_{split}.json"
         coco = _read(path, ("images", "annotations", "categories"))
-        files = {int(i): str(_value(image, "file_name", path)) for i, image in coco.imgs.items()}
+        files = {_integer(i, path): str(_value(image, "file_name", path)) for i, image in coco.imgs.items()}
         objects = _objects_by_image(coco, files, path)
         texts = _captions_by_image(annotation_dir / f"captions_{split}.json") if captions else None
         return cls(split, image_dir, tuple(sorted(files)), files, objects, texts)
@@ -231,14 +231,9 @@ def _find_annotations(root: Path, split: str) -> tuple[Path, str]:
 
 
 def _find_images(root: Path, split: str) -> Path:
+    """The image folder; the first place to look if there is none, since scoring stored captions needs no images."""
     candidates = (root / split, root / "images" / split, root / "images")
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise DataError(
-        f"{root} has no image folder for {split} (looked for {split}/, images/{split}/ and images/): "
-        "unpack the images there"
-    )
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 
 
 def _read(path: Path, keys: Sequence[str]) -> Any:
@@ -257,7 +252,7 @@ def _read(path: Path, keys: Sequence[str]) -> Any:
                 f"annotation file {path} has no entries under {key!r}: it is no complete COCO annotation file, "
                 "download it again"
             )
-        ids = {_value(row, "id", path) for row in rows}
+        ids = {str(_value(row, "id", path)) for row in rows}
         if len(ids) < len(rows):
             raise DataError(
                 f"annotation file {path} uses {len(rows) - len(ids)} ids twice under {key!r}: download it again, "
@@ -271,6 +266,12 @@ def _read(path: Path, keys: Sequence[str]) -> Any:
     except (KeyError, TypeError) as error:
         raise DataError(f"annotation file {path} has an annotation without {error}: download it again") from error
     return coco
+
+
+def _integer(value: Any, path: Path) -> int:
+    if not isinstance(value, int):
+        raise DataError(f"annotation file {path} has the image id {value!r}: expected an integer, download it again")
+    return value
 
 
 def _value(row: Any, key: str, path: Path) -> Any:

@@ -58,7 +58,7 @@ def load_questions(path: Path | str) -> list[PopeQuestion]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DataError(
             f"there is no POPE question file {path}: download "
