@@ -1,0 +1,181 @@
+"""The run folder on disk: an append-only answer log that survives a kill, and files written atomically."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vlmfix.errors import DataError, VlmfixError
+
+logger = logging.getLogger("vlmfix.evals")
+
+try:
+    import fcntl
+except ImportError:  # Windows: no advisory locks, a second run into the same folder is not noticed.
+    fcntl = None  # type: ignore[assignment]
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON spelling of a value: sorted keys, no spaces, ASCII, no NaN (a ``ValueError``)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or leave the old one untouched (temporary file, fsync, ``os.replace``).
+
+    Raises:
+        VlmfixError: The file could not be written; the message names it and the reason.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically (see ``write_text``)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_error(path: Path, error: OSError) -> VlmfixError:
+    """The error a user sees when a file of the run folder cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space and type the same command again: the answers written so far are kept"
+    else:
+        advice = "choose a writable folder with --out DIR"
+    return VlmfixError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+class AnswerLog:
+    """Append-only JSON lines, one per answer, each with a unique ``key``.
+
+    A torn last line (the process was killed, the disk was full) is dropped with a log message when the file is opened
+    again; any other line that cannot be read is an error. While open, the file is locked against a second run.
+
+    Attributes:
+        path: The file.
+        records: Everything in it, by key; grows with ``append``.
+    """
+
+    def __init__(self, path: Path, *, keep: bool = True) -> None:
+        """Open (or create) the log and read what it holds.
+
+        Args:
+            path: The file.
+            keep: Otherwise what it holds is thrown away, once the file is locked.
+
+        Raises:
+            DataError: A line other than a torn last one is not an answer.
+            VlmfixError: The file cannot be opened, or another run has it open.
+        """
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a line is on its way to the disk when `append` returns, and nothing is left to fail at close.
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise write_error(path, error) from error
+        try:
+            self._lock()
+            if not keep:
+                self._file.truncate(0)
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise VlmfixError(
+                f"another run is writing to {self.path.parent}; wait for it or choose --out DIR"
+            ) from error
+        except OSError:  # Some network file systems have no locks; that must not stop a run.
+            logger.warning("no file lock on %s: make sure that only one run writes to it", self.path)
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
+            logger.warning("%s: dropped a torn last line (%d bytes)", self.path, len(data) - complete)
+            os.truncate(self.path, complete)
+        for number, line in enumerate(data[:complete].splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                key = record["key"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{self.path} line {number}: expected a JSON object with a 'key', found {line[:60]!r}; "
+                    "repair or delete that line, or start afresh with --no-resume"
+                ) from error
+            self.records.setdefault(key, record)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write answers whose key is not there yet, one line each, and flush them to the disk.
+
+        Raises:
+            VlmfixError: The disk is full or not writable; what was written before stays readable.
+        """
+        try:
+            for record in records:
+                if record["key"] in self.records:
+                    continue
+                self._write_all((canonical_line(record) + "\n").encode())
+                self.records[record["key"]] = dict(record)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def _write_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:  # A raw write may be short, for example just before the disk is full.
+            view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        """Close the file (and release its lock); a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> AnswerLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def canonical_line(record: Mapping[str, Any]) -> str:
+    """One line of the log: the keys in the order given, so that a reader sees the identifying ones first."""
+    return json.dumps(dict(record), separators=(",", ":"), allow_nan=False, ensure_ascii=False)

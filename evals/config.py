@@ -1,0 +1,261 @@
+"""What an evaluation run is: the user's options, the methods with their controls, and the settings that identify it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import vlmfix
+from vlmfix.errors import DataError, MethodError, VlmfixError
+
+from .cache import digest
+
+SCHEMA_VERSION = 1
+BENCHMARKS = ("chair", "pope")
+POPE_SPLITS = ("random", "popular", "adversarial")
+CHAIR_PROMPT = "Please describe this image in detail."
+POPE_PROMPT = "{question}\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of ``vlmfix eval``, as typed; None means that the run chooses (see ``vlmfix eval --help``)."""
+
+    model: str | None = None
+    methods: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    benchmarks: tuple[str, ...] = BENCHMARKS
+    data: Path | None = None
+    split: str = "heldout"
+    ids: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    attn_implementation: str | None = None
+    max_new_tokens: int | None = None
+    pope_max_new_tokens: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = True
+    prompt: str | None = None
+    pope_prompt: str | None = None
+    chat_template: bool = True
+    pope_questions: tuple[Path, ...] = ()
+    chair_mode: str = "original"
+    controls: bool = True
+    command: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have."""
+        for name in ("limit", "batch_size", "max_new_tokens", "pope_max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise VlmfixError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
+        if unknown or not self.benchmarks:
+            raise VlmfixError(f"unknown --benchmark {unknown}; choose from {', '.join(BENCHMARKS)}")
+        if self.pope_prompt is not None and "{question}" not in self.pope_prompt:
+            raise VlmfixError(f"--pope-prompt needs the placeholder {{question}}, got {self.pope_prompt!r}")
+
+    @property
+    def command_line(self) -> str:
+        """The command that repeats this run, for the report and for the message after Ctrl-C."""
+        return shlex.join(["vlmfix", "eval", *self.command])
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One row of the result table.
+
+    Attributes:
+        label: Unique short name (``"none"``, ``"vhr"``, ``"vhr/all"``).
+        params: The method as ``method.to_dict()`` writes it; part of every answer's key.
+        role: ``"baseline"``, ``"method"`` or ``"control"``.
+        parent: Label of the method a control belongs to.
+    """
+
+    label: str
+    params: Mapping[str, Any]
+    role: str
+    parent: str | None = None
+
+    def build(self) -> Any:
+        """The method object for ``vlmfix.patch``."""
+        from vlmfix.recipes import method_from_dict
+
+        return method_from_dict(dict(self.params))
+
+    def describe(self) -> str:
+        """The label with the parameters that differ from the method's defaults."""
+        from vlmfix.recipes import method_from_dict
+
+        default = method_from_dict({"method": self.params["method"]}).to_dict()
+        changed = [f"{k}={_short(v)}" for k, v in self.params.items() if k in default and default[k] != v]
+        return " ".join([str(self.params["method"]), *changed])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
+    """The methods of a run: ``none`` first, then those asked for, each followed by its own controls.
+
+    Args:
+        options: ``methods``, ``settings`` (``key=value`` or ``method.key=value``) and ``controls`` are read.
+        recipe: The testbed's recipe (``{"methods": [{"method": ..., ...}]}``), or None for the methods' defaults.
+
+    Raises:
+        MethodError: Unknown method or parameter, or a value out of range; the message lists what exists.
+    """
+    names = list(dict.fromkeys(options.methods or ("vhr", "var")))
+    if "none" in names:
+        names.remove("none")
+    known = {entry["method"]: dict(entry) for entry in (recipe or {}).get("methods", [])}
+    wanted = {name: {**known.get(name, {}), "method": name} for name in names}
+    _apply_settings(wanted, options.settings)
+    specs = [MethodSpec("none", _full({"method": "none"}), "baseline")]
+    for name in names:
+        spec = MethodSpec(name, _full(wanted[name]), "method")
+        specs.append(spec)
+        # VHR claims that its choice of heads matters: run it with every head, and with the heads it did not choose.
+        if options.controls and spec.params.get("select") == "divergent":
+            for select in ("all", "unselected"):
+                params = _full({**spec.params, "select": select})
+                specs.append(MethodSpec(f"{name}/{select}", params, "control", name))
+    return specs
+
+
+def _full(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The complete, validated dictionary of a method, as JSON gives it back."""
+    from vlmfix.recipes import method_from_dict
+
+    return dict(json.loads(json.dumps(method_from_dict(dict(params)).to_dict())))
+
+
+def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) -> None:
+    parameters = {name: _parameters(name) for name in wanted}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key:
+            raise MethodError(f"--set expects key=value or method.key=value, got {setting!r}")
+        owner, dot, parameter = key.rpartition(".")
+        targets = [owner] if dot else [name for name in wanted if parameter in parameters[name]]
+        if dot and owner not in wanted:
+            raise MethodError(f"--set {setting}: method {owner!r} is not in this run ({', '.join(wanted) or 'none'})")
+        if not targets or parameter not in parameters[targets[0]]:
+            offered = "; ".join(f"{name}: {', '.join(parameters[name])}" for name in (targets or wanted))
+            raise MethodError(f"--set {setting}: no parameter {parameter!r}; parameters are {offered or 'none'}")
+        for name in targets:
+            wanted[name][parameter] = _parse_value(text)
+
+
+def _parameters(name: str) -> tuple[str, ...]:
+    from vlmfix.recipes import method_from_dict
+
+    return tuple(f.name for f in fields(method_from_dict({"method": name})))
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def load_recipe(path: Path) -> dict[str, Any] | None:
+    """The testbed's method strengths, or None when there is no recipe file.
+
+    Raises:
+        DataError: The file is there but is not a recipe.
+    """
+    if not path.is_file():
+        return None
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        _ = [entry["method"] for entry in recipe["methods"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f'{path} is not a recipe: expected {{"methods": [{{"method": ...}}]}} ({error})') from error
+    return dict(recipe)
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change an answer, with a digest of vlmfix's own source (an editable install changes)."""
+    packages = ("torch", "transformers", "tokenizers", "pillow", "torchvision")
+    found = {"vlmfix": vlmfix.__version__, "vlmfix_source": source_digest()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def source_digest() -> str:
+    """First 16 hex digits of SHA-256 over the plugin's source files (the command line aside)."""
+    root = Path(vlmfix.__file__).parent
+    hasher = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name not in ("cli.py", "__main__.py") and not name.startswith("evals/"):
+            hasher.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str, Any]:
+    """What is worth knowing about a run without being part of its identity: command, machine, batch size."""
+    import torch
+
+    device = model.device
+    return {
+        "command": options.command_line,
+        "batch_size": batch_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "model_class": type(model).__name__,
+        "attn_implementation": model.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def run_name(model: str, settings: Mapping[str, Any]) -> str:
+    """Default name of a run folder: the model's name and the first eight digits of the settings' digest."""
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name) or "model"
+    return f"{stem}-{digest(settings)[:8]}"
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line per setting in which two runs differ, nested names joined by dots."""
+    return [
+        f"{name}: {_clip(old_value)} in the folder, {_clip(new_value)} now"
+        for name, old_value, new_value in _differences(old, new, "")
+    ]
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else key)
+    elif _is_list(old) and _is_list(new) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(a, b, f"{name}[{index}]")
+    elif old != new:
+        yield name, old, new
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _clip(value: Any) -> str:
+    text = f"{len(value)} entries" if _is_list(value) and len(value) > 4 else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

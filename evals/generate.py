@@ -1,0 +1,220 @@
+"""Greedy answers of a model for batches of (image, question), with the logits the controls need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vlmfix.errors import VlmfixError
+
+from .models import answer_token_ids, end_token_ids
+
+#: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
+LARGEST_GAP = 9999.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thing to ask: an image and a question.
+
+    Attributes:
+        benchmark: ``"chair"`` or ``"pope"``.
+        image_id: COCO image id.
+        path: Image file.
+        question: What the user would type, without the chat template.
+    """
+
+    benchmark: str
+    image_id: int
+    path: Path
+    question: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and the figures recorded on the way.
+
+    Attributes:
+        text: Decoded answer without special tokens, stripped.
+        tokens: Generated token ids, without the end token.
+        truncated: No end token came within the allowed number of new tokens.
+        eos_gaps: Per greedy step, the end token's included: largest logit minus the best end-token logit; 0 where the
+            model ended. Empty where not recorded.
+        score: First-step log-odds of yes against no (logsumexp of the yes tokens minus that of the no tokens), None
+            where not recorded or not finite.
+        seconds: This answer's share of its batch's wall time in ``generate``.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    truncated: bool
+    eos_gaps: tuple[float, ...]
+    score: float | None
+    seconds: float
+
+
+class StepRecorder(LogitsProcessor):  # type: ignore[misc]
+    """A logits processor that changes nothing and keeps two figures of every row.
+
+    It runs behind the model's own logits processors, so it sees what greedy decoding takes the maximum of.
+    """
+
+    def __init__(self, end_ids: Sequence[int], yes_ids: Sequence[int] = (), no_ids: Sequence[int] = ()) -> None:
+        """Record the end-token gap (where ``end_ids`` is not empty) and the first step's yes-minus-no score."""
+        self._end_ids = list(end_ids)
+        self._yes_ids = list(yes_ids)
+        self._no_ids = list(no_ids)
+        self._gaps: list[torch.Tensor] = []
+        self._score: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Record from ``scores`` [B, V] (float) and hand it back untouched."""
+        if self._end_ids:
+            self._gaps.append(scores.amax(-1).float() - scores[:, self._end_ids].amax(-1).float())
+        if self._yes_ids and self._score is None:
+            logits = scores.float()
+            self._score = logits[:, self._yes_ids].logsumexp(-1) - logits[:, self._no_ids].logsumexp(-1)
+        return scores
+
+    def gaps(self) -> list[list[float]]:
+        """End-token gaps, one list of steps per row (all rows as long as the longest)."""
+        if not self._gaps:
+            return []
+        gaps = torch.stack(self._gaps, dim=1)
+        gaps = gaps.nan_to_num(LARGEST_GAP, LARGEST_GAP, -LARGEST_GAP).clamp(max=LARGEST_GAP)
+        return [[round(value, 5) for value in row] for row in gaps.tolist()]
+
+    def scores(self) -> list[float | None]:
+        """Yes-minus-no of the first step, one per row; None where it is not finite."""
+        if self._score is None:
+            return []
+        return [round(value, 5) if abs(value) < float("inf") else None for value in self._score.tolist()]
+
+
+class PromptBuilder:
+    """Turns a question into the text a processor expects.
+
+    Args:
+        processor: A transformers processor.
+        use_template: Wrap the question into the processor's chat template (one user turn: image, then text).
+            Otherwise the question must hold the processor's image placeholder itself.
+
+    Raises:
+        VlmfixError: A template is wanted and the processor has none.
+    """
+
+    def __init__(self, processor: Any, *, use_template: bool = True) -> None:
+        self._processor = processor
+        self.use_template = use_template
+        if use_template and not getattr(processor, "chat_template", None):
+            raise VlmfixError(
+                f"this model's {type(processor).__name__} has no chat template; type --no-chat-template and give the "
+                "whole prompt, such as --prompt 'USER: <image>\\nDescribe the image. ASSISTANT:' and "
+                "--pope-prompt 'USER: <image>\\n{question} ASSISTANT:'"
+            )
+
+    def __call__(self, question: str) -> str:
+        """The prompt text of one question.
+
+        Raises:
+            VlmfixError: Without a template, when the text has no place for the image.
+        """
+        if self.use_template:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            return str(self._processor.apply_chat_template(messages, add_generation_prompt=True))
+        image_token = getattr(self._processor, "image_token", None)
+        if image_token and image_token not in question:
+            raise VlmfixError(f"the prompt {question!r} has no place for the image; put {image_token} where it belongs")
+        return question
+
+
+class Generator:
+    """Greedy batched generation with one model and processor."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        """Look up the end tokens and the yes/no tokens once."""
+        self.model = model
+        self.processor = processor
+        self._end_ids = end_token_ids(model)
+        answers = answer_token_ids(processor.tokenizer)
+        self._yes_ids, self._no_ids = answers["yes"], answers["no"]
+
+    def encode(self, prompts: Sequence[str], images: Sequence[Any]) -> Any:
+        """Left-padded model inputs on the model's device for prompts with one image each."""
+        bos = self.processor.tokenizer.bos_token
+        # A chat template that already wrote the first token must not get a second one.
+        special = not (bos and prompts[0].startswith(bos))
+        try:
+            inputs = self.processor(
+                images=list(images), text=list(prompts), padding=True, add_special_tokens=special, return_tensors="pt"
+            )
+        except (ValueError, TypeError) as error:
+            raise VlmfixError(f"the processor rejects the prompt {prompts[0]!r}: {error}") from error
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def generate(self, inputs: Any, benchmark: str, max_new_tokens: int) -> list[Answer]:
+        """Answer a batch.
+
+        Args:
+            inputs: From ``encode``.
+            benchmark: ``"chair"`` records end-token gaps, ``"pope"`` the yes-minus-no score.
+            max_new_tokens: Limit of generated tokens per row.
+
+        Raises:
+            VlmfixError: The device ran out of memory.
+        """
+        recorder = (
+            StepRecorder(self._end_ids) if benchmark == "chair" else StepRecorder((), self._yes_ids, self._no_ids)
+        )
+        start = time.perf_counter()
+        try:
+            output = self.model.generate(
+                **inputs, **self.decoding(max_new_tokens), logits_processor=LogitsProcessorList([recorder])
+            )
+        except torch.OutOfMemoryError as error:
+            size = len(inputs["input_ids"])
+            raise VlmfixError(
+                f"out of memory with {size} samples in a batch; type --batch-size {max(1, size // 2)} "
+                "(the answers written so far are kept)"
+            ) from error
+        # A decoder-only model repeats the prompt; an encoder-decoder model begins with one start token.
+        start_token = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        rows = output[:, start_token:].tolist()
+        seconds = round((time.perf_counter() - start) / len(rows), 6)
+        gaps, scores = recorder.gaps(), recorder.scores()
+        answers = []
+        for index, row in enumerate(rows):
+            length = next((i for i, token in enumerate(row) if token in self._end_ids), None)
+            tokens = tuple(row[:length])
+            text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            steps = len(row) if length is None else length + 1
+            answers.append(
+                Answer(
+                    text,
+                    tokens,
+                    truncated=length is None,
+                    eos_gaps=tuple(gaps[index][:steps]) if gaps else (),
+                    score=scores[index] if scores else None,
+                    seconds=seconds,
+                )
+            )
+        return answers
+
+    def decoding(self, max_new_tokens: int) -> dict[str, Any]:
+        """The keyword arguments of ``generate``: greedy, one beam, whatever the model's own settings are."""
+        return {
+            "do_sample": False,
+            "num_beams": 1,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+        }

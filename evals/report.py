@@ -1,0 +1,336 @@
+"""The result table: for a terminal of 120 columns, and as Markdown. Both are made from ``results.json`` alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TERMINAL_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the result table.
+
+    Attributes:
+        benchmark: ``"chair"`` or ``"pope"``.
+        name: Key in summaries.
+        title: Column title.
+        better: 1 if more is better, -1 if less is, 0 if neither.
+        percent: Printed as percent; otherwise as it is.
+    """
+
+    benchmark: str
+    name: str
+    title: str
+    better: int
+    percent: bool = True
+
+    @property
+    def key(self) -> str:
+        """Key in a method's differences."""
+        return f"{self.benchmark}.{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """Title with an arrow towards the better values."""
+        return f"{self.title} {'↓ ↑'[self.better + 1]}".rstrip()
+
+
+METRICS = (
+    Metric("chair", "chair_s", "CHAIR_s", -1),
+    Metric("chair", "chair_i", "CHAIR_i", -1),
+    Metric("chair", "recall", "recall", 1),
+    Metric("chair", "f1", "F1", 1),
+    Metric("chair", "length_words", "words", 0, percent=False),
+    Metric("pope", "accuracy", "accuracy", 1),
+    Metric("pope", "f1", "F1", 1),
+    Metric("pope", "yes_ratio", "yes", 0),
+    Metric("pope", "auc", "AUC", 1),
+)
+BY_KEY = {metric.key: metric for metric in METRICS}
+
+VERDICTS = {
+    "better": "beats its control",
+    "same": "not told apart from its control",
+    "worse": "worse than its control",
+    "unchanged": "no answer changed",
+}
+
+
+def number(value: float | None, *, percent: bool = True) -> str:
+    """A figure with one decimal, fractions as percent; a dash where it is undefined."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{100 * value if percent else value:.1f}"
+
+
+def signed(value: float | None, *, percent: bool = True) -> str:
+    """A difference with one decimal and its sign."""
+    text = number(value, percent=percent)
+    if text in ("-", "0.0", "-0.0"):
+        return text.removeprefix("-") or "-"
+    return text if text.startswith("-") else f"+{text}"
+
+
+def finite(summary: Mapping[str, float]) -> dict[str, float | None]:
+    """A summary for JSON, which has no NaN: undefined figures become null."""
+    return {name: None if math.isnan(value) else value for name, value in summary.items()}
+
+
+def excludes_zero(interval: Mapping[str, Any]) -> bool:
+    """Whether an interval lies on one side of zero."""
+    low, high = interval["low"], interval["high"]
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
+def plain_table(rows: Sequence[Sequence[str]], *, gap: int = 2) -> str:
+    """Aligned plain text: first column to the left, the others to the right; trailing blanks removed."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        (
+            row[0].ljust(widths[0])
+            + "".join(" " * gap + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    rule = ["---", *["--:"] * (len(rows[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def text_report(results: Mapping[str, Any]) -> str:
+    """What ``vlmfix eval`` ends with: conditions, one table, the controls; at most 120 columns wide."""
+    metrics = used_metrics(results)
+    rows = [["", *(_group(metrics, i) for i in range(len(metrics))), ""]]
+    rows.append(["method", *(metric.heading for metric in metrics), "seconds"])
+    changed = set(changed_methods(results))
+    for method in results["methods"]:
+        rows.append([method["label"], *(_value(method, m) for m in metrics), number(_seconds(method), percent=False)])
+        if method["label"] not in changed:
+            if "differences" in method:
+                rows.append(["  = none", *[""] * (len(metrics) + 1)])
+        elif "differences" in method:
+            found = [method["differences"].get(metric.key) for metric in metrics]
+            rows.append(["  - none", *(_difference(d, m) for d, m in zip(found, metrics, strict=True)), ""])
+            rows.append(["  95 %", *(_interval(d, m) for d, m in zip(found, metrics, strict=True)), ""])
+    table = plain_table(rows)
+    if max(map(len, table.split("\n"))) > TERMINAL_WIDTH:
+        table = plain_table(rows, gap=1)
+    head = [line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..." for line in conditions(results)]
+    parts = [*head, "", table, "", legend(results)]
+    if results.get("controls"):
+        parts += ["", _controls_text(results)]
+    return "\n".join(parts)
+
+
+def markdown_report(results: Mapping[str, Any]) -> str:
+    """``report.md``: everything a reader needs to judge and repeat the run."""
+    metrics = used_metrics(results)
+    rows = [
+        [
+            "method",
+            *(
+                f"{m.benchmark.upper()} {m.title.removeprefix('CHAIR_')}{m.heading.removeprefix(m.title)}"
+                for m in metrics
+            ),
+            "seconds",
+        ]
+    ]
+    for method in results["methods"]:
+        cells = []
+        for metric in metrics:
+            cell = _value(method, metric)
+            difference = method.get("differences", {}).get(metric.key)
+            if difference is not None:
+                cell += f"<br>{_difference(difference, metric)} [{_interval(difference, metric).replace(',', ', ')}]"
+            cells.append(cell)
+        rows.append(
+            [
+                f"`{method['describe']}`" if method["role"] != "control" else f"control `{method['describe']}`",
+                *cells,
+                number(_seconds(method), percent=False),
+            ]
+        )
+    parts = ["# vlmfix evaluation", "", *(f"- {line}" for line in conditions(results)), ""]
+    parts += [markdown_table(rows), "", legend(results), ""]
+    if results.get("controls"):
+        parts += ["## Controls", "", CONTROLS_EXPLAINED, "", markdown_table(_control_rows(results)), ""]
+    if "pope" in results["methods"][0]:
+        parts += ["## POPE by split", "", markdown_table(_split_rows(results)), ""]
+    if "chair" in results["methods"][0]:
+        parts += ["## Captions", "", markdown_table(_caption_rows(results)), ""]
+    if results["notes"]:
+        parts += ["## Notes", "", *(f"- {note}" for note in results["notes"]), ""]
+    parts += [
+        "## Repeat",
+        "",
+        "```",
+        results["command"],
+        "```",
+        "",
+        "Image ids, prompts, weights and versions are in `config.json`; raw answers in `answers.jsonl`.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+CONTROLS_EXPLAINED = (
+    "*early stop*: `none`'s own captions, ended as soon as the end token comes within a fixed margin, chosen so that "
+    "recall is the method's. *yes bias*: a constant added to `none`'s yes-minus-no logit, chosen so that the share of "
+    "yes is the method's. *every head* and *other heads*: the same factor on all heads, and on those the method leaves "
+    "alone. A method that does not beat its control only moves along the trade-off."
+)
+
+
+def used_metrics(results: Mapping[str, Any]) -> list[Metric]:
+    """The columns that this run has figures for."""
+    first = results["methods"][0]
+    return [
+        metric
+        for metric in METRICS
+        if metric.benchmark in first and any(_figure(method, metric) is not None for method in results["methods"])
+    ]
+
+
+def conditions(results: Mapping[str, Any]) -> list[str]:
+    """N, mode, prompts, decoding and versions, one line each."""
+    settings = results["settings"]
+    model, versions = settings["model"], settings["versions"]
+    lines = [
+        f"model {results['model']} ({model['weights'][:19]}), {model['dtype']}, greedy, batch {results['batch_size']}",
+        f"data {results['data']}, seed {settings['seed']}; vlmfix {versions['vlmfix']} "
+        f"({versions['vlmfix_source'][:8]}), torch {versions['torch']}, transformers {versions['transformers']}",
+    ]
+    first = results["methods"][0]
+    if "chair" in first:
+        chair = settings["chair"]
+        lines.append(
+            f"CHAIR {chair['mode']} mode, {first['chair']['counts']['captions']} captions of at most "
+            f"{chair['max_new_tokens']} new tokens; prompt {chair['prompt']!r}"
+        )
+    if "pope" in first:
+        pope, part = settings["pope"], first["pope"]
+        sizes = ", ".join(f"{split} {part[split]['counts']['n']}" for split in part["splits"])
+        lines.append(
+            f"POPE {part['parser']} parser, {part['all']['counts']['n']} questions ({sizes}) on "
+            f"{len(pope['image_ids'])} images; prompt {pope['prompt']!r}"
+        )
+    return lines
+
+
+def legend(results: Mapping[str, Any]) -> str:
+    """How to read the table, and what the short method names stand for."""
+    names = "; ".join(f"{m['label']} = {m['describe']}" for m in results["methods"] if m["describe"] != m["label"])
+    resamples = results["intervals"]["resamples"]
+    text = (
+        f"'- none': paired difference in points, 95 % interval over {resamples} resamples of the images; * excludes 0."
+    )
+    return f"{text}\n{names}" if names else text
+
+
+def _controls_text(results: Mapping[str, Any]) -> str:
+    rows = _control_rows(results)
+    left = 3  # The first columns are words.
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            c.ljust(w) if i < left or i == len(row) - 1 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _control_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["method", "control", "matched", "metric", "method", "control", "difference", "95 %", "verdict"]]
+    for control in results["controls"]:
+        metric = BY_KEY[control["metric"]]
+        difference = control.get("difference")
+        rows.append(
+            [
+                control["method"],
+                control["control"],
+                control.get("matched", ""),
+                metric.heading,
+                number(control.get("method_value"), percent=metric.percent),
+                number(control.get("control_value"), percent=metric.percent),
+                _difference(difference, metric),
+                _interval(difference, metric),
+                VERDICTS[control["verdict"]],
+            ]
+        )
+    return rows
+
+
+def _split_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    splits = results["methods"][0]["pope"]["splits"]
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc")
+    rows = [["method", "split", "n", "accuracy", "precision", "recall", "F1", "yes", "AUC", "unparsed"]]
+    for method in results["methods"]:
+        for split in (*splits, "all"):
+            part = method["pope"][split]
+            figures = [number(part["summary"].get(name)) for name in names]
+            rows.append([method["label"], split, str(part["counts"]["n"]), *figures, str(part["counts"]["unparsed"])])
+    return rows
+
+
+def _caption_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    rows = [
+        ["method", "captions", "changed", "truncated", "mentions", "hallucinated", "distinct", "recalled", "objects"]
+    ]
+    names = ("mentions", "hallucinated_mentions", "generated_distinct", "recalled_gt_objects", "gt_objects")
+    for method in results["methods"]:
+        part = method["chair"]
+        counts = part["counts"]
+        figures = [str(counts[name]) for name in names]
+        rows.append([method["label"], str(counts["captions"]), str(part["changed"]), str(part["truncated"]), *figures])
+    return rows
+
+
+def _group(metrics: Sequence[Metric], index: int) -> str:
+    """The benchmark's name above its first column."""
+    first = index == 0 or metrics[index].benchmark != metrics[index - 1].benchmark
+    return metrics[index].benchmark.upper() if first else ""
+
+
+def _figure(method: Mapping[str, Any], metric: Metric) -> float | None:
+    part = method.get(metric.benchmark)
+    if part is None:
+        return None
+    summary = part["summary"] if metric.benchmark == "chair" else part["all"]["summary"]
+    value: float | None = summary.get(metric.name)
+    return value
+
+
+def _value(method: Mapping[str, Any], metric: Metric) -> str:
+    return number(_figure(method, metric), percent=metric.percent)
+
+
+def _difference(difference: Mapping[str, Any] | None, metric: Metric) -> str:
+    if difference is None:
+        return ""
+    return signed(difference["estimate"], percent=metric.percent) + ("*" if excludes_zero(difference) else "")
+
+
+def _interval(difference: Mapping[str, Any] | None, metric: Metric) -> str:
+    if difference is None:
+        return ""
+    return ",".join(signed(difference[end], percent=metric.percent) for end in ("low", "high"))
+
+
+def _seconds(method: Mapping[str, Any]) -> float:
+    return math.fsum(method[b]["seconds"] for b in ("chair", "pope") if b in method)
+
+
+def changed_methods(results: Mapping[str, Any]) -> Iterable[str]:
+    """Labels of the methods that changed at least one answer."""
+    for method in results["methods"]:
+        if any(method.get(b, {}).get("changed", 0) for b in ("chair", "pope")):
+            yield method["label"]

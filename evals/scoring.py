@@ -1,0 +1,312 @@
+"""From answers to figures: counts, paired differences to ``none``, controls and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import MethodSpec
+from .controls import early_stop_control, yes_bias_control
+from .generate import Answer
+from .metrics.chair import ChairTable, score_captions
+from .metrics.pope import PopeTable, score_answers
+from .report import BY_KEY, METRICS, Metric, finite
+from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Interval, paired_bootstrap
+from .tasks import ChairTask, PopeTask, Tasks
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+Answers = Mapping[tuple[str, int, str], Answer]
+
+
+def score_run(
+    tasks: Tasks,
+    methods: Sequence[MethodSpec],
+    answers: Mapping[str, Answers],
+    *,
+    decode: Callable[[list[int]], str],
+    controls: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score every method and compare it with ``none`` and with its controls.
+
+    Args:
+        tasks: What was asked.
+        methods: Rows, the baseline first.
+        answers: Method label to its answers by (benchmark, image id, question).
+        decode: Token ids to text, for the early-stop control.
+        controls: Whether to compare with the controls.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The scores' part of ``results.json``: ``methods``, ``controls`` and ``intervals``.
+    """
+    chair = {spec.label: _chair_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
+    pope = {spec.label: _pope_table(tasks.pope, answers[spec.label]) for spec in methods} if tasks.pope else {}
+    baseline = methods[0].label
+    rows: list[dict[str, Any]] = []
+    for spec in methods:
+        row: dict[str, Any] = {
+            "label": spec.label,
+            "describe": spec.describe(),
+            "params": dict(spec.params),
+            "role": spec.role,
+            "parent": spec.parent,
+        }
+        if tasks.chair:
+            row["chair"] = _chair_part(tasks.chair, chair[spec.label], answers[spec.label], answers[baseline])
+        if tasks.pope:
+            row["pope"] = _pope_part(tasks.pope, pope[spec.label], answers[spec.label], answers[baseline])
+        if spec.label != baseline:
+            row["differences"] = {
+                metric.key: _interval_dict(difference(metric, tables[spec.label], tables[baseline], seed))
+                for metric in METRICS
+                if (tables := chair if metric.benchmark == "chair" else pope) and _defined(metric, tables.values())
+            }
+        rows.append(row)
+    changed = {
+        (str(row["label"]), metric.benchmark): row[metric.benchmark]["changed"]
+        for row in rows
+        for metric in METRICS
+        if metric.benchmark in row
+    }
+    compared = _controls(tasks, methods, answers, chair, pope, decode, seed) if controls else []
+    for control in compared:
+        if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
+            control["verdict"] = "unchanged"
+    return {
+        "methods": rows,
+        "controls": compared,
+        "intervals": {
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "resampled": "images",
+            "method": "percentile bootstrap, paired",
+        },
+    }
+
+
+def _key(task: PopeTask, question: Any) -> tuple[str, int, str]:
+    return ("pope", question.image_id, task.prompt_text(question))
+
+
+def _chair_table(task: ChairTask, answers: Answers) -> ChairTable:
+    captions = {s.image_id: answers[s.benchmark, s.image_id, s.question].text for s in task.samples}
+    return score_captions(captions, task.truth, task.matcher)
+
+
+def _pope_table(task: PopeTask, answers: Answers) -> PopeTable:
+    given = [answers[_key(task, question)] for question in task.questions]
+    scores = [answer.score for answer in given if answer.score is not None]
+    # One missing score (a method that overflows, a vocabulary without a yes token) leaves the table without any.
+    return score_answers(
+        task.questions, [answer.text for answer in given], scores=scores if len(scores) == len(given) else None
+    )
+
+
+def _chair_part(task: ChairTask, table: ChairTable, answers: Answers, baseline: Answers) -> dict[str, Any]:
+    keys = [(s.benchmark, s.image_id, s.question) for s in task.samples]
+    return {
+        "counts": {**table.counts(), "words": int(table.words.sum())},
+        "summary": finite(table.summary()),
+        "truncated": sum(answers[key].truncated for key in keys),
+        "changed": sum(answers[key].tokens != baseline[key].tokens for key in keys),
+        "seconds": round(sum(answers[key].seconds for key in keys), 3),
+    }
+
+
+def _pope_part(task: PopeTask, table: PopeTable, answers: Answers, baseline: Answers) -> dict[str, Any]:
+    keys = [(s.benchmark, s.image_id, s.question) for s in task.samples]
+    splits = list(dict.fromkeys(question.split for question in task.questions))
+    part: dict[str, Any] = {
+        "parser": table.parser,
+        "splits": splits,
+        "asked": len(keys),
+        "changed": sum(
+            (answers[key].text, answers[key].score) != (baseline[key].text, baseline[key].score) for key in keys
+        ),
+        "seconds": round(sum(answers[key].seconds for key in keys), 3),
+        "all": {"counts": table.counts(), "summary": finite(table.summary())},
+    }
+    f1 = []
+    for split in splits:
+        questions = [question for question in task.questions if question.split == split]
+        own = _pope_table(PopeTask(tuple(questions), task.samples, task.prompt, task.max_new_tokens), answers)
+        part[split] = {"counts": own.counts(), "summary": finite(own.summary())}
+        f1.append(own.summary()["f1"])
+    part["mean_f1_of_splits"] = sum(f1) / len(f1)  # The figure LLaVA prints; the table's F1 pools all questions.
+    return part
+
+
+def _defined(metric: Metric, tables: Any) -> bool:
+    return metric.name != "auc" or all(table.score is not None for table in tables)
+
+
+def difference(metric: Metric, table: Any, other: Any, seed: int) -> Interval:
+    """Paired interval of ``table``'s figure minus ``other``'s, over resampled images."""
+    if metric.name == "auc":
+        return paired_auc(table, other, seed=seed)
+    statistics = CHAIR_STATISTICS if metric.benchmark == "chair" else POPE_STATISTICS
+    return paired_bootstrap(
+        statistics[metric.name], table, other, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE
+    )
+
+
+def paired_auc(table: PopeTable, other: PopeTable, *, seed: int = 0) -> Interval:
+    """Paired interval of an AUC difference: images are resampled, and each question weighs as often as its image.
+
+    Args:
+        table: Answers with scores, float64 [n].
+        other: Answers with scores to the same questions in the same order.
+        seed: Seed of the resampling.
+
+    Returns:
+        Estimate and percentile interval; not defined (NaN ends) with fewer than two images.
+    """
+    images, inverse = np.unique(table.image_ids, return_inverse=True)
+    n = len(images)
+    ranked = [_ranked(t) for t in (table, other)]
+    ones = np.ones((1, n))
+    estimate = float(np.subtract(*(_weighted_auc(r, ones[:, inverse]) for r in ranked))[0])
+    if n < 2:
+        return Interval(estimate, float("nan"), float("nan"), n)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for start in range(0, RESAMPLES, 250):  # Bounds the memory at 250 weights per question.
+        count = min(250, RESAMPLES - start)
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)[:, inverse]
+        draws.append(np.subtract(*(_weighted_auc(r, weights) for r in ranked)))
+    values = np.concatenate(draws)
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return Interval(estimate, float("nan"), float("nan"), n, RESAMPLES)
+    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(estimate, float(low), float(high), n, RESAMPLES - len(defined))
+
+
+def _ranked(table: PopeTable) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Questions by rising score: their order, the last index of each one's run of equal scores, and their labels."""
+    assert table.score is not None
+    order = np.argsort(table.score, kind="stable")
+    scores = table.score[order]
+    first = np.searchsorted(scores, scores, side="left")
+    return order, np.stack([first, np.searchsorted(scores, scores, side="right")]), table.label[order]
+
+
+def _weighted_auc(
+    ranked: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """AUC [k] of weighted questions, weights [k, n]: P(positive above negative), ties counted half."""
+    order, (first, last), label = ranked
+    sorted_weights = weights[:, order]
+    negative = np.where(label, 0.0, sorted_weights)
+    positive = sorted_weights - negative
+    below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(negative, axis=1)], axis=1)
+    wins = (positive * (below[:, first] + below[:, last]) / 2).sum(axis=1)
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    auc: NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
+    return auc
+
+
+def _interval_dict(interval: Interval) -> dict[str, Any]:
+    return finite(asdict(interval))
+
+
+def _controls(
+    tasks: Tasks,
+    methods: Sequence[MethodSpec],
+    answers: Mapping[str, Answers],
+    chair: Mapping[str, ChairTable],
+    pope: Mapping[str, PopeTable],
+    decode: Callable[[list[int]], str],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Each method against what needs no method: a shifted threshold, or other heads."""
+    found: list[dict[str, Any]] = []
+    for spec in methods:
+        if spec.role != "method":
+            continue
+        if tasks.chair is not None:
+            found += _early_stop(tasks.chair, spec, answers, chair, decode, seed)
+        if tasks.pope is not None:
+            found += _yes_bias(spec, pope, seed, baseline=methods[0].label)
+        for control in methods:
+            if control.parent == spec.label:
+                name = {"all": "every head", "unselected": "other heads"}[control.params["select"]]
+                for metric in METRICS:
+                    tables = chair if metric.benchmark == "chair" else pope
+                    if (
+                        metric.key in ("chair.chair_i", "chair.f1", "pope.auc")
+                        and tables
+                        and _defined(metric, tables.values())
+                    ):
+                        found.append(compare(spec.label, name, metric, tables[spec.label], tables[control.label], seed))
+    return found
+
+
+def compare(
+    label: str, control: str, metric: Metric, table: Any, other: Any, seed: int, matched: str = ""
+) -> dict[str, Any]:
+    """One line of the controls: a method's figure, its control's, the paired difference and what follows from it."""
+    interval = difference(metric, table, other, seed)
+    if interval.low * metric.better > 0 and interval.high * metric.better > 0:
+        verdict = "better"
+    elif interval.low * metric.better < 0 and interval.high * metric.better < 0:
+        verdict = "worse"
+    else:
+        verdict = "same"
+    return {
+        "method": label,
+        "control": control,
+        "matched": matched,
+        "metric": metric.key,
+        "method_value": finite(table.summary())[metric.name],
+        "control_value": finite(other.summary())[metric.name],
+        "difference": _interval_dict(interval),
+        "verdict": verdict,
+    }
+
+
+def _early_stop(
+    task: ChairTask,
+    spec: MethodSpec,
+    answers: Mapping[str, Answers],
+    tables: Mapping[str, ChairTable],
+    decode: Callable[[list[int]], str],
+    seed: int,
+) -> list[dict[str, Any]]:
+    baseline = next(iter(tables))
+    given = {s.image_id: answers[baseline][s.benchmark, s.image_id, s.question] for s in task.samples}
+    recall = tables[spec.label].summary()["recall"]
+    if not recall == recall:  # NaN: nothing to recall in these images.
+        return []
+    control = early_stop_control(
+        {i: answer.tokens for i, answer in given.items()},
+        {i: answer.eos_gaps for i, answer in given.items()},
+        decode,
+        recall,
+        task.truth,
+        task.matcher,
+    )
+    reached = control.table.summary()["recall"]
+    matched = f"recall {100 * recall:.1f} and {100 * reached:.1f}"
+    rows = [
+        compare(spec.label, "early stop", BY_KEY[key], tables[spec.label], control.table, seed, matched)
+        for key in ("chair.chair_i", "chair.chair_s")
+    ]
+    return [{**row, "bias": control.bias} for row in rows]
+
+
+def _yes_bias(spec: MethodSpec, tables: Mapping[str, PopeTable], seed: int, *, baseline: str) -> list[dict[str, Any]]:
+    if tables[baseline].score is None:
+        return []
+    ratio = tables[spec.label].summary()["yes_ratio"]
+    control = yes_bias_control(tables[baseline], ratio)
+    matched = f"yes {100 * ratio:.1f} and {100 * control.table.summary()['yes_ratio']:.1f}"
+    row = compare(spec.label, "yes bias", BY_KEY["pope.accuracy"], tables[spec.label], control.table, seed, matched)
+    return [{**row, "bias": control.bias}]

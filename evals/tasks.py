@@ -1,0 +1,256 @@
+"""What a run asks: images, captioning samples and POPE questions, chosen by seed and never by file order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import DataError
+
+from .cache import digest, file_digest
+from .config import CHAIR_PROMPT, POPE_PROMPT, POPE_SPLITS, EvalOptions
+from .data.coco import CocoData, load_image
+from .data.pope import PopeQuestion, build_questions, load_questions
+from .generate import Sample
+from .metrics.chair import ChairMatcher, ground_truth
+
+logger = logging.getLogger("vlmfix.evals")
+
+#: Images of a run that names no limit: the testbed's run fits into three minutes on two cores, COCO's follow papers.
+TESTBED_IMAGES = 400
+COCO_IMAGES = 500
+MIN_POPE_OBJECTS = 3
+CHAIR_NEW_TOKENS = 512
+#: The testbed's captions have about 40 tokens; a method that breaks its text shows as truncated captions.
+TESTBED_CHAIR_NEW_TOKENS = 128
+POPE_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class ChairTask:
+    """Images to caption and what is in them.
+
+    Attributes:
+        samples: One per image, by image id.
+        truth: Image id to its objects, in the matcher's mode.
+        matcher: Finds objects in captions.
+        max_new_tokens: Limit of the caption's length.
+    """
+
+    samples: tuple[Sample, ...]
+    truth: Mapping[int, frozenset[str]]
+    matcher: ChairMatcher
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class PopeTask:
+    """Questions to answer.
+
+    Attributes:
+        questions: Every question of every split, in file order.
+        samples: Each different (image, question) once: the splits share their positive questions.
+        prompt: Template with ``{question}``.
+        max_new_tokens: Limit of the answer's length.
+    """
+
+    questions: tuple[PopeQuestion, ...]
+    samples: tuple[Sample, ...]
+    prompt: str
+    max_new_tokens: int
+
+    def prompt_text(self, question: PopeQuestion) -> str:
+        """The sample's question text of a POPE question."""
+        return self.prompt.replace("{question}", question.text)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Everything a run asks.
+
+    Attributes:
+        description: One line on the data, for the report.
+        notes: What the reader of the report must know about the choice of images.
+        chair: The captioning task, if wanted.
+        pope: The question task, if wanted.
+        image_digests: SHA-256 of every image file, by path.
+    """
+
+    description: str
+    notes: tuple[str, ...]
+    chair: ChairTask | None
+    pope: PopeTask | None
+    image_digests: Mapping[Path, str] = field(repr=False)
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, captions first."""
+        for task in (self.chair, self.pope):
+            yield from task.samples if task is not None else ()
+
+    def max_new_tokens(self, benchmark: str) -> int:
+        """Length limit of a benchmark's answers."""
+        task = self.chair if benchmark == "chair" else self.pope
+        assert task is not None
+        return task.max_new_tokens
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the questions and images, for ``config.json``."""
+        settings: dict[str, Any] = {}
+        if self.chair is not None:
+            settings["chair"] = {
+                "prompt": self.chair.samples[0].question,
+                "mode": self.chair.matcher.mode,
+                "max_new_tokens": self.chair.max_new_tokens,
+                "image_ids": [sample.image_id for sample in self.chair.samples],
+                "ground_truth": digest({str(i): sorted(objects) for i, objects in self.chair.truth.items()}),
+            }
+        if self.pope is not None:
+            asked = [[q.split, q.image_id, q.text, q.label] for q in self.pope.questions]
+            settings["pope"] = {
+                "prompt": self.pope.prompt,
+                "max_new_tokens": self.pope.max_new_tokens,
+                "image_ids": sorted({q.image_id for q in self.pope.questions}),
+                "questions": digest(asked),
+            }
+        return settings
+
+
+def make_tasks(options: EvalOptions) -> Tasks:
+    """Choose images and questions, and check that every image can be read, before any model is loaded.
+
+    Raises:
+        DataError: A file is missing, corrupt or empty, or an id has no annotation; the message names it.
+    """
+    data, description = _load_data(options)
+    matcher = ChairMatcher(options.chair_mode)  # type: ignore[arg-type]
+    notes: list[str] = []
+    wanted = _read_ids(options.ids) if options.ids is not None else None
+    pool = list(wanted) if wanted is not None else _present(data, notes)
+    limit = options.limit
+    if limit is None and wanted is None:
+        limit = TESTBED_IMAGES if options.data is None else COCO_IMAGES
+    chair = _chair_task(options, data, pool, limit, matcher) if "chair" in options.benchmarks else None
+    pope = _pope_task(options, data, pool, limit, notes) if "pope" in options.benchmarks else None
+    paths = {sample.path for task in (chair, pope) if task is not None for sample in task.samples}
+    digests = {}
+    for path in sorted(paths):
+        load_image(path)  # An unreadable file is found here, not hours into the run.
+        digests[path] = file_digest(path)
+    return Tasks(description, tuple(notes), chair, pope, digests)
+
+
+def _load_data(options: EvalOptions) -> tuple[CocoData, str]:
+    if options.data is not None:
+        return CocoData.load(options.data), str(options.data)
+    from .testbed import prepare
+
+    folder = prepare(options.split, options.limit or TESTBED_IMAGES)  # type: ignore[arg-type]
+    return CocoData.load(folder), f"testbed scenes, split {options.split}"
+
+
+def _read_ids(path: Path) -> list[int]:
+    """Image ids from a file: a JSON list, or whitespace-separated; integers, or COCO file names."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read --ids {path}: {error.strerror}") from error
+    try:
+        entries = json.loads(text) if text.lstrip().startswith("[") else text.split()
+    except ValueError as error:
+        raise DataError(f"--ids {path}: expected a JSON list or one id per line ({error})") from error
+    ids = [parse_image_id(entry, f"--ids {path}") for entry in entries]
+    if not ids:
+        raise DataError(f"--ids {path} names no image; expected one id per line or a JSON list")
+    return sorted(set(ids))
+
+
+def parse_image_id(value: Any, source: str) -> int:
+    """A COCO image id from an integer, its digits, or a file name such as ``COCO_val2014_000000002239.jpg``.
+
+    Raises:
+        DataError: The value holds no id; the message names ``source``.
+    """
+    stem = Path(str(value)).stem.rpartition("_")[2]
+    if isinstance(value, bool) or not stem.isdigit():
+        raise DataError(f"{source}: {value!r} is no image id; expected an integer or a COCO file name")
+    return int(stem)
+
+
+def _present(data: CocoData, notes: list[str]) -> list[int]:
+    """The annotated images whose file is there; says so when some are not."""
+    present = data.present_ids()
+    if not present:
+        data.select()  # Raises the error that names the folder.
+    if len(present) < len(data.image_ids):
+        notes.append(
+            f"only {len(present)} of {len(data.image_ids)} annotated images have their file here; the sample was drawn "
+            "from these (give --ids FILE for a fixed list)"
+        )
+    return list(present)
+
+
+def _chair_task(
+    options: EvalOptions, data: CocoData, pool: Sequence[int], limit: int | None, matcher: ChairMatcher
+) -> ChairTask:
+    ids = sorted(data.select(ids=pool, limit=limit, seed=options.seed))
+    prompt = options.prompt or CHAIR_PROMPT
+    samples = tuple(Sample("chair", i, data.image(i).path, prompt) for i in ids)
+    default = TESTBED_CHAIR_NEW_TOKENS if options.model is None else CHAIR_NEW_TOKENS
+    return ChairTask(samples, ground_truth(data, ids, matcher), matcher, options.max_new_tokens or default)
+
+
+def _pope_task(
+    options: EvalOptions, data: CocoData, pool: Sequence[int], limit: int | None, notes: list[str]
+) -> PopeTask:
+    if options.pope_questions:
+        questions = _given_questions(options, limit)
+    else:
+        questions = _built_questions(options, data, pool, limit, notes)
+    prompt = options.pope_prompt or POPE_PROMPT
+    texts = dict.fromkeys((q.image_id, q.text) for q in questions)
+    samples = tuple(
+        Sample("pope", image_id, data.image(image_id).path, prompt.replace("{question}", text))
+        for image_id, text in texts
+    )
+    limit_new = options.pope_max_new_tokens or min(options.max_new_tokens or POPE_NEW_TOKENS, POPE_NEW_TOKENS)
+    return PopeTask(tuple(questions), samples, prompt, limit_new)
+
+
+def _given_questions(options: EvalOptions, limit: int | None) -> list[PopeQuestion]:
+    questions = [question for path in options.pope_questions for question in load_questions(path)]
+    ids = sorted({question.image_id for question in questions})
+    if options.ids is not None:
+        ids = sorted(set(ids) & set(_read_ids(options.ids)))
+    if limit is not None and limit < len(ids):
+        ids = random.Random(options.seed).sample(ids, limit)
+    kept = [question for question in questions if question.image_id in set(ids)]
+    if not kept:
+        raise DataError("the POPE question files and --ids have no image in common; give matching files")
+    return kept
+
+
+def _built_questions(
+    options: EvalOptions, data: CocoData, pool: Sequence[int], limit: int | None, notes: list[str]
+) -> list[PopeQuestion]:
+    """Questions by the published rule: images with at least three objects, ground truth in CHAIR's original mode."""
+    matcher = ChairMatcher("original")
+    order = sorted(pool)
+    random.Random(options.seed).shuffle(order)
+    truth: dict[int, frozenset[str]] = {}
+    for image_id in order:
+        objects = ground_truth(data, [image_id], matcher)[image_id]
+        if len(objects) >= MIN_POPE_OBJECTS:
+            truth[image_id] = objects
+        if limit is not None and len(truth) == limit:
+            break
+    if not truth:
+        raise DataError(f"POPE needs images with at least {MIN_POPE_OBJECTS} objects, and none of these has as many")
+    if limit is not None and len(truth) < min(limit, len(order)):
+        notes.append(f"POPE asks about {len(truth)} images: the others have fewer than {MIN_POPE_OBJECTS} objects")
+    truth = {image_id: truth[image_id] for image_id in sorted(truth)}
+    return [question for split in POPE_SPLITS for question in build_questions(truth, split, seed=options.seed)]  # type: ignore[arg-type]

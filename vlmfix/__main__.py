@@ -1,0 +1,8 @@
+"""``python -m vlmfix``: the same as the ``vlmfix`` command."""
+
+import sys
+
+from vlmfix.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

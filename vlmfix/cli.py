@@ -1,0 +1,314 @@
+"""The ``vlmfix`` command. Nothing heavy is imported before a verb runs, so that ``--help`` is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vlmfix
+from vlmfix.errors import VlmfixError
+
+_EVAL_EPILOG = """\
+examples:
+  vlmfix eval                                      none, VHR and VAR on the embedded testbed, under 3 minutes on 2 cores
+  vlmfix eval --method vhr --set alpha=1.5 --limit 100
+  vlmfix eval --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 500 --dtype float16
+                                                   COCO_DIR: instances_val2014.json, captions_val2014.json, val2014/
+
+An interrupted run goes on when the same command is typed again. Every run evaluates 'none' on the same images.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``vlmfix``; those of the process by default.
+
+    Returns:
+        Exit status: 0, 2 for an error the user can act on, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(words)
+    if options.run is None:
+        parser.print_help()
+        return 2
+    logging.basicConfig(
+        level=os.environ.get("VLMFIX_LOG_LEVEL", "WARNING").upper(), format="%(levelname)s: %(message)s"
+    )
+    # transformers' remarks on missing optional packages are no news to the user of this command.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    options.command = tuple(words[1:])
+    try:
+        options.run(options)
+    except VlmfixError as error:
+        sys.stderr.write(f"vlmfix: error: {error}\n")
+        return 2
+    except KeyboardInterrupt as error:
+        sys.stderr.write(f"\nvlmfix: {error or 'interrupted'}\n")
+        return 130
+    except BrokenPipeError:  # The reader of our output (head, less) has gone: not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmfix",
+        description="Make vision-language models hallucinate less at inference time, and measure it.",
+    )
+    parser.add_argument("--version", action="version", version=f"vlmfix {vlmfix.__version__}")
+    parser.set_defaults(run=None)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    _add_eval(verbs)
+    methods = verbs.add_parser("methods", help="list the methods with their parameters and papers")
+    methods.set_defaults(run=_methods)
+    info = verbs.add_parser("info", help="show what the plugin sees in a model")
+    info.add_argument("model", metavar="MODEL", help="folder or hub id; only its configuration is read")
+    info.set_defaults(run=_info)
+    _add_score(verbs)
+    return parser
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "eval",
+        help="evaluate methods against 'none' on CHAIR and POPE",
+        description="Evaluate methods against 'none' on CHAIR and POPE, greedy decoding, with paired 95 %% intervals.",
+        epilog=_EVAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to evaluate")
+    what.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    what.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="methods (default: vhr var; see 'vlmfix methods')",
+    )
+    what.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="method parameter: alpha=1.3 or vhr.alpha=1.3",
+    )
+    what.add_argument(
+        "--benchmark",
+        nargs="+",
+        choices=("chair", "pope"),
+        default=["chair", "pope"],
+        help="benchmarks (default: both)",
+    )
+    what.add_argument(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="early-stop and yes-bias controls, and VHR's head controls (default: on)",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="DIR", help="COCO folder (default: the testbed's scenes)")
+    data.add_argument(
+        "--split",
+        choices=("heldout", "heldout2", "calibration"),
+        default="heldout",
+        help="testbed scenes; strengths were chosen on calibration (default: heldout)",
+    )
+    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
+    data.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="number of images per benchmark, drawn by seed (default: 400 testbed, 500 COCO)",
+    )
+    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
+    data.add_argument(
+        "--pope-questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="official POPE files (default: built by the published rule)",
+    )
+    data.add_argument(
+        "--chair-mode",
+        choices=("original", "nltk"),
+        default="original",
+        help="word normalisation of CHAIR (default: original)",
+    )
+    asking = parser.add_argument_group("prompts and decoding")
+    asking.add_argument(
+        "--prompt", metavar="TEXT", help="captioning prompt (default: Please describe this image in detail.)"
+    )
+    asking.add_argument(
+        "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
+    )
+    asking.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="wrap prompts into the processor's chat template (default: on)",
+    )
+    asking.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, else 512)"
+    )
+    asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of POPE answers (default: 16)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
+    machine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: float32 on the CPU, else the checkpoint's",
+    )
+    machine.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, or auto to spread over several (default: cuda if there, else cpu)",
+    )
+    machine.add_argument(
+        "--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa or eager"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-SETTINGS)")
+    output.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the answers an earlier, interrupted run left in the folder (default: on)",
+    )
+    parser.set_defaults(run=_eval)
+
+
+def _add_score(verbs: Any) -> None:
+    parser = verbs.add_parser("score", help="score captions or answers in a file, without a model")
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    chair = kinds.add_parser("chair", help="captions against COCO annotations")
+    chair.add_argument("file", type=Path, metavar="FILE", help="JSON lines with image_id and caption (or text, answer)")
+    chair.add_argument("--data", type=Path, required=True, metavar="DIR", help="COCO folder with the annotations")
+    chair.add_argument("--chair-mode", choices=("original", "nltk"), default="original", help="default: original")
+    chair.set_defaults(run=_score_chair)
+    pope = kinds.add_parser("pope", help="answers against POPE question files")
+    pope.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with answer (or text, caption), and question_id or the order of the questions",
+    )
+    pope.add_argument("--questions", type=Path, nargs="+", required=True, metavar="FILE", help="POPE question files")
+    pope.add_argument("--parser", default="official", help="rule that reads yes or no (default: official)")
+    pope.set_defaults(run=_score_pope)
+    for kind in (chair, pope):
+        kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _need_evals() -> None:
+    """Say which extra is missing instead of a traceback from deep inside."""
+    import importlib.util
+
+    missing = [name for name in ("numpy", "PIL", "pycocotools", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise VlmfixError(f"this needs {', '.join(missing)}; type: pip install 'vlmfix[eval]'")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.config import EvalOptions
+    from vlmfix.evals.runner import evaluate
+
+    evaluate(
+        EvalOptions(
+            model=options.model,
+            methods=tuple(options.method),
+            settings=tuple(options.set),
+            benchmarks=tuple(dict.fromkeys(options.benchmark)),
+            data=options.data,
+            split=options.split,
+            ids=options.ids,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device,
+            attn_implementation=options.attn_implementation,
+            max_new_tokens=options.max_new_tokens,
+            pope_max_new_tokens=options.pope_max_new_tokens,
+            seed=options.seed,
+            out=options.out,
+            resume=options.resume,
+            prompt=options.prompt,
+            pope_prompt=options.pope_prompt,
+            chat_template=options.chat_template,
+            pope_questions=tuple(options.pope_questions),
+            chair_mode=options.chair_mode,
+            controls=options.controls,
+            command=options.command,
+        ),
+        show=_show,
+    )
+
+
+def _methods(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    for name, method in vlmfix.methods().items():
+        _show(f"{name}: {method.summary}" + (f" ({method.paper})" if method.paper else ""))
+        for parameter in dataclasses.fields(method):
+            if name != "none":
+                _show(f"    {parameter.name} = {parameter.default!r}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vlmfix.anatomy import analyse
+    from vlmfix.errors import UnsupportedModelError
+
+    try:
+        config = AutoConfig.from_pretrained(options.model)
+        with torch.device("meta"):  # The structure without the weights.
+            model = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedModelError(f"no vision-language model in {options.model!r}: {reason}") from error
+    anatomy = analyse(model)
+    first = anatomy.sites[0].module
+    heads = getattr(anatomy.text_config, "num_attention_heads", "?")
+    key_heads = getattr(anatomy.text_config, "num_key_value_heads", None) or heads
+    layers = sorted({site.layer_idx for site in anatomy.sites})
+    _show(f"{type(model).__name__} (model_type {config.model_type})")
+    _show(
+        f"  text layers: {anatomy.num_layers}, hidden size {anatomy.hidden_size}, {heads} heads, {key_heads} key heads"
+    )
+    _show(f"  text attention modules: {len(anatomy.sites)} x {type(first).__name__}, {anatomy.sites[0].name} ...")
+    if len(layers) < anatomy.num_layers:
+        _show(f"  layers with softmax attention: {', '.join(map(str, layers))}")
+    _show(f"  image token ids: {', '.join(map(str, anatomy.image_token_ids))}")
+
+
+def _score_chair(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore import score_chair_file
+
+    _show(score_chair_file(options.file, options.data, mode=options.chair_mode, out=options.out))
+
+
+def _score_pope(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore import score_pope_file
+
+    _show(score_pope_file(options.file, options.questions, parser=options.parser, out=options.out))
