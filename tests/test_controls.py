@@ -1,0 +1,195 @@
+"""The yes-bias and early-stop controls against brute force over all biases."""
+
+import math
+
+import numpy as np
+import pytest
+from vlmfix.evals.controls import early_stop_control, stop_length, yes_bias_control
+from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
+from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
+
+from vlmfix.errors import DataError
+
+matcher = ChairMatcher()
+
+
+def baseline(n: int = 200, seed: int = 0, levels: int | None = None) -> PopeTable:
+    rng = np.random.default_rng(seed)
+    labels = rng.random(n) < 0.5
+    scores = rng.normal(labels * 1.5, 1.0)
+    if levels is not None:
+        scores = np.round(scores * levels) / levels
+    return score_logits(labels.tolist(), scores.tolist(), image_ids=range(n))
+
+
+@pytest.mark.parametrize("target", [0.0, 0.123, 0.5, 0.731, 1.0])
+@pytest.mark.parametrize("levels", [None, 1, 3])
+def test_yes_ratio_is_the_nearest_possible(target, levels):
+    table = baseline(levels=levels)
+    control = yes_bias_control(table, target)
+    scores = np.unique(table.score)
+    possible = [(table.score > t).mean() for t in [*scores, scores[0] - 1]]
+    reached = control.table.summary()["yes_ratio"]
+    assert abs(reached - target) == pytest.approx(min(abs(p - target) for p in possible), abs=1e-12)
+    assert reached == (table.score + control.bias > 0).mean()  # the bias does what it says
+    if levels is None:
+        assert abs(reached - target) <= 0.5 / len(table)
+
+
+def test_auc_stays_and_figures_are_those_of_the_shifted_answers():
+    table = baseline()
+    control = yes_bias_control(table, 0.3)
+    assert control.table.summary()["auc"] == table.summary()["auc"]
+    answers = ["Yes" if s + control.bias > 0 else "No" for s in table.score]
+    by_text = score_labels(table.label.tolist(), answers, image_ids=range(len(table)))
+    assert control.table.counts() == by_text.counts()
+    assert control.table.summary()["f1"] == by_text.summary()["f1"]
+    assert control.bias < 0  # fewer yes answers than without
+    assert (control.table.question_ids, control.target_yes_ratio) == (table.question_ids, 0.3)
+
+
+def test_the_own_yes_ratio_needs_no_bias():
+    table = baseline()
+    control = yes_bias_control(table, table.summary()["yes_ratio"])
+    assert control.bias == 0.0
+    assert (control.table.prediction == table.prediction).all()
+
+
+def test_a_better_ranking_cannot_come_from_a_bias():
+    """At the yes-ratio of a better model the control keeps the worse ranking's accuracy."""
+    labels = [True, False] * 50
+    weak = score_logits(labels, [0.1 * ((i * 7) % 10) - 0.2 for i in range(100)], image_ids=range(100))
+    strong = score_logits(labels, [1.0 if label else -1.0 for label in labels], image_ids=range(100))
+    control = yes_bias_control(weak, strong.summary()["yes_ratio"])
+    assert control.table.summary()["yes_ratio"] == 0.5
+    assert control.table.summary()["accuracy"] < strong.summary()["accuracy"] == 1.0
+
+
+def test_scores_one_rounding_step_apart():
+    low = 1.0
+    high = math.nextafter(low, 2.0)
+    table = score_logits([True, False], [high, low], image_ids=[1, 2])
+    assert yes_bias_control(table, 0.5).table.prediction.tolist() == [1, 0]
+
+
+def test_all_scores_equal():
+    table = score_logits([True, False, True, False], [3.0] * 4, image_ids=range(4))
+    assert yes_bias_control(table, 0.1).table.counts()["TN"] == 2
+    assert yes_bias_control(table, 0.9).table.counts()["TP"] == 2
+
+
+def test_yes_bias_errors():
+    with pytest.raises(DataError, match="scores"):
+        yes_bias_control(score_labels([True], ["Yes"], image_ids=[1]), 0.5)
+    with pytest.raises(DataError, match="between 0 and 1"):
+        yes_bias_control(baseline(), 50)
+
+
+# Early stop. A token id is an index into these words.
+
+WORDS = ("a", "dog", "cat", "car", "cup", "chair", "and", "near", "bird", ".")
+
+
+def decode(ids: list[int]) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+def random_captions(n: int = 25, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    tokens = {i: rng.integers(0, len(WORDS), rng.integers(0, 20)).tolist() for i in range(n)}
+    gaps = {i: [*np.round(rng.exponential(3, len(ids)), 1).tolist(), -1.0] for i, ids in tokens.items()}
+    truth = {i: [w for w in WORDS[1:6] if rng.random() < 0.6] for i in tokens}
+    return tokens, gaps, truth
+
+
+def test_stop_length():
+    gaps = [5.0, 2.0, 3.0, 0.5, -1.0]
+    assert [stop_length(4, gaps, bias) for bias in (0, 0.4, 0.5, 1.9, 2.0, 4.9, 5.0, 99)] == [4, 4, 3, 3, 1, 1, 0, 0]
+    assert stop_length(2, [math.inf, 0.0], 0.0) == 2  # a tie that greedy decoding passed over
+    assert stop_length(2, [math.inf, 0.0], 1e-9) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.8, 0.97, 1.0])
+def test_recall_is_the_nearest_over_all_biases(seed, share):
+    tokens, gaps, truth = random_captions(seed=seed)
+
+    def recall(bias):
+        cut = {i: decode(ids[: stop_length(len(ids), gaps[i], bias)]) for i, ids in tokens.items()}
+        return score_captions(cut, truth, matcher).summary()["recall"]
+
+    any_positive = float(np.nextafter(0.0, 1.0))  # where a gap is exactly 0
+    biases = [0.0, any_positive, *sorted({g for row in gaps.values() for g in row if g > 0})]
+    recalls = [recall(b) for b in biases]
+    target = share * recalls[0]
+    control = early_stop_control(tokens, gaps, decode, target, truth, matcher)
+    distance = np.abs(np.array(recalls) - target)
+    assert control.bias == biases[int(np.argmin(distance))]  # the first, that is the smallest, of the nearest
+    assert control.table.summary()["recall"] == recall(control.bias)
+    assert abs(control.table.summary()["recall"] - target) == pytest.approx(distance.min(), abs=1e-12)
+    for i, caption in control.captions.items():
+        assert caption == decode(tokens[i][: control.lengths[i]])
+        assert decode(tokens[i]).startswith(caption)
+
+
+def test_nothing_is_cut_when_the_target_is_not_lower():
+    tokens, gaps, truth = random_captions()
+    full = score_captions({i: decode(ids) for i, ids in tokens.items()}, truth, matcher)
+    for target in (full.summary()["recall"], 1.0):
+        control = early_stop_control(tokens, gaps, decode, target, truth, matcher)
+        assert control.bias == 0.0
+        assert control.table.counts() == full.counts()
+
+
+def test_a_cut_inside_a_word_is_judged_by_its_text():
+    """Recall may rise under a bias: "car|rot" ends as "car"."""
+    pieces = ["a ", "car", "rot"]
+
+    def join(ids: list[int]) -> str:
+        return "".join(pieces[i] for i in ids)
+
+    control = early_stop_control({1: [0, 1, 2]}, {1: [9.0, 8.0, 7.0]}, join, 1.0, {1: ["car"]}, matcher)
+    assert (control.bias, control.captions) == (7.0, {1: "a car"})
+
+
+def test_tokens_may_end_with_eos():
+    """The EOS token itself has gap <= 0 and decodes to nothing."""
+    words = ["a", "dog", "cat"]
+
+    def skip_eos(ids: list[int]) -> str:
+        return " ".join(words[i] for i in ids if i >= 0)
+
+    with_eos = early_stop_control(
+        {1: [0, 1, 2, -1]}, {1: [9.0, 5.0, 3.0, -2.0]}, skip_eos, 0.5, {1: ["dog", "cat"]}, matcher
+    )
+    without = early_stop_control(
+        {1: [0, 1, 2]}, {1: [9.0, 5.0, 3.0, -2.0]}, skip_eos, 0.5, {1: ["dog", "cat"]}, matcher
+    )
+    assert with_eos.captions == without.captions == {1: "a dog"}
+    assert with_eos.bias == without.bias == 3.0
+
+
+def test_a_tie_with_eos_ends_under_any_positive_bias():
+    control = early_stop_control({1: [1, 2]}, {1: [4.0, 0.0]}, decode, 0.5, {1: ["dog", "cat"]}, matcher)
+    assert 0 < control.bias < 1e-300
+    assert control.captions == {1: "dog"}
+
+
+def test_early_stop_errors():
+    good = ({1: [1, 2]}, {1: [2.0, 1.0]}, decode, 0.5, {1: ["dog"]}, matcher)
+
+    def changed(position, value):
+        return (*good[:position], value, *good[position + 1 :])
+
+    assert early_stop_control(*good).bias == 0.0
+    for position, value, message in [
+        (0, {}, "no captions"),
+        (1, {}, "stop margins"),
+        (1, {1: [1.0]}, "2 tokens and 1 stop margins"),
+        (1, {1: [1.0, math.nan]}, "NaN"),
+        (3, 55.0, "between 0 and 1"),
+        (4, {}, "ground truth"),
+        (4, {1: []}, "no object"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            early_stop_control(*changed(position, value))
