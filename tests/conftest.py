@@ -1,0 +1,63 @@
+"""Shared fixtures of the plugin's tests: nothing is fetched, one thread, tiny models built once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _stock_models() -> dict[tuple[Any, ...], Any]:
+    return {}
+
+
+@pytest.fixture
+def build(_stock_models: dict[tuple[Any, ...], Any]) -> Callable[..., Any]:
+    """Return a fresh copy of a tiny LLaVA; equal arguments give equal weights."""
+    import copy
+
+    from models import tiny_llava
+
+    def make(kind: str = "llama", **options: Any) -> Any:
+        key = (kind, *sorted(options.items()))
+        if key not in _stock_models:
+            _stock_models[key] = tiny_llava(kind, **options)
+        return copy.deepcopy(_stock_models[key])
+
+    return make
+
+
+@pytest.fixture
+def tiny(build: Callable[..., Any]) -> Any:
+    """A LLaVA on Llama with grouped queries, without sinks."""
+    return build()
+
+
+@pytest.fixture
+def sinky(build: Callable[..., Any]) -> Any:
+    """A LLaVA on Llama with injected sinks."""
+    return build(sinks=True)
+
+
+@pytest.fixture(scope="session")
+def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny LLaVA with its processor."""
+    from tiny_vlm import build_tiny_llava
+
+    return build_tiny_llava(tmp_path_factory.mktemp("llava"), layers=3, hidden_size=32, kv_heads=2)

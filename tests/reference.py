@@ -1,0 +1,327 @@
+"""Naive references of VHR and VAR: one sample, no padding, one loop iteration per head and query row.
+
+Written from the papers' formulas only. A small language model of the Llama kind (Llama, Mistral, Qwen2, Gemma2) is run
+layer by layer out of its own submodules; attention, its edits and the cache are spelt out here. Slow on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class VarSpec:
+    """VAR, in the paper's notation: D_sink, tau, rho, least image mass, w, layers."""
+
+    sink_dims: Sequence[int]
+    tau: float = 20.0
+    rho: float = 0.5
+    image_mass: float = 0.2
+    recycle: float = 0.6
+    layers: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class VhrSpec:
+    """VHR: alpha, layers, outlier rule, whether the image-free stream is reinforced, and the head controls."""
+
+    alpha: float = 2.0
+    layers: Sequence[int] = ()
+    outliers: bool = True
+    reinforce_noimg: bool = False
+    select: str = "divergent"
+
+
+@dataclass
+class Sequence_:
+    """One sequence: its tokens so far and what every layer remembers of them."""
+
+    ids: list[int] = field(default_factory=list)
+    is_image: list[bool] = field(default_factory=list)
+    embeds: list[torch.Tensor] = field(default_factory=list)
+    keys: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    values: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    sinks: dict[int, list[bool]] = field(default_factory=dict)
+    heads: dict[int, list[bool]] = field(default_factory=dict)
+    weights: dict[int, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
+    selected: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+
+
+# The formulas.
+
+
+def sink_value(x: torch.Tensor, sink_dims: Sequence[int]) -> float:
+    """phi(x) = max_d |x_d| / sqrt(mean x^2 + 1e-6)."""
+    x = x.double()
+    rms = math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + 1e-6)
+    return max(abs(float(x[d])) for d in sink_dims) / rms
+
+
+def redistribute(
+    row: torch.Tensor, is_image: Sequence[bool], is_sink: Sequence[bool], spec: VarSpec
+) -> tuple[torch.Tensor, bool]:
+    """Steps 3 and 4 of VAR on one attention row ``[keys]``: the edited row, and whether it was selected."""
+    keys = range(len(row))
+    visual_sinks = [j for j in keys if is_sink[j] and is_image[j]]
+    if not visual_sinks:
+        return row, False
+    image_mass = sum(float(row[j]) for j in keys if is_image[j])
+    sink_mass = sum(float(row[j]) for j in visual_sinks)
+    if image_mass <= 0 or image_mass < spec.image_mass or 1 - sink_mass / image_mass < spec.rho:
+        return row, False
+    rest = [j for j in keys if is_image[j] and not is_sink[j]]
+    rest_mass = sum(float(row[j]) for j in rest)
+    if rest_mass <= 0:
+        return row, False
+    omega = spec.recycle * sum(float(row[j]) for j in keys if is_sink[j])
+    edited = row.clone()
+    for j in keys:
+        if is_sink[j]:
+            edited[j] = (1 - spec.recycle) * row[j]
+    for j in rest:
+        edited[j] = row[j] + omega * row[j] / rest_mass
+    return edited, True
+
+
+def choose_heads(
+    with_image: Sequence[torch.Tensor], without_image: Sequence[torch.Tensor], outliers: bool
+) -> list[bool]:
+    """Eqs. 4, 6 and 7 of VHR: which heads lie above the layer's median divergence."""
+    count = len(with_image)
+    vhd = [
+        math.sqrt(sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)))
+        for x, y in zip(with_image, without_image, strict=True)
+    ]
+    if outliers and count > 1:
+        surge = [sum(float(b) ** 2 for b in y) for y in without_image]
+        limit_vhd, limit_surge = _mean_plus_std(vhd), _mean_plus_std(surge)
+        vhd = [0.0 if vhd[i] > limit_vhd and surge[i] > limit_surge else vhd[i] for i in range(count)]
+    ranked = sorted(vhd)
+    median = ranked[(count - 1) // 2] if count % 2 else (ranked[count // 2 - 1] + ranked[count // 2]) / 2
+    return [value > median for value in vhd]
+
+
+def _mean_plus_std(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return mean + math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+class Reference:
+    """A language model of the Llama kind, layer by layer, with VAR and VHR spelt out.
+
+    Args:
+        model: A stock vision-language model; it is copied.
+        var: VAR or none.
+        vhr: VHR or none.
+        image_id: The placeholder's id.
+    """
+
+    def __init__(self, model: Any, var: VarSpec | None = None, vhr: VhrSpec | None = None, image_id: int = 3) -> None:
+        self.model = copy.deepcopy(model)
+        self.language_model = self.model.model.language_model
+        self.config = self.language_model.config
+        self.var = var
+        self.vhr = vhr
+        self.image_id = image_id
+
+    # Reading and decoding.
+
+    def prompt(self, ids: Sequence[int], pixels: torch.Tensor | None, known: Sequence_ | None = None) -> tuple:
+        """Read a prompt (or a further turn): the sequence and the logits of every new position."""
+        sequence = known or Sequence_()
+        logits = self._step(sequence, list(ids), pixels, generated=False)
+        return sequence, logits
+
+    def decode(self, sequence: Sequence_, token: int) -> torch.Tensor:
+        """Read one generated token: its logits ``[vocab]``."""
+        return self._step(sequence, [token], None, generated=True)[-1]
+
+    def generate(
+        self, ids: Sequence[int], pixels: torch.Tensor | None, tokens: int, suppress: Sequence[int] = ()
+    ) -> tuple[list[int], torch.Tensor]:
+        """Greedy ids and the logits of every step."""
+        sequence, logits = self.prompt(ids, pixels)
+        step, steps, out = logits[-1], [], []
+        for _ in range(tokens):
+            steps.append(step)
+            allowed = step.clone()
+            allowed[list(suppress)] = -torch.inf
+            out.append(int(allowed.argmax()))
+            step = self.decode(sequence, out[-1])
+        return out, torch.stack(steps)
+
+    # One forward.
+
+    @torch.no_grad()
+    def _step(
+        self, sequence: Sequence_, ids: list[int], pixels: torch.Tensor | None, *, generated: bool
+    ) -> torch.Tensor:
+        past = len(sequence.ids)
+        new = list(self._embed(ids, pixels))
+        sequence.ids += ids
+        sequence.embeds += new
+        sequence.is_image += [token == self.image_id and not generated for token in ids]
+        has_image = any(sequence.is_image)
+        states = new
+        text_states: list[torch.Tensor] = []
+        compares = self.vhr is not None and self.vhr.select != "all" and has_image and not generated
+        if compares:
+            keep = [i for i in range(len(sequence.ids)) if not sequence.is_image[i]]
+            text_states = [self._embed([sequence.ids[i]], None)[0] for i in keep]
+        for number, layer in enumerate(self.language_model.layers):
+            self._detect_sinks(sequence, number, states, generated)
+            heads = self._attention(sequence, number, states, past, generated)
+            text_heads = self._text_attention(number, text_states) if compares else []
+            if self.vhr is not None and number in self.vhr.layers and has_image:
+                if not generated:
+                    sequence.heads[number] = self._select(heads[-1], text_heads[-1] if compares else None)
+                chosen = sequence.heads[number]
+                heads = [self._reinforce(row, chosen) for row in heads]
+                if compares and self.vhr.reinforce_noimg:
+                    text_heads = [self._reinforce(row, chosen) for row in text_heads]
+            states = [self._leave(layer, x, row) for x, row in zip(states, heads, strict=True)]
+            if compares:
+                text_states = [self._leave(layer, x, row) for x, row in zip(text_states, text_heads, strict=True)]
+        final = [self.language_model.norm(x[None])[0] for x in states]
+        return torch.stack([self.model.lm_head(x[None])[0] for x in final])
+
+    def _embed(self, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
+        """What enters the first layer: embeddings, placeholders replaced by image features."""
+        embeds = self.model.get_input_embeddings()(torch.tensor([ids]))[0]
+        if pixels is not None:
+            features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+            embeds = embeds.clone()
+            embeds[[i for i, token in enumerate(ids) if token == self.image_id]] = torch.cat(list(features))
+        return embeds
+
+    def _detect_sinks(self, sequence: Sequence_, number: int, states: list[torch.Tensor], generated: bool) -> None:
+        if self.var is None:
+            return
+        known = sequence.sinks.setdefault(number, [])
+        for x in states:
+            known.append(not generated and sink_value(x, self.var.sink_dims) >= self.var.tau)
+
+    def _select(self, last: list[torch.Tensor], text_last: list[torch.Tensor] | None) -> list[bool]:
+        assert self.vhr is not None
+        if text_last is None:
+            return [True] * len(last)
+        divergent = choose_heads(last, text_last, self.vhr.outliers)
+        return divergent if self.vhr.select == "divergent" else [not each for each in divergent]
+
+    def _reinforce(self, row: list[torch.Tensor], chosen: list[bool]) -> list[torch.Tensor]:
+        assert self.vhr is not None
+        return [self.vhr.alpha * head if take else head for head, take in zip(row, chosen, strict=True)]
+
+    # Attention.
+
+    def _attention(
+        self, sequence: Sequence_, number: int, states: list[torch.Tensor], past: int, generated: bool
+    ) -> list[list[torch.Tensor]]:
+        """Head outputs per row and head, after VAR."""
+        keys, values = sequence.keys.setdefault(number, []), sequence.values.setdefault(number, [])
+        queries = []
+        for offset, x in enumerate(states):
+            query, key, value = self._project(number, x, past + offset)
+            queries.append(query)
+            keys.append(key)
+            values.append(value)
+        last_image = max((i for i, image in enumerate(sequence.is_image) if image), default=None)
+        written = sequence.weights[number] = {}
+        selected = sequence.selected[number] = set()
+        outputs = []
+        for offset, query in enumerate(queries):
+            position = past + offset
+            edits = (
+                self.var is not None
+                and number in self.var.layers
+                and last_image is not None
+                and (generated or position > last_image)
+            )
+            row_outputs = []
+            for head in range(self.config.num_attention_heads):
+                row = self._row(number, query[head], keys, head, position)
+                if edits:
+                    assert self.var is not None
+                    seen = range(position + 1)
+                    row, hit = redistribute(
+                        row,
+                        [sequence.is_image[j] for j in seen],
+                        [sequence.sinks[number][j] for j in seen],
+                        self.var,
+                    )
+                    if hit:
+                        selected.add((head, position))
+                written[head, position] = row
+                row_outputs.append(self._weigh(row, values, head))
+            outputs.append(row_outputs)
+        return outputs
+
+    def _text_attention(self, number: int, states: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Head outputs of the image-free stream; it has no cache and no edits of attention weights."""
+        projected = [self._project(number, x, position) for position, x in enumerate(states)]
+        keys, values = [key for _, key, _ in projected], [value for _, _, value in projected]
+        return [
+            [
+                self._weigh(self._row(number, query[head], keys, head, position), values, head)
+                for head in range(self.config.num_attention_heads)
+            ]
+            for position, (query, _, _) in enumerate(projected)
+        ]
+
+    def _project(self, number: int, x: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layer = self.language_model.layers[number]
+        x = layer.input_layernorm(x[None])[0]
+        size = layer.self_attn.head_dim
+        cos, sin = self.language_model.rotary_emb(x[None, None], torch.tensor([[position]]))
+        query = layer.self_attn.q_proj(x).view(-1, size)
+        key = layer.self_attn.k_proj(x).view(-1, size)
+        value = layer.self_attn.v_proj(x).view(-1, size)
+        return _rotate(query, cos[0, 0], sin[0, 0]), _rotate(key, cos[0, 0], sin[0, 0]), value
+
+    def _row(
+        self, number: int, query: torch.Tensor, keys: list[torch.Tensor], head: int, position: int
+    ) -> torch.Tensor:
+        """Post-softmax weights of one row over keys ``0..position``."""
+        module = self.language_model.layers[number].self_attn
+        group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
+        window = self._window(number)
+        scores = torch.full((position + 1,), -torch.inf, dtype=torch.float32)
+        for j in range(position + 1):
+            if window is not None and j <= position - window:
+                continue
+            score = torch.dot(query.float(), keys[j][group].float()) * module.scaling
+            cap = getattr(self.config, "attn_logit_softcapping", None)
+            scores[j] = score if cap is None else cap * torch.tanh(score / cap)
+        return torch.softmax(scores, dim=0)
+
+    def _weigh(self, row: torch.Tensor, values: list[torch.Tensor], head: int) -> torch.Tensor:
+        group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
+        stacked = torch.stack([values[j][group] for j in range(len(row))])
+        return (row.to(stacked.dtype)[:, None] * stacked).sum(0)
+
+    def _window(self, number: int) -> int | None:
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[number] == "full_attention":
+            return None
+        return getattr(self.config, "sliding_window", None)
+
+    def _leave(self, layer: Any, x: torch.Tensor, heads: list[torch.Tensor]) -> torch.Tensor:
+        """Output projection, residual, MLP."""
+        attended = layer.self_attn.o_proj(torch.cat(heads))
+        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma2
+            x = x + layer.post_attention_layernorm(attended[None])[0]
+            inside = layer.mlp(layer.pre_feedforward_layernorm(x[None]))
+            return x + layer.post_feedforward_layernorm(inside)[0]
+        x = x + attended
+        return x + layer.mlp(layer.post_attention_layernorm(x[None]))[0]
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
