@@ -28,7 +28,20 @@ from vlmfix.errors import DataError
 from .sprites import load_sprites
 from .vocabulary import CATEGORIES, DRAWN_ONCE, SCENES
 
-__all__ = ["BACKGROUND", "GRID", "IMAGE_SIZE", "SPLITS", "Instance", "RenderedScene", "Split", "image_id", "make_scene"]
+__all__ = [
+    "BACKGROUND",
+    "GRID",
+    "IMAGE_SIZE",
+    "INDEX",
+    "NAMES",
+    "SPLITS",
+    "Instance",
+    "RenderedScene",
+    "Split",
+    "image_id",
+    "make_scene",
+    "scene_kind",
+]
 
 Split = Literal["train", "calibration", "heldout", "heldout2"]
 
@@ -42,7 +55,10 @@ GRID = 8
 """Patches per side (12 px each)."""
 
 NAMES: tuple[str, ...] = tuple(name for _, name, _ in CATEGORIES)
+"""Category names in COCO order."""
+
 INDEX: dict[str, int] = {name: index for index, name in enumerate(NAMES)}
+"""Category name to its place in :data:`NAMES`."""
 
 BACKGROUND = len(NAMES)
 """Patch label of a patch without an object."""
@@ -120,6 +136,11 @@ def image_id(split: Split, index: int) -> int:
     if not 0 <= index < _IDS_PER_SPLIT:
         raise DataError(f"expected an image index from 0 to {_IDS_PER_SPLIT - 1}, found {index}")
     return (SPLITS.index(split) + 1) * _IDS_PER_SPLIT + index
+
+
+def scene_kind(number: int) -> int:
+    """Index into the scenes of an image id, without drawing it."""
+    return random.Random(number).randrange(len(SCENES))
 
 
 def make_scene(number: int) -> RenderedScene:
