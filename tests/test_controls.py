@@ -78,6 +78,12 @@ def test_all_scores_equal():
     assert yes_bias_control(table, 0.9).table.counts()["TP"] == 2
 
 
+def test_of_two_equally_near_ratios_the_smaller_bias_is_taken():
+    table = score_logits([True, True, False, False], [5.0, 5.0, -1.0, -1.0], image_ids=range(4))
+    assert yes_bias_control(table, 0.25).bias == 0.0  # 0 and 2 yes answers are as far from 1
+    assert yes_bias_control(table, 0.75).bias == 0.0  # so are 2 and 4 from 3
+
+
 def test_yes_bias_errors():
     with pytest.raises(DataError, match="scores"):
         yes_bias_control(score_labels([True], ["Yes"], image_ids=[1]), 0.5)
