@@ -29,99 +29,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from testbed_data import TrainingData, generate, load
-from testbed_packing import (
-    ANSWER,
-    ANSWER_END,
-    BLIND,
-    CAPTION,
-    IMAGE_PREFIX,
-    TEXT_PREFIX,
-    collate,
-    pack_image,
-    pack_text,
-)
+from testbed_learner import Learner, language_loss
+from testbed_packing import collate, pack_image, pack_text
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from vlmfix.evals.testbed import MODEL_DIR
 from vlmfix.evals.testbed.scenes import BACKGROUND, IMAGE_SIZE
-from vlmfix.evals.testbed.tiny import BOS, EOS, PAD, build_model, build_processor
+from vlmfix.evals.testbed.tiny import BOS, EOS, PAD, build_processor
 
-STEPS = {"text": 1400, "vision": 1800, "align": 250, "joint": 3600}
+STEPS = {"text": 1400, "vision": 1800, "align": 250, "joint": 4200}
 BATCH = {"text": 24, "vision": 128, "align": 64, "joint": 64}
 PEAK = {"text": 2e-3, "vision": 1.5e-3, "align": 2e-3, "joint": 1.5e-3}
 WARMUP = {"text": 100, "vision": 200, "align": 30, "joint": 150}
 LANGUAGE_RATE, VISION_RATE = 0.6, 0.4  # of the peak, in the joint stage
 LENGTH = {"text": 160, "align": 176, "joint": 176}
-NUM_IMAGES, NUM_TEXTS, BLIND_RATE, PATCH_WEIGHT = 96_000, 96_000, 0.15, 0.3
+NUM_IMAGES, BLIND_RATE, PATCH_WEIGHT = 96_000, 0.15, 0.3
+ECONOMY_START, ECONOMY_WEIGHT = 1750, 2.0  # joint stage: the penalty on attending to the image, see the model card
 _JEMALLOC = Path("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
-
-
-def lean_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    """Attention as two matrix products: on CPU its backward is far faster than the fused kernel's."""
-    scores = torch.matmul(query * scaling, key.transpose(2, 3)) + attention_mask
-    return torch.matmul(scores.softmax(-1), value).transpose(1, 2), None
-
-
-class Learner(nn.Module):
-    """The model with two temporary heads on its vision tower: one per patch, one for the whole image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model: LlavaForConditionalGeneration = build_model()
-        width = self.model.config.vision_config.hidden_size
-        self.patch_head = nn.Linear(width, BACKGROUND + 1)
-        self.image_head = nn.Linear(width, BACKGROUND)
-        self.model.set_attn_implementation("eager")
-        self.model.model.language_model.set_attn_implementation("testbed_lean")
-        weight = torch.ones(BACKGROUND + 1)
-        weight[BACKGROUND] = 0.3
-        self.register_buffer("patch_weight", weight, persistent=False)
-
-    def see(self, pixels: Tensor) -> Tensor:
-        """Vision features ``[B, 65, D]``, class token first."""
-        features: Tensor = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
-        return features
-
-    def patch_loss(self, features: Tensor, patches: Tensor) -> Tensor:
-        """Which object is largest in each patch."""
-        logits = self.patch_head(features[:, 1:]).float().flatten(0, 1)
-        return F.cross_entropy(logits, patches.reshape(-1), weight=self.patch_weight)
-
-    def read(self, batch: dict[str, Tensor], features: Tensor | None) -> dict[str, Tensor]:
-        """Language losses of a packed batch, and the accuracy of the answers."""
-        core = self.model.model
-        embeddings = self.model.get_input_embeddings()(batch["ids"])
-        if features is not None:
-            image = core.multi_modal_projector(features[:, 1:]).to(embeddings.dtype)
-            parts = embeddings[:, : len(TEXT_PREFIX)], image, embeddings[:, len(IMAGE_PREFIX) :]
-            embeddings = torch.cat(parts, dim=1)
-        hidden = core.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            use_cache=False,
-        ).last_hidden_state
-        chosen = batch["kinds"] > 0
-        logits = self.model.lm_head(hidden[chosen]).float()
-        labels, kinds = batch["labels"][chosen], batch["kinds"][chosen]
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        result = {name: losses[kinds == kind].mean() for name, kind in _KINDS.items() if bool((kinds == kind).any())}
-        answers = kinds == ANSWER
-        result["accuracy"] = (logits[answers].argmax(-1) == labels[answers]).float().mean().detach()
-        return result
-
-
-_KINDS = {"caption": CAPTION, "answer": ANSWER, "end": ANSWER_END, "blind": BLIND}
-_WEIGHTS = {"caption": 1.0, "answer": 1.0, "end": 0.05, "blind": 0.1}
-
-
-def language_loss(parts: dict[str, Tensor]) -> Tensor:
-    """The weighted sum of the language losses."""
-    return torch.stack([_WEIGHTS[name] * value for name, value in parts.items() if name in _WEIGHTS]).sum()
 
 
 def batches(data: TrainingData, size: int, seed: int, rank: int, world: int) -> Iterator[np.ndarray]:
@@ -184,6 +109,9 @@ def make_loss(stage: str, learner: Learner, data: TrainingData, seed: int) -> Lo
         if stage == "joint":
             parts["patch"] = learner.patch_loss(features, patches)
             loss = loss + PATCH_WEIGHT * parts["patch"]
+            if learner.economical:
+                parts["excess"] = learner.excess()
+                loss = loss + ECONOMY_WEIGHT * parts["excess"]
         return loss, parts
 
     return {"text": text, "vision": vision, "align": joint, "joint": joint}[stage]
@@ -249,8 +177,6 @@ def run_stage(stage: str, work: Path, seed: int) -> None:
     torch.manual_seed(seed)
     if world > 1:
         dist.init_process_group("gloo")
-    AttentionInterface.register("testbed_lean", lean_attention)
-    AttentionMaskInterface.register("testbed_lean", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     learner, data = Learner(), load(work / "data")
     load_parents(stage, learner, work)
     groups = parameter_groups(stage, learner)
@@ -270,6 +196,8 @@ def run_stage(stage: str, work: Path, seed: int) -> None:
     means: dict[str, float] = {}
     begin = time.time()
     for step in range(start, STEPS[stage]):
+        if stage == "joint" and step >= ECONOMY_START and not learner.economical:
+            learner.attend_economically()
         progress = step / STEPS[stage]
         rate = PEAK[stage] * min(1.0, (step + 1) / WARMUP[stage]) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
@@ -304,6 +232,12 @@ def run_stage(stage: str, work: Path, seed: int) -> None:
         dist.destroy_process_group()
 
 
+def _released_name(key: str) -> str:
+    """A weight's name as in the released LLaVA-1.5 checkpoints, which every transformers release reads."""
+    prefix, released = "vision_tower.", "vision_tower.vision_model."
+    return released + key.removeprefix(prefix) if key.startswith(prefix) and not key.startswith(released) else key
+
+
 def export(work: Path, checkpoint: str, out: Path) -> None:
     """Writes model (fp16) and processor in the standard format."""
     learner = Learner()
@@ -312,7 +246,19 @@ def export(work: Path, checkpoint: str, out: Path) -> None:
     model.set_attn_implementation("sdpa")
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=80)
     model.save_pretrained(out)
-    build_processor().save_pretrained(out)
+    path = out / "model.safetensors"
+    save_file({_released_name(k): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+    processor = build_processor()
+    processor.save_pretrained(out)
+    # What transformers 4.57 reads instead of the newer form beside it.
+    processor.image_processor.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", ["<image>"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def launch(stage: str, work: Path, seed: int, world: int) -> list[subprocess.Popen[bytes]]:
