@@ -15,37 +15,46 @@ if TYPE_CHECKING:
 
 
 class Counters:
-    """What a patch did so far. Edits are added up on the device they happen on, without waiting for it."""
+    """What a patch did so far, added up on the device it happens on, without waiting for it.
+
+    Everything is a tensor: a Python number that changes in every forward would make compiled code compile again.
+    """
+
+    PROMPTS, WITHOUT_IMAGE, DECODE_STEPS, NUM_FORWARD_COUNTS = range(4)
 
     def __init__(self, num_methods: int) -> None:
-        self.prompts = 0
-        self.prompts_without_image = 0
-        self.decode_steps = 0
-        self._num_methods = num_methods
-        self._edited: dict[torch.device, torch.Tensor] = {}
+        self._size = self.NUM_FORWARD_COUNTS + num_methods
+        self._totals: dict[torch.device, torch.Tensor] = {}
 
     def add(self, run: Run) -> None:
         """Add a finished forward."""
-        self.prompts += run.is_prefill
-        self.prompts_without_image += run.is_prefill and not run.state.any_image
-        self.decode_steps += not run.is_prefill
+        totals = self._on(run.image_mask.device)
+        if run.is_prefill:
+            totals[self.PROMPTS].add_(1)
+            totals[self.WITHOUT_IMAGE].add_(int(not run.state.any_image))
+        else:
+            totals[self.DECODE_STEPS].add_(1)
         for index, counts in enumerate(run.edited):
             if counts:
-                total = torch.stack([count.to(counts[0].device) for count in counts]).sum()
-                self._total(total.device)[index].add_(total)
+                edited = torch.stack([count.to(counts[0].device) for count in counts]).sum()
+                self._on(edited.device)[self.NUM_FORWARD_COUNTS + index].add_(edited)
 
-    def _total(self, device: torch.device) -> torch.Tensor:
-        if device not in self._edited:
+    def _on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._totals:
             with torch.inference_mode(False):
-                self._edited[device] = torch.zeros(self._num_methods, dtype=torch.int64, device=device)
-        return self._edited[device]
+                self._totals[device] = torch.zeros(self._size, dtype=torch.int64, device=device)
+        return self._totals[device]
 
-    def edited(self) -> tuple[int, ...]:
-        """Edited (sample, head, row) triples per method; waits for the device."""
-        totals = [0] * self._num_methods
-        for counts in self._edited.values():
-            totals = [total + count for total, count in zip(totals, counts.tolist(), strict=True)]
-        return tuple(totals)
+    def read(self) -> tuple[int, int, int, tuple[int, ...]]:
+        """Prompts, prompts without an image, decode steps, and edited (sample, head, row) triples per method.
+
+        Waits for the device.
+        """
+        sums = [0] * self._size
+        for totals in self._totals.values():
+            sums = [total + count for total, count in zip(sums, totals.tolist(), strict=True)]
+        prompts, without_image, decode_steps, *edited = sums
+        return prompts, without_image, decode_steps, tuple(edited)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,15 +175,16 @@ class Patch:
 
     def status(self) -> Status:
         """Describe the patch."""
+        prompts, prompts_without_image, decode_steps, edited = self.counters.read()
         return Status(
             model=type(self.anatomy.model).__name__,
             methods=self.methods,
             layers=tuple(dict.fromkeys(site.layer_idx for site in self.sites)),
             image_token_ids=self.anatomy.image_token_ids,
-            prompts=self.counters.prompts,
-            prompts_without_image=self.counters.prompts_without_image,
-            decode_steps=self.counters.decode_steps,
-            edited=self.counters.edited(),
+            prompts=prompts,
+            prompts_without_image=prompts_without_image,
+            decode_steps=decode_steps,
+            edited=edited,
             notes=self.notes,
         )
 
@@ -308,7 +309,10 @@ def _is_empty(cache: Any) -> bool:
 
 
 def _forget_compiled_code(model: nn.Module) -> None:
-    """Drop code compiled before the model changed: it would go on without looking at the new hooks."""
+    """Drop code compiled before the model changed: it would go on without looking at the new hooks.
+
+    Dynamo cannot tell which code belongs to a model, so all of it is dropped; other models only compile again.
+    """
     model.__dict__.pop("_compiled_call", None)
-    if "torch._dynamo" in sys.modules:
+    if "torch._dynamo" in sys.modules and torch._dynamo.utils.counters["frames"]:
         torch._dynamo.reset()
