@@ -67,8 +67,13 @@ class EvalOptions:
 
     @property
     def command_line(self) -> str:
-        """The command that repeats this run, for the report and for the message after Ctrl-C."""
+        """The command that repeats this run."""
         return shlex.join(["vlmfix", "eval", *self.command])
+
+    @property
+    def resume_line(self) -> str:
+        """The command that goes on with this run: ``--no-resume`` would throw its answers away."""
+        return shlex.join(["vlmfix", "eval", *(word for word in self.command if word != "--no-resume")])
 
 
 @dataclass(frozen=True)

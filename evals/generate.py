@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,49 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from vlmfix.errors import VlmfixError
 
 from .models import answer_token_ids, end_token_ids
+from .samples import Answer
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
 LARGEST_GAP = 9999.0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One thing to ask: an image and a question.
-
-    Attributes:
-        benchmark: ``"chair"`` or ``"pope"``.
-        image_id: COCO image id.
-        path: Image file.
-        question: What the user would type, without the chat template.
-    """
-
-    benchmark: str
-    image_id: int
-    path: Path
-    question: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said, and the figures recorded on the way.
-
-    Attributes:
-        text: Decoded answer without special tokens, stripped.
-        tokens: Generated token ids, without the end token.
-        truncated: No end token came within the allowed number of new tokens.
-        eos_gaps: Per greedy step, the end token's included: largest logit minus the best end-token logit; 0 where the
-            model ended. Empty where not recorded.
-        score: First-step log-odds of yes against no (logsumexp of the yes tokens minus that of the no tokens), None
-            where not recorded or not finite.
-        seconds: This answer's share of its batch's wall time in ``generate``.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    truncated: bool
-    eos_gaps: tuple[float, ...]
-    score: float | None
-    seconds: float
 
 
 class StepRecorder(LogitsProcessor):  # type: ignore[misc]
@@ -153,7 +112,11 @@ class Generator:
         special = not (bos and prompts[0].startswith(bos))
         try:
             inputs = self.processor(
-                images=list(images), text=list(prompts), padding=True, add_special_tokens=special, return_tensors="pt"
+                images=[[image] for image in images],
+                text=list(prompts),
+                padding=True,
+                add_special_tokens=special,
+                return_tensors="pt",
             )
         except (ValueError, TypeError) as error:
             raise VlmfixError(f"the processor rejects the prompt {prompts[0]!r}: {error}") from error

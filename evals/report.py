@@ -54,8 +54,8 @@ BY_KEY = {metric.key: metric for metric in METRICS}
 
 VERDICTS = {
     "better": "beats its control",
-    "same": "not told apart from its control",
-    "worse": "worse than its control",
+    "same": "not told apart",
+    "worse": "worse than control",
     "unchanged": "no answer changed",
 }
 
@@ -123,7 +123,8 @@ def text_report(results: Mapping[str, Any]) -> str:
     if max(map(len, table.split("\n"))) > TERMINAL_WIDTH:
         table = plain_table(rows, gap=1)
     head = [line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..." for line in conditions(results)]
-    parts = [*head, "", table, "", legend(results)]
+    head += [f"NOTE {note}" for note in results["notes"]]
+    parts = [*head, "", table, "", *legend(results)]
     if results.get("controls"):
         parts += ["", _controls_text(results)]
     return "\n".join(parts)
@@ -158,7 +159,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
             ]
         )
     parts = ["# vlmfix evaluation", "", *(f"- {line}" for line in conditions(results)), ""]
-    parts += [markdown_table(rows), "", legend(results), ""]
+    parts += [markdown_table(rows), "", *(line for text in legend(results) for line in (text.lstrip("- "), ""))]
     if results.get("controls"):
         parts += ["## Controls", "", CONTROLS_EXPLAINED, "", markdown_table(_control_rows(results)), ""]
     if "pope" in results["methods"][0]:
@@ -224,14 +225,15 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def legend(results: Mapping[str, Any]) -> str:
+def legend(results: Mapping[str, Any]) -> list[str]:
     """How to read the table, and what the short method names stand for."""
-    names = "; ".join(f"{m['label']} = {m['describe']}" for m in results["methods"] if m["describe"] != m["label"])
+    names = "; ".join(f"{m['label']} is {m['describe']}" for m in results["methods"] if m["describe"] != m["label"])
     resamples = results["intervals"]["resamples"]
-    text = (
-        f"'- none': paired difference in points, 95 % interval over {resamples} resamples of the images; * excludes 0."
-    )
-    return f"{text}\n{names}" if names else text
+    lines = [
+        f"- none: paired difference in points; 95 %: its interval over {resamples} resamples of the images",
+        "*: the interval excludes 0; = none: no answer changed",
+    ]
+    return [*lines, names] if names else lines
 
 
 def _controls_text(results: Mapping[str, Any]) -> str:

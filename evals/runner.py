@@ -24,9 +24,10 @@ from .config import (
     runtime_info,
     versions,
 )
-from .generate import Answer, Generator, PromptBuilder, Sample
+from .generate import Generator, PromptBuilder
 from .models import ModelSource, find_model, load_model, resolve_device, resolve_dtype
 from .report import markdown_report, text_report
+from .samples import Answer, Sample
 from .scoring import score_run
 from .tasks import Tasks, make_tasks
 
@@ -184,7 +185,7 @@ def evaluate(options: EvalOptions, *, show: Callable[[str], None] = logger.info)
             except KeyboardInterrupt as error:
                 raise EvalInterrupted(
                     f"interrupted: {run.total - plan.missing(log)} of {run.total} answers are kept in {run.folder}; "
-                    f"to go on, type: {options.command_line}"
+                    f"to go on, type: {options.resume_line}"
                 ) from error
         answers = plan.answers(log)
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from .config import MethodSpec
 from .controls import early_stop_control, yes_bias_control
-from .generate import Answer
 from .metrics.chair import ChairTable, score_captions
 from .metrics.pope import PopeTable, score_answers
 from .report import BY_KEY, METRICS, Metric, finite
+from .samples import Answer
 from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Interval, paired_bootstrap
 from .tasks import ChairTask, PopeTask, Tasks
 
@@ -294,7 +294,7 @@ def _early_stop(
         task.matcher,
     )
     reached = control.table.summary()["recall"]
-    matched = f"recall {100 * recall:.1f} and {100 * reached:.1f}"
+    matched = f"recall {100 * recall:.1f}, {100 * reached:.1f}"
     rows = [
         compare(spec.label, "early stop", BY_KEY[key], tables[spec.label], control.table, seed, matched)
         for key in ("chair.chair_i", "chair.chair_s")
@@ -307,6 +307,6 @@ def _yes_bias(spec: MethodSpec, tables: Mapping[str, PopeTable], seed: int, *, b
         return []
     ratio = tables[spec.label].summary()["yes_ratio"]
     control = yes_bias_control(tables[baseline], ratio)
-    matched = f"yes {100 * ratio:.1f} and {100 * control.table.summary()['yes_ratio']:.1f}"
+    matched = f"yes {100 * ratio:.1f}, {100 * control.table.summary()['yes_ratio']:.1f}"
     row = compare(spec.label, "yes bias", BY_KEY["pope.accuracy"], tables[spec.label], control.table, seed, matched)
     return [{**row, "bias": control.bias}]

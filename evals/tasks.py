@@ -16,8 +16,8 @@ from .cache import digest, file_digest
 from .config import CHAIR_PROMPT, POPE_PROMPT, POPE_SPLITS, EvalOptions
 from .data.coco import CocoData, load_image
 from .data.pope import PopeQuestion, build_questions, load_questions
-from .generate import Sample
 from .metrics.chair import ChairMatcher, ground_truth
+from .samples import Sample
 
 logger = logging.getLogger("vlmfix.evals")
 

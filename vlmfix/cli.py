@@ -39,13 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run is None:
         parser.print_help()
         return 2
-    logging.basicConfig(
-        level=os.environ.get("VLMFIX_LOG_LEVEL", "WARNING").upper(), format="%(levelname)s: %(message)s"
-    )
     # transformers' remarks on missing optional packages are no news to the user of this command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     options.command = tuple(words[1:])
     try:
+        _set_up_logging()
         options.run(options)
     except VlmfixError as error:
         sys.stderr.write(f"vlmfix: error: {error}\n")
@@ -59,9 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _set_up_logging() -> None:
+    level = os.environ.get("VLMFIX_LOG_LEVEL", "WARNING").upper()
+    if not isinstance(logging.getLevelName(level), int):
+        raise VlmfixError(f"VLMFIX_LOG_LEVEL={level}: expected DEBUG, INFO, WARNING or ERROR")
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlmfix",
+        allow_abbrev=False,
         description="Make vision-language models hallucinate less at inference time, and measure it.",
     )
     parser.add_argument("--version", action="version", version=f"vlmfix {vlmfix.__version__}")
@@ -84,6 +90,7 @@ def _add_eval(verbs: Any) -> None:
         description="Evaluate methods against 'none' on CHAIR and POPE, greedy decoding, with paired 95 %% intervals.",
         epilog=_EVAL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
@@ -192,19 +199,26 @@ def _add_eval(verbs: Any) -> None:
 def _add_score(verbs: Any) -> None:
     parser = verbs.add_parser("score", help="score captions or answers in a file, without a model")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    chair = kinds.add_parser("chair", help="captions against COCO annotations")
+    chair = kinds.add_parser("chair", allow_abbrev=False, help="captions against COCO annotations")
     chair.add_argument("file", type=Path, metavar="FILE", help="JSON lines with image_id and caption (or text, answer)")
     chair.add_argument("--data", type=Path, required=True, metavar="DIR", help="COCO folder with the annotations")
     chair.add_argument("--chair-mode", choices=("original", "nltk"), default="original", help="default: original")
     chair.set_defaults(run=_score_chair)
-    pope = kinds.add_parser("pope", help="answers against POPE question files")
+    pope = kinds.add_parser("pope", allow_abbrev=False, help="answers against POPE question files")
     pope.add_argument(
         "file",
         type=Path,
         metavar="FILE",
         help="JSON lines with answer (or text, caption), and question_id or the order of the questions",
     )
-    pope.add_argument("--questions", type=Path, nargs="+", required=True, metavar="FILE", help="POPE question files")
+    pope.add_argument(
+        "--questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="POPE question files (default: labels in FILE)",
+    )
     pope.add_argument("--parser", default="official", help="rule that reads yes or no (default: official)")
     pope.set_defaults(run=_score_pope)
     for kind in (chair, pope):
