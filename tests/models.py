@@ -106,7 +106,7 @@ def tiny_llava(kind: str = "llama", *, seed: int = 0, sinks: bool = False, confi
     Args:
         kind: The language model, see ``text_config``.
         seed: Seed of the weights.
-        sinks: Inject massive activations in ``SINK_DIMS`` at the first token, at ``SINK_WORD`` and at some image tokens.
+        sinks: Inject massive activations in ``SINK_DIMS``: first token, ``SINK_WORD``, some image tokens.
         config: Build from this config object instead.
         **options: See ``llava_config``.
     """

@@ -39,7 +39,7 @@ class VhrSpec:
 
 
 @dataclass
-class Sequence_:
+class State:
     """One sequence: its tokens so far and what every layer remembers of them."""
 
     ids: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Sequence_:
 def sink_value(x: torch.Tensor, sink_dims: Sequence[int]) -> float:
     """phi(x) = max_d |x_d| / sqrt(mean x^2 + 1e-6)."""
     x = x.double()
-    rms = math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + 1e-6)
+    rms = math.sqrt(float((x * x).mean()) + 1e-6)
     return max(abs(float(x[d])) for d in sink_dims) / rms
 
 
@@ -67,26 +67,26 @@ def redistribute(
     row: torch.Tensor, is_image: Sequence[bool], is_sink: Sequence[bool], spec: VarSpec
 ) -> tuple[torch.Tensor, bool]:
     """Steps 3 and 4 of VAR on one attention row ``[keys]``: the edited row, and whether it was selected."""
-    keys = range(len(row))
-    visual_sinks = [j for j in keys if is_sink[j] and is_image[j]]
-    if not visual_sinks:
+    if not any(sink and image for sink, image in zip(is_sink, is_image, strict=True)):
         return row, False
-    image_mass = sum(float(row[j]) for j in keys if is_image[j])
-    sink_mass = sum(float(row[j]) for j in visual_sinks)
+    keys, weights = range(len(row)), row.tolist()
+    visual_sinks = [j for j in keys if is_sink[j] and is_image[j]]
+    image_mass = sum(weights[j] for j in keys if is_image[j])
+    sink_mass = sum(weights[j] for j in visual_sinks)
     if image_mass <= 0 or image_mass < spec.image_mass or 1 - sink_mass / image_mass < spec.rho:
         return row, False
     rest = [j for j in keys if is_image[j] and not is_sink[j]]
-    rest_mass = sum(float(row[j]) for j in rest)
+    rest_mass = sum(weights[j] for j in rest)
     if rest_mass <= 0:
         return row, False
-    omega = spec.recycle * sum(float(row[j]) for j in keys if is_sink[j])
-    edited = row.clone()
+    omega = spec.recycle * sum(weights[j] for j in keys if is_sink[j])
+    edited = list(weights)
     for j in keys:
         if is_sink[j]:
-            edited[j] = (1 - spec.recycle) * row[j]
+            edited[j] = (1 - spec.recycle) * weights[j]
     for j in rest:
-        edited[j] = row[j] + omega * row[j] / rest_mass
-    return edited, True
+        edited[j] = weights[j] + omega * weights[j] / rest_mass
+    return torch.tensor(edited, dtype=row.dtype), True
 
 
 def choose_heads(
@@ -94,12 +94,9 @@ def choose_heads(
 ) -> list[bool]:
     """Eqs. 4, 6 and 7 of VHR: which heads lie above the layer's median divergence."""
     count = len(with_image)
-    vhd = [
-        math.sqrt(sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)))
-        for x, y in zip(with_image, without_image, strict=True)
-    ]
+    vhd = [math.dist(x.tolist(), y.tolist()) for x, y in zip(with_image, without_image, strict=True)]
     if outliers and count > 1:
-        surge = [sum(float(b) ** 2 for b in y) for y in without_image]
+        surge = [sum(b**2 for b in y.tolist()) for y in without_image]
         limit_vhd, limit_surge = _mean_plus_std(vhd), _mean_plus_std(surge)
         vhd = [0.0 if vhd[i] > limit_vhd and surge[i] > limit_surge else vhd[i] for i in range(count)]
     ranked = sorted(vhd)
@@ -132,13 +129,13 @@ class Reference:
 
     # Reading and decoding.
 
-    def prompt(self, ids: Sequence[int], pixels: torch.Tensor | None, known: Sequence_ | None = None) -> tuple:
+    def prompt(self, ids: Sequence[int], pixels: torch.Tensor | None, known: State | None = None) -> tuple:
         """Read a prompt (or a further turn): the sequence and the logits of every new position."""
-        sequence = known or Sequence_()
+        sequence = known or State()
         logits = self._step(sequence, list(ids), pixels, generated=False)
         return sequence, logits
 
-    def decode(self, sequence: Sequence_, token: int) -> torch.Tensor:
+    def decode(self, sequence: State, token: int) -> torch.Tensor:
         """Read one generated token: its logits ``[vocab]``."""
         return self._step(sequence, [token], None, generated=True)[-1]
 
@@ -159,9 +156,7 @@ class Reference:
     # One forward.
 
     @torch.no_grad()
-    def _step(
-        self, sequence: Sequence_, ids: list[int], pixels: torch.Tensor | None, *, generated: bool
-    ) -> torch.Tensor:
+    def _step(self, sequence: State, ids: list[int], pixels: torch.Tensor | None, *, generated: bool) -> torch.Tensor:
         past = len(sequence.ids)
         new = list(self._embed(ids, pixels))
         sequence.ids += ids
@@ -200,7 +195,7 @@ class Reference:
             embeds[[i for i, token in enumerate(ids) if token == self.image_id]] = torch.cat(list(features))
         return embeds
 
-    def _detect_sinks(self, sequence: Sequence_, number: int, states: list[torch.Tensor], generated: bool) -> None:
+    def _detect_sinks(self, sequence: State, number: int, states: list[torch.Tensor], generated: bool) -> None:
         if self.var is None:
             return
         known = sequence.sinks.setdefault(number, [])
@@ -221,7 +216,7 @@ class Reference:
     # Attention.
 
     def _attention(
-        self, sequence: Sequence_, number: int, states: list[torch.Tensor], past: int, generated: bool
+        self, sequence: State, number: int, states: list[torch.Tensor], past: int, generated: bool
     ) -> list[list[torch.Tensor]]:
         """Head outputs per row and head, after VAR."""
         keys, values = sequence.keys.setdefault(number, []), sequence.values.setdefault(number, [])
@@ -235,6 +230,7 @@ class Reference:
         written = sequence.weights[number] = {}
         selected = sequence.selected[number] = set()
         outputs = []
+        all_keys, all_values = torch.stack(keys), torch.stack(values)
         for offset, query in enumerate(queries):
             position = past + offset
             edits = (
@@ -245,7 +241,7 @@ class Reference:
             )
             row_outputs = []
             for head in range(self.config.num_attention_heads):
-                row = self._row(number, query[head], keys, head, position)
+                row = self._row(number, query[head], all_keys, head, position)
                 if edits:
                     assert self.var is not None
                     seen = range(position + 1)
@@ -258,14 +254,14 @@ class Reference:
                     if hit:
                         selected.add((head, position))
                 written[head, position] = row
-                row_outputs.append(self._weigh(row, values, head))
+                row_outputs.append(self._weigh(row, all_values, head))
             outputs.append(row_outputs)
         return outputs
 
     def _text_attention(self, number: int, states: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Head outputs of the image-free stream; it has no cache and no edits of attention weights."""
         projected = [self._project(number, x, position) for position, x in enumerate(states)]
-        keys, values = [key for _, key, _ in projected], [value for _, _, value in projected]
+        keys, values = torch.stack([key for _, key, _ in projected]), torch.stack([value for _, _, value in projected])
         return [
             [
                 self._weigh(self._row(number, query[head], keys, head, position), values, head)
@@ -284,26 +280,22 @@ class Reference:
         value = layer.self_attn.v_proj(x).view(-1, size)
         return _rotate(query, cos[0, 0], sin[0, 0]), _rotate(key, cos[0, 0], sin[0, 0]), value
 
-    def _row(
-        self, number: int, query: torch.Tensor, keys: list[torch.Tensor], head: int, position: int
-    ) -> torch.Tensor:
+    def _row(self, number: int, query: torch.Tensor, keys: torch.Tensor, head: int, position: int) -> torch.Tensor:
         """Post-softmax weights of one row over keys ``0..position``."""
         module = self.language_model.layers[number].self_attn
         group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
         window = self._window(number)
-        scores = torch.full((position + 1,), -torch.inf, dtype=torch.float32)
-        for j in range(position + 1):
-            if window is not None and j <= position - window:
-                continue
-            score = torch.dot(query.float(), keys[j][group].float()) * module.scaling
-            cap = getattr(self.config, "attn_logit_softcapping", None)
-            scores[j] = score if cap is None else cap * torch.tanh(score / cap)
+        scores = (keys[: position + 1, group].float() @ query.float()) * module.scaling
+        cap = getattr(self.config, "attn_logit_softcapping", None)
+        if cap is not None:
+            scores = cap * torch.tanh(scores / cap)
+        if window is not None:
+            scores[: max(position - window + 1, 0)] = -torch.inf
         return torch.softmax(scores, dim=0)
 
-    def _weigh(self, row: torch.Tensor, values: list[torch.Tensor], head: int) -> torch.Tensor:
+    def _weigh(self, row: torch.Tensor, values: torch.Tensor, head: int) -> torch.Tensor:
         group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
-        stacked = torch.stack([values[j][group] for j in range(len(row))])
-        return (row.to(stacked.dtype)[:, None] * stacked).sum(0)
+        return row.to(values.dtype) @ values[: len(row), group]
 
     def _window(self, number: int) -> int | None:
         kinds = getattr(self.config, "layer_types", None)
