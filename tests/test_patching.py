@@ -473,7 +473,9 @@ def test_patch_returns_the_model_and_defaults_to_vhr(tiny: Any) -> None:
 # Refusals.
 
 
-@pytest.mark.parametrize("thing", [None, "llava", 3, nn.Linear(2, 2), object()], ids=str)
+@pytest.mark.parametrize(
+    "thing", [None, "llava", 3, nn.Linear(2, 2), object()], ids=["None", "str", "int", "Linear", "object"]
+)
 @pytest.mark.parametrize("call", [vlmfix.patch, vlmfix.unpatch, vlmfix.status])
 def test_things_that_are_no_model(call: Any, thing: Any) -> None:
     with pytest.raises(vlmfix.UnsupportedModelError, match="Expected a Hugging Face"):

@@ -308,7 +308,7 @@ def test_the_position_of_the_image_does_not_matter_to_the_text(tiny: Any) -> Non
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_half_precision_is_finite(build: Any, dtype: torch.dtype, attn: str) -> None:
-    """Selection may differ from fp32 where two heads diverge by about the same, so only ``select="all"`` is compared."""
+    """Selection may differ from fp32 where two heads are about equal: only ``select="all"`` is compared."""
     model = build(attn=attn)
     inputs = collate(RAGGED)
     vlmfix.patch(model, vhr(select="all"))
