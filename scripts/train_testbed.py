@@ -38,7 +38,7 @@ from vlmfix.evals.testbed import MODEL_DIR
 from vlmfix.evals.testbed.scenes import BACKGROUND, IMAGE_SIZE
 from vlmfix.evals.testbed.tiny import BOS, EOS, PAD, build_processor
 
-STEPS = {"text": 1400, "vision": 1800, "align": 250, "joint": 4200}
+STEPS = {"text": 1400, "vision": 1800, "align": 250, "joint": 4900}
 BATCH = {"text": 24, "vision": 128, "align": 64, "joint": 64}
 PEAK = {"text": 2e-3, "vision": 1.5e-3, "align": 2e-3, "joint": 1.5e-3}
 WARMUP = {"text": 100, "vision": 200, "align": 30, "joint": 150}

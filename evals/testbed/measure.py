@@ -22,6 +22,7 @@ from ..data.pope import SPLITS as POPE_SPLITS
 from ..data.pope import PopeQuestion, build_questions
 from ..metrics.chair import ChairMatcher, ground_truth, score_captions
 from ..metrics.pope import score_answers
+from ..stats import CHAIR_STATISTICS, POPE_STATISTICS, Statistic, bootstrap
 from . import MODEL_DIR, PROMPTS, prepare
 from .scenes import IMAGE_SIZE, NAMES, SPLITS, scene_kind
 from .vocabulary import SCENES
@@ -168,6 +169,7 @@ def measure(reader: Reader, folder: Path, num_internals: int = 50) -> dict[str, 
     result: dict[str, Any] = {
         "images": len(ids),
         "chair": _percent(table.summary()),
+        "chair_95": _intervals(CHAIR_STATISTICS, table, ("chair_s", "chair_i", "recall", "f1")),
         "mentions_percent": mention_rates(dict(zip(ids, table.nodes, strict=True)), truth),
         "wrong_by_mention_position": position,
         "blank_caption": reader.captions([blank], PROMPTS["describe"])[0],
@@ -191,10 +193,21 @@ def measure(reader: Reader, folder: Path, num_internals: int = 50) -> dict[str, 
 
 def _pope(
     reader: Reader, questions: Sequence[PopeQuestion], images: Sequence[Image.Image], texts: Sequence[str]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     words, scores = reader.answers(images, texts)
     table = score_answers(questions, words, scores=scores)
-    return _percent(table.summary()) | {"n": len(table), "unparsed": table.counts()["unparsed"]}
+    counts = {"n": len(table), "unparsed": table.counts()["unparsed"]}
+    return (
+        _percent(table.summary())
+        | counts
+        | {"accuracy_95": _intervals(POPE_STATISTICS, table, ["accuracy"])["accuracy"]}
+    )
+
+
+def _intervals(statistics: Mapping[str, Statistic], table: Any, names: Sequence[str]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over images, in percent."""
+    found = {name: bootstrap(statistics[name], table) for name in names}
+    return {name: [round(100 * interval.low, 1), round(100 * interval.high, 1)] for name, interval in found.items()}
 
 
 def _position_rates(nodes: Sequence[Sequence[str]], truth: Sequence[frozenset[str]]) -> list[float]:

@@ -4,9 +4,9 @@ Every scene is a pure function of its image id. Splits own disjoint ranges of id
 
 * ``train``: typical objects appear with the probabilities of :data:`~.vocabulary.SCENES` in 55 % of the scenes and with
   probability .6 in the rest; 0 or 1, respectively 0 to 2, intruders from other scenes.
-* ``calibration``, ``heldout``, ``heldout2``: the decorrelated distribution, every typical object with probability .55
-  and 0 to 2 intruders. What usually stands in such a place is therefore absent nearly half of the time, which is where
-  a model that follows its prior invents objects.
+* ``calibration``, ``heldout``, ``heldout2``: the decorrelated distribution, every typical object with the same
+  probability .6 and 0 to 2 intruders. What always stands in such a place is therefore absent in two scenes of five,
+  which is where a model that follows its prior invents objects.
 
 A sprite that would hide more than half of another one is moved, or left out of the scene altogether, so the annotations
 name everything that was drawn.
@@ -64,7 +64,7 @@ BACKGROUND = len(NAMES)
 """Patch label of a patch without an object."""
 
 _IDS_PER_SPLIT = 10_000_000
-_DECORRELATED = 0.55
+_DECORRELATED = 0.6
 _MEDIAN_SIZE = 26.0
 _MIN_VISIBLE = 0.5
 
