@@ -139,6 +139,16 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
     return specs
 
 
+def method_specs(methods: Mapping[str, Any]) -> list[MethodSpec]:
+    """Rows for a run of given method objects: ``none``, then each under its label.
+
+    Args:
+        methods: Label to method object, such as ``{"vhr 1.1": VHR(alpha=1.1), "vhr 1.2": VHR(alpha=1.2)}``.
+    """
+    rows = [MethodSpec(label, _full(method.to_dict()), "method") for label, method in methods.items()]
+    return [MethodSpec("none", _full({"method": "none"}), "baseline"), *rows]
+
+
 def _full(params: Mapping[str, Any]) -> dict[str, Any]:
     """The complete, validated dictionary of a method, as JSON gives it back."""
     from vlmfix.recipes import method_from_dict

@@ -73,8 +73,12 @@ class EvalRun:
         return len(self.methods) * sum(1 for _ in self.tasks.samples())
 
 
-def plan_run(options: EvalOptions) -> EvalRun:
+def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) -> EvalRun:
     """Resolve the options into a run without loading any weights.
+
+    Args:
+        options: As typed.
+        methods: The rows, the baseline first; by default what the options name, with controls.
 
     Raises:
         VlmfixError: Something the run needs is missing or contradictory; nothing was written.
@@ -93,7 +97,7 @@ def plan_run(options: EvalOptions) -> EvalRun:
             notes.append(
                 f"method strengths are the testbed's recipe, chosen on {recipe.get('chosen_on', 'unknown data')}"
             )
-    methods = plan_methods(options, recipe)
+    methods = plan_methods(options, recipe) if methods is None else methods
     tasks = make_tasks(options)
     source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
     PromptBuilder(source.processor, use_template=options.chat_template)(next(tasks.samples()).question)
@@ -153,11 +157,18 @@ def write_config(run: EvalRun, **more: Any) -> None:
     write_json(run.folder / "config.json", {**head, "settings": run.settings, **more})
 
 
-def evaluate(options: EvalOptions, *, show: Callable[[str], None] = logger.info) -> dict[str, Any]:
+def evaluate(
+    options: EvalOptions,
+    *,
+    methods: Sequence[MethodSpec] | None = None,
+    show: Callable[[str], None] = logger.info,
+) -> dict[str, Any]:
     """Run (or resume, or only re-score) an evaluation.
 
     Args:
         options: As typed.
+        methods: The rows, the baseline first, for example one method at many strengths (``config.method_specs``); by
+            default what the options name, with controls.
         show: Called with the lines before the run and with the final table.
 
     Returns:
@@ -167,7 +178,7 @@ def evaluate(options: EvalOptions, *, show: Callable[[str], None] = logger.info)
         VlmfixError: See the message; answers written so far are kept.
         EvalInterrupted: Ctrl-C; likewise.
     """
-    run = plan_run(options)
+    run = plan_run(options, methods)
     check_folder(run)
     show(f"{run.source.name} on {run.tasks.description}: {len(run.methods)} methods, {run.total} answers, {run.folder}")
     for note in run.notes:

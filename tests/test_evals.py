@@ -543,6 +543,19 @@ def test_recipe_gives_strengths_and_settings_override_them() -> None:
         config.plan_methods(config.EvalOptions(), {"methods": [{"method": "var", "beta": 1}]})
 
 
+def test_one_method_at_many_strengths(home: Path, tmp_path: Path) -> None:
+    import vlmfix
+
+    options = config.EvalOptions(
+        model=str(home / "m"), data=home / "c", benchmarks=("chair",), max_new_tokens=TOKENS, out=tmp_path / "run"
+    )
+    specs = config.method_specs({f"vhr {alpha}": vlmfix.VHR(alpha=alpha) for alpha in (1.0, 2.0)})
+    rows = runner.evaluate(options, methods=specs)["methods"]
+    assert [row["label"] for row in rows] == ["none", "vhr 1.0", "vhr 2.0"]
+    assert [row["describe"] for row in rows] == ["none", "vhr alpha=1", "vhr"]
+    assert rows[1]["chair"]["changed"] == 0 < rows[2]["chair"]["changed"], "strength one is the stock model"
+
+
 def test_broken_recipe(tmp_path: Path) -> None:
     assert config.load_recipe(tmp_path / "missing.json") is None
     (tmp_path / "r.json").write_text('{"methods": [1]}')
