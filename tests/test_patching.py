@@ -577,6 +577,16 @@ def test_a_second_turn_that_asks_for_several_logits_is_a_prompt(sinky: Any) -> N
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("method", [VAR, VHR], ids=["var", "vhr"])
+def test_asking_for_all_logits_changes_none_of_them(sinky: Any, method: Any) -> None:
+    """``logits_to_keep`` selects outputs; an image among them is still part of the prompt."""
+    each = collate([RAGGED[0]])
+    vlmfix.patch(sinky, method)
+    expected = logits(sinky, each)
+    assert torch.equal(logits(sinky, each, logits_to_keep=each["input_ids"].shape[1]), expected)
+    assert vlmfix.status(sinky).prompts_without_image == 0
+
+
 def test_the_log_names_the_methods(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="vlmfix"):
         vlmfix.patch(tiny, VHR)

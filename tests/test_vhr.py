@@ -156,6 +156,16 @@ def test_selection_is_the_paper_rule(heads: int, outliers: bool) -> None:
         assert outliers == (not torch.equal(found, plain))
 
 
+@pytest.mark.xfail(strict=True, reason="divergences of rounding size are ranked like any other")
+def test_heads_that_cannot_see_the_image_are_not_chosen_by_rounding(build: Any) -> None:
+    """The window of the last position holds no image: with and without image agree up to rounding."""
+    model = build("mistral", window=6)
+    vlmfix.patch(model, vhr(layers=[0]))
+    each = sample(3, 1, 8, seed=1)
+    forward(model, collate([each]))
+    assert vlmfix.status(model).edited == (0,)
+
+
 def test_equal_divergences_select_nothing() -> None:
     same = torch.ones(2, 8, 4)
     assert not divergent_heads(same, same).any()
