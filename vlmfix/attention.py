@@ -233,6 +233,35 @@ def _allowed_keys(
     return key, allowed
 
 
+def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor) -> torch.Tensor:
+    """Read from a model's attention mask which of the new tokens are no padding.
+
+    Args:
+        attention_mask: 2-D (nonzero = token), 4-D (bool or additive, as ``generate`` prepares it for static caches),
+            a dict of those by layer type, a flex-attention block mask, or ``None``.
+        past: Tokens in the cache.
+        q_len: New tokens.
+        like: A tensor ``[batch, q_len]`` on the device wanted.
+
+    Returns:
+        Bool ``[batch, q_len]``: the tokens that some query may see.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
+    if attention_mask is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    if not isinstance(attention_mask, torch.Tensor):
+        rows = torch.arange(past + q_len, device=like.device)[past:]
+        attended = _block_mask_rows(attention_mask, like.shape[0], rows, rows).any(2)[:, 0]
+    elif attention_mask.dim() == 2:
+        attended = attention_mask[:, -q_len:].bool()
+    else:
+        new_keys = attention_mask[:, 0, :, past : past + q_len]
+        allowed = new_keys if new_keys.dtype == torch.bool else new_keys > torch.finfo(new_keys.dtype).min / 2
+        attended = allowed.any(1)
+    return attended.to(like.device).expand(like.shape)
+
+
 def _block_mask_rows(mask: Any, batch: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Evaluate the rule behind a flex-attention block mask for some rows: bool ``[batch, 1, rows, keys]``."""
     samples = torch.arange(batch, device=rows.device)[:, None, None, None]

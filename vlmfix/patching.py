@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ class Patch:
         self.counters = Counters(len(methods))
         self.sites = make_sites(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
+        self.owner: Context | None = None
         self._handles: list[Any] = []
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
         self._is_sliding = any(site.is_sliding for site in self.sites)
@@ -93,25 +95,31 @@ class Patch:
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return None  # the model itself says what is missing
-        if state is not None and (tokens.shape[1] == 1 or _verifies_candidates(kwargs)) and not _is_empty(cache):
-            run = self._begin_decode(cache, state, inputs.get("input_ids"), tokens.shape[1])
+        q_len = tokens.shape[1]
+        drafted = _num_drafted(kwargs)
+        if state is not None and q_len - drafted <= 1 and not _is_empty(cache):
+            run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
-            run = self._begin_prompt(cache, state, inputs)
+            run = self._begin_prompt(cache, state, inputs, drafted if drafted < q_len else 0)
         return args, {**kwargs, RUN_KWARG: run}
 
     def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
         self._check_same_methods(state)
         keeps_ids = self._needs_text and not torch.compiler.is_compiling()
         past: int | torch.Tensor = 0
-        if self._is_sliding or keeps_ids or q_len > 1:
+        is_static = getattr(cache, "is_compileable", False)
+        if self._is_sliding or keeps_ids or not is_static:
             past = cache.get_seq_length()
-            past = past.clone() if isinstance(past, torch.Tensor) else past
+            past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
+        if not is_static and past < state.image_mask.shape[1]:
+            state = state.cropped(int(past))
+            setattr(cache, STATE_ATTRIBUTE, state)
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
-        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, rows=(0, q_len))
+        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0, rows=(0, q_len))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _begin_prompt(self, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
+    def _begin_prompt(self, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int) -> Run:
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and state is None:
             raise UnsupportedFeatureError(
@@ -131,6 +139,7 @@ class Patch:
             attention_mask=inputs.get("attention_mask"),
             known=state,
             past=past,
+            drafted=drafted,
             text_only=lambda new_state: run_text_only(self.anatomy.inner, self.sites, new_state),
         )
         if cache is not None:
@@ -169,9 +178,11 @@ class Patch:
         if not isinstance(run, Run) or run.finished:
             return
         run.finish()
-        cache = getattr(output, "past_key_values", None)
-        if run.is_prefill and cache is not None:
-            setattr(cache, STATE_ATTRIBUTE, run.state)
+        if run.is_prefill:
+            parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+            for cache in parts:
+                if hasattr(cache, "get_seq_length"):
+                    setattr(cache, STATE_ATTRIBUTE, run.state)
 
     def status(self) -> Status:
         """Describe the patch."""
@@ -179,7 +190,7 @@ class Patch:
         return Status(
             model=type(self.anatomy.model).__name__,
             methods=self.methods,
-            layers=tuple(dict.fromkeys(site.layer_idx for site in self.sites)),
+            layers=tuple(sorted({layer for method in self.methods for layer in method.layer_indices})),
             image_token_ids=self.anatomy.image_token_ids,
             prompts=prompts,
             prompts_without_image=prompts_without_image,
@@ -262,18 +273,41 @@ def unpatch(model: ModelT) -> ModelT:
 
 @contextmanager
 def patched(model: ModelT, method: MethodSpec | None = None, **parameters: Any) -> Iterator[ModelT]:
-    """Patch a model inside a ``with`` block and restore what was there before, also after an exception."""
-    previous = find_patch(model)
+    """Patch a model inside a ``with`` block and restore what was there before, also after an exception.
+
+    Blocks may end in any order: the model is stock again once the last one has ended.
+    """
+    context = Context(before=find_patch(model))
     patch(model, method, **parameters)
+    mine = find_patch(model)
+    assert mine is not None
+    mine.owner = context
     try:
         yield model
     finally:
-        # A patch put on or taken off inside the block is the caller's decision; it ends here all the same.
+        context.is_over = True
         current = find_patch(model)
-        if current is not None:
-            current.detach()
-        if previous is not None:
-            previous.attach()
+        if current is None or current.owner is None or current.owner.is_over:
+            if current is not None:
+                current.detach()
+            before = context.before
+            while before is not None and before.owner is not None and before.owner.is_over:
+                before = before.owner.before
+            if before is not None:
+                before.attach()
+
+
+@dataclasses.dataclass(eq=False)
+class Context:
+    """A ``with vlmfix.patched(...)`` block.
+
+    Attributes:
+        before: The patch that was on the model when it began.
+        is_over: Whether it has ended.
+    """
+
+    before: Patch | None
+    is_over: bool = False
 
 
 def status(model: object) -> Status | None:
@@ -284,20 +318,22 @@ def status(model: object) -> Status | None:
 
 def find_patch(model: object) -> Patch | None:
     """Return the patch on a model. It is found by its hooks, so a deep copy of a patched model has its own."""
-    for hook in unwrap(model)._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Patch):
-            return owner
+    for module in unwrap(model).modules():  # a patch may have been put on an inner model
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Patch):
+                return owner
     return None
 
 
-def _verifies_candidates(kwargs: dict[str, Any]) -> bool:
-    """Whether a forward checks drafted tokens (assisted decoding) rather than reads a prompt.
+def _num_drafted(kwargs: dict[str, Any]) -> int:
+    """How many of the new tokens are a drafted answer rather than a prompt.
 
-    ``generate`` then asks for the logits of every drafted token, and for those of one token when it reads a prompt.
+    Assisted decoding asks for the logits of the token before the draft and of every drafted one, also in the forward
+    that reads the prompt; a caller who scores an answer behind a prompt does the same. Otherwise it is none.
     """
     wanted = kwargs.get("logits_to_keep")
-    return isinstance(wanted, int) and wanted > 1
+    return max(wanted - 1, 0) if isinstance(wanted, int) else 0
 
 
 def _is_empty(cache: Any) -> bool:

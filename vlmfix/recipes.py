@@ -61,9 +61,9 @@ def method_from_dict(data: Mapping[str, Any]) -> Method:
     Raises:
         MethodError: No ``"method"`` key, unknown method or parameter.
     """
-    if "method" not in data:
+    if not isinstance(data, Mapping) or "method" not in data:
         raise MethodError(
-            f"A recipe entry needs a 'method' key, for example {{'method': 'vhr', 'alpha': 2.0}}; got {dict(data)!r}."
+            f"A recipe entry needs a 'method' key, for example {{'method': 'vhr', 'alpha': 2.0}}; got {data!r}."
         )
     return make_method(str(data["method"]), {key: value for key, value in data.items() if key != "method"})
 

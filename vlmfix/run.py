@@ -8,13 +8,13 @@ with the sequence and follows copies, crops and further turns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from vlmfix.attention import AttentionCall, explicit_attention, explicit_weights, weighted_values
+from vlmfix.attention import AttentionCall, attended_keys, explicit_attention, explicit_weights, weighted_values
 from vlmfix.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -50,6 +50,17 @@ class SequenceState:
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
+    def cropped(self, length: int) -> SequenceState:
+        """Return the state of the first ``length`` tokens, fewer than the prompt has."""
+        return replace(
+            self,
+            image_mask=self.image_mask[:, :length],
+            valid_mask=self.valid_mask[:, :length],
+            input_ids=None if self.input_ids is None else self.input_ids[:, :length],
+            learned={key: self.methods[key[0]].crop(value, length) for key, value in self.learned.items()},
+            decoded=[],
+        )
+
 
 class Run:
     """One forward of a patched model.
@@ -58,6 +69,7 @@ class Run:
         is_prefill: Whether the forward reads a prompt (a first one, or a further turn) rather than decodes.
         past: Tokens in the cache before this forward: int, or a 0-d tensor with a static cache while decoding.
         q_len: Tokens of this forward.
+        prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
         rows: Half-open range of query rows to edit in this forward, relative to ``q_len``.
         row_mask: bool ``[batch, rows]``: which of those rows each sample lets edit; ``None`` for all.
         text_only: The image-free pass over the same prompt, when a method needs one.
@@ -71,6 +83,7 @@ class Run:
         is_prefill: bool,
         past: int | torch.Tensor,
         q_len: int,
+        prompt_len: int,
         rows: tuple[int, int],
         row_mask: torch.Tensor | None = None,
         text_only: TextOnlyRun | None = None,
@@ -80,6 +93,7 @@ class Run:
         self.is_prefill = is_prefill
         self.past = past
         self.q_len = q_len
+        self.prompt_len = prompt_len
         self.rows = rows
         self.row_mask = row_mask
         self.text_only = text_only
@@ -103,8 +117,8 @@ class Run:
 
     def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
         """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
-        valid = self.valid_mask[:, -states.shape[1] :].to(states.device)
-        positions = torch.arange(states.shape[1], device=states.device)
+        valid = self.valid_mask[:, -self.prompt_len :].to(states.device)
+        positions = torch.arange(self.prompt_len, device=states.device) + states.shape[1] - self.q_len
         last = (valid * positions).amax(1)
         return states[torch.arange(states.shape[0], device=states.device), last]
 
@@ -116,12 +130,12 @@ class Run:
 
     def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See the input of a decoder layer."""
-        if not (self.is_prefill and self.state.any_image):
+        if not self.is_prefill:
             return
         if self.text_only is not None:
             self.text_only.before_layer_of_image_run(site)
         if site.readers:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
+            hidden_states = (args[0] if args else kwargs["hidden_states"])[..., : self.prompt_len, :]
             for index, method in site.readers:
                 layer = Layer(self, site, index)
                 layer.learned = method.learn(hidden_states, layer)
@@ -158,6 +172,9 @@ class Run:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk."""
         head_outputs, attn_weights = call.base()
+        if head_outputs.requires_grad:  # autograd keeps what the kernel returned
+            head_outputs = head_outputs.clone()
+            attn_weights = None if attn_weights is None else attn_weights.clone()
         for start, stop in call.row_chunks(*self.rows):
             chunk = [(method, layer.at_rows(start, stop)) for method, layer in edits]
             edited_weights, selected = self._edited_weights(explicit_weights(call, start, stop), chunk)
@@ -188,7 +205,7 @@ class Run:
         if self.finished:
             return
         self.finished = True
-        if self.is_prefill and self.state.any_image and not torch.compiler.is_compiling():
+        if self.is_prefill and not torch.compiler.is_compiling():
             for index, method in enumerate(self.state.methods):
                 learned = {site: value for (owner, site), value in self.state.learned.items() if owner == index}
                 if learned:
@@ -294,9 +311,10 @@ def begin_prompt(
     *,
     input_ids: torch.Tensor | None,
     image_mask: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     known: SequenceState | None,
     past: int,
+    drafted: int,
     text_only: Callable[[SequenceState], TextOnlyRun | None],
 ) -> Run:
     """Start a forward that reads a prompt.
@@ -306,13 +324,17 @@ def begin_prompt(
         counters: The patch's counters.
         input_ids: int64 ``[batch, q_len]`` or ``None``.
         image_mask: bool ``[batch, q_len]`` of the new tokens.
-        attention_mask: ``[batch, past + q_len]``, nonzero for tokens that are no padding, or anything else (ignored).
+        attention_mask: What the model was called with, see ``attended_keys``.
         known: State of the earlier turns, if any.
         past: Tokens in the cache.
+        drafted: How many of the new tokens are a drafted answer behind the prompt.
         text_only: Runs the image-free pass for a state, or returns ``None``.
 
     Returns:
         The run; its state must be stored on the cache.
+
+    Raises:
+        UnsupportedFeatureError: The cache belongs to a batch of another size.
     """
     batch, q_len = image_mask.shape
     if known is not None and known.image_mask.shape[0] != batch:
@@ -320,31 +342,37 @@ def begin_prompt(
             f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
             "Expand the inputs before the first forward (generate does), or start with an empty cache."
         )
-    valid = torch.ones_like(image_mask)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        valid = attention_mask[:, -q_len:].to(image_mask.device).bool()
-    image_mask = extend_mask(None if known is None else known.image_mask, image_mask & valid, past)
+    prompt_len = q_len - drafted
+    valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
+    image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
     valid = extend_mask(None if known is None else known.valid_mask, valid, past, fill=True)
-    if known is not None and past and input_ids is not None:
-        input_ids = torch.cat([_ids_so_far(known, past), input_ids], dim=1)
+    decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = []
+    if input_ids is not None:
+        if drafted:
+            decoded.append((past + prompt_len, input_ids[:, prompt_len:]))
+        input_ids = input_ids[:, :prompt_len]
+        if known is not None:
+            input_ids = torch.cat([_ids_so_far(known, past), input_ids], dim=1)
     # The one place that waits for the device: which samples have an image, and where the first of the last ones ends.
-    positions = torch.arange(past + q_len, device=image_mask.device)
+    positions = torch.arange(past + prompt_len, device=image_mask.device)
     last_image = torch.where(image_mask, positions, -1).amax(1)
     ends = last_image.tolist()
-    any_image = max(ends) >= 0
-    learned = dict(known.learned) if known is not None and past else {}
-    state = SequenceState(methods, image_mask, valid, input_ids, any_image, learned)
+    learned = dict(known.learned) if known is not None else {}
+    state = SequenceState(methods, image_mask, valid, input_ids, max(ends) >= 0, learned, decoded)
     first_row = min((max(end + 1 - past, 0) for end in ends if end >= 0), default=q_len)
     row_mask = (positions > last_image[:, None]) & (last_image[:, None] >= 0) & valid
+    if drafted:
+        row_mask = torch.cat([row_mask, (last_image >= 0)[:, None].expand(batch, drafted)], dim=1)
     run = Run(
         state,
         counters,
         is_prefill=True,
         past=past,
         q_len=q_len,
+        prompt_len=prompt_len,
         rows=(first_row, q_len),
         row_mask=row_mask[:, past + first_row :],
     )
-    if any_image:
+    if state.any_image:
         run.text_only = text_only(state)
     return run

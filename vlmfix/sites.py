@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vlmfix.anatomy import Anatomy, AttentionSite, own_config
+from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
 
 
@@ -49,15 +50,26 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
         methods: Methods with their layers resolved, in the order of the path of attention.
 
     Returns:
-        The sites in a layer of at least one method. Methods that are switched off have a site, and act nowhere.
+        The sites in a layer of at least one method (methods that are switched off have sites, and act nowhere); every
+        site, when a method edits the image-free stream, which has to pass all layers.
+
+    Raises:
+        UnsupportedFeatureError: That stream would have to pass layers without softmax attention.
     """
-    return tuple(_make_sites(anatomy, methods))
+    follows = any(method.text_only_stream == "edited" and not method.is_identity for method in methods)
+    sites = tuple(_make_sites(anatomy, methods, everywhere=follows))
+    if follows and len({id(site.decoder_layer) for site in sites}) != len(anatomy.decoder_layers):
+        raise UnsupportedFeatureError(
+            f"{type(anatomy.model).__name__} has decoder layers without softmax attention, through which an edited "
+            "image-free stream cannot be followed. Leave reinforce_noimg off: vlmfix.patch(model, 'vhr')."
+        )
+    return sites
 
 
-def _make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> Iterator[Site]:
+def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool) -> Iterator[Site]:
     for index, found in enumerate(anatomy.sites):
-        here = [(n, method) for n, method in enumerate(methods) if found.layer_idx in (method.layers or ())]
-        if not here:
+        here = [(n, method) for n, method in enumerate(methods) if found.layer_idx in method.layer_indices]
+        if not here and not everywhere:
             continue
         active = [(number, method) for number, method in here if not method.is_identity]
         yield Site(

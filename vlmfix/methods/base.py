@@ -46,8 +46,17 @@ class Method:
 
     def __post_init__(self) -> None:
         """Normalise what JSON and the command line deliver, then check ranges."""
-        if self.layers is not None and not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                self.require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number")
+            elif field.type == "bool":
+                self.require(isinstance(value, bool), field.name, "true or false")
+            elif field.type in ("LayerSpec", "Sequence[int] | None") and value is not None:
+                if field.type == "LayerSpec" and isinstance(value, str):
+                    continue
+                self.require(_are_indices(value), field.name, "a list of whole numbers")
+                object.__setattr__(self, field.name, tuple(value))
         self.validate()
 
     def validate(self) -> None:
@@ -57,6 +66,11 @@ class Method:
     def is_identity(self) -> bool:
         """Whether the parameters switch the method off: then nothing is computed and outputs are bitwise stock."""
         return False
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The layers of a bound method."""
+        return tuple(layer for layer in self.layers or () if isinstance(layer, int))
 
     @property
     def text_only_stream(self) -> str | None:
@@ -90,6 +104,10 @@ class Method:
             layer: The layer; ``layer.learned`` holds what earlier parts of the same sequence taught, or ``None``.
         """
         raise NotImplementedError
+
+    def crop(self, learned: Any, length: int) -> Any:
+        """Forget what was learned of tokens behind the first ``length``: the cache was cropped into the prompt."""
+        return learned
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """See everything learned in a prompt (by site index) once it is over: the one place that may synchronise."""
@@ -154,7 +172,7 @@ def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "meth
                 raise MethodError(f"{name}: layer {index} does not exist, the model has layers 0..{num_layers - 1}.")
             chosen.add(index % num_layers)
             continue
-        match = re.fullmatch(r"\s*(-?[\d.]*)\s*:\s*(-?[\d.]*)\s*", part)
+        match = re.fullmatch(rf"\s*({_BOUND})?\s*:\s*({_BOUND})?\s*", part)
         if match is None:
             raise MethodError(
                 f"{name}: cannot read layers={spec!r}; write for example layers='1,18:32' or '0.25:0.75'."
@@ -166,7 +184,16 @@ def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "meth
     return tuple(sorted(chosen))
 
 
-def _bound(text: str, num_layers: int) -> int | None:
+_BOUND = r"-?\d+|-?\d*\.\d+"
+
+
+def _are_indices(value: object) -> bool:
+    if isinstance(value, str) or not isinstance(value, (Sequence, range)):
+        return False
+    return all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+
+
+def _bound(text: str | None, num_layers: int) -> int | None:
     if not text:
         return None
     return round(float(text) * num_layers) if "." in text else int(text)

@@ -66,12 +66,6 @@ class VAR(Method):
     image_mass: float = 0.2
     recycle: float = 0.6
 
-    def __post_init__(self) -> None:
-        """Store dimensions as a tuple so that the method is hashable."""
-        if self.sink_dims is not None:
-            object.__setattr__(self, "sink_dims", tuple(int(dim) for dim in self.sink_dims))
-        super().__post_init__()
-
     def validate(self) -> None:
         """Raise ``MethodError`` for a parameter out of range."""
         self.require(0 < self.sink_threshold < math.inf, "sink_threshold", "a finite number > 0")
@@ -123,6 +117,10 @@ class VAR(Method):
         sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, past)
         groups = torch.stack([image, sink, image & ~sink], dim=-1).float()
         return SinkMap(sink, groups, (sink & image).any(1)[:, None, None])
+
+    def crop(self, learned: SinkMap, length: int) -> SinkMap:
+        """Keep the first ``length`` tokens; whether a visual sink is left shows in the weights themselves."""
+        return dataclasses.replace(learned, sink=learned.sink[:, :length], groups=learned.groups[:, :length])
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """Learn which layers have a visual sink at all; the others keep the base kernel while decoding."""

@@ -87,22 +87,28 @@ class VHR(Method):
             return has_image.expand(-1, head_outputs.shape[2])
         with_image = run.at_last_position(head_outputs).float()
         without_image = layer.text_only_heads().float()
-        divergent = divergent_heads(with_image, without_image, self.outliers)
+        divergent = divergent_heads(with_image, without_image, self.outliers, torch.finfo(head_outputs.dtype).eps)
         return (divergent if self.select == "divergent" else ~divergent) & has_image
 
 
-def divergent_heads(with_image: torch.Tensor, without_image: torch.Tensor, outliers: bool = True) -> torch.Tensor:
+def divergent_heads(
+    with_image: torch.Tensor, without_image: torch.Tensor, outliers: bool = True, eps: float = 0.0
+) -> torch.Tensor:
     """Return the vision-sensitive heads of one layer (eqs. 4, 6 and 7).
 
     Args:
         with_image: Head outputs at the last position, ``[batch, num_heads, head_dim]``, fp32.
         without_image: The same from the image-free pass.
         outliers: Whether to drop heads that surge when the image is removed.
+        eps: Machine epsilon of the outputs. A head whose outputs differ by no more than a few roundings does not see
+            the image: its divergence counts as 0.
 
     Returns:
         Bool ``[batch, num_heads]``, at most half of the heads.
     """
     divergence = torch.linalg.vector_norm(with_image - without_image, dim=-1)
+    rounding = 4 * eps * torch.linalg.vector_norm(without_image, dim=-1)
+    divergence = divergence.masked_fill(divergence <= rounding, 0.0)
     if outliers and divergence.shape[1] > 1:
         surge = without_image.square().sum(-1)
         outlier = _above_one_std(divergence) & _above_one_std(surge)
