@@ -63,14 +63,7 @@ def test_static_cache_equals_dynamic(build: Any, kind: str, method: Any, inputs:
     assert_differs(expected, stock)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        VAR,
-        pytest.param(VHR, marks=pytest.mark.xfail(strict=True, reason="the 4-D mask of a static cache hides padding")),
-    ],
-    ids=["var", "vhr"],
-)
+@METHODS
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_static_cache_of_a_padded_batch_equals_dynamic(build: Any, kind: str, method: Any) -> None:
     model = build(kind, sinks=True)
@@ -131,9 +124,6 @@ def test_a_cropped_cache_continues_like_a_fresh_one(sinky: Any, method: Any) -> 
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="decoding after a crop into the prompt still sees the masks of the dropped tokens"
-)
 def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(sinky: Any) -> None:
     each = RAGGED[0]
     vlmfix.patch(sinky, VAR)
@@ -386,7 +376,6 @@ def test_drafting_equals_plain_greedy(build: Any, method: Any, draft: str) -> No
     assert torch.equal(found[:, : expected.shape[1]], expected)
 
 
-@pytest.mark.xfail(strict=True, reason="tokens drafted beside the prompt are searched for sinks")
 def test_tokens_drafted_beside_the_prompt_are_never_sinks(sinky: Any) -> None:
     """The first forward of drafting holds prompt and draft; an accepted sink word must not become a sink."""
     each = repetitive()
