@@ -1,4 +1,4 @@
-"""Trains the embedded tiny vision-language model from scratch: one command, two CPU cores, under an hour.
+"""Trains the embedded tiny vision-language model from scratch: one command, two CPU cores, about an hour.
 
     python scripts/train_testbed.py
 
@@ -245,6 +245,7 @@ def export(work: Path, checkpoint: str, out: Path) -> None:
     model = learner.model.half()
     model.set_attn_implementation("sdpa")
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=80)
+    model.generation_config._from_model_config = False
     model.save_pretrained(out)
     path = out / "model.safetensors"
     save_file({_released_name(k): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
