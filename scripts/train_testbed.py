@@ -245,7 +245,6 @@ def export(work: Path, checkpoint: str, out: Path) -> None:
     model = learner.model.half()
     model.set_attn_implementation("sdpa")
     model.generation_config.update(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=80)
-    model.generation_config._from_model_config = False
     model.save_pretrained(out)
     path = out / "model.safetensors"
     save_file({_released_name(k): v for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -254,12 +253,17 @@ def export(work: Path, checkpoint: str, out: Path) -> None:
     processor.save_pretrained(out)
     # What transformers 4.57 reads instead of the newer form beside it.
     processor.image_processor.save_pretrained(out)
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["model_input_names"] = ["input_ids", "attention_mask"]
-    config["additional_special_tokens"] = config.pop("extra_special_tokens", ["<image>"])
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    edit_json(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens=None)
+    names = ["input_ids", "attention_mask"]
+    edit_json(out / "tokenizer_config.json", model_input_names=names, additional_special_tokens=["<image>"])
+    edit_json(out / "generation_config.json", _from_model_config=None)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets top-level keys of a JSON file; None removes a key."""
+    content = json.loads(path.read_text()) | changes
+    content = {key: value for key, value in content.items() if value is not None}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def launch(stage: str, work: Path, seed: int, world: int) -> list[subprocess.Popen[bytes]]:
