@@ -97,10 +97,11 @@ class Patch:
             return None  # the model itself says what is missing
         q_len = tokens.shape[1]
         drafted = _num_drafted(kwargs)
-        if state is not None and q_len - drafted <= 1 and not _is_empty(cache):
+        is_draft = q_len - drafted <= 1 and not _has_images(kwargs)
+        if state is not None and (q_len == 1 or is_draft) and not _is_empty(cache):
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
-            run = self._begin_prompt(cache, state, inputs, drafted if drafted < q_len else 0)
+            run = self._begin_prompt(cache, state, inputs, drafted)
         return args, {**kwargs, RUN_KWARG: run}
 
     def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
@@ -131,11 +132,15 @@ class Patch:
         if state is not None:
             self._check_same_methods(state)
         input_ids = inputs.get("input_ids")
+        image_mask = self._image_mask(input_ids, inputs.get("inputs_embeds"))
+        prompt_len = image_mask.shape[1] - drafted
+        if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
+            drafted = 0  # a prompt whose caller wants many logits
         run = begin_prompt(
             self.methods,
             self.counters,
             input_ids=input_ids,
-            image_mask=self._image_mask(input_ids, inputs.get("inputs_embeds")),
+            image_mask=image_mask,
             attention_mask=inputs.get("attention_mask"),
             known=state,
             past=past,
@@ -334,6 +339,14 @@ def _num_drafted(kwargs: dict[str, Any]) -> int:
     """
     wanted = kwargs.get("logits_to_keep")
     return max(wanted - 1, 0) if isinstance(wanted, int) else 0
+
+
+def _has_images(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward brings images of its own, encoded or not; one that checks a draft never does."""
+    return any(
+        value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and bool(value)))
+        for name, value in kwargs.items()
+    )
 
 
 def _is_empty(cache: Any) -> bool:
