@@ -573,7 +573,6 @@ def test_a_second_turn_that_asks_for_several_logits_is_a_prompt(sinky: Any) -> N
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="logits_to_keep - 1 tokens are taken for a draft, images included")
 @pytest.mark.parametrize("method", [VAR, VHR], ids=["var", "vhr"])
 def test_asking_for_all_logits_changes_none_of_them(sinky: Any, method: Any) -> None:
     """``logits_to_keep`` selects outputs; an image among them is still part of the prompt."""

@@ -129,7 +129,6 @@ def test_further_turns_with_a_second_image_agree_with_the_reference(sinky: Any) 
         torch.testing.assert_close(out.logits[0, 0], reference.decode(state, 22), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="layer inputs of a turn without any image are not searched for sinks")
 def test_sinks_of_a_text_only_first_turn_count_in_the_second(sinky: Any) -> None:
     reference = Reference(sinky, spec())
     vlmfix.patch(sinky, var())
@@ -392,7 +391,6 @@ def test_the_default_layers_leave_out_the_first_two_and_the_last(tiny: Any) -> N
     assert vlmfix.status(tiny).layers == (2,)
 
 
-@pytest.mark.xfail(strict=True, reason="sinks of a chunk that precedes the image are forgotten")
 def test_prefill_in_chunks_equals_prefill_at_once(sinky: Any) -> None:
     vlmfix.patch(sinky, var())
     each = RAGGED[0]
@@ -402,7 +400,6 @@ def test_prefill_in_chunks_equals_prefill_at_once(sinky: Any) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="edited rows are written in place over a tensor autograd keeps")
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_gradients_pass_through_edited_rows(build: Any, attn: str) -> None:
     model = build(sinks=True, attn=attn)

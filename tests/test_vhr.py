@@ -100,7 +100,6 @@ def test_every_parameter_means_what_the_paper_says(tiny: Any, options: dict[str,
     assert (logits - stock).abs().max() > 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="the reinforced image-free stream skips layers that are not edited")
 @pytest.mark.parametrize("layers", [(1, 3), (0, 2)])
 def test_the_reinforced_stream_also_passes_layers_without_edits(tiny: Any, layers: tuple[int, ...]) -> None:
     reference = Reference(tiny, vhr=spec(layers=layers, reinforce_noimg=True))
@@ -156,7 +155,6 @@ def test_selection_is_the_paper_rule(heads: int, outliers: bool) -> None:
         assert outliers == (not torch.equal(found, plain))
 
 
-@pytest.mark.xfail(strict=True, reason="divergences of rounding size are ranked like any other")
 def test_heads_that_cannot_see_the_image_are_not_chosen_by_rounding(build: Any) -> None:
     """The window of the last position holds no image: with and without image agree up to rounding."""
     model = build("mistral", window=6)
