@@ -201,9 +201,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{parameters:.0f} M language parameters, {args.image_tokens} image + {args.text_tokens} text tokens, batch "
         f"{args.batch}, {str(model.dtype)[6:]}, {where}, torch {torch.__version__}, {args.rounds} rounds"
     )
-    print(
-        f"{'':22}{'prefill ms':>11}{'ratio [quartiles]':>22}{'decode ms':>11}{'ratio [quartiles]':>22}{'peak MiB':>10}{'ratio':>7}{'edited':>10}"
-    )
+    ratio = "ratio [quartiles]".rjust(22)
+    print(f"{'':22}{'prefill ms':>11}{ratio}{'decode ms':>11}{ratio}{'peak MiB':>10}{'ratio':>7}{'edited':>10}")
     report: dict[str, Any] = {}
     for name in chosen:
         row = summarise(times[name], times["unpatched"])

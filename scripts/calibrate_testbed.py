@@ -16,11 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import vlmfix
 from vlmfix.evals.config import EvalOptions, method_specs
 from vlmfix.evals.runner import evaluate
 from vlmfix.evals.testbed import RECIPE
-
-import vlmfix
 
 MAX_RECALL_LOSS = 0.01
 ALPHAS = (1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from vlmfix.evals.testbed.scenes import GRID, IMAGE_SIZE, INDEX, NAMES, image_id, make_scene
 
 _CHUNK = 500

@@ -10,6 +10,7 @@ from testbed_packing import ANSWER, ANSWER_END, BLIND, CAPTION, IMAGE_PREFIX, TE
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
 from vlmfix.evals.testbed.scenes import BACKGROUND
 from vlmfix.evals.testbed.tiny import build_model
 

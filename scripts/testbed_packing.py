@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+
 from vlmfix.evals.testbed.captions import (
     BRIEF_PROMPTS,
     DETAILED_PROMPTS,

@@ -34,6 +34,7 @@ from testbed_data import TrainingData, generate, load
 from testbed_learner import Learner, language_loss
 from testbed_packing import collate, pack_image, pack_text
 from torch import Tensor, nn
+
 from vlmfix.evals.testbed import MODEL_DIR
 from vlmfix.evals.testbed.scenes import BACKGROUND, IMAGE_SIZE
 from vlmfix.evals.testbed.tiny import BOS, EOS, PAD, build_processor

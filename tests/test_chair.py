@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from shared_data import DATA, needs_data
+
+from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.metrics.chair import ChairMatcher, ChairTable, ground_truth, score_captions
 from vlmfix.evals.metrics.chair_words import double_words, objects_by_word, regex_tokens
-
-from vlmfix.errors import DataError, UnsupportedFeatureError
 
 MODES = {"pattern": "original", "nltk": "nltk"}
 # Files with official figures in modes pattern, nltk and mixed; pattern and nltk; nltk only.

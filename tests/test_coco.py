@@ -7,9 +7,9 @@ import random
 import pytest
 from PIL import Image
 from shared_data import DATA, needs_data
-from vlmfix.evals.data.coco import CocoData, load_image
 
 from vlmfix.errors import DataError
+from vlmfix.evals.data.coco import CocoData, load_image
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}]
 

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+
+from vlmfix.errors import DataError
 from vlmfix.evals.controls import early_stop_control, stop_length, yes_bias_control
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
-
-from vlmfix.errors import DataError
 
 matcher = ChairMatcher()
 

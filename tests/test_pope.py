@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 from shared_data import DATA, needs_data
+
+from vlmfix.errors import DataError
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.data.pope import SPLITS, PopeQuestion, build_questions, check_questions, load_questions
 from vlmfix.evals.metrics.chair import ChairMatcher, ground_truth
@@ -21,8 +23,6 @@ from vlmfix.evals.metrics.pope import (
     score_labels,
     score_logits,
 )
-
-from vlmfix.errors import DataError
 
 # answer: official, official_raw, opera, lmms, vlmeval
 ANSWERS = {

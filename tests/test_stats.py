@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 import pytest
+
+from vlmfix.errors import DataError
 from vlmfix.evals.metrics.chair import ChairMatcher, ChairTable, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels
 from vlmfix.evals.stats import (
@@ -18,8 +20,6 @@ from vlmfix.evals.stats import (
     paired_bootstrap,
     ratio,
 )
-
-from vlmfix.errors import DataError
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair")
 

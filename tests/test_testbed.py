@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+
+from vlmfix.errors import DataError
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.data.pope import build_questions
 from vlmfix.evals.metrics.chair import ChairMatcher, ground_truth
@@ -23,8 +25,6 @@ from vlmfix.evals.testbed.captions import detailed_caption, questions
 from vlmfix.evals.testbed.scenes import BACKGROUND, GRID, IMAGE_SIZE, NAMES, image_id, make_scene, scene_kind
 from vlmfix.evals.testbed.sprites import load_sprites
 from vlmfix.evals.testbed.vocabulary import CATEGORIES, SCENES, noun_phrase
-
-from vlmfix.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 24
