@@ -57,9 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         "rule": "lowest CHAIR_i with recall at most one point below none",
         "grid": list(rows.values()),
     }
-    args.out.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(one_row_a_line(recipe), encoding="utf-8")
     print(f"chosen: {grid[best]!r}; written: {args.out}")
     return 0
+
+
+def one_row_a_line(recipe: dict[str, Any]) -> str:
+    """Return the recipe as JSON that can be read as a table."""
+    rows = ",\n  ".join(json.dumps(row) for row in recipe["grid"])
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in recipe.items() if key != "grid")
+    return f'{{\n{head} "grid": [\n  {rows}\n ]\n}}\n'
 
 
 def summarise(row: dict[str, Any]) -> dict[str, Any]:
