@@ -56,7 +56,7 @@ def text_config(kind: str, *, layers: int, hidden: int, heads: int, kv_heads: in
         return Gemma2Config(
             **common,
             head_dim=hidden // heads,
-            query_pre_attn_scalar=hidden // heads,
+            query_pre_attn_scalar=2 * hidden // heads,  # not the usual scaling
             sliding_window=window or 12,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=None,

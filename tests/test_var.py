@@ -14,9 +14,11 @@ from models import (
     RAGGED,
     SINK_DIMS,
     SINK_WORD,
+    Sample,
     collate,
     forward,
     generate,
+    pictures,
     sample,
     words,
 )
@@ -141,6 +143,33 @@ def test_sinks_of_a_text_only_first_turn_count_in_the_second(sinky: Any) -> None
         ids = torch.tensor([second.ids[1:]])
         out = sinky(input_ids=ids, pixel_values=second.pixels, past_key_values=cache, use_cache=True)
     torch.testing.assert_close(out.logits[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, reason="that the layer has a visual sink is remembered although it was cropped away")
+def test_a_visual_sink_cropped_away_is_gone(sinky: Any) -> None:
+    """The first image has no visual sink, the second has one, and is dropped: text sinks alone recycle nothing."""
+    with torch.no_grad():
+        sinky.model.multi_modal_projector.linear_2.weight[list(SINK_DIMS)] *= 0.5
+    pixels = torch.cat([pictures(1, 52), pictures(1, 0)])
+    longer = Sample((BOS, 20, *[IMAGE] * 9, 21, SINK_WORD, *[IMAGE] * 9), pixels)
+    shorter = Sample(longer.ids[:13], pixels[:1])
+    sinks = Reference(sinky, spec()).prompt(longer.ids, longer.pixels)[0].sinks[0]
+    assert not any(sinks[2:11])
+    assert any(sinks[13:])
+    assert sinks[0]
+    vlmfix.patch(sinky, var(layers=[0]))
+    caches = [DynamicCache(config=sinky.config) for _ in range(2)]
+    for cache, each in zip(caches, (longer, shorter), strict=True):
+        forward(sinky, collate([each]), past_key_values=cache, use_cache=True)
+    caches[0].crop(-9)
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        one.keys.copy_(other.keys)
+        one.values.copy_(other.values)
+    found = []
+    for cache in caches:
+        with torch.no_grad():
+            found.append(sinky(input_ids=torch.tensor([[30]]), past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 def test_decoding_agrees_with_recomputation_without_a_cache(sinky: Any) -> None:
