@@ -583,9 +583,6 @@ def test_asking_for_all_logits_changes_none_of_them(sinky: Any, method: Any) -> 
     assert vlmfix.status(sinky).prompts_without_image == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a prompt without a cache that asks for a few logits is taken for a drafted answer"
-)
 @pytest.mark.parametrize("keep", [2, 3])
 def test_asking_for_a_few_logits_changes_none_of_them(sinky: Any, keep: int) -> None:
     """Drafts are checked with a cache; a bare forward has none."""

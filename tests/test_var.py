@@ -145,7 +145,6 @@ def test_sinks_of_a_text_only_first_turn_count_in_the_second(sinky: Any) -> None
     torch.testing.assert_close(out.logits[0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="that the layer has a visual sink is remembered although it was cropped away")
 def test_a_visual_sink_cropped_away_is_gone(sinky: Any) -> None:
     """The first image has no visual sink, the second has one, and is dropped: text sinks alone recycle nothing."""
     with torch.no_grad():

@@ -96,7 +96,8 @@ class Patch:
         if tokens is None:
             return None  # the model itself says what is missing
         q_len = tokens.shape[1]
-        drafted = _num_drafted(kwargs)
+        # A draft is always checked with a cache; without one, many logits are just wanted.
+        drafted = 0 if cache is None else _num_drafted(kwargs)
         is_draft = q_len - drafted <= 1 and not _has_images(kwargs)
         if state is not None and (q_len == 1 or is_draft) and not _is_empty(cache):
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)

@@ -122,6 +122,12 @@ class Run:
         last = (valid * positions).amax(1)
         return states[torch.arange(states.shape[0], device=states.device), last]
 
+    def num_rows(self) -> torch.Tensor:
+        """How many of this forward's rows are no padding: int64 ``[batch]``."""
+        if not self.is_prefill:
+            return self.image_mask.new_full((self.image_mask.shape[0],), self.q_len, dtype=torch.int64)
+        return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
+
     def layer(self, site: Site, index: int) -> Layer:
         """What method number ``index`` sees at a site."""
         return Layer(self, site, index)
@@ -195,6 +201,8 @@ class Run:
         selected: torch.Tensor | None = None
         for method, layer in edits:
             attn_weights, edited = method.edit_weights(attn_weights, layer)
+            if layer.row_mask is not None:
+                edited = edited & layer.row_mask[:, None].to(edited.device)
             layer.count(edited.sum())
             selected = edited if selected is None else selected | edited
         assert selected is not None
@@ -219,7 +227,7 @@ class Layer:
     Attributes:
         run: The forward.
         site: The attention module's place in the model; ``site.layer_idx`` is its layer.
-        row_mask: bool ``[batch, rows]`` of the rows in hand, or ``None`` for all.
+        row_mask: bool ``[batch, rows]``: which of the rows in hand are up for edits, or ``None`` for all.
     """
 
     __slots__ = ("_index", "row_mask", "run", "site")

@@ -124,7 +124,9 @@ class Method:
             layer: The layer.
 
         Returns:
-            The edited weights and a bool tensor ``[batch, num_heads, rows]``: the rows that were edited.
+            The edited weights and a bool tensor ``[batch, num_heads, rows]``: the rows that were edited. In a prompt,
+            all other rows keep what the base kernel computed, and so do rows that are not up for edits
+            (``layer.row_mask``).
         """
         raise NotImplementedError
 

@@ -119,8 +119,12 @@ class VAR(Method):
         return SinkMap(sink, groups, (sink & image).any(1)[:, None, None])
 
     def crop(self, learned: SinkMap, length: int) -> SinkMap:
-        """Keep the first ``length`` tokens; whether a visual sink is left shows in the weights themselves."""
-        return dataclasses.replace(learned, sink=learned.sink[:, :length], groups=learned.groups[:, :length])
+        """Keep the first ``length`` tokens."""
+        groups = learned.groups[:, :length]
+        has_visual_sink = (groups[..., 0] * groups[..., 1]).any(1)[:, None, None]
+        return dataclasses.replace(
+            learned, sink=learned.sink[:, :length], groups=groups, has_visual_sink=has_visual_sink
+        )
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """Learn which layers have a visual sink at all; the others keep the base kernel while decoding."""
@@ -142,8 +146,6 @@ class VAR(Method):
         image_mass, sink_mass, rest_mass = (known @ groups[:, None]).unbind(-1)
         selected = (image_mass >= self.image_mass) & (rest_mass >= self.nonsink_ratio * image_mass) & (rest_mass > 0)
         selected &= sinks.has_visual_sink
-        if layer.row_mask is not None:
-            selected &= layer.row_mask[:, None]
         gain = self.recycle * sink_mass / rest_mass.clamp_min(torch.finfo(rest_mass.dtype).tiny)
         change = torch.stack([torch.full_like(gain, -self.recycle), gain], dim=-1) * selected[..., None]
         factor = 1 + change @ groups[:, None, :, 1:].transpose(-1, -2)
