@@ -25,7 +25,7 @@ from .config import (
     versions,
 )
 from .generate import Generator, PromptBuilder
-from .models import ModelSource, find_model, load_model, resolve_device, resolve_dtype
+from .models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
 from .report import markdown_report, text_report
 from .samples import Answer, Sample
 from .scoring import score_run
@@ -291,16 +291,21 @@ def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: in
     Raises:
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
     """
-    from tqdm import tqdm
-
-    from .data.coco import load_image
-
     model = load_model(
         run.source,
         dtype=run.settings["model"]["dtype"],
         device=run.device,
         attn_implementation=run.options.attn_implementation,
     )
+    with fitting_threads(model):
+        _generate_missing(run, plan, log, missing, model)
+
+
+def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, model: Any) -> None:
+    from tqdm import tqdm
+
+    from .data.coco import load_image
+
     generator = Generator(model, run.source.processor)
     methods, resolved = [], {}
     for spec in run.methods:

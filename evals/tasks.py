@@ -21,9 +21,10 @@ from .samples import Sample
 
 logger = logging.getLogger("vlmfix.evals")
 
-#: Images of a run that names no limit: the testbed's run fits into three minutes on two cores, COCO's follow papers.
-TESTBED_IMAGES = 400
-COCO_IMAGES = 500
+#: Images per benchmark of a run that names no limit: the testbed's run fits into three minutes on two cores (a POPE
+#: image costs ten answers, a caption one), COCO's follow the papers.
+TESTBED_IMAGES = {"chair": 500, "pope": 300}
+COCO_IMAGES = {"chair": 500, "pope": 500}
 MIN_POPE_OBJECTS = 3
 CHAIR_NEW_TOKENS = 512
 #: The testbed's captions have about 40 tokens; a method that breaks its text shows as truncated captions.
@@ -131,11 +132,11 @@ def make_tasks(options: EvalOptions) -> Tasks:
     notes: list[str] = []
     wanted = _read_ids(options.ids) if options.ids is not None else None
     pool = list(wanted) if wanted is not None else _present(data, notes)
-    limit = options.limit
-    if limit is None and wanted is None:
-        limit = TESTBED_IMAGES if options.data is None else COCO_IMAGES
-    chair = _chair_task(options, data, pool, limit, matcher) if "chair" in options.benchmarks else None
-    pope = _pope_task(options, data, pool, limit, notes) if "pope" in options.benchmarks else None
+    limits: dict[str, int | None] = dict.fromkeys(options.benchmarks, options.limit)
+    if options.limit is None and wanted is None:
+        limits |= TESTBED_IMAGES if options.data is None else COCO_IMAGES
+    chair = _chair_task(options, data, pool, limits["chair"], matcher) if "chair" in options.benchmarks else None
+    pope = _pope_task(options, data, pool, limits["pope"], notes) if "pope" in options.benchmarks else None
     paths = {sample.path for task in (chair, pope) if task is not None for sample in task.samples}
     digests = {}
     for path in sorted(paths):
@@ -149,7 +150,7 @@ def _load_data(options: EvalOptions) -> tuple[CocoData, str]:
         return CocoData.load(options.data), str(options.data)
     from .testbed import prepare
 
-    folder = prepare(options.split, options.limit or TESTBED_IMAGES)  # type: ignore[arg-type]
+    folder = prepare(options.split, options.limit or max(TESTBED_IMAGES.values()))  # type: ignore[arg-type]
     return CocoData.load(folder), f"testbed scenes, split {options.split}"
 
 
