@@ -23,7 +23,7 @@ logger = logging.getLogger("vlmfix.evals")
 
 #: Images per benchmark of a run that names no limit: the testbed's run fits into three minutes on two cores (a POPE
 #: image costs ten answers, a caption one), COCO's follow the papers.
-TESTBED_IMAGES = {"chair": 500, "pope": 300}
+TESTBED_IMAGES = {"chair": 400, "pope": 200}
 COCO_IMAGES = {"chair": 500, "pope": 500}
 MIN_POPE_OBJECTS = 3
 CHAIR_NEW_TOKENS = 512

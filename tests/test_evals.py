@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from shared_data import DATA, needs_data
 from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
-from vlmfix.evals import cache, config, generate, models, report, runner, samples, scoring, tasks
-from vlmfix.evals.data.pope import PopeQuestion
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
+from vlmfix.evals import cache, config, generate, models, report, runner, samples, scoring, tasks
+from vlmfix.evals.data.pope import PopeQuestion
 
 TOKENS = 12
 
