@@ -206,8 +206,8 @@ def load_model(source: ModelSource, *, dtype: str, device: str, attn_implementat
 
 
 SMALL_MODEL = 50_000_000
-"""Parameters below which a second CPU thread costs more than it brings (measured on the testbed: 0.34 s with one
-thread, 0.45 s with two for the same batch on two idle cores, and several times as much when the cores are shared)."""
+"""Parameters below which a model runs on one CPU thread. On idle cores two threads made the testbed between a third
+slower and twice as fast; where anything else ran beside them they made it up to ten times slower."""
 
 
 @contextmanager
