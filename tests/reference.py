@@ -190,7 +190,8 @@ class Reference:
         """What enters the first layer: embeddings, placeholders replaced by image features."""
         embeds = self.model.get_input_embeddings()(torch.tensor([ids]))[0]
         if pixels is not None:
-            features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+            features = self.model.get_image_features(pixel_values=pixels)
+            features = getattr(features, "pooler_output", features)  # transformers 4 returns the list itself
             embeds = embeds.clone()
             embeds[[i for i, token in enumerate(ids) if token == self.image_id]] = torch.cat(list(features))
         return embeds
