@@ -130,7 +130,7 @@ def analyse(model: object) -> Anatomy:
             f"{kind} selects keys with a sparse indexer that depends on the attention implementation's name; "
             "patching would silently drop that selection."
         )
-    inner = getattr(hf_model, hf_model.base_model_prefix, hf_model)
+    inner = getattr(hf_model, hf_model.base_model_prefix or "model", hf_model)  # LLaVA of transformers 4: no prefix
     return Anatomy(
         model=hf_model,
         inner=inner if isinstance(inner, nn.Module) else hf_model,
