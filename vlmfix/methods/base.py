@@ -48,12 +48,13 @@ class Method:
         """Normalise what JSON and the command line deliver, then check ranges."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "float":
+            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+            if kind == "float":
                 self.require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number")
-            elif field.type == "bool":
+            elif kind == "bool":
                 self.require(isinstance(value, bool), field.name, "true or false")
-            elif field.type in ("LayerSpec", "Sequence[int] | None") and value is not None:
-                if field.type == "LayerSpec" and isinstance(value, str):
+            elif kind in ("LayerSpec", "Sequence[int] | None") and value is not None:
+                if kind == "LayerSpec" and isinstance(value, str):
                     continue
                 self.require(_are_indices(value), field.name, "a list of whole numbers")
                 object.__setattr__(self, field.name, tuple(value))
