@@ -21,7 +21,7 @@ from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.recipes import resolve_methods
 from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, begin_prompt, state_of
-from vlmfix.sites import Site, make_sites
+from vlmfix.sites import Site, edits_text_only_stream, make_sites
 from vlmfix.text_only import run_text_only
 
 logger = logging.getLogger("vlmfix")
@@ -58,7 +58,7 @@ class Patch:
             for module in dict.fromkeys([self.anatomy.model, self.anatomy.inner]):
                 self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
-            follows = any(method.text_only_stream == "edited" for site in self.sites for _, method in site.heads)
+            follows = edits_text_only_stream(self.methods)
             for site in self.sites:
                 if site.readers or follows:
                     hook = LayerHook(site)

@@ -122,10 +122,8 @@ class Run:
         last = (valid * positions).amax(1)
         return states[torch.arange(states.shape[0], device=states.device), last]
 
-    def num_rows(self) -> torch.Tensor:
-        """How many of this forward's rows are no padding: int64 ``[batch]``."""
-        if not self.is_prefill:
-            return self.image_mask.new_full((self.image_mask.shape[0],), self.q_len, dtype=torch.int64)
+    def num_prompt_rows(self) -> torch.Tensor:
+        """How many rows of a prompt's forward are no padding: int64 ``[batch]``."""
         return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
 
     def layer(self, site: Site, index: int) -> Layer:
@@ -143,7 +141,7 @@ class Run:
         if site.readers:
             hidden_states = (args[0] if args else kwargs["hidden_states"])[..., : self.prompt_len, :]
             for index, method in site.readers:
-                layer = Layer(self, site, index)
+                layer = self.layer(site, index)
                 layer.learned = method.learn(hidden_states, layer)
 
     def after_layer(self, site: Site) -> None:
@@ -157,8 +155,7 @@ class Run:
             return call.base()
         weights_edits = [
             (method, layer)
-            for index, method in site.weights
-            for layer in (Layer(self, site, index),)
+            for method, layer in [(method, self.layer(site, index)) for index, method in site.weights]
             if method.acts_at(layer)
         ]
         if not weights_edits or self.rows[0] >= self.rows[1]:
@@ -170,7 +167,7 @@ class Run:
             attn_weights = self._edited_weights(explicit_weights(call, *self.rows), weights_edits)[0]
             head_outputs, attn_weights = explicit_attention(call, attn_weights)
         for index, method in site.heads:
-            head_outputs = method.edit_heads(head_outputs, Layer(self, site, index))
+            head_outputs = method.edit_heads(head_outputs, self.layer(site, index))
         return head_outputs, attn_weights
 
     def _edit_some_rows(

@@ -56,7 +56,7 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
     Raises:
         UnsupportedFeatureError: That stream would have to pass layers without softmax attention.
     """
-    follows = any(method.text_only_stream == "edited" and not method.is_identity for method in methods)
+    follows = edits_text_only_stream(methods)
     sites = tuple(_make_sites(anatomy, methods, everywhere=follows))
     if follows and len({id(site.decoder_layer) for site in sites}) != len(anatomy.decoder_layers):
         raise UnsupportedFeatureError(
@@ -64,6 +64,11 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
             "image-free stream cannot be followed. Leave reinforce_noimg off: vlmfix.patch(model, 'vhr')."
         )
     return sites
+
+
+def edits_text_only_stream(methods: Sequence[Method]) -> bool:
+    """Whether a method's edits also go into the image-free stream, which then advances layer by layer."""
+    return any(method.text_only_stream == "edited" and not method.is_identity for method in methods)
 
 
 def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool) -> Iterator[Site]:

@@ -72,9 +72,10 @@ class VHR(Method):
         if layer.run.is_prefill:
             heads = self.select_heads(head_outputs, layer)
             scale = torch.where(heads, self.alpha, 1.0).to(head_outputs.dtype)
-            layer.learned = (scale[:, None, :, None], heads.sum(1))
-        num_selected = layer.learned[1]
-        layer.count((num_selected * layer.run.num_rows().to(num_selected.device)).sum())
+            layer.learned = (scale[:, None, :, None], heads.sum())
+            layer.count((heads.sum(1) * layer.run.num_prompt_rows().to(heads.device)).sum())
+        else:
+            layer.count(layer.learned[1] * head_outputs.shape[1])
         return self.reapply_heads(head_outputs, layer)
 
     def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
