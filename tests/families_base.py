@@ -26,8 +26,9 @@ VOCAB_SIZE = 96
 
 Pictures = Sequence[Sequence[torch.Tensor]]
 """Per sample, its pictures."""
-Encoder = Callable[[Pictures], dict[str, torch.Tensor]]
-Annotator = Callable[[torch.Tensor, torch.Tensor, Pictures], dict[str, torch.Tensor]]
+Inputs = dict[str, torch.Tensor]
+Encoder = Callable[[Pictures], Inputs]
+Annotator = Callable[[torch.Tensor, torch.Tensor, Pictures], Inputs]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Family:
         max_images: Most images per prompt.
         text_only: Whether a prompt may have no image.
         image_first: Whether images stand before all text.
+        side: Where prompts are padded: encoders count positions from the left.
         text_positions: Whether a padded forward wants ``position_ids`` (false: the model counts by itself).
         requires: Modules beside torch and transformers.
         needs_transformers: Least version, for the reader; what counts is whether the class exists.
@@ -65,6 +67,7 @@ class Family:
     max_images: int = 2
     text_only: bool = True
     image_first: bool = False
+    side: str = "left"
     text_positions: bool = True
     requires: tuple[str, ...] = ()
     needs_transformers: str | None = None
@@ -113,6 +116,10 @@ class Family:
         """One prompt with one image."""
         return self.sample(seed=7)
 
+    def even(self) -> tuple[Sample, ...]:
+        """Prompts of unequal length with one image each."""
+        return (self.sample(3, 1, 6, seed=1), self.sample(7, 1, 5, seed=2), self.sample(1, 1, 9, seed=4))
+
     def ragged(self) -> tuple[Sample, ...]:
         """Prompts of unequal length with one, two, no and one picture, where the family allows it."""
         return (
@@ -128,13 +135,16 @@ class Family:
             raise ValueError(f"{self.name} always takes an image")
         return self.sample(5, 0, 6, seed=5)
 
-    def collate(self, samples: Sequence[Sample], *, side: str = "left", pad_to: int = 0) -> dict[str, torch.Tensor]:
+    def collate(
+        self, samples: Sequence[Sample], *, side: str | None = None, pad_to: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Pad prompts to one length and add everything the model takes."""
         length = max(pad_to, *(len(each.ids) for each in samples), 0)
         ids = torch.full((len(samples), length), PAD)
         mask = torch.zeros(len(samples), length, dtype=torch.long)
         for row, each in enumerate(samples):
-            where = slice(length - len(each.ids), length) if side == "left" else slice(0, len(each.ids))
+            first = length - len(each.ids) if (side or self.side) == "left" else 0
+            where = slice(first, first + len(each.ids))
             ids[row, where] = torch.tensor(each.ids)
             mask[row, where] = 1
         pictures = [list(each.pixels) if each.pixels is not None else [] for each in samples]
@@ -289,6 +299,9 @@ def strengthen(model: nn.Module) -> None:
     that a model scales up start smaller.
     """
     embeddings = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, module in model.named_modules():
+        if name.endswith("lm_head"):
+            embeddings.pop(id(module.weight), None)  # tied: as small as a matrix
     for name, parameter in model.named_parameters():
         last = name.rpartition(".")[2]
         if any(part in last for part in ("gate_attn", "gate_ffn", "attn_gate", "alpha_")) or "attn_gate" in name:
@@ -300,7 +313,7 @@ def strengthen(model: nn.Module) -> None:
 
 
 def _std(name: str, parameter: torch.Tensor, embedding: Any) -> float:
-    if embedding is not None or "embed_tokens" in name or "position_embedding" in name:
+    if embedding is not None or "position_embedding" in name:
         scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)) or 1.0
         return 1.0 / float(scale)
     fan_in = parameter.shape[-1] if parameter.dim() == 3 and "conv" not in name else parameter[0].numel()

@@ -162,9 +162,7 @@ GLM_TOWER = {"image_size": 16}
 def glm4v() -> Any:
     from transformers import Glm4vConfig
 
-    return Glm4vConfig(
-        text_config=text("glm4v_text", **_mrope()), vision_config=_tower(**GLM_TOWER), **GLM_IDS
-    )
+    return Glm4vConfig(text_config=text("glm4v_text", **_mrope()), vision_config=_tower(**GLM_TOWER), **GLM_IDS)
 
 
 @family("glm4v_moe", "glm4v_moe", "Glm4vMoeForConditionalGeneration", **QWEN, notes="mixture of experts")
@@ -231,9 +229,7 @@ def video_llama_3() -> Any:
 
     tower = vision(patch_size=4)
     del tower["image_size"]
-    return VideoLlama3Config(
-        text_config=text("qwen2"), vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO
-    )
+    return VideoLlama3Config(text_config=text("qwen2"), vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO)
 
 
 @family(

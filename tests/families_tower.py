@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 
-def tower(**fields: Any) -> Any:
+def tower(*, layout: str, first_token: bool = False, **fields: Any) -> Any:
     """The config of a convolution of 8 x 8 pixels and one more layer, 16 channels wide, registered with transformers.
 
     Args:
-        **fields: ``layout`` is ``"tokens"`` for ``[batch, patches, channels]``, ``"map"`` for ``[batch, channels, rows,
-            columns]``; ``first_token`` puts a class token before the patches. Others are kept.
+        layout: ``"tokens"`` for ``[batch, patches, channels]``, ``"map"`` for ``[batch, channels, rows, columns]``.
+        first_token: Whether a class token stands before the patches.
+        **fields: Kept in the config.
     """
     from transformers import AutoConfig, AutoModel
 
     config_class, model_class = _classes()
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
-    return config_class(**fields)
+    return config_class(hidden_size=16, layout=layout, first_token=first_token, **fields)
 
 
 _KNOWN: list[tuple[Any, Any]] = []
@@ -33,17 +34,11 @@ def _classes() -> tuple[Any, Any]:
 
 
 def _define() -> tuple[Any, Any]:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Gemma3nVisionConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    class TinyTowerConfig(PretrainedConfig):
+    class TinyTowerConfig(Gemma3nVisionConfig):  # Gemma3n takes no other kind
         model_type = "vlmfix_tiny_tower"
-
-        def __init__(self, layout: str = "tokens", first_token: bool = False, hidden_size: int = 16, **kwargs: Any):
-            super().__init__(**kwargs)
-            self.layout = layout
-            self.first_token = first_token
-            self.hidden_size = hidden_size
 
     class TinyTower(PreTrainedModel):
         config_class = TinyTowerConfig
