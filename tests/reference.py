@@ -15,6 +15,59 @@ from typing import Any
 import torch
 
 
+class Naive:
+    """A method's formula, spelt out for one sample; one subclass per method, in ``tests/naive``.
+
+    A reference overrides the places its method edits. It sees plain lists and one layer at a time: ``sequence`` (what
+    the sequence is made of), the layer's ``number``, the ``position`` of a row, and whether that row is ``generated``.
+    Nothing is called for prompts without an image.
+
+    Attributes:
+        layers: The layers to edit.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+
+    def begin(self, sequence: State, reference: Reference) -> None:
+        """See a prompt before it is read; its tokens are already in ``sequence``."""
+
+    def opens(self, sequence: State, row: int, key: int) -> float | None:
+        """The bias on a pair the causal mask hides, or ``None`` to leave it hidden."""
+        return None
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        """Edit the scores of a row, fp32 ``[num_heads, keys]``; hidden keys hold minus infinity."""
+        return scores
+
+    def maps(
+        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
+    ) -> list[torch.Tensor]:
+        """Edit the weights of all rows of a forward at once: per row ``[num_heads, keys]``."""
+        return [self.weights(sequence, number, past + i, row, generated) for i, row in enumerate(maps)]
+
+    def weights(
+        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        """Edit the weights of a row, fp32 ``[num_heads, keys]``."""
+        return weights
+
+    def heads(
+        self,
+        sequence: State,
+        number: int,
+        position: int,
+        heads: list[torch.Tensor],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        generated: bool,
+    ) -> list[torch.Tensor]:
+        """Edit the head outputs of a row; ``query`` ``[num_heads, d]``, ``keys`` ``[num_keys, num_kv_heads, d]``."""
+        return heads
+
+
 @dataclass(frozen=True)
 class VarSpec:
     """VAR, in the paper's notation: D_sink, tau, rho, least image mass, w, layers."""
@@ -51,6 +104,17 @@ class State:
     heads: dict[int, list[bool]] = field(default_factory=dict)
     weights: dict[int, dict[tuple[int, int], torch.Tensor]] = field(default_factory=dict)
     selected: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
+    prompt_length: int = 0
+    notes: dict[Any, Any] = field(default_factory=dict)
+    """Whatever a ``Naive`` wants to remember of the sequence."""
+
+    def image(self) -> list[int]:
+        """Positions of image tokens."""
+        return [i for i, image in enumerate(self.is_image) if image]
+
+    def is_last_row(self, position: int, generated: bool) -> bool:
+        """Whether a row predicts a new token: the prompt's last, or a generated one."""
+        return generated or position == self.prompt_length - 1
 
 
 # The formulas.
@@ -117,9 +181,18 @@ class Reference:
         var: VAR or none.
         vhr: VHR or none.
         image_id: The placeholder's id.
+        naive: Other methods, in the order of the path.
     """
 
-    def __init__(self, model: Any, var: VarSpec | None = None, vhr: VhrSpec | None = None, image_id: int = 3) -> None:
+    def __init__(
+        self,
+        model: Any,
+        var: VarSpec | None = None,
+        vhr: VhrSpec | None = None,
+        image_id: int = 3,
+        naive: Sequence[Naive] = (),
+    ) -> None:
+        self.naive = tuple(naive)
         self.model = copy.deepcopy(model)
         self.language_model = self.model.model.language_model
         self.config = self.language_model.config
@@ -162,7 +235,12 @@ class Reference:
         sequence.ids += ids
         sequence.embeds += new
         sequence.is_image += [token == self.image_id and not generated for token in ids]
+        if not generated:
+            sequence.prompt_length = len(sequence.ids)
         has_image = any(sequence.is_image)
+        if has_image and not generated:
+            for method in self.naive:
+                method.begin(sequence, self)
         states = new
         text_states: list[torch.Tensor] = []
         compares = self.vhr is not None and self.vhr.select != "all" and has_image and not generated
@@ -230,9 +308,23 @@ class Reference:
         last_image = max((i for i, image in enumerate(sequence.is_image) if image), default=None)
         written = sequence.weights[number] = {}
         selected = sequence.selected[number] = set()
-        outputs = []
         all_keys, all_values = torch.stack(keys), torch.stack(values)
+        naive = [method for method in self.naive if number in method.layers] if last_image is not None else []
+        maps = []
         for offset, query in enumerate(queries):
+            scores = self._scores(number, query, all_keys, past + offset)
+            for method in naive:
+                for key in range(past + offset + 1, len(all_keys)):
+                    bias = method.opens(sequence, past + offset, key)
+                    if bias is not None:
+                        scores[:, key] = self._raw_scores(number, query, all_keys)[:, key] + bias
+            for method in naive:
+                scores = method.scores(sequence, number, past + offset, scores, generated)
+            maps.append(torch.softmax(scores, dim=1))
+        for method in naive:
+            maps = method.maps(sequence, number, past, maps, generated)
+        outputs = []
+        for offset, weights in enumerate(maps):
             position = past + offset
             edits = (
                 self.var is not None
@@ -242,10 +334,10 @@ class Reference:
             )
             row_outputs = []
             for head in range(self.config.num_attention_heads):
-                row = self._row(number, query[head], all_keys, head, position)
+                row = weights[head]
                 if edits:
                     assert self.var is not None
-                    seen = range(position + 1)
+                    seen = range(len(row))
                     row, hit = redistribute(
                         row,
                         [sequence.is_image[j] for j in seen],
@@ -254,8 +346,12 @@ class Reference:
                     )
                     if hit:
                         selected.add((head, position))
-                written[head, position] = row
+                written[head, position] = row[: position + 1]
                 row_outputs.append(self._weigh(row, all_values, head))
+            for method in naive:
+                row_outputs = method.heads(
+                    sequence, number, position, row_outputs, queries[offset], all_keys, generated
+                )
             outputs.append(row_outputs)
         return outputs
 
@@ -265,7 +361,7 @@ class Reference:
         keys, values = torch.stack([key for _, key, _ in projected]), torch.stack([value for _, _, value in projected])
         return [
             [
-                self._weigh(self._row(number, query[head], keys, head, position), values, head)
+                self._weigh(self._row(number, query, keys, head, position), values, head)
                 for head in range(self.config.num_attention_heads)
             ]
             for position, (query, _, _) in enumerate(projected)
@@ -282,17 +378,26 @@ class Reference:
         return _rotate(query, cos[0, 0], sin[0, 0]), _rotate(key, cos[0, 0], sin[0, 0]), value
 
     def _row(self, number: int, query: torch.Tensor, keys: torch.Tensor, head: int, position: int) -> torch.Tensor:
-        """Post-softmax weights of one row over keys ``0..position``."""
+        """Post-softmax weights of one row of one head over keys ``0..position``."""
+        return torch.softmax(self._scores(number, query, keys, position)[head, : position + 1], dim=0)
+
+    def _raw_scores(self, number: int, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Scaled and capped scores of one row, fp32 ``[num_heads, keys]``, nothing hidden."""
         module = self.language_model.layers[number].self_attn
-        group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
-        window = self._window(number)
-        scores = (keys[: position + 1, group].float() @ query.float()) * module.scaling
+        share = self.config.num_attention_heads // self.config.num_key_value_heads
+        rows = [(keys[:, head // share].float() @ query[head].float()) * module.scaling for head in range(len(query))]
+        scores = torch.stack(rows)
         cap = getattr(self.config, "attn_logit_softcapping", None)
-        if cap is not None:
-            scores = cap * torch.tanh(scores / cap)
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def _scores(self, number: int, query: torch.Tensor, keys: torch.Tensor, position: int) -> torch.Tensor:
+        """Scores of one row, fp32 ``[num_heads, keys]``, minus infinity where the model's mask hides the key."""
+        scores = self._raw_scores(number, query, keys)
+        window = self._window(number)
+        scores[:, position + 1 :] = -torch.inf
         if window is not None:
-            scores[: max(position - window + 1, 0)] = -torch.inf
-        return torch.softmax(scores, dim=0)
+            scores[:, : max(position - window + 1, 0)] = -torch.inf
+        return scores
 
     def _weigh(self, row: torch.Tensor, values: torch.Tensor, head: int) -> torch.Tensor:
         group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)

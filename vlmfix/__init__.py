@@ -14,8 +14,11 @@ from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, Unsup
 
 if TYPE_CHECKING:
     from vlmfix.activity import Status
+    from vlmfix.methods.act import ACT
     from vlmfix.methods.base import Method
+    from vlmfix.methods.mma import MMA
     from vlmfix.methods.none import NoMethod
+    from vlmfix.methods.pai import PAI
     from vlmfix.methods.var import VAR
     from vlmfix.methods.vhr import VHR
     from vlmfix.patching import patch, patched, status, unpatch
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "ACT": "vlmfix.methods.act",
+    "MMA": "vlmfix.methods.mma",
+    "PAI": "vlmfix.methods.pai",
     "Method": "vlmfix.methods.base",
     "NoMethod": "vlmfix.methods.none",
     "VAR": "vlmfix.methods.var",
@@ -41,6 +47,9 @@ _LAZY = {
 """Public names that need torch: imported on first use, so that ``import vlmfix`` and the command line start at once."""
 
 __all__ = [
+    "ACT",
+    "MMA",
+    "PAI",
     "VAR",
     "VHR",
     "DataError",

@@ -56,6 +56,7 @@ class Anatomy:
         image_token_ids: Ids that stand for image (or video) tokens in a prompt.
         num_layers: Depth of the language model.
         hidden_size: Width of its residual stream.
+        num_heads: Query heads of its attention layers.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class Anatomy:
     image_token_ids: tuple[int, ...]
     num_layers: int
     hidden_size: int
+    num_heads: int
 
 
 def unwrap(model: object) -> PreTrainedModel:
@@ -140,6 +142,7 @@ def analyse(model: object) -> Anatomy:
         image_token_ids=image_token_ids,
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
+        num_heads=text_config.num_attention_heads,
     )
 
 

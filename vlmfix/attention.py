@@ -42,6 +42,18 @@ class _Missing:
 _MISSING = _Missing()
 
 
+class Opening(NamedTuple):
+    """Pairs of query and key that the causal mask hides and a method opens.
+
+    Attributes:
+        pairs: Bool ``[batch, 1, q_len, keys]``.
+        bias: Added to their scores; 0 as if they had never been hidden.
+    """
+
+    pairs: torch.Tensor
+    bias: float
+
+
 class AttentionCall(NamedTuple):
     """The arguments of one attention call.
 
@@ -53,6 +65,7 @@ class AttentionCall(NamedTuple):
         value: ``[batch, num_kv_heads, keys, value_dim]``.
         attention_mask: What the stock model made for its own kernel, or ``None`` for causal.
         kwargs: Everything else.
+        openings: Pairs opened by methods; the explicit rows see them, the base kernel does not.
     """
 
     site: Site
@@ -62,6 +75,7 @@ class AttentionCall(NamedTuple):
     value: torch.Tensor
     attention_mask: Any
     kwargs: dict[str, Any]
+    openings: tuple[Opening, ...] = ()
 
     def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model's own kernel: ``[batch, q_len, num_heads, value_dim]`` and its weights, if it returns them."""
@@ -137,8 +151,8 @@ def vlmfix_attention(
     return vlmfix.attend(site, call)
 
 
-def explicit_weights(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
-    """Write out the attention weights of some query rows.
+def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Write out the scores of some query rows, before the softmax.
 
     Args:
         call: The attention call.
@@ -146,18 +160,19 @@ def explicit_weights(call: AttentionCall, start: int, stop: int) -> torch.Tensor
         stop: End of the rows.
 
     Returns:
-        fp32 ``[batch, num_heads, stop - start, keys]``; a fresh tensor.
+        fp32 ``[batch, num_heads, stop - start, keys]``, a fresh tensor, scaled and capped, with the additive parts of
+        the mask; and the keys each row sees (bool, broadcastable to it), or ``None`` for all. Scores of hidden keys are
+        arbitrary.
 
     Raises:
         UnsupportedFeatureError: The layer adds terms to its scores that are not written out here.
     """
     kwargs = call.kwargs
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedFeatureError(
-                f"{call.site.name} uses {name} in its attention, which methods that edit attention weights do not "
-                "support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
-            )
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedFeatureError(
+            f"{call.site.name} has learned sinks (s_aux) in its softmax, which methods that edit attention scores or "
+            "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
+        )
     implementation = call.site.base_config._attn_implementation or "eager"
     key, allowed = _allowed_keys(call, start, stop, implementation)
     query = call.query[:, :, start:stop]
@@ -167,11 +182,58 @@ def explicit_weights(call: AttentionCall, start: int, stop: int) -> torch.Tensor
     softcap = kwargs.get("softcap")
     if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
         scores = torch.tanh(scores / softcap) * softcap
-    if allowed is not None and allowed.dtype == torch.bool:
-        scores = scores.masked_fill(~allowed, torch.finfo(torch.float32).min)
-    elif allowed is not None:
-        scores = scores + allowed
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        scores = scores + position_bias[:, :, start:stop, : scores.shape[-1]]
+    if allowed is not None and allowed.dtype != torch.bool:
+        bias, allowed = allowed, allowed > torch.finfo(allowed.dtype).min / 2
+        scores = scores + bias.masked_fill(~allowed, 0.0)
+    for opening in call.openings:
+        pairs = opening.pairs[:, :, start:stop, : scores.shape[-1]]
+        if allowed is not None:
+            newly = pairs & ~allowed
+            scores = scores + opening.bias * newly
+            allowed = allowed | pairs
+    return scores, allowed
+
+
+def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys each row sees; a row that sees none is spread evenly, as by the stock kernels' masks."""
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     return torch.softmax(scores, dim=-1)
+
+
+def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
+    """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows with opened keys, by a fused kernel where possible.
+
+    The additive mask of all their keys is written out; the attention weights are only where the layer caps its scores
+    or has a position bias.
+    """
+    implementation = call.site.base_config._attn_implementation or "eager"
+    is_plain = call.kwargs.get("position_bias") is None and call.kwargs.get("s_aux") is None
+    if not is_plain or (call.kwargs.get("softcap") is not None and implementation != "sdpa"):
+        return weighted_values(call, masked_softmax(*explicit_scores(call, start, stop)))
+    key, allowed = _allowed_keys(call, start, stop, implementation)
+    query = call.query[:, :, start:stop]
+    if allowed is None:
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
+    bias = allowed.to(query.dtype)
+    if allowed.dtype == torch.bool:
+        bias = torch.zeros_like(bias).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    bias = bias.expand(query.shape[0], -1, stop - start, key.shape[2])
+    for opening in call.openings:
+        pairs = opening.pairs[:, :, start:stop, : key.shape[2]]
+        bias = torch.where(pairs & (bias <= torch.finfo(bias.dtype).min / 2), opening.bias, bias)
+    outputs = F.scaled_dot_product_attention(
+        query,
+        key,
+        call.value[:, :, : key.shape[2]],
+        attn_mask=bias,
+        scale=call.kwargs.get("scaling"),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return outputs.transpose(1, 2)
 
 
 def weighted_values(call: AttentionCall, attn_weights: torch.Tensor) -> torch.Tensor:

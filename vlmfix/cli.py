@@ -280,7 +280,9 @@ def _eval(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     import dataclasses
 
-    for name, method in vlmfix.methods().items():
+    from vlmfix.recipes import all_methods
+
+    for name, method in all_methods().items():
         _show(f"{name}: {method.summary}" + (f" ({method.paper})" if method.paper else ""))
         for parameter in dataclasses.fields(method):
             if name != "none":

@@ -19,10 +19,12 @@ from vlmfix.anatomy import Anatomy, analyse, unwrap
 from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
 from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
+from vlmfix.prompt import begin_methods
 from vlmfix.recipes import resolve_methods
 from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, begin_prompt, state_of
 from vlmfix.sites import Site, edits_text_only_stream, make_sites
 from vlmfix.text_only import run_text_only
+from vlmfix.vision import VisionRecorder
 
 logger = logging.getLogger("vlmfix")
 
@@ -43,7 +45,10 @@ class Patch:
         self.owner: Context | None = None
         self._handles: list[Any] = []
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
-        self._is_sliding = any(site.is_sliding for site in self.sites)
+        active = [method for method in methods if not method.is_identity]
+        self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
+        self.vision = VisionRecorder(anatomy) if any(each.reads_vision for each in active) else None
+        self._reorders = any(method.reorders for method in active)
 
     # Attach and restore.
 
@@ -58,6 +63,8 @@ class Patch:
             for module in dict.fromkeys([self.anatomy.model, self.anatomy.inner]):
                 self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
+            if self.vision is not None:
+                self._handles += self.vision.attach()
             follows = edits_text_only_stream(self.methods)
             for site in self.sites:
                 if site.readers or follows:
@@ -110,7 +117,7 @@ class Patch:
         keeps_ids = self._needs_text and not torch.compiler.is_compiling()
         past: int | torch.Tensor = 0
         is_static = getattr(cache, "is_compileable", False)
-        if self._is_sliding or keeps_ids or not is_static:
+        if self._needs_past or keeps_ids or not is_static:
             past = cache.get_seq_length()
             past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
         if not is_static and past < state.image_mask.shape[1]:
@@ -118,7 +125,8 @@ class Patch:
             setattr(cache, STATE_ATTRIBUTE, state)
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
-        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0, rows=(0, q_len))
+        state.is_answered = True
+        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_prompt(self, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int) -> Run:
@@ -148,9 +156,15 @@ class Patch:
             drafted=drafted,
             text_only=lambda new_state: run_text_only(self.anatomy.inner, self.sites, new_state),
         )
+        begin_methods(self.anatomy, run, inputs, self.vision)
         if cache is not None:
-            setattr(cache, STATE_ATTRIBUTE, run.state)
+            self._keep(cache, run.state)
         return run
+
+    def _keep(self, cache: Any, state: SequenceState) -> None:
+        setattr(cache, STATE_ATTRIBUTE, state)
+        if self._reorders and hasattr(cache, "reorder_cache"):
+            cache.reorder_cache = ReorderWithState(cache)
 
     def _check_same_methods(self, state: SequenceState) -> None:
         if state.methods != self.methods:
@@ -188,7 +202,7 @@ class Patch:
             parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
             for cache in parts:
                 if hasattr(cache, "get_seq_length"):
-                    setattr(cache, STATE_ATTRIBUTE, run.state)
+                    self._keep(cache, run.state)
 
     def status(self) -> Status:
         """Describe the patch."""
@@ -204,6 +218,20 @@ class Patch:
             edited=edited,
             notes=self.notes,
         )
+
+
+class ReorderWithState:
+    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
+        type(self.cache).reorder_cache(self.cache, beam_idx)
+        state = state_of(self.cache)
+        if state is not None:
+            state.reorder(beam_idx)
 
 
 class LayerHook:

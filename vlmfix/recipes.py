@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pkgutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,12 +16,16 @@ from vlmfix.methods.base import Method
 if TYPE_CHECKING:
     from vlmfix.anatomy import Anatomy
 
-_METHODS = {"none": "none:NoMethod", "vhr": "vhr:VHR", "var": "var:VAR"}
+
+def method_names() -> tuple[str, ...]:
+    """Return the short names of all methods: those of the files in ``vlmfix/methods``."""
+    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")]))
+    return tuple(sorted(name for name in files if name != "base" and not name.startswith("_")))
 
 
 def all_methods() -> dict[str, type[Method]]:
     """Return every method class by its short name."""
-    return {name: method_class(name) for name in _METHODS}
+    return {name: method_class(name) for name in method_names()}
 
 
 def method_class(name: str) -> type[Method]:
@@ -29,11 +34,12 @@ def method_class(name: str) -> type[Method]:
     Raises:
         MethodError: There is no such method.
     """
-    if name not in _METHODS:
-        raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(sorted(_METHODS))}.")
-    module, _, attribute = _METHODS[name].partition(":")
-    found: type[Method] = getattr(import_module(f"vlmfix.methods.{module}"), attribute)
-    return found
+    if name not in method_names():
+        raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(method_names())}.")
+    for found in vars(import_module(f"vlmfix.methods.{name}")).values():
+        if isinstance(found, type) and issubclass(found, Method) and found.name == name:
+            return found
+    raise AssertionError(f"vlmfix/methods/{name}.py defines no method named {name!r}")
 
 
 def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
@@ -104,7 +110,7 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     """
     if spec is None:
         chosen = default_recipe(anatomy)
-    elif isinstance(spec, str) and spec in _METHODS:
+    elif isinstance(spec, str) and spec in method_names():
         return (make_method(spec, parameters),)
     elif isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".json")):
         chosen = load_recipe(spec)
@@ -128,4 +134,9 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise MethodError(f"{', '.join(sorted(repeated))} is given twice. Each method can be applied once.")
-    return tuple(sorted(chosen, key=lambda method: (method.edits_heads, method.edits_weights)))
+    return tuple(sorted(chosen, key=_place_on_path))
+
+
+def _place_on_path(method: Method) -> int:
+    places = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
+    return places.index(True) if True in places else len(places)

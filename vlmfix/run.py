@@ -2,29 +2,33 @@
 
 A ``Run`` is created by a hook on the model, travels down to every attention call in its keyword arguments and dies with
 the forward. What must outlive it (image mask, learned sinks, chosen heads) sits on the cache object, so that it dies
-with the sequence and follows copies, crops and further turns.
+with the sequence and follows copies, crops, beams and further turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from vlmfix.attention import AttentionCall, attended_keys, explicit_attention, explicit_weights, weighted_values
+from vlmfix.attention import AttentionCall, attended_keys
+from vlmfix.editing import attend
 from vlmfix.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from vlmfix.activity import Counters
-    from vlmfix.methods.base import Method
+    from vlmfix.methods.base import Method, PromptRows
     from vlmfix.sites import Site
     from vlmfix.text_only import TextOnlyRun
 
 STATE_ATTRIBUTE = "_vlmfix"
 """The attribute of a cache object that holds its ``SequenceState``."""
+
+SHARED = -1
+"""In the keys of what was learned: not one site's, but the method's in all of them."""
 
 
 @dataclass
@@ -37,9 +41,13 @@ class SequenceState:
         valid_mask: bool ``[batch, prompt]``, tokens that are no padding.
         input_ids: int64 ``[batch, prompt]``, or ``None`` when the model was called with embeddings.
         any_image: Whether any sample has an image token.
-        learned: What methods learned, by (method index, site index).
+        all_images: Whether every sample has one.
+        learned: What methods learned, by (method index, site index or ``SHARED``).
         decoded: Ids generated since the prompt, as (position, ids ``[batch, n]``); kept only for methods that read
             the text of earlier turns again.
+        is_answered: Whether any token was decoded since the prompt.
+        key_masks: Properties of the prompt's tokens derived from the masks, by name.
+        constants: Tensors that methods made once, by (method index, site index).
     """
 
     methods: tuple[Method, ...]
@@ -47,8 +55,12 @@ class SequenceState:
     valid_mask: torch.Tensor
     input_ids: torch.Tensor | None
     any_image: bool
+    all_images: bool = False
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    is_answered: bool = False
+    key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def cropped(self, length: int) -> SequenceState:
         """Return the state of the first ``length`` tokens, fewer than the prompt has."""
@@ -59,7 +71,58 @@ class SequenceState:
             input_ids=None if self.input_ids is None else self.input_ids[:, :length],
             learned={key: self.methods[key[0]].crop(value, length) for key, value in self.learned.items()},
             decoded=[],
+            key_masks={},
         )
+
+    def reorder(self, beams: torch.Tensor) -> None:
+        """Follow a reordering of the batch by beam search; beams of one prompt share its masks."""
+        for key, value in self.learned.items():
+            self.learned[key] = self.methods[key[0]].reorder(value, beams)
+
+    def key_mask(self, name: str) -> torch.Tensor:
+        """Return a property of the prompt's tokens, bool ``[batch, prompt]``.
+
+        Args:
+            name: ``"image"``; ``"valid"`` (no padding); ``"prompt"`` (all); ``"prefix"`` (before the first image
+                token, no padding); ``"behind"`` (no image, behind the first image token, no padding); ``"first"`` (the
+                first token that is no padding).
+        """
+        if name not in self.key_masks:
+            image, valid = self.image_mask, self.valid_mask
+            seen = image.cumsum(1) > 0
+            self.key_masks[name] = {
+                "image": lambda: image,
+                "valid": lambda: valid,
+                "prompt": lambda: torch.ones_like(image),
+                "prefix": lambda: valid & ~seen & image.any(1, keepdim=True),
+                "behind": lambda: valid & seen & ~image,
+                "first": lambda: valid & (valid.cumsum(1) == 1),
+            }[name]()
+        return self.key_masks[name]
+
+
+class Rows(NamedTuple):
+    """Query rows of a forward.
+
+    Attributes:
+        start: First row, relative to the forward.
+        stop: End of the rows.
+        mask: bool ``[batch, stop - start]``: which of them count in each sample; ``None`` for all.
+    """
+
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Return the same choice among the rows ``start..stop - 1``, some of which may lie outside."""
+        if self.mask is None and start >= self.start and stop <= self.stop:
+            return Rows(start, stop, None)
+        mask = self.mask
+        if mask is None:
+            raise AssertionError("rows without a mask are never cut")
+        inside = mask[:, max(start - self.start, 0) : max(stop - self.start, 0)]
+        return Rows(start, stop, F.pad(inside, (max(self.start - start, 0), max(stop - max(self.stop, start), 0))))
 
 
 class Run:
@@ -70,8 +133,6 @@ class Run:
         past: Tokens in the cache before this forward: int, or a 0-d tensor with a static cache while decoding.
         q_len: Tokens of this forward.
         prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
-        rows: Half-open range of query rows to edit in this forward, relative to ``q_len``.
-        row_mask: bool ``[batch, rows]``: which of those rows each sample lets edit; ``None`` for all.
         text_only: The image-free pass over the same prompt, when a method needs one.
     """
 
@@ -84,8 +145,7 @@ class Run:
         past: int | torch.Tensor,
         q_len: int,
         prompt_len: int,
-        rows: tuple[int, int],
-        row_mask: torch.Tensor | None = None,
+        first_rows: dict[str, int] | None = None,
         text_only: TextOnlyRun | None = None,
     ) -> None:
         self.state = state
@@ -94,11 +154,13 @@ class Run:
         self.past = past
         self.q_len = q_len
         self.prompt_len = prompt_len
-        self.rows = rows
-        self.row_mask = row_mask
         self.text_only = text_only
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
         self.finished = False
+        self._first_rows = first_rows or {}
+        self._rows: dict[tuple[str, bool], Rows] = {}
+        self._keys: dict[tuple[str, bool, int, torch.device], torch.Tensor] = {}
+        self._once: dict[int, Any] = {}
 
     @property
     def image_mask(self) -> torch.Tensor:
@@ -126,6 +188,79 @@ class Run:
         """How many rows of a prompt's forward are no padding: int64 ``[batch]``."""
         return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
 
+    def rows(self, kind: PromptRows, decode: bool = True) -> Rows:
+        """Return query rows of samples with an image.
+
+        Args:
+            kind: Which rows of the prompt.
+            decode: Whether rows of generated (or drafted) tokens belong to them.
+        """
+        if (kind, decode) not in self._rows:
+            self._rows[kind, decode] = self._prompt_rows(kind, decode) if self.is_prefill else self._decode_rows(decode)
+        return self._rows[kind, decode]
+
+    @property
+    def image_stop(self) -> int:
+        """End of the last image among the rows of a prompt."""
+        return self._first_rows["image_stop"]
+
+    def _decode_rows(self, decode: bool) -> Rows:
+        if not decode:
+            return Rows(0, 0, None)
+        mask = None if self.state.all_images else self.has_image[:, None].expand(-1, self.q_len)
+        return Rows(0, self.q_len, mask)
+
+    def _prompt_rows(self, kind: PromptRows, decode: bool) -> Rows:
+        image, valid, past = self.image_mask, self.valid_mask, self.past
+        assert isinstance(past, int)
+        has_image = self.has_image[:, None]
+        drafted = self.q_len - self.prompt_len
+        if kind == "none":
+            start, mask = self.prompt_len, valid[:, :0]
+        elif kind == "all":
+            start, mask = 0, (valid & has_image)[:, past:]
+        else:
+            start = min(self._first_rows[kind], self.prompt_len)
+            behind = valid & has_image & (image.flip(1).cumsum(1).flip(1) == 0)
+            if kind == "last":
+                behind &= valid.flip(1).cumsum(1).flip(1) == 1
+            mask = behind[:, past + start :]
+        if drafted and decode:
+            mask = torch.cat([mask, has_image.expand(-1, drafted)], dim=1)
+        return Rows(start, start + mask.shape[1], mask)
+
+    def keys(self, name: str, site: Site, num_keys: int, device: torch.device) -> torch.Tensor:
+        """Say which of a layer's keys are what, see ``SequenceState.key_mask``: bool ``[batch, num_keys]``."""
+        key = (name, site.is_sliding, num_keys, device)
+        if key not in self._keys:
+            aligned = self.align(self.state.key_mask(name), site, num_keys).to(device)
+            self._keys[key] = F.pad(aligned, (0, num_keys - aligned.shape[1]))
+        return self._keys[key]
+
+    def align(self, per_key: torch.Tensor, site: Site, num_keys: int) -> torch.Tensor:
+        """Align values ``[batch, prompt, ...]`` with a layer's keys, see ``Layer.visible_keys``."""
+        if not site.is_sliding:
+            return per_key[:, :num_keys]
+        offset = self.key_offset(site, num_keys)
+        if isinstance(offset, int):
+            return per_key[:, offset : offset + num_keys]
+        positions = torch.arange(num_keys, device=per_key.device) + offset
+        padded = F.pad(per_key, (0, 0) * (per_key.dim() - 2) + (0, 1))
+        return padded[:, positions.clamp_max(per_key.shape[1])]
+
+    def key_offset(self, site: Site, num_keys: int) -> int | torch.Tensor:
+        """Return the position of a layer's first key; a sliding cache has dropped what was before."""
+        if not site.is_sliding:
+            return 0
+        offset = self.past + self.q_len - num_keys
+        return offset.clamp_min(0) if isinstance(offset, torch.Tensor) else max(offset, 0)
+
+    def once(self, index: int, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned when method number ``index`` first asked in this forward."""
+        if index not in self._once:
+            self._once[index] = make()
+        return self._once[index]
+
     def layer(self, site: Site, index: int) -> Layer:
         """What method number ``index`` sees at a site."""
         return Layer(self, site, index)
@@ -151,59 +286,7 @@ class Run:
 
     def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention with the edits of this site; without any, exactly what the base kernel returns."""
-        if not self.state.any_image:
-            return call.base()
-        weights_edits = [
-            (method, layer)
-            for method, layer in [(method, self.layer(site, index)) for index, method in site.weights]
-            if method.acts_at(layer)
-        ]
-        if not weights_edits or self.rows[0] >= self.rows[1]:
-            head_outputs, attn_weights = call.base()
-        elif self.is_prefill:
-            head_outputs, attn_weights = self._edit_some_rows(call, weights_edits)
-        else:
-            # Every row is edited: the base kernel would compute the same rows a second time.
-            attn_weights = self._edited_weights(explicit_weights(call, *self.rows), weights_edits)[0]
-            head_outputs, attn_weights = explicit_attention(call, attn_weights)
-        for index, method in site.heads:
-            head_outputs = method.edit_heads(head_outputs, self.layer(site, index))
-        return head_outputs, attn_weights
-
-    def _edit_some_rows(
-        self, call: AttentionCall, edits: list[tuple[Method, Layer]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk."""
-        head_outputs, attn_weights = call.base()
-        if head_outputs.requires_grad:  # autograd keeps what the kernel returned
-            head_outputs = head_outputs.clone()
-            attn_weights = None if attn_weights is None else attn_weights.clone()
-        for start, stop in call.row_chunks(*self.rows):
-            chunk = [(method, layer.at_rows(start, stop)) for method, layer in edits]
-            edited_weights, selected = self._edited_weights(explicit_weights(call, start, stop), chunk)
-            edited = weighted_values(call, edited_weights)
-            rows = head_outputs[:, start:stop]
-            head_outputs[:, start:stop] = torch.where(selected.transpose(1, 2)[..., None], edited, rows)
-            if attn_weights is not None:
-                known = edited_weights.shape[-1]
-                stock = attn_weights[:, :, start:stop, :known]
-                attn_weights[:, :, start:stop, :known] = torch.where(
-                    selected[..., None], edited_weights.to(stock.dtype), stock
-                )
-        return head_outputs, attn_weights
-
-    def _edited_weights(
-        self, attn_weights: torch.Tensor, edits: list[tuple[Method, Layer]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        selected: torch.Tensor | None = None
-        for method, layer in edits:
-            attn_weights, edited = method.edit_weights(attn_weights, layer)
-            if layer.row_mask is not None:
-                edited = edited & layer.row_mask[:, None].to(edited.device)
-            layer.count(edited.sum())
-            selected = edited if selected is None else selected | edited
-        assert selected is not None
-        return attn_weights, selected
+        return attend(self, site, call)
 
     def finish(self) -> None:
         """Settle what was learned and count what was edited; called once, after the forward."""
@@ -212,7 +295,11 @@ class Run:
         self.finished = True
         if self.is_prefill and not torch.compiler.is_compiling():
             for index, method in enumerate(self.state.methods):
-                learned = {site: value for (owner, site), value in self.state.learned.items() if owner == index}
+                learned = {
+                    site: value
+                    for (owner, site), value in self.state.learned.items()
+                    if owner == index and site != SHARED
+                }
                 if learned:
                     method.settle(learned)
         self.counters.add(self)
@@ -224,22 +311,26 @@ class Layer:
     Attributes:
         run: The forward.
         site: The attention module's place in the model; ``site.layer_idx`` is its layer.
-        row_mask: bool ``[batch, rows]``: which of the rows in hand are up for edits, or ``None`` for all.
+        call: The attention call, or ``None`` in the hooks that come before it.
+        rows: Half-open range of the query rows in hand, relative to the forward.
+        row_mask: bool ``[batch, rows]``: which of them are up for edits, or ``None`` for all.
     """
 
-    __slots__ = ("_index", "row_mask", "run", "site")
+    __slots__ = ("_index", "call", "row_mask", "rows", "run", "site")
 
-    def __init__(self, run: Run, site: Site, index: int, row_mask: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, run: Run, site: Site, index: int, call: AttentionCall | None = None, rows: Rows | None = None
+    ) -> None:
         self.run = run
         self.site = site
-        self.row_mask = row_mask
+        self.call = call
+        self.rows = (0, run.q_len) if rows is None else (rows.start, rows.stop)
+        self.row_mask = None if rows is None else rows.mask
         self._index = index
 
-    def at_rows(self, start: int, stop: int) -> Layer:
-        """Return the same layer for the query rows ``start..stop - 1`` of the forward."""
-        mask = self.run.row_mask
-        first = self.run.rows[0]
-        return Layer(self.run, self.site, self._index, None if mask is None else mask[:, start - first : stop - first])
+    def at(self, call: AttentionCall, rows: Rows | None = None) -> Layer:
+        """Return the same layer for some query rows of an attention call."""
+        return Layer(self.run, self.site, self._index, call, rows)
 
     @property
     def learned(self) -> Any:
@@ -249,6 +340,27 @@ class Layer:
     @learned.setter
     def learned(self, value: Any) -> None:
         self.run.state.learned[self._index, self.site.index] = value
+
+    @property
+    def shared(self) -> Any:
+        """What the method learned in this sequence for all layers, or ``None``."""
+        return self.run.state.learned.get((self._index, SHARED))
+
+    @shared.setter
+    def shared(self, value: Any) -> None:
+        self.run.state.learned[self._index, SHARED] = value
+
+    def constant(self, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned for this layer when it was first asked in this sequence (head masks)."""
+        constants = self.run.state.constants
+        key = (self._index, self.site.index)
+        if key not in constants:
+            constants[key] = make()
+        return constants[key]
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned when this method first asked in this forward, in any layer."""
+        return self.run.once(self._index, make)
 
     def text_only_heads(self) -> torch.Tensor:
         """Head outputs of the image-free pass at its last position, ``[batch, num_heads, head_dim]``."""
@@ -261,15 +373,21 @@ class Layer:
         Returns:
             ``[batch, n, ...]`` with ``n <= num_keys``; keys behind ``n`` are no prompt tokens.
         """
-        past, prompt = self.run.past, per_key.shape[1]
-        if not self.site.is_sliding:
-            return per_key[:, :num_keys]
-        if isinstance(past, int):
-            offset = max(past + self.run.q_len - num_keys, 0)
-            return per_key[:, offset : offset + num_keys]
-        positions = torch.arange(num_keys, device=per_key.device) + (past + self.run.q_len - num_keys).clamp_min(0)
-        padded = F.pad(per_key, (0, 0) * (per_key.dim() - 2) + (0, 1))
-        return padded[:, positions.clamp_max(prompt)]
+        return self.run.align(per_key, self.site, num_keys)
+
+    def keys(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Say which keys are what.
+
+        Args:
+            name: See ``SequenceState.key_mask``; or ``"generated"``: behind the prompt.
+            like: A tensor ``[batch, ..., keys]``.
+
+        Returns:
+            Bool ``[batch, keys]``.
+        """
+        if name == "generated":
+            return ~self.run.keys("prompt", self.site, like.shape[-1], like.device)
+        return self.run.keys(name, self.site, like.shape[-1], like.device)
 
     @staticmethod
     def scale_known(attn_weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -358,16 +476,21 @@ def begin_prompt(
         input_ids = input_ids[:, :prompt_len]
         if known is not None:
             input_ids = torch.cat([_ids_so_far(known, past), input_ids], dim=1)
-    # The one place that waits for the device: which samples have an image, and where the first of the last ones ends.
+    # The one place that waits for the device: which samples have an image, where the last one ends, and the prompt.
     positions = torch.arange(past + prompt_len, device=image_mask.device)
-    last_image = torch.where(image_mask, positions, -1).amax(1)
-    ends = last_image.tolist()
+    ends = torch.stack([torch.where(mask, positions, -1).amax(1) for mask in (image_mask, valid)]).tolist()
+    with_image = [(image_end, end) for image_end, end in zip(*ends, strict=True) if image_end >= 0]
     learned = dict(known.learned) if known is not None else {}
-    state = SequenceState(methods, image_mask, valid, input_ids, max(ends) >= 0, learned, decoded)
-    first_row = min((max(end + 1 - past, 0) for end in ends if end >= 0), default=q_len)
-    row_mask = (positions > last_image[:, None]) & (last_image[:, None] >= 0) & valid
-    if drafted:
-        row_mask = torch.cat([row_mask, (last_image >= 0)[:, None].expand(batch, drafted)], dim=1)
+    state = SequenceState(
+        methods,
+        image_mask,
+        valid,
+        input_ids,
+        any_image=bool(with_image),
+        all_images=len(with_image) == batch,
+        learned=learned,
+        decoded=decoded,
+    )
     run = Run(
         state,
         counters,
@@ -375,9 +498,26 @@ def begin_prompt(
         past=past,
         q_len=q_len,
         prompt_len=prompt_len,
-        rows=(first_row, q_len),
-        row_mask=row_mask[:, past + first_row :],
+        first_rows={
+            "text": min((max(image_end + 1 - past, 0) for image_end, _ in with_image), default=q_len),
+            "last": min((max(end - past, 0) for _, end in with_image), default=q_len),
+            "image_stop": max((max(image_end + 1 - past, 0) for image_end, _ in with_image), default=0),
+        },
     )
+    _check_whole_prompt(known, run)
     if state.any_image:
         run.text_only = text_only(state)
     return run
+
+
+def _check_whole_prompt(known: SequenceState | None, run: Run) -> None:
+    """Refuse to go on with a prompt that was edited as if it had ended."""
+    if known is None or known.is_answered or not known.any_image:
+        return
+    for method in run.state.methods:
+        if method.needs_whole_prompt and not method.is_identity:
+            raise UnsupportedFeatureError(
+                f"{method.name} needs a prompt in one forward, and this one continues a prompt that is already in the "
+                "cache: what it did there depends on tokens that come only now. Leave prefill_chunk_size unset, and "
+                "do not prefill a part of a prompt with an image in advance."
+            )

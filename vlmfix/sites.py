@@ -26,7 +26,9 @@ class Site:
         base_config: The module's own config object, which the patch set aside.
         is_sliding: Whether its layer sees a sliding window of keys.
         readers: (method index, method) that read the layer's input.
-        weights: Those that edit attention weights here.
+        masks: Those that open the mask here.
+        scores: Those that edit attention scores here.
+        weights: Those that edit (or observe) attention weights here.
         heads: Those that edit head outputs here.
     """
 
@@ -38,6 +40,8 @@ class Site:
     base_config: Any
     is_sliding: bool
     readers: tuple[tuple[int, Method], ...]
+    masks: tuple[tuple[int, Method], ...]
+    scores: tuple[tuple[int, Method], ...]
     weights: tuple[tuple[int, Method], ...]
     heads: tuple[tuple[int, Method], ...]
 
@@ -86,6 +90,8 @@ def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool
             base_config=own_config(found.module),
             is_sliding=_is_sliding(anatomy.text_config, found),
             readers=tuple((number, method) for number, method in active if method.reads_layer_input),
+            masks=tuple((number, method) for number, method in active if method.opens_mask),
+            scores=tuple((number, method) for number, method in active if method.edits_scores),
             weights=tuple((number, method) for number, method in active if method.edits_weights),
             heads=tuple((number, method) for number, method in active if method.edits_heads),
         )

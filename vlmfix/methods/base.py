@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlmfix.errors import MethodError
 
@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     import torch
 
     from vlmfix.anatomy import Anatomy
+    from vlmfix.prompt import Prompt
     from vlmfix.run import Layer
 
 LayerSpec = Sequence[int] | str | None
 """Which decoder layers: ``None`` (the method's default), indices (negative ones count from the end), or a string such
 as ``"1,18:32"`` or ``"0.25:0.75"`` (slices of indices or of fractions of the depth)."""
+
+HeadSpec = Sequence[Sequence[int]] | None
+"""Attention heads as (layer, head) pairs, counted from 0; heads are query heads."""
+
+PromptRows = Literal["none", "last", "text", "all"]
+"""Query rows of a prompt: none, each sample's last token (if no image follows it), those behind its last image token,
+or all that are no padding. Samples without an image have none."""
 
 M = TypeVar("M", bound="Method")
 
@@ -27,9 +35,10 @@ M = TypeVar("M", bound="Method")
 class Method:
     """Base class of all methods.
 
-    A method overrides only the hooks of the places it edits and declares them in the class attributes. It never keeps
-    state: what it learns in a prompt is returned from :meth:`learn` or stored in ``layer.learned`` and lives on the
-    sequence's cache.
+    A method stands at one or more places on the path of attention, overrides only their hooks and declares them in the
+    class attributes: the mask, the scores before the softmax, the weights behind it, the outputs of the heads. It never
+    keeps state: what it learns is returned from its hooks or stored in ``layer.learned`` (one layer) and
+    ``layer.shared`` (all layers) and lives on the sequence's cache.
 
     Attributes:
         layers: Decoder layers to edit, see ``LayerSpec``. ``None`` is the method's own default.
@@ -38,9 +47,19 @@ class Method:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    opens_mask: ClassVar[bool] = False
+    edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False
     edits_heads: ClassVar[bool] = False
     reads_layer_input: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = False
+    reads_vision: ClassVar[bool] = False
+    reorders: ClassVar[bool] = False
+    """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
+    needs_past: ClassVar[bool] = False
+    """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
+    needs_text_keys: ClassVar[bool] = True
+    """Whether it weighs image keys against text keys, and so means nothing where every key is an image key."""
 
     layers: LayerSpec = dataclasses.field(default=None, kw_only=True)
 
@@ -53,6 +72,12 @@ class Method:
                 self.require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number")
             elif kind == "bool":
                 self.require(isinstance(value, bool), field.name, "true or false")
+            elif kind == "HeadSpec" and value is not None:
+                pairs = isinstance(value, Sequence) and all(_are_indices(pair) and len(pair) == 2 for pair in value)
+                self.require(
+                    pairs and all(min(pair) >= 0 for pair in value), field.name, "a list of (layer, head) pairs"
+                )
+                object.__setattr__(self, field.name, tuple((pair[0], pair[1]) for pair in value))
             elif kind in ("LayerSpec", "Sequence[int] | None") and value is not None:
                 if kind == "LayerSpec" and isinstance(value, str):
                     continue
@@ -72,6 +97,26 @@ class Method:
     def layer_indices(self) -> tuple[int, ...]:
         """The layers of a bound method."""
         return tuple(layer for layer in self.layers or () if isinstance(layer, int))
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """The rows of a prompt whose scores or weights are up for edits."""
+        return "text"
+
+    @property
+    def edits_decode(self) -> bool:
+        """Whether scores or weights of generated tokens' rows are edited too."""
+        return True
+
+    @property
+    def observed_rows(self) -> PromptRows:
+        """The rows of a prompt shown to :meth:`observe` before any of them is edited; ``"none"`` switches it off."""
+        return "none"
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether a prompt must come in one forward: the edit of a row depends on tokens that follow it."""
+        return self.prompt_rows == "last"
 
     @property
     def text_only_stream(self) -> str | None:
@@ -97,6 +142,52 @@ class Method:
 
     # The hooks, in the order of the path. ``layer`` gives the masks, the rows and the learned state.
 
+    def begin(self, prompt: Prompt) -> Any:
+        """See a prompt with an image before it is read, if ``reads_prompt``.
+
+        What is returned becomes ``layer.shared``.
+        """
+        raise NotImplementedError
+
+    def open_mask(self, layer: Layer) -> tuple[torch.Tensor, float]:
+        """Let rows of a prompt see keys that the causal mask hides.
+
+        Returns:
+            Bool ``[batch, q_len, q_len]``, the (query, key) pairs to open where they are closed, and the bias on their
+            scores (0: as if never closed).
+        """
+        raise NotImplementedError
+
+    def edit_scores(
+        self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Edit pre-softmax scores of the requested rows.
+
+        Args:
+            scores: ``[batch, num_heads, rows, keys]``, fp32, scaled and capped; hidden keys hold arbitrary values. May
+                be edited in place.
+            allowed: Bool, broadcastable to ``scores``: the keys each row sees. Hidden keys stay hidden.
+            layer: The layer.
+
+        Returns:
+            The scores and a bool tensor ``[batch, num_heads, rows]``: the rows that were edited. Other rows must come
+            back as they were.
+        """
+        raise NotImplementedError
+
+    def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
+        """See post-softmax weights before this method edits any.
+
+        In a prompt: all ``observed_rows``, in one or more pieces ``layer.rows``, in order; ``layer.row_mask`` tells
+        which of them count. While decoding: the rows of each step.
+
+        Args:
+            attn_weights: ``[batch, num_heads, rows, keys]``, fp32; must not be changed.
+            allowed: Bool, broadcastable to ``attn_weights``: the keys each row sees.
+            layer: The layer.
+        """
+        raise NotImplementedError
+
     def learn(self, hidden_states: torch.Tensor, layer: Layer) -> Any:
         """See the residual stream entering a decoder layer in a prompt; what is returned becomes ``layer.learned``.
 
@@ -108,6 +199,10 @@ class Method:
 
     def crop(self, learned: Any, length: int) -> Any:
         """Forget what was learned of tokens behind the first ``length``: the cache was cropped into the prompt."""
+        return learned
+
+    def reorder(self, learned: Any, beams: torch.Tensor) -> Any:
+        """Follow a reordering of the batch: row ``i`` continues row ``beams[i]``."""
         return learned
 
     def settle(self, learned: Mapping[int, Any]) -> None:
@@ -125,9 +220,9 @@ class Method:
             layer: The layer.
 
         Returns:
-            The edited weights and a bool tensor ``[batch, num_heads, rows]``: the rows that were edited. In a prompt,
-            all other rows keep what the base kernel computed, and so do rows that are not up for edits
-            (``layer.row_mask``).
+            The edited weights and a bool tensor ``[batch, num_heads, rows]``: the rows that were edited. Other rows
+            must come back as they were. In a prompt they keep what the base kernel computed, and so do rows that are
+            not up for edits (``layer.row_mask``).
         """
         raise NotImplementedError
 
@@ -143,14 +238,62 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict ``{"method": name, **parameters}``; ``vlmfix.recipes`` reads it back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {"method": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+        return {"method": self.name, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
 
     def require(self, condition: bool, parameter: str, expected: str) -> None:
         """Raise ``MethodError`` naming the parameter, its value and what is expected, unless ``condition``."""
         if not condition:
             value = getattr(self, parameter)
             raise MethodError(f"{type(self).__name__}({parameter}={value!r}): {parameter} must be {expected}.")
+
+
+def bind_heads(method: M, bound: M, heads: HeadSpec, anatomy: Anatomy) -> M:
+    """Check a list of heads against a model and edit only layers that have some of them.
+
+    Args:
+        method: The method as the user wrote it.
+        bound: Its copy with layers resolved.
+        heads: Its (layer, head) pairs, or ``None`` for all heads.
+        anatomy: The model.
+
+    Raises:
+        MethodError: A head outside the model, or none in the chosen layers.
+    """
+    if heads is None:
+        return bound
+    for layer, head in heads:
+        if layer >= anatomy.num_layers or head >= anatomy.num_heads:
+            raise MethodError(
+                f"{method.name}: head ({layer}, {head}) does not exist in this model of {anatomy.num_layers} layers "
+                f"with {anatomy.num_heads} heads. The list belongs to another model."
+            )
+    with_heads = {layer for layer, _ in heads}
+    if method.layers is not None:
+        with_heads &= set(bound.layer_indices)
+    if heads and not with_heads:
+        raise MethodError(f"{method.name}: layers={method.layers!r} holds none of the listed heads.")
+    return dataclasses.replace(bound, layers=tuple(sorted(with_heads)) or bound.layers)
+
+
+def listed_heads(heads: HeadSpec, layer: Layer, like: torch.Tensor) -> torch.Tensor:
+    """Return which heads of a layer are in a list (``None``: all): bool ``[num_heads]`` on the device of ``like``.
+
+    Args:
+        heads: (layer, head) pairs.
+        layer: The layer.
+        like: A tensor ``[batch, num_heads, ...]``.
+    """
+    import torch
+
+    num_heads = like.shape[1]
+    here = range(num_heads) if heads is None else [head for at, head in heads if at == layer.site.layer_idx]
+    return torch.tensor([head in here for head in range(num_heads)], device=like.device)
+
+
+def layers_by_depth(first: int, last: int, depth: int, num_layers: int) -> tuple[int, ...]:
+    """Scale the layers ``first..last`` (inclusive) of a model of ``depth`` layers to one of ``num_layers``."""
+    low, high = round(first / depth * num_layers), round(last / depth * num_layers)
+    return tuple(range(min(low, num_layers - 1), min(max(high, low), num_layers - 1) + 1))
 
 
 def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "method") -> tuple[int, ...]:
@@ -188,6 +331,10 @@ def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "meth
 
 
 _BOUND = r"-?\d+|-?\d*\.\d+"
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _are_indices(value: object) -> bool:

@@ -62,6 +62,11 @@ class VHR(Method):
             return None
         return "edited" if self.reinforce_noimg else "plain"
 
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Heads are chosen at the end of the prompt and scaled in all of it."""
+        return self.text_only_stream is not None
+
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layer 1 and the last 14 of 32 (a heuristic for other depths: the paper gives absolute counts)."""
         last = round(14 / 32 * num_layers)

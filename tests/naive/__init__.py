@@ -1,0 +1,1 @@
+"""One file per method: its formula, naive and slow, for ``reference.Reference``."""

@@ -1,0 +1,79 @@
+"""ACT: column means over the rows that may see a key; sinks keep beta, the rest is shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveAct(Naive):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        beta: float = 0.4,
+        alpha: float | None = 5.0,
+        tau: float = 0.0,
+        heads: Sequence[tuple[int, int]] | None = None,
+        rows: str = "all",
+        recipients: str = "all",
+        sinks: str = "running",
+        min_rows: int = 8,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(layers)
+        self.beta, self.alpha, self.tau, self.heads_list = beta, alpha, tau, heads
+        self.rows, self.recipients, self.sinks, self.min_rows, self.window = rows, recipients, sinks, min_rows, window
+
+    def maps(
+        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
+    ) -> list[torch.Tensor]:
+        history = sequence.notes.setdefault((self, number), [])
+        history += [row.clone() for row in maps]
+        if generated and self.sinks == "frozen":
+            history = history[: sequence.prompt_length]
+        edited = []
+        for i, row in enumerate(maps):
+            new = row.clone()
+            for head in range(len(row)):
+                if (self.heads_list is None or (number, head) in self.heads_list) and self.wants(
+                    sequence, past + i, generated
+                ):
+                    new[head] = self.calibrate(sequence, row[head], self.find_sinks(history, head))
+            edited.append(new)
+        return edited
+
+    def wants(self, sequence: State, position: int, generated: bool) -> bool:
+        if generated or self.rows == "all":
+            return True
+        if self.rows == "text":
+            return position > max(sequence.image())
+        return position == sequence.prompt_length - 1
+
+    def find_sinks(self, history: list[torch.Tensor], head: int) -> list[int]:
+        """a_j = mean weight of key j over the rows that may see it; S = {j > 0: a_j > tau}."""
+        total = len(history)
+        tau = self.tau if self.alpha is None else self.alpha / total
+        sinks = []
+        for j in range(1, total):
+            last = total if self.window is None else min(total, j + self.window)
+            seen = [float(history[i][head, j]) for i in range(j, last)]
+            if len(seen) >= self.min_rows and sum(seen) / len(seen) > tau:
+                sinks.append(j)
+        return sinks
+
+    def calibrate(self, sequence: State, row: torch.Tensor, sinks: list[int]) -> torch.Tensor:
+        keys = range(len(row))
+        mass = sum(float(row[s]) for s in sinks if s < len(row))
+        others = [j for j in keys if j not in sinks and (self.recipients == "all" or sequence.is_image[j])]
+        rest = sum(float(row[j]) for j in others)
+        if mass == 0 or rest < 1e-6:
+            return row
+        edited = row.clone()
+        for s in sinks:
+            if s < len(row):
+                edited[s] = self.beta * row[s]
+        for j in others:
+            edited[j] = row[j] * (1 + (1 - self.beta) * mass / rest)
+        return edited

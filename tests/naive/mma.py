@@ -1,0 +1,24 @@
+"""MMA: image rows see later question tokens, with bias log(gamma)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from reference import Naive, State
+
+
+class NaiveMma(Naive):
+    def __init__(self, layers: Sequence[int], gamma: float = 1.0, columns: str = "question") -> None:
+        super().__init__(layers)
+        self.gamma = gamma
+        self.columns = columns
+
+    def opens(self, sequence: State, row: int, key: int) -> float | None:
+        start = sequence.notes.get("turn", 0)  # image rows of earlier turns are in the cache already
+        image = [i for i in sequence.image() if i >= start]
+        if row not in image or key >= sequence.prompt_length or sequence.is_image[key]:
+            return None
+        if self.columns == "question" and key < max(image):
+            return None
+        return math.log(self.gamma)

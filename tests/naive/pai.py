@@ -1,0 +1,28 @@
+"""PAI, section (a) of the paper's method: last row, image columns, all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaivePai(Naive):
+    def __init__(self, layers: Sequence[int], alpha: float, edit_prompt: bool = True) -> None:
+        super().__init__(layers)
+        self.alpha = alpha
+        self.edit_prompt = edit_prompt
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not sequence.is_last_row(position, generated) or not (generated or self.edit_prompt):
+            return scores
+        edited = scores.clone()
+        for head in range(len(scores)):
+            for j in sequence.image():
+                s = float(scores[head, j])
+                if s > float("-inf"):
+                    edited[head, j] = s + self.alpha * abs(s)
+        return edited

@@ -1,0 +1,145 @@
+"""ACT: Attention Calibration Technique (Yu et al., ICML 2024, arXiv 2406.15765)."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from vlmfix.anatomy import Anatomy
+from vlmfix.methods._columns import ColumnMeans
+from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, listed_heads
+from vlmfix.run import Layer
+
+
+@dataclass(frozen=True)
+class ACT(Method):
+    """Shrink attention sinks other than the first token, in selected heads, and share out what they held.
+
+    A key's sink score is the mean weight it gets from the rows that may see it; keys above ``sink_threshold`` are
+    sinks, the first token excepted. In every row, sinks keep ``beta`` of their weight and the rest goes to the
+    recipients in proportion to what they have; row sums stay 1. While decoding, the means go on as running sums, so
+    that a row has the sinks it would have in a recomputation. The released decode step multiplies row sums instead (up
+    to 1.37); it is not followed. Prompts without an image are left alone, though the paper is about text models.
+
+    Attributes:
+        beta: What sinks keep, in [0, 1]; 1 is the identity.
+        sink_threshold: ``"alpha/N"`` with N the number of tokens (the paper's 5/N), or an absolute weight (the
+            released code uses .1 and .15).
+        heads: (layer, head) pairs to calibrate. The paper searches them offline (``vlmfix.calibrate``). ``None``
+            calibrates every head of the layers, which the paper advises against.
+        rows: Rows of a prompt to edit: ``"all"`` as released, ``"text"`` behind the image, or the ``"last"``.
+        recipients: ``"all"`` other keys, or only ``"image"`` tokens (a variant of ours).
+        sinks: While decoding, ``"running"`` means, or ``"frozen"`` those of the prompt.
+        min_rows: Keys seen by fewer rows are no sinks: their mean says little.
+        layers: Default: all but the first two and the last, or those of ``heads``.
+    """
+
+    name: ClassVar[str] = "act"
+    paper: ClassVar[str] = "arXiv 2406.15765"
+    summary: ClassVar[str] = "shrinks attention sinks behind the first token, in selected heads"
+    edits_weights: ClassVar[bool] = True
+    reorders: ClassVar[bool] = True
+    needs_past: ClassVar[bool] = True
+    needs_text_keys: ClassVar[bool] = False
+
+    beta: float = 0.4
+    sink_threshold: str | float = "5/N"
+    heads: HeadSpec = None
+    rows: Literal["all", "text", "last"] = "all"
+    recipients: Literal["all", "image"] = "all"
+    sinks: Literal["running", "frozen"] = "running"
+    min_rows: int = 8
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 <= self.beta <= 1, "beta", "between 0 and 1 (1 switches the method off)")
+        self.require(self._threshold() is not None, "sink_threshold", "a number >= 0 or a text such as '5/N'")
+        self.require(self.rows in ("all", "text", "last"), "rows", "all, text or last")
+        self.require(self.recipients in ("all", "image"), "recipients", "all or image")
+        self.require(self.sinks in ("running", "frozen"), "sinks", "running or frozen")
+        self.require(isinstance(self.min_rows, int) and self.min_rows >= 1, "min_rows", "a whole number >= 1")
+
+    def _threshold(self) -> tuple[float, bool] | None:
+        """The threshold's number, and whether it is divided by the number of tokens."""
+        if isinstance(self.sink_threshold, (int, float)) and not isinstance(self.sink_threshold, bool):
+            return (float(self.sink_threshold), False) if 0 <= self.sink_threshold < math.inf else None
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*/\s*[nN]\s*", str(self.sink_threshold))
+        return (float(match.group(1)), True) if match else None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``beta`` is 1 or no head is to be calibrated."""
+        return self.beta == 1 or self.heads == ()
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """As chosen."""
+        return self.rows
+
+    @property
+    def observed_rows(self) -> PromptRows:
+        """All: a key's mean is over every row that sees it."""
+        return "all"
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """A key's mean is over rows that come later."""
+        return True
+
+    def default_layers(self, num_layers: int) -> tuple[int, ...]:
+        """All but the first two and the last; the middle layer of models of three layers or fewer."""
+        return tuple(range(2, num_layers - 1)) or (num_layers // 2,)
+
+    def bind(self, anatomy: Anatomy) -> ACT:
+        """Resolve layers; with a list of heads, those that have some."""
+        return bind_heads(self, super().bind(anatomy), self.heads, anatomy)
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say when heads were not searched."""
+        if self.heads is None and not self.is_identity:
+            return ("act: every head is calibrated; the paper selects heads (vlmfix.calibrate(model, 'act', data))",)
+        return ()
+
+    def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
+        """Add rows to the running column sums."""
+        means: ColumnMeans | None = layer.learned
+        layer.learned = ColumnMeans.extended(means, attn_weights, allowed, layer, frozen=self.sinks == "frozen")
+
+    def crop(self, learned: ColumnMeans, length: int) -> ColumnMeans:
+        """Refuse: the rows of a prompt are summed up and cannot be told apart again."""
+        return learned.cropped_into_prompt()
+
+    def reorder(self, learned: ColumnMeans, beams: torch.Tensor) -> ColumnMeans:
+        """Follow beam search: sums of generated rows differ between the beams of a prompt."""
+        return learned.reordered(beams)
+
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
+        heads = layer.constant(lambda: listed_heads(self.heads, layer, attn_weights))
+        means: ColumnMeans = layer.learned
+        is_sink = self.find_sinks(means, attn_weights, layer)
+        sink_mass = (attn_weights * is_sink).sum(-1)
+        recipients = ~is_sink
+        if self.recipients == "image":
+            recipients = recipients & layer.keys("image", attn_weights)[:, None, None]
+        rest = (attn_weights * recipients).sum(-1)
+        edited = (sink_mass > 0) & (rest >= 1e-6) & heads[:, None]
+        gain = 1 + (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
+        scaled = torch.where(is_sink, self.beta, torch.where(recipients, gain[..., None], 1.0))
+        return torch.where(edited[..., None], attn_weights * scaled, attn_weights), edited
+
+    def find_sinks(self, means: ColumnMeans, attn_weights: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
+        sums, counts, tokens = means.at_rows(layer, attn_weights.shape[-1])
+        threshold = self._threshold()
+        assert threshold is not None
+        limit, is_relative = threshold
+        tau = limit / tokens[:, None, :, None] if is_relative else torch.full_like(tokens, limit)[:, None, :, None]
+        enough = counts >= self.min_rows
+        is_sink = (sums > tau * counts[:, None]) & enough[:, None]
+        result: torch.Tensor = is_sink & ~layer.keys("first", attn_weights)[:, None, None]
+        return result

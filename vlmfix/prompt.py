@@ -1,0 +1,68 @@
+"""What methods may look at before a prompt is read: the stock model's answer, the vision tower's attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfix.attention import RUN_KWARG
+from vlmfix.run import SHARED, Run
+
+if TYPE_CHECKING:
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.vision import VisionRecorder
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with an image that is about to be read.
+
+    Attributes:
+        run: The forward that is about to begin.
+        first_logits: Runs the prompt through the stock model: the logits that predict the first new token, fp32
+            ``[batch, vocab]``. Costs a prefill.
+        patch_attention: Returns, per vision layer asked for (negative: from the end), how the vision tower's class
+            token attended to the patches of every image of the prompt, in order of its placeholders: fp32
+            ``[num_images, patches]``, summed over heads. For methods with ``reads_vision``.
+    """
+
+    run: Run
+    first_logits: Callable[[], torch.Tensor]
+    patch_attention: Callable[[tuple[int, ...]], dict[int, torch.Tensor]]
+
+
+def begin_methods(anatomy: Anatomy, run: Run, inputs: dict[str, Any], vision: VisionRecorder | None) -> None:
+    """Let methods look at a prompt before it is read; what they learn becomes ``layer.shared``."""
+    if not run.state.any_image:
+        return
+
+    def first_logits() -> torch.Tensor:
+        return _first_logits(anatomy, run, inputs)
+
+    def patch_attention(layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        assert vision is not None
+        return vision.patch_attention(layers)
+
+    for index, method in enumerate(run.state.methods):
+        if method.reads_prompt and not method.is_identity:
+            run.state.learned[index, SHARED] = method.begin(Prompt(run, first_logits, patch_attention))
+
+
+@torch.no_grad()
+def _first_logits(anatomy: Anatomy, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
+    cache = inputs.get("past_key_values") if run.past else None
+    options = {
+        **{name: value for name, value in inputs.items() if name not in ("labels", "output_attentions")},
+        "past_key_values": copy.deepcopy(cache),  # the prompt itself must find it as it was
+        "use_cache": cache is not None,
+        "return_dict": True,
+        RUN_KWARG: None,
+    }
+    logits: torch.Tensor = anatomy.model(**options).logits
+    if logits.shape[1] == run.q_len:
+        return run.at_last_position(logits).float()
+    return logits[:, run.prompt_len - run.q_len - 1].float()
