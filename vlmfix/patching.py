@@ -47,7 +47,8 @@ class Patch:
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
         active = [method for method in methods if not method.is_identity]
         self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
-        self.vision = VisionRecorder(anatomy) if any(each.reads_vision for each in active) else None
+        vision_layers = sorted({layer for method in active for layer in method.vision_layers})
+        self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
         self._reorders = any(method.reorders for method in active)
 
     # Attach and restore.

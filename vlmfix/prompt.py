@@ -25,14 +25,16 @@ class Prompt:
         run: The forward that is about to begin.
         first_logits: Runs the prompt through the stock model: the logits that predict the first new token, fp32
             ``[batch, vocab]``. Costs a prefill.
-        patch_attention: Returns, per vision layer asked for (negative: from the end), how the vision tower's class
-            token attended to the patches of every image of the prompt, in order of its placeholders: fp32
-            ``[num_images, patches]``, summed over heads. For methods with ``reads_vision``.
+        patch_attention: Returns, per layer of ``Method.vision_layers``, how the vision tower's class token attended to
+            the patches of every encoded image, in order: fp32 ``[num_images, patches]``, summed over heads. To be
+            called once the forward has begun.
+        known: What the method's :meth:`begin` returned for the prompt before in this sequence, or ``None``.
     """
 
     run: Run
     first_logits: Callable[[], torch.Tensor]
-    patch_attention: Callable[[tuple[int, ...]], dict[int, torch.Tensor]]
+    patch_attention: Callable[[], dict[int, torch.Tensor]]
+    known: Any = None
 
 
 def begin_methods(anatomy: Anatomy, run: Run, inputs: dict[str, Any], vision: VisionRecorder | None) -> None:
@@ -43,13 +45,14 @@ def begin_methods(anatomy: Anatomy, run: Run, inputs: dict[str, Any], vision: Vi
     def first_logits() -> torch.Tensor:
         return _first_logits(anatomy, run, inputs)
 
-    def patch_attention(layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    def patch_attention() -> dict[int, torch.Tensor]:
         assert vision is not None
-        return vision.patch_attention(layers)
+        return vision.patch_attention()
 
     for index, method in enumerate(run.state.methods):
         if method.reads_prompt and not method.is_identity:
-            run.state.learned[index, SHARED] = method.begin(Prompt(run, first_logits, patch_attention))
+            known = run.state.learned.get((index, SHARED))
+            run.state.learned[index, SHARED] = method.begin(Prompt(run, first_logits, patch_attention, known))
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ class Method:
     edits_heads: ClassVar[bool] = False
     reads_layer_input: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
-    reads_vision: ClassVar[bool] = False
+    vision_layers: ClassVar[tuple[int, ...]] = ()
+    """Layers of the vision tower whose class token's attention it reads; negative ones count from the end."""
     reorders: ClassVar[bool] = False
     """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
     needs_past: ClassVar[bool] = False

@@ -1,0 +1,77 @@
+"""FIA: local and summary image tokens by the vision tower's class token; last row, all heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, Reference, State
+
+
+class NaiveFia(Naive):
+    def __init__(
+        self, layers: Sequence[int], pixels: torch.Tensor, alpha: float = 0.7, beta: float = 0.4, ratio: float = 0.15
+    ) -> None:
+        super().__init__(layers)
+        self.pixels, self.alpha, self.beta, self.ratio = pixels, alpha, beta, ratio
+
+    def begin(self, sequence: State, reference: Reference) -> None:
+        tower = reference.model.model.vision_tower
+        gains: list[float] = []
+        for picture in self.pixels:
+            first, penultimate = class_token_rows(tower, picture)
+            gains += self.one_image(first, penultimate)
+        sequence.notes["gain"] = dict(zip(sequence.image(), gains, strict=True))
+
+    def one_image(self, first: list[float], penultimate: list[float]) -> list[float]:
+        patches = range(len(first))
+        local = sorted(patches, key=lambda j: -first[j])[: int(self.ratio * len(first))]
+        q1, q3 = quantile(penultimate, 0.25), quantile(penultimate, 0.75)
+        count = sum(value > q3 + 1.5 * (q3 - q1) for value in penultimate)
+        summary = sorted(patches, key=lambda j: -penultimate[j])[:count]
+        return [self.beta if j in summary else self.alpha if j in local else 0.0 for j in patches]
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not sequence.is_last_row(position, generated):
+            return scores
+        edited = scores.clone()
+        for j, gain in sequence.notes["gain"].items():
+            for head in range(len(scores)):
+                s = float(scores[head, j])
+                if s > float("-inf"):
+                    edited[head, j] = s + gain * abs(s)
+        return edited
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ranked = sorted(values)
+    place = share * (len(ranked) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ranked) - 1)
+    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+
+
+@torch.no_grad()
+def class_token_rows(tower, picture: torch.Tensor) -> tuple[list[float], list[float]]:
+    """The class token's weights on the patches, summed over heads, in the first and the second-to-last layer."""
+    states = tower.pre_layrnorm(tower.embeddings(picture[None]))
+    rows = []
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        x = layer.layer_norm1(states)[0]
+        query, key = attention.q_proj(x), attention.k_proj(x)
+        size = attention.head_dim
+        total = [0.0] * (len(x) - 1)
+        for head in range(attention.num_heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = [float(query[0, part] @ key[j, part]) / math.sqrt(size) for j in range(len(x))]
+            top = max(logits)
+            exps = [math.exp(logit - top) for logit in logits]
+            total = [t + exps[1 + j] / sum(exps) for j, t in enumerate(total)]
+        rows.append(total)
+        states = layer(states, None)
+        states = states[0] if isinstance(states, tuple) else states
+    return rows[0], rows[-2]
