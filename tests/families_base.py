@@ -44,6 +44,7 @@ class Family:
         picture: Shape of one picture as the model takes it.
         encode: Turns pictures into inputs.
         annotate: Further inputs, from ids, attention mask and pictures.
+        attention: How many text attention modules there are.
         visual_ids: Ids whose embedding is replaced by visual features: what a patch has to find.
         max_images: Most images per prompt.
         text_only: Whether a prompt may have no image.
@@ -63,6 +64,7 @@ class Family:
     picture: tuple[int, ...]
     encode: Encoder
     annotate: Annotator | None = None
+    attention: int = 4
     visual_ids: tuple[int, ...] = (IMAGE,)
     max_images: int = 2
     text_only: bool = True

@@ -112,6 +112,7 @@ GEMMA3N_IMAGE = 97
     "gemma3n",
     "gemma3n",
     "Gemma3nForConditionalGeneration",
+    attention=5,
     block=(START, *(GEMMA3N_IMAGE,) * 9, END),
     picture=PICTURE,
     encode=stacked(),

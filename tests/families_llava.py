@@ -459,6 +459,7 @@ def _encode_lfm2(pictures: Pictures) -> dict[str, torch.Tensor]:
     "lfm2_vl",
     "lfm2_vl (hybrid convolution)",
     "Lfm2VlForConditionalGeneration",
+    attention=2,
     block=(START, *(IMAGE,) * 4, END),
     picture=(16, 3 * 8 * 8),
     encode=_encode_lfm2,

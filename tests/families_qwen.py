@@ -145,6 +145,7 @@ def qwen3_5_text() -> dict[str, Any]:
     "qwen3_5",
     "qwen3_5 (hybrid linear)",
     "Qwen3_5ForConditionalGeneration",
+    attention=2,
     **QWEN,
     needs_transformers="5.2",
     notes="softmax attention in two of four layers, gated before the output projection",

@@ -1,0 +1,194 @@
+"""Every family of the zoo: the machinery is bitwise neutral, finds what it should, and edits what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import capability
+import pytest
+import torch
+from capability import Cell, Probe, Trial, difference, measure
+from families import FAMILIES, by_name
+from models import generate
+
+import vlmfix
+
+pytestmark = pytest.mark.families
+
+GEMMA4 = "Gemma4's layers with shared keys read only the last row of a prompt; edits of more rows break there"
+KNOWN: dict[tuple[str, str], str] = {
+    **{("gemma4", column): GEMMA4 for column in ("generate", "batch", "cache", "static", "sliding", "beams")},
+    (
+        "paligemma",
+        "vhr",
+    ): "without token_type_ids, PaliGemma reads padded text causally, other text in both directions",
+}
+"""What does not work yet, by family and column."""
+
+
+MAY_BE_REFUSED = ("blip2_opt", "blip2_t5", "instructblip", "instructblipvideo", "idefics", "mllama", "florence2")
+"""Families whose images are not simply tokens of a decoder's prompt; every other one must be patched."""
+SLIDING = {
+    *("llava_mistral", "llava_gemma2", "aya_vision", "cohere2_vision", "qwen2_5_vl_sliding", "paligemma2"),
+    *("gemma3", "gemma3n", "gemma4", "llama4"),
+}
+"""The families with layers that see a window (or a chunk) of keys."""
+
+
+@cache
+def _trial(name: str) -> Trial:
+    return Trial(by_name(name))
+
+
+@pytest.fixture(params=[family.name for family in FAMILIES])
+def trial(request: pytest.FixtureRequest) -> Trial:
+    """A family's tiny model; families this version of transformers lacks are skipped."""
+    reason = by_name(request.param).unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return _trial(request.param)
+
+
+@pytest.fixture
+def cell(trial: Trial, request: pytest.FixtureRequest) -> Callable[[str], Cell]:
+    """Measure a column; refused families and what upstream cannot do are skipped with the reason."""
+
+    def look(column: str) -> Cell:
+        if (trial.family.name, column) in KNOWN:
+            reason = KNOWN[trial.family.name, column]
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+        found = measure(trial, column)
+        assert vlmfix.status(trial.model) is None
+        if found.mark in ("refused", "upstream"):
+            pytest.skip(f"{found.mark}: {found.note}")
+        return found
+
+    return look
+
+
+def test_there_are_54_families_with_different_names_and_titles() -> None:
+    assert len(FAMILIES) == 54
+    assert len({family.name for family in FAMILIES}) == len({family.title for family in FAMILIES}) == 54
+
+
+def test_the_answer_depends_on_the_image(trial: Trial) -> None:
+    """Negative control of everything else: a model blind to its image would pass."""
+    sample = trial.family.single()
+    other = dataclasses.replace(sample, pixels=trial.family.sample(seed=8).pixels)
+    assert difference(trial.logits(trial.family.collate([other])), trial.stock) > 0.05
+
+
+def test_building_again_gives_the_same_model_and_leaves_the_global_generator_alone(trial: Trial) -> None:
+    before = torch.random.get_rng_state()
+    again = trial.family.build()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(generate(again, trial.single, capability.TOKENS)[1], trial.stock)
+
+
+def test_a_family_is_patched_or_refused_with_a_reason(trial: Trial) -> None:
+    before = trial.stock
+    if trial.refusal is not None:
+        assert trial.family.name in MAY_BE_REFUSED
+        with pytest.raises(vlmfix.UnsupportedModelError, match=type(trial.model).__name__):
+            vlmfix.patch(trial.model, "none")
+        assert len(trial.refusal.note) > 60
+    assert torch.equal(trial.logits(trial.single), before)
+
+
+def test_every_text_attention_module_reaches_the_patch(trial: Trial, cell: Any) -> None:
+    assert cell("sites") == Cell(f"{trial.family.attention}/{trial.family.attention}")
+
+
+def test_strength_zero_and_unpatching_keep_every_bit(cell: Any) -> None:
+    assert cell("strength 0") == Cell("yes")
+
+
+def test_the_image_mask_is_where_visual_features_stand(trial: Trial, cell: Any) -> None:
+    assert cell("image mask").mark == ("yes" if trial.family.visual_ids else "-")
+
+
+def test_a_prompt_without_an_image_is_answered_by_the_stock_model(trial: Trial, cell: Any) -> None:
+    assert cell("text only").mark == ("yes" if trial.family.text_only else "-")
+
+
+def test_generating_reads_one_prompt_decodes_and_shows_the_edit(cell: Any) -> None:
+    assert cell("generate") == Cell("yes")
+
+
+def test_a_padded_batch_equals_its_prompts_one_by_one(cell: Any) -> None:
+    assert cell("batch").mark == "yes"
+
+
+def test_a_cache_agrees_with_recomputation(cell: Any) -> None:
+    assert cell("cache") == Cell("yes")
+
+
+def test_a_static_cache_agrees_with_a_dynamic_one(cell: Any) -> None:
+    assert cell("static") == Cell("yes")
+
+
+def test_a_sliding_cache_agrees_beyond_its_window(trial: Trial, cell: Any) -> None:
+    assert cell("sliding") == Cell("yes" if trial.family.name in SLIDING else "-")
+
+
+def test_beams_of_a_batch_equal_those_one_by_one(cell: Any) -> None:
+    assert cell("beams") == Cell("yes")
+
+
+def test_vhr_acts_is_counted_and_is_the_same_in_a_batch(cell: Any) -> None:
+    assert cell("vhr") == Cell("active")
+
+
+# The measuring itself.
+
+
+def _llava() -> Trial:
+    return Trial(by_name("llava"))
+
+
+def test_what_fails_without_a_patch_too_is_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _llava()
+    assert trial.refusal is None
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken anyway")
+
+    monkeypatch.setattr(trial.model, "generate", broken)
+    assert measure(trial, "vhr") == Cell("upstream", "the unpatched model fails: RuntimeError: broken anyway")
+
+
+def test_what_fails_only_under_a_patch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _llava()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("at 0x7f12ab")
+
+    monkeypatch.setattr(Probe, "edit_weights", broken)
+    assert measure(trial, "generate") == Cell("error", "RuntimeError: at 0x...")
+    assert vlmfix.status(trial.model) is None
+
+
+def test_a_method_that_edits_nothing_is_no_op_and_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _llava()
+    monkeypatch.setitem(capability.METHOD_PARAMETERS, "vhr", {"alpha": 1.0})
+    assert measure(trial, "vhr") == Cell("no-op", "nothing is edited")
+    monkeypatch.setitem(capability.METHOD_PARAMETERS, "vhr", {"alpha": -1.0})
+    refused = measure(trial, "vhr")
+    assert refused.mark == "refused"
+    assert "alpha" in refused.note
+
+
+def test_a_wrong_image_mask_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _llava()
+    ids = trial.family.collate(trial.family.ragged())["input_ids"]
+    monkeypatch.setattr(trial, "family", dataclasses.replace(trial.family, visual_ids=(3, int(ids[0, -1]))))
+    assert measure(trial, "image mask") == Cell("no")
+
+
+def test_a_module_that_does_not_dispatch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = _llava()
+    monkeypatch.setattr(trial, "family", dataclasses.replace(trial.family, attention=5))
+    assert measure(trial, "sites") == Cell("4/5")
