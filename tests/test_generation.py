@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from models import BOS, IMAGE, PAD, RAGGED, SINK_DIMS, SINK_WORD, Sample, collate, forward, generate, pictures, sample
+from naive.act import NaiveAct
+from naive.mma import NaiveMma
+from naive.pai import NaivePai
 from reference import Reference, VarSpec, VhrSpec
 from transformers import DynamicCache, StaticCache
 
@@ -18,9 +21,32 @@ import vlmfix
 VAR = vlmfix.VAR(sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
 VHR = vlmfix.VHR(layers=":")
 EDITED = vlmfix.VHR(layers=":", reinforce_noimg=True)
-METHODS = pytest.mark.parametrize("method", [VAR, VHR, EDITED, [VAR, VHR]], ids=["var", "vhr", "vhr edited", "both"])
+ACT = vlmfix.ACT(layers=":", sink_threshold="1.5/N", min_rows=2)
+MMA = vlmfix.MMA(layers=":")
+PAI = vlmfix.PAI(alpha=0.8, layers=":")
+ALL_AT_ONCE = [MMA, PAI, ACT, VAR, VHR]
+METHODS = pytest.mark.parametrize(
+    "method",
+    [VAR, VHR, EDITED, [VAR, VHR], ACT, MMA, PAI, ALL_AT_ONCE],
+    ids=["var", "vhr", "vhr edited", "both", "act", "mma", "pai", "all"],
+)
 ONE = collate([RAGGED[1]])
 EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
+
+
+def reference_of(model: Any, method: Any, window: int | None = None) -> Reference:
+    """The naive reference of one of ``METHODS``."""
+    methods = method if isinstance(method, list) else [method]
+    naive = [each for other, each in ((MMA, NaiveMma(range(4))), (PAI, NaivePai(range(4), 0.8))) if other in methods]
+    if ACT in methods:
+        naive.append(NaiveAct(range(4), alpha=1.5, min_rows=2, window=window))
+    chosen = [each for each in (VHR, EDITED) if each in methods]
+    return Reference(
+        model,
+        VarSpec(SINK_DIMS, tau=3.0, layers=range(4)) if VAR in methods else None,
+        VhrSpec(layers=range(4), reinforce_noimg=chosen[0] == EDITED) if chosen else None,
+        naive=naive,
+    )
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -89,11 +115,7 @@ def test_a_sliding_window_far_behind_the_image(build: Any, method: Any) -> None:
     """The window leaves the image while decoding; then there is nothing to redistribute, and heads stay frozen."""
     model = build("mistral", sinks=True, window=8)
     each = RAGGED[0]
-    reference = Reference(
-        model,
-        VarSpec(SINK_DIMS, tau=3.0, layers=range(4)) if method in (VAR, [VAR, VHR]) else None,
-        None if method == VAR else VhrSpec(layers=range(4), reinforce_noimg=method == EDITED),
-    )
+    reference = reference_of(model, method, window=8)
     vlmfix.patch(model, method)
     _, expected = reference.generate(each.ids, each.pixels, 6, [PAD, IMAGE])
     for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
@@ -106,12 +128,12 @@ def test_a_cropped_cache_continues_like_a_fresh_one(sinky: Any, method: Any) -> 
     each = RAGGED[0]
     vlmfix.patch(sinky, method)
     kept, fresh = DynamicCache(config=sinky.config), DynamicCache(config=sinky.config)
-    for cache, ids in ((kept, (20, 21, 22)), (fresh, (20,))):
+    for cache, ids in ((kept, (20, 21)), (fresh, (20,))):
         forward(sinky, collate([each]), past_key_values=cache, use_cache=True)
         for token in ids:
             with torch.no_grad():
                 sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    kept.crop(-2)
+    kept.crop(-1)
     second = sample(2, 1, 4, seed=9)
     found = []
     for cache in (kept, fresh):
@@ -122,6 +144,20 @@ def test_a_cropped_cache_continues_like_a_fresh_one(sinky: Any, method: Any) -> 
         found.append((step, turn))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_cache_cropped_too_far_for_running_sums_is_refused(sinky: Any) -> None:
+    """ACT keeps the rows of the last forward apart, older ones are summed up."""
+    vlmfix.patch(sinky, ACT)
+    for crop in (-2, -4):
+        cache = DynamicCache(config=sinky.config)
+        forward(sinky, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
+        with torch.no_grad():
+            for token in (20, 21, 22):
+                sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            cache.crop(crop)
+            with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped"):
+                sinky(input_ids=torch.tensor([[23]]), past_key_values=cache, use_cache=True)
 
 
 def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(sinky: Any) -> None:

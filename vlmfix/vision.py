@@ -55,7 +55,7 @@ class VisionRecorder:
             return
         module = self._modules[layer]
         num_heads = module.num_heads
-        query, key = (each.unflatten(-1, (num_heads, -1)).transpose(1, 2).float() for each in (query, key))
+        query, key = (each.view(*each.shape[:2], num_heads, -1).transpose(1, 2).float() for each in (query, key))
         row = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
         self._seen.setdefault(thread, {})[layer] = row[:, :, 0, 1:].sum(1)
         for each in ("q_proj", "k_proj"):

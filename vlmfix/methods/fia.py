@@ -85,7 +85,7 @@ class FIA(Method):
 
     def crop(self, learned: Any, length: int) -> Any:
         """Keep the gains of the first ``length`` tokens."""
-        return learned[:, :length]
+        return learned[:, :length] if isinstance(learned, torch.Tensor) else learned
 
     def edit_scores(
         self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
@@ -143,8 +143,8 @@ def _in_order(per_image: list[torch.Tensor], tokens: list[int]) -> torch.Tensor:
     copies, rest = divmod(sum(tokens), patches * len(per_image))
     if rest or not copies or any(count % patches for count in tokens) or len(tokens) % copies:
         raise UnsupportedFeatureError(
-            f"fia needs one image token per patch of the vision tower: {len(per_image)} images of {patches} patches were "
-            f"encoded, the prompts have {tokens} image tokens. Models that tile or pool images have no such order."
+            f"fia needs one image token per patch of the vision tower: {len(per_image)} images of {patches} patches "
+            f"were encoded, the prompts have {tokens} image tokens. Models that tile or pool images have no such order."
         )
     parts, image = [], 0
     for row in range(0, len(tokens), copies):
