@@ -59,6 +59,10 @@ def _rows(run: Run, method: Method) -> Rows:
     return run.rows(method.prompt_rows, method.edits_decode)
 
 
+def _observes(method: Method, layer: Layer) -> bool:
+    return method.observed_rows != "none" and method.observes_at(layer)
+
+
 def _opening(method: Method, layer: Layer, call: AttentionCall) -> Opening:
     """Align a method's opened pairs ``[batch, q_len, q_len]`` with the keys of a call."""
     pairs, bias = method.open_mask(layer)
@@ -81,7 +85,7 @@ def _over_base(run: Run, call: AttentionCall, edits: Edits) -> tuple[torch.Tenso
     if call.openings:
         _write_opened_rows(run, call, head_outputs, weights)
     wanted = [_rows(run, method) for method, _ in edits]
-    observed = [run.rows(method.observed_rows) for method, _ in edits if method.observed_rows != "none"]
+    observed = [run.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
         return head_outputs, weights
@@ -89,7 +93,7 @@ def _over_base(run: Run, call: AttentionCall, edits: Edits) -> tuple[torch.Tenso
     observe_first = len(chunks) > 1 and bool(observed)
     if observe_first:
         for number, (method, layer) in enumerate(edits):
-            if method.observed_rows != "none":
+            if _observes(method, layer):
                 for start, stop in chunks:
                     show = (method, layer.at(call, run.rows(method.observed_rows).part(start, stop)))
                     _edited_weights(run, call, start, stop, edits[:number], show_to=show)
@@ -154,9 +158,10 @@ def _edited_weights(
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
-        if observe and method.observed_rows != "none":
+        if observe and _observes(method, layer):
             seen = layer.at(call, run.rows(method.observed_rows).part(start, stop))
-            method.observe(states, every_key if allowed is None else allowed, seen)
+            observed = states if is_softmaxed else masked_softmax(states, allowed)
+            method.observe(observed, every_key if allowed is None else allowed, seen)
         rows = _rows(run, method).part(start, stop)
         here = layer.at(call, rows)
         # A lone edit of a prompt may spoil the other rows: they are not used.

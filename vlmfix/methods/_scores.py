@@ -17,3 +17,13 @@ def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor
     """
     edited = (gain > 0).any(1)[:, None, None].expand(scores.shape[:3])
     return scores + scores.abs() * gain[:, None, None], edited
+
+
+def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Return which of some keys each row sees: bool ``[batch, 1 or num_heads, 1 or rows, keys]``.
+
+    Args:
+        keys: Bool ``[batch, keys]``.
+        allowed: Bool, broadcastable to the scores ``[batch, num_heads, rows, keys]``.
+    """
+    return keys[:, None, None] & allowed

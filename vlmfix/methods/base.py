@@ -73,7 +73,9 @@ class Method:
                 self.require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number")
             elif kind == "bool":
                 self.require(isinstance(value, bool), field.name, "true or false")
-            elif kind == "HeadSpec" and value is not None:
+            elif kind in ("HeadSpec", "HeadSpec | str") and value is not None:
+                if kind == "HeadSpec | str" and isinstance(value, str):
+                    continue
                 pairs = isinstance(value, Sequence) and all(_are_indices(pair) and len(pair) == 2 for pair in value)
                 self.require(
                     pairs and all(min(pair) >= 0 for pair in value), field.name, "a list of (layer, head) pairs"
@@ -208,6 +210,10 @@ class Method:
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """See everything learned in a prompt (by site index) once it is over: the one place that may synchronise."""
+
+    def observes_at(self, layer: Layer) -> bool:
+        """Whether :meth:`observe` is wanted here, in a layer of a method with ``observed_rows``."""
+        return True
 
     def acts_at(self, layer: Layer) -> bool:
         """Whether :meth:`edit_weights` has anything to do; ``False`` leaves the layer to the base kernel."""
