@@ -69,7 +69,7 @@ class Probe(Method):
 
 def _sinks(model: Any) -> dict[str, Any]:
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
-    return {"sink_dims": list(range(hidden_size)), "sink_threshold": 2.4, "nonsink_ratio": 0.1, "image_mass": 0.02}
+    return {"sink_dims": list(range(hidden_size)), "sink_threshold": 2.0, "nonsink_ratio": 0.1, "image_mass": 0.02}
 
 
 METHOD_PARAMETERS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
@@ -281,19 +281,27 @@ class Trial:
         return out.sequences[:, -4:], out.sequences_scores
 
     def method(self, name: str) -> Cell:
-        """Whether a method acts: edits are counted, the answer changes, and a batch equals its prompts one by one."""
+        """Whether a method acts: edits are counted and the answer changes.
+
+        A batch must equal its prompts one by one, and a prompt without an image be answered by the stock model.
+        """
         stock = self.stock
         samples = None if self.batchable is None else self.batchable[1]
+        text = self.family.collate([self.family.text()]) if self.family.text_only else None
+        stock_text = None if text is None else self.logits(text)
         with self.patched(name, **parameters_of(name, self.model)):
             changed = difference(self.logits(self.single), stock) > TOLERANCE
             status = vlmfix.status(self.model)
             same = samples is None or self.batch_error(samples) <= TOLERANCE
+            edits_text = text is not None and not torch.equal(self.logits(text), stock_text)
         assert status is not None
+        if edits_text:
+            return Cell("edits text", "a prompt without an image is not answered by the stock model")
         if status.edited[0] == 0 or not changed:
             return Cell(
                 "no-op", "edits are counted, answers do not change" if status.edited[0] else "nothing is edited"
             )
-        return Cell("active") if same else Cell("active", "a batch differs from its prompts one by one")
+        return Cell("active") if same else Cell("batch differs", "a batch differs from its prompts one by one")
 
 
 MACHINERY: dict[str, Callable[[Trial], Cell]] = {
@@ -401,5 +409,7 @@ def refused(error: Exception) -> Cell:
 def brief(error: BaseException) -> str:
     """An error in one line that is the same in every run."""
     text = re.sub(r"0x[0-9a-f]+", "0x...", " ".join(str(error).split()))
+    if isinstance(error, REFUSALS):
+        return text
     text = text if len(text) <= 200 else text[:199] + "…"
-    return text if isinstance(error, REFUSALS) else f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {text}"
