@@ -34,12 +34,12 @@ ONE = collate([RAGGED[1]])
 EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
 
 
-def reference_of(model: Any, method: Any, window: int | None = None) -> Reference:
+def reference_of(model: Any, method: Any) -> Reference:
     """The naive reference of one of ``METHODS``."""
     methods = method if isinstance(method, list) else [method]
     naive = [each for other, each in ((MMA, NaiveMma(range(4))), (PAI, NaivePai(range(4), 0.8))) if other in methods]
     if ACT in methods:
-        naive.append(NaiveAct(range(4), alpha=1.5, min_rows=2, window=window))
+        naive.append(NaiveAct(range(4), alpha=1.5, min_rows=2))
     chosen = [each for each in (VHR, EDITED) if each in methods]
     return Reference(
         model,
@@ -115,7 +115,7 @@ def test_a_sliding_window_far_behind_the_image(build: Any, method: Any) -> None:
     """The window leaves the image while decoding; then there is nothing to redistribute, and heads stay frozen."""
     model = build("mistral", sinks=True, window=8)
     each = RAGGED[0]
-    reference = reference_of(model, method, window=8)
+    reference = reference_of(model, method)
     vlmfix.patch(model, method)
     _, expected = reference.generate(each.ids, each.pixels, 6, [PAD, IMAGE])
     for options in ({}, {"cache_implementation": "static", "disable_compile": True}):

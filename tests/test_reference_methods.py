@@ -40,11 +40,6 @@ CASES: dict[str, tuple[vlmfix.Method, Naive]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_padded_batch_agrees_with_the_formula(build: Any, kind: str, case: str) -> None:
     method, naive = CASES[case]
-    if kind != "llama" and isinstance(naive, NaiveAct):
-        windows = {"mistral": 12, "gemma2": None}
-        if kind == "gemma2":
-            pytest.skip("layers of two kinds; see the sliding test")
-        naive.window = windows[kind]
     model = build(kind)
     stock = generate(model, collate(RAGGED), 4)[1]
     reference = Reference(model, naive=[naive])

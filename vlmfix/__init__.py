@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmfix.activity import Status
     from vlmfix.methods.act import ACT
     from vlmfix.methods.base import Method
+    from vlmfix.methods.fia import FIA
     from vlmfix.methods.mma import MMA
     from vlmfix.methods.none import NoMethod
     from vlmfix.methods.pai import PAI
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "ACT": "vlmfix.methods.act",
+    "FIA": "vlmfix.methods.fia",
     "MMA": "vlmfix.methods.mma",
     "PAI": "vlmfix.methods.pai",
     "Method": "vlmfix.methods.base",
@@ -48,6 +50,7 @@ _LAZY = {
 
 __all__ = [
     "ACT",
+    "FIA",
     "MMA",
     "PAI",
     "VAR",

@@ -20,11 +20,10 @@ class NaiveAct(Naive):
         recipients: str = "all",
         sinks: str = "running",
         min_rows: int = 8,
-        window: int | None = None,
     ) -> None:
         super().__init__(layers)
         self.beta, self.alpha, self.tau, self.heads_list = beta, alpha, tau, heads
-        self.rows, self.recipients, self.sinks, self.min_rows, self.window = rows, recipients, sinks, min_rows, window
+        self.rows, self.recipients, self.sinks, self.min_rows = rows, recipients, sinks, min_rows
 
     def maps(
         self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
@@ -57,8 +56,8 @@ class NaiveAct(Naive):
         tau = self.tau if self.alpha is None else self.alpha / total
         sinks = []
         for j in range(1, total):
-            last = total if self.window is None else min(total, j + self.window)
-            seen = [float(history[i][head, j]) for i in range(j, last)]
+            column = [float(row[head, j]) for row in history if j < row.shape[1]]
+            seen = [weight for weight in column if weight > 0]  # hidden keys have weight 0
             if len(seen) >= self.min_rows and sum(seen) / len(seen) > tau:
                 sinks.append(j)
         return sinks
