@@ -197,6 +197,20 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     return scores, allowed
 
 
+def visible_keys(call: AttentionCall, start: int, stop: int) -> torch.Tensor | None:
+    """Say which keys some query rows see, apart from pairs opened by methods.
+
+    Returns:
+        Bool ``[batch or 1, num_heads or 1, stop - start, keys]``, where ``keys`` may be fewer than the call has: no row
+        sees the others; or ``None`` when every row sees every key.
+    """
+    implementation = call.site.base_config._attn_implementation or "eager"
+    _, allowed = _allowed_keys(call, start, stop, implementation)
+    if allowed is None or allowed.dtype == torch.bool:
+        return allowed
+    return allowed > torch.finfo(allowed.dtype).min / 2
+
+
 def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
     """Softmax over the keys each row sees; a row that sees none is spread evenly, as by the stock kernels' masks."""
     if allowed is not None:

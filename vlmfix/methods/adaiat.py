@@ -1,0 +1,154 @@
+"""AdaIAT: Adaptive IAT (Zhong, He, Zheng, Li, Wang and Kang, CVPR 2026, arXiv 2603.04908)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from vlmfix.anatomy import Anatomy
+from vlmfix.attention import visible_keys
+from vlmfix.errors import MethodError
+from vlmfix.methods._generated import generated_text_layers, scope_note
+from vlmfix.methods._statistics import HeadStatistics
+from vlmfix.methods.base import Method, PromptRows
+from vlmfix.run import Layer
+
+
+@dataclass(frozen=True)
+class AdaIAT(Method):
+    """Raise the attention to generated text where it is low, more in heads that tell real from hallucinated objects.
+
+    G are the tokens generated since the prompt that a row sees, its own included. In the row of each generated token,
+    in layer l: ``ref = sum_h mean_{j in G} A_hj``; if ``ref < Hal_l + beta (Real_l - Hal_l)``, then
+    ``A_hj <- max(0, 1 + alpha (M_lh - 1)) A_hj`` for j in G, and the row is divided by its sum. ``M_lh`` is the mean
+    attention per generated token at real objects over that at hallucinated ones; ``Real_l`` and ``Hal_l`` are the two
+    summed over heads. Decided per sample, layer and row; the release sums ``ref`` over a batch, and has no clamp, so
+    that some of its weights are negative. The prompt and prompts without an image are not touched.
+
+    Attributes:
+        alpha: Strength, >= 0; 0 is the identity. The released 6 for LLaVA-1.5-7B (9 for Qwen2.5-VL-7B).
+        beta: Where the threshold lies between hallucinated (0) and real (1). The released .5 (.25 for Qwen2.5-VL-7B).
+        statistics: ``HeadStatistics``, its dict, or a JSON file with it, read when a model is patched. Required; made
+            by ``vlmfix.calibrate(model, 'adaiat', data)``. None are shipped.
+        m_form: ``"minus_one"`` as released; ``"paper"``: factors ``1 + alpha M``, as the paper writes them.
+        gate: ``"mean"`` as released. A mean over n keys is at most 1/n, so that long texts open the gate by
+            themselves; ``"share"`` (ours) compares the sum over G, and needs statistics of that kind.
+        layers: Default: 5 to 17 of 32, scaled to the model's depth (ours for other depths).
+    """
+
+    name: ClassVar[str] = "adaiat"
+    paper: ClassVar[str] = "arXiv 2603.04908"
+    summary: ClassVar[str] = "raises attention to the text generated so far, gated per layer, scaled per head"
+    edits_weights: ClassVar[bool] = True
+
+    alpha: float = 6.0
+    beta: float = 0.5
+    statistics: HeadStatistics | Mapping[str, Any] | str | None = None
+    m_form: Literal["minus_one", "paper"] = "minus_one"
+    gate: Literal["mean", "share"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Read statistics given as a dict, then check ranges."""
+        if isinstance(self.statistics, Mapping):
+            object.__setattr__(self, "statistics", HeadStatistics.from_dict(self.statistics))
+        elif isinstance(self.statistics, Path):
+            object.__setattr__(self, "statistics", str(self.statistics))
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
+        self.require(math.isfinite(self.beta), "beta", "a finite number")
+        known = self.statistics is None or isinstance(self.statistics, (HeadStatistics, str))
+        self.require(known, "statistics", "HeadStatistics, its dict, or the path of a JSON file")
+        self.require(self.m_form in ("minus_one", "paper"), "m_form", "minus_one or paper")
+        self.require(self.gate in ("mean", "share"), "gate", "mean or share")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` is 0."""
+        return self.alpha == 0
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """None."""
+        return "none"
+
+    def default_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers 5 to 17 of 32, scaled."""
+        return generated_text_layers(num_layers)
+
+    def bind(self, anatomy: Anatomy) -> AdaIAT:
+        """Resolve layers and statistics.
+
+        Raises:
+            MethodError: No statistics, those of another model, or of another kind.
+        """
+        bound = super().bind(anatomy)
+        if self.is_identity:
+            return bound
+        statistics = HeadStatistics.load(self.statistics) if isinstance(self.statistics, str) else self.statistics
+        again = "Make them with vlmfix.calibrate(model, 'adaiat', data)."
+        if not isinstance(statistics, HeadStatistics):
+            raise MethodError(f"adaiat needs statistics of how this model's heads attend to generated text. {again}")
+        if statistics.shape != (anatomy.num_layers, anatomy.num_heads):
+            raise MethodError(
+                f"adaiat: statistics of {statistics.shape[0]} layers with {statistics.shape[1]} heads do not belong to "
+                f"this model of {anatomy.num_layers} layers with {anatomy.num_heads} heads. {again}"
+            )
+        if statistics.kind != self.gate:
+            raise MethodError(f"adaiat: gate={self.gate!r} needs statistics of that kind, not {statistics.kind!r}.")
+        here = {site.layer_idx for site in anatomy.sites} & set(bound.layer_indices)
+        missing = [layer for layer in sorted(here) if min(statistics.hallucinated[layer]) == 0]
+        if missing:
+            raise MethodError(f"adaiat: the statistics hold zeros for layers {missing}. {again}")
+        return dataclasses.replace(bound, statistics=statistics)
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say when the layers are wider than the paper's, or the statistics were measured on another model."""
+        notes = scope_note(self.name, self.layer_indices, anatomy.num_layers)
+        measured = self.statistics.model if isinstance(self.statistics, HeadStatistics) else ""
+        name = str(getattr(anatomy.model.config, "_name_or_path", ""))
+        if measured and name and measured != name:
+            notes += (f"adaiat: the statistics were measured on {measured!r}, this model is {name!r}",)
+        return notes
+
+    def acts_at(self, layer: Layer) -> bool:
+        """Whether the gate can open at all."""
+        return self._constants(layer)[1] > 0
+
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale the generated columns of ``[batch, num_heads, rows, keys]`` where the gate is open."""
+        factor, threshold = self._constants(layer)
+        generated = layer.keys("generated", attn_weights)[:, None, None]
+        share = (attn_weights * generated).sum(-1)
+        ref = share.sum(1, keepdim=True)
+        if self.gate == "mean":
+            visible = visible_keys(layer.call, *layer.rows) if layer.call is not None else None
+            seen = generated if visible is None else generated & visible
+            ref = (share / seen.sum(-1).clamp_min(1)).sum(1, keepdim=True)
+        total = 1 + (factor - 1) * share
+        edited = (ref < threshold) & (factor != 1) & (total > torch.finfo(total.dtype).eps)
+        scale = (
+            torch.where(generated, factor[..., None], 1.0) / total.clamp_min(torch.finfo(total.dtype).eps)[..., None]
+        )
+        return torch.where(edited[..., None], attn_weights * scale, attn_weights), edited
+
+    def _constants(self, layer: Layer) -> tuple[torch.Tensor, float]:
+        """The factors, fp32 ``[num_heads, 1]``, and the threshold of a layer."""
+        constants: tuple[torch.Tensor, float] = layer.constant(lambda: self._make_constants(layer))
+        return constants
+
+    def _make_constants(self, layer: Layer) -> tuple[torch.Tensor, float]:
+        assert isinstance(self.statistics, HeadStatistics)
+        assert layer.call is not None
+        at = layer.site.layer_idx
+        offset = 1.0 if self.m_form == "minus_one" else 0.0
+        factors = [max(0.0, 1 + self.alpha * (ratio - offset)) for ratio in self.statistics.ratios(at)]
+        return torch.tensor(factors, device=layer.call.query.device)[:, None], self.statistics.threshold(at, self.beta)
