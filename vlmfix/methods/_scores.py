@@ -27,3 +27,16 @@ def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         allowed: Bool, broadcastable to the scores ``[batch, num_heads, rows, keys]``.
     """
     return keys[:, None, None] & allowed
+
+
+def log_mass(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the log of the unnormalised weight of some keys: ``log sum_j exp(s_j)``.
+
+    Args:
+        scores: ``[batch, num_heads, rows, keys]``, fp32.
+        keys: Bool, broadcastable to ``scores``.
+
+    Returns:
+        fp32 ``[batch, num_heads, rows]``; minus infinity where there are no keys.
+    """
+    return scores.masked_fill(~keys, -torch.inf).logsumexp(-1)

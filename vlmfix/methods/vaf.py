@@ -20,7 +20,8 @@ class VAF(Method):
 
     Rows: those behind the last image token in a prompt, and every decode step. The tokens before the first image token
     (system prompt, first token) are the prefix. A factor on a score is a temperature around zero, not a boost: image
-    tokens with negative scores lose, and much of the effect is what the first token, a strong sink, gives up.
+    tokens with negative scores lose, and much of the effect is what the first token, a strong sink, gives up. It is the
+    whole prefix where the image comes first.
 
     Attributes:
         enhance: Factor of image scores; 1.15 as released.
@@ -85,9 +86,8 @@ class VAF(Method):
         """Choose the half of the heads that look most at the image in each sample's last row."""
         run, (start, stop) = layer.run, layer.rows
         assert layer.row_mask is not None
-        is_last = layer.row_mask.to(attn_weights.device) & (torch.arange(start, stop) < run.prompt_len).to(
-            attn_weights.device
-        )
+        rows = torch.arange(start, stop, device=attn_weights.device)
+        is_last = layer.row_mask.to(rows.device) & (rows < run.prompt_len)  # a draft may follow the prompt
         mass = (attn_weights * layer.keys("image", attn_weights)[:, None, None]).sum(-1)
         mass = torch.where(is_last[:, None], mass, 0.0).sum(-1)  # [batch, num_heads]
         ranks = mass.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
