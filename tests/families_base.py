@@ -154,9 +154,10 @@ class Family:
         if any(pictures):
             inputs |= self.encode(pictures)
         if self.annotate is not None:
-            inputs |= self.annotate(ids, mask, pictures)
-        known = self._parameters()
-        return {name: value for name, value in inputs.items() if name in known}
+            known = self._parameters()  # older versions take fewer annotations
+            annotations = self.annotate(ids, mask, pictures)
+            inputs |= {name: value for name, value in annotations.items() if name in known}
+        return inputs
 
     def _parameters(self) -> set[str]:
         import transformers

@@ -9,6 +9,7 @@ from families_base import (
     BREAK,
     END,
     IMAGE,
+    PAD,
     START,
     TAG,
     VIDEO,
@@ -236,6 +237,7 @@ def llama4() -> Any:
         image_token_index=IMAGE,
         boi_token_index=START,
         eoi_token_index=END,
+        pad_token_id=PAD,
     )
 
 

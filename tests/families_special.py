@@ -337,8 +337,12 @@ def chameleon() -> Any:
 
 
 def _encode_fuyu(pictures: Pictures) -> dict[str, torch.Tensor]:
-    every = [picture for sample in pictures for picture in sample]
-    return {"pixel_values": torch.stack(every)}
+    import inspect
+
+    from transformers import FuyuForCausalLM
+
+    is_old = "pixel_values" not in inspect.signature(FuyuForCausalLM.forward).parameters
+    return stacked("image_patches" if is_old else "pixel_values")(pictures)
 
 
 @family(
@@ -355,7 +359,8 @@ def fuyu() -> Any:
 
     language = text("persimmon", **rope(partial_rotary_factor=0.5))
     del language["num_key_value_heads"]
-    return FuyuConfig(text_config=language, image_size=12, patch_size=4, image_token_id=IMAGE, pad_token_id=PAD)
+    sizes = {"image_size": 12, "patch_size": 4, "hidden_size": 32}
+    return FuyuConfig(text_config=language, **sizes, image_token_id=IMAGE, pad_token_id=PAD)
 
 
 @family(
