@@ -1,0 +1,50 @@
+"""AdaptVis: the prompt's last row, image scores times a factor chosen by the stock model's confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, Reference, State
+
+
+class NaiveAdaptVis(Naive):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        factor: float | None = None,
+        threshold: float = 0.4,
+        low: float = 0.5,
+        high: float = 1.5,
+        center: bool = False,
+        decode: bool = False,
+        probe_tokens: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(layers)
+        self.factor, self.threshold, self.low, self.high = factor, threshold, low, high
+        self.center, self.decode, self.probe_tokens = center, decode, probe_tokens
+
+    def begin(self, sequence: State, reference: Reference) -> None:
+        factor = self.factor
+        if factor is None:
+            stock = Reference(reference.model, image_id=reference.image_id)
+            stock._embed = lambda ids, pixels: torch.stack(sequence.embeds)  # type: ignore[method-assign]
+            logits = stock.prompt(sequence.ids, None)[1][-1]
+            words = range(len(logits)) if self.probe_tokens is None else self.probe_tokens
+            exponents = [float(torch.exp(logits[word] - logits.max())) for word in words]
+            factor = self.low if max(exponents) / sum(exponents) < self.threshold else self.high
+        sequence.notes[self] = factor
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not sequence.is_last_row(position, generated) or (generated and not self.decode):
+            return scores
+        factor = sequence.notes[self]
+        edited = scores.clone()
+        for head in range(len(scores)):
+            seen = [j for j in sequence.image() if float(scores[head, j]) > float("-inf")]
+            middle = sum(float(scores[head, j]) for j in seen) / max(len(seen), 1) if self.center else 0.0
+            for j in seen:
+                edited[head, j] = middle + factor * (float(scores[head, j]) - middle)
+        return edited

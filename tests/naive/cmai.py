@@ -1,0 +1,68 @@
+"""CMAI: F = A_tt A_ti in a reference layer; later layers see the smallest set of image tokens with a share rho of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveCmai(Naive):
+    def __init__(self, layers: Sequence[int], rho: float = 0.9, renorm: str = "none") -> None:
+        super().__init__(layers)
+        self.rho, self.renorm = rho, renorm
+
+    def maps(
+        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
+    ) -> list[torch.Tensor]:
+        if number != self.layers[0]:
+            return maps
+        text_on_image: dict[int, dict[int, float]] = sequence.notes.setdefault((self, "A_ti"), {})
+        hidden: dict[int, list[int]] = sequence.notes.setdefault((self, "hidden"), {})
+        image = sequence.image()
+        for offset, row in enumerate(maps):
+            i = past + offset
+            if sequence.is_image[i]:
+                continue
+            mean = [float(row[:, j].mean()) for j in range(row.shape[1])]
+            text_on_image[i] = {j: mean[j] for j in image}
+            focus = {j: sum(mean[k] * text_on_image[k][j] for k in text_on_image if k <= i) for j in image}
+            hidden[i] = self.low_focus(focus)
+        return maps
+
+    def low_focus(self, focus: dict[int, float]) -> list[int]:
+        total = sum(focus.values())
+        kept: list[int] = []
+        for j in sorted(focus, key=lambda j: (-focus[j], j)):
+            if sum(focus[k] for k in kept) >= self.rho * total:
+                break
+            kept.append(j)
+        return [j for j in focus if j not in kept] if total > 0 else []
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        image = sequence.image()
+        if number == self.layers[0] or (not generated and position <= max(image)):
+            return scores
+        hidden = sequence.notes[self, "hidden"][position]
+        edited = scores.clone()
+        for head in range(len(scores)):
+            edited[head, hidden] = -torch.inf
+            if self.renorm == "image":
+                m, kept = self.share(scores[head], image), self.share(edited[head], image)
+                if not (0 < m < 1):
+                    continue
+                if kept == 0:
+                    edited[head] = scores[head]
+                    continue
+                for j in image:
+                    edited[head, j] += math.log(m / (1 - m)) - math.log(kept / (1 - kept))
+        return edited
+
+    @staticmethod
+    def share(scores: torch.Tensor, image: list[int]) -> float:
+        weights = torch.softmax(scores.double(), dim=0)
+        return float(sum(weights[j] for j in image))

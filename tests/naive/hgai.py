@@ -1,0 +1,28 @@
+"""HGAI: last row, image columns, a boost shared between the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveHgai(Naive):
+    def __init__(self, layers: Sequence[int], alpha: float = 0.5, edit_prompt: bool = True) -> None:
+        super().__init__(layers)
+        self.alpha, self.edit_prompt = alpha, edit_prompt
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not sequence.is_last_row(position, generated) or not (generated or self.edit_prompt):
+            return scores
+        edited = scores.clone()
+        heads = range(len(scores))
+        for j in sequence.image():
+            if float(scores[0, j]) > float("-inf"):
+                g = sum(abs(float(scores[h, j])) for h in heads) / len(heads)
+                for h in heads:
+                    edited[h, j] = float(scores[h, j]) + self.alpha * g
+        return edited

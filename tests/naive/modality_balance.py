@@ -1,0 +1,31 @@
+"""Modality balance: the image's share m of a row becomes (1 - tau) m + tau / 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveModalityBalance(Naive):
+    def __init__(self, layers: Sequence[int], tau: float = 0.5) -> None:
+        super().__init__(layers)
+        self.tau = tau
+
+    def weights(
+        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        image = sequence.image()
+        if not generated and position <= max(image):
+            return weights
+        edited = weights.clone()
+        for head in range(len(weights)):
+            m = sum(float(weights[head, j]) for j in image)
+            rest = sum(float(w) for j, w in enumerate(weights[head]) if j not in image)  # 1 - m, without cancellation
+            if m > 0 and rest > 0:
+                wanted = (1 - self.tau) * m + self.tau / 2
+                for j in range(weights.shape[1]):
+                    share = wanted / m if j in image else (1 - wanted) / rest
+                    edited[head, j] = share * float(weights[head, j])
+        return edited

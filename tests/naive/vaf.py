@@ -1,0 +1,65 @@
+"""VAF: rows behind the image; image scores times one factor, scores before the image times another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveVaf(Naive):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        enhance: float = 1.15,
+        suppress: float = 0.95,
+        multiply: str = "signed",
+        heads: str | Sequence[tuple[int, int]] = "all",
+    ) -> None:
+        super().__init__(layers)
+        self.enhance, self.suppress, self.multiply, self.heads_of = enhance, suppress, multiply, heads
+        self.waiting: list[torch.Tensor] = []
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        image = sequence.image()
+        if not generated and self.heads_of == "visual":  # who is edited is known at the last row only: see ``maps``
+            self.waiting = [] if position == 0 else self.waiting
+            self.waiting.append(scores)
+            return scores
+        if not generated and position <= max(image):
+            return scores
+        return self.edit(sequence, scores, self.choice(sequence, number, len(scores)))
+
+    def maps(
+        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
+    ) -> list[torch.Tensor]:
+        if generated or self.heads_of != "visual":
+            return maps
+        mass = [sum(float(row[j]) for j in sequence.image()) for row in maps[-1]]
+        ranked = sorted(range(len(mass)), key=lambda head: (-mass[head], head))
+        chosen = sequence.notes[self, number] = ranked[: max(len(mass) // 2, 1)]
+        return [
+            torch.softmax(self.edit(sequence, row, chosen), dim=1) if i > max(sequence.image()) else maps[i]
+            for i, row in enumerate(self.waiting)
+        ]
+
+    def choice(self, sequence: State, number: int, heads: int) -> list[int]:
+        if self.heads_of == "all":
+            return list(range(heads))
+        if self.heads_of == "visual":
+            return list(sequence.notes[self, number])
+        return [head for layer, head in self.heads_of if layer == number]
+
+    def edit(self, sequence: State, scores: torch.Tensor, heads: list[int]) -> torch.Tensor:
+        edited = scores.clone()
+        first = min(sequence.image())
+        for head in heads:
+            for j in [*range(first), *sequence.image()]:
+                factor = self.suppress if j < first else self.enhance
+                s = float(scores[head, j])
+                if s > float("-inf"):
+                    edited[head, j] = factor * s if self.multiply == "signed" else s + (factor - 1) * abs(s)
+        return edited
