@@ -438,7 +438,9 @@ def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-COMPILED = pytest.mark.parametrize("method", [VAR, EDITED], ids=["var", "vhr edited"])
+COMPILED = pytest.mark.parametrize(
+    "method", [VAR, EDITED, ACT, PAI, MMA], ids=["var", "vhr edited", "act", "pai", "mma"]
+)
 
 
 def decode(model: Any, prefill: Any, steps: int = 4, after_step: Any = None) -> torch.Tensor:
@@ -519,15 +521,15 @@ def test_compiled_decoding_is_one_graph_and_equals_eager(sinky: Any, method: Any
     compiled = torch.compile(sinky, backend=counting, fullgraph=True)
     counts: list[int] = []
     close(decode(compiled, sinky, 5, lambda step: counts.append(len(graphs))), expected)
-    assert counts[0] == 1
-    assert counts[-1] == counts[1] <= 2
+    assert counts[0] == 1 + method.needs_past, counts  # reading the cache's length is a graph of its own
+    assert counts[-1] == counts[1] <= counts[0] + 1, counts
     assert vlmfix.status(sinky).decode_steps == 10
 
 
 # Wrappers and precision.
 
 
-@pytest.mark.parametrize("method", [VAR, VHR], ids=["var", "vhr"])
+@pytest.mark.parametrize("method", [VAR, VHR, ACT, PAI, MMA], ids=["var", "vhr", "act", "pai", "mma"])
 def test_peft_before_and_after(sinky: Any, method: Any) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2, init_lora_weights=False)
