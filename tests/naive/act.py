@@ -76,3 +76,17 @@ class NaiveAct(Naive):
         for j in others:
             edited[j] = row[j] * (1 + (1 - self.beta) * mass / rest)
         return edited
+
+
+HEADS = [(0, 1), (2, 0), (2, 3)]
+CASES = [
+    ({"layers": ":", "sink_threshold": "1.5/N", "min_rows": 2}, NaiveAct(range(4), alpha=1.5, min_rows=2)),
+    (
+        {"beta": 0.0, "sink_threshold": 0.05, "heads": HEADS, "rows": "text", "min_rows": 1},
+        NaiveAct([0, 2], 0.0, None, 0.05, HEADS, rows="text", min_rows=1),
+    ),
+    (
+        {"layers": ":", "sink_threshold": 0.04, "sinks": "frozen", "rows": "last", "recipients": "image"},
+        NaiveAct(range(4), 0.4, None, 0.04, rows="last", sinks="frozen", recipients="image"),
+    ),
+]

@@ -22,3 +22,10 @@ class NaiveMma(Naive):
         if self.columns == "question" and key < max(image):
             return None
         return math.log(self.gamma)
+
+
+CASES = [
+    ({"layers": ":"}, NaiveMma(range(4))),
+    ({"gamma": 0.3, "layers": "0:2"}, NaiveMma([0, 1], 0.3)),
+    ({"columns": "own_image", "layers": ":"}, NaiveMma(range(4), columns="own_image")),
+]

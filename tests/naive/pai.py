@@ -26,3 +26,9 @@ class NaivePai(Naive):
                 if s > float("-inf"):
                     edited[head, j] = s + self.alpha * abs(s)
         return edited
+
+
+CASES = [
+    ({"alpha": 0.7, "layers": ":"}, NaivePai(range(4), 0.7)),
+    ({"alpha": 1.5, "layers": "1:", "edit_prompt": False}, NaivePai([1, 2, 3], 1.5, edit_prompt=False)),
+]
