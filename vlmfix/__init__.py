@@ -14,6 +14,9 @@ from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, Unsup
 
 if TYPE_CHECKING:
     from vlmfix.activity import Status
+    from vlmfix.calibration.api import calibrate
+    from vlmfix.calibration.result import Calibration
+    from vlmfix.calibration.samples import CalibrationSample
     from vlmfix.methods.act import ACT
     from vlmfix.methods.base import Method
     from vlmfix.methods.fia import FIA
@@ -37,6 +40,9 @@ _LAZY = {
     "NoMethod": "vlmfix.methods.none",
     "VAR": "vlmfix.methods.var",
     "VHR": "vlmfix.methods.vhr",
+    "Calibration": "vlmfix.calibration.result",
+    "CalibrationSample": "vlmfix.calibration.samples",
+    "calibrate": "vlmfix.calibration.api",
     "Status": "vlmfix.activity",
     "patch": "vlmfix.patching",
     "patched": "vlmfix.patching",
@@ -55,6 +61,8 @@ __all__ = [
     "PAI",
     "VAR",
     "VHR",
+    "Calibration",
+    "CalibrationSample",
     "DataError",
     "Method",
     "MethodError",
@@ -64,6 +72,7 @@ __all__ = [
     "UnsupportedModelError",
     "VlmfixError",
     "__version__",
+    "calibrate",
     "find_sink_dims",
     "load_recipe",
     "methods",

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmfix.calibration.result import Calibration
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 
@@ -108,6 +109,8 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     Raises:
         MethodError: Unknown or contradictory.
     """
+    if isinstance(spec, Calibration):
+        spec = spec.method
     if spec is None:
         chosen = default_recipe(anatomy)
     elif isinstance(spec, str) and spec in method_names():

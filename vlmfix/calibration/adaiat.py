@@ -1,0 +1,88 @@
+"""Statistics for AdaIAT (arXiv 2603.04908): attention to generated text at real and at hallucinated objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vlmfix.calibration.probes import AttentionLog
+from vlmfix.calibration.samples import CalibrationSample, captioned
+from vlmfix.calibration.scores import Contrast, Found
+from vlmfix.calibration.session import Session
+from vlmfix.errors import DataError, MethodError
+from vlmfix.methods._statistics import HeadStatistics
+from vlmfix.methods.adaiat import AdaIAT
+
+logger = logging.getLogger("vlmfix")
+
+
+def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIAT, *, min_generated: int = 8) -> Found:
+    """Measure the statistics (ours: the paper's code for them is not released).
+
+    Captions are greedy. In the row that predicts the first token of an object word, each head's attention to the
+    generated tokens (the row's own included) is taken, per token or summed up as the method's ``gate`` says; the mean
+    over real and that over hallucinated objects are the statistics. Costs one caption per sample.
+
+    Args:
+        session: The model.
+        samples: Images with their objects.
+        method: Parameters of AdaIAT.
+        min_generated: Objects named behind fewer generated tokens are left out.
+
+    Raises:
+        DataError: No objects given, or no real or no hallucinated object named.
+        MethodError: An option out of range, or no function that finds objects.
+    """
+    if min_generated < 1:
+        raise MethodError(f"min_generated must be at least 1, got {min_generated!r}.")
+    captioned(samples, "adaiat")
+    session.need_mentions("adaiat")
+    means, counts = Contrast(), dict.fromkeys(("mentions", "unaligned", "unknown", "early"), 0)
+    for batch in session.batches(samples):
+        log = AttentionLog()
+        rows = session.captions(session.encode(batch), log.method())
+        for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
+            mentions, unaligned = session.locate(ids)
+            counts["mentions"] += len(mentions)
+            counts["unaligned"] += unaligned
+            for mention in mentions:
+                is_real = sample.shows(mention.name)
+                if is_real is None:
+                    counts["unknown"] += 1
+                elif mention.token < min_generated:
+                    counts["early"] += 1
+                else:
+                    means.add(log.generated(mention.token, number, method.gate), positive=is_real)
+        logger.info("adaiat: %d real and %d hallucinated objects", means.counts[True], means.counts[False])
+    counts |= {"real": means.counts[True], "hallucinated": means.counts[False], "dropped": means.dropped}
+    if not all(means.counts.values()):
+        missing = "real" if not means.counts[True] else "hallucinated"
+        raise DataError(
+            f"No {missing} object behind at least {min_generated} generated tokens in the captions of {len(samples)} "
+            f"images ({counts}). Give more samples, allow longer captions (max_new_tokens=...), and check that "
+            "mentions(...) finds the objects."
+        )
+    tables = {"real": means.mean(True), "hallucinated": means.mean(False)}
+    name = str(session.model.config._name_or_path)
+    statistics = HeadStatistics(
+        real=_all_layers(session, tables["real"]),
+        hallucinated=_all_layers(session, tables["hallucinated"]),
+        num_real=means.counts[True],
+        num_hallucinated=means.counts[False],
+        kind=method.gate,
+        model="" if Path(name).is_dir() else name,
+        prompt=session.prompt(samples[0].question),
+    )
+    found = dataclasses.replace(method, statistics=statistics)
+    return Found(found, counts, tables, session.layers, {"min_generated": min_generated})
+
+
+def _all_layers(session: Session, table: torch.Tensor) -> tuple[tuple[float, ...], ...]:
+    """Fill up with zeros for layers without softmax attention."""
+    full = torch.zeros(session.anatomy.num_layers, session.anatomy.num_heads, dtype=table.dtype)
+    full[list(session.layers)] = table
+    return tuple(tuple(float(f"{value:.6g}") for value in row) for row in full.tolist())

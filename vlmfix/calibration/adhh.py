@@ -1,0 +1,126 @@
+"""Heads for AD-HH (ICLR 2025): those that make hallucinated objects likelier than real ones."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vlmfix.calibration.probes import HeadAblation
+from vlmfix.calibration.samples import CalibrationSample, captioned
+from vlmfix.calibration.scores import Contrast, Found, ranked, scaled_count
+from vlmfix.calibration.session import Session
+from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
+from vlmfix.methods.adhh import ADHH
+from vlmfix.patching import patched
+
+logger = logging.getLogger("vlmfix")
+
+
+def search(
+    session: Session,
+    samples: Sequence[CalibrationSample],
+    method: ADHH,
+    *,
+    count: int | None = None,
+    variants: int = 64,
+) -> Found:
+    """Find hallucination heads.
+
+    Captions are greedy; those with a hallucinated object are read again, token by token. At each token that begins an
+    object word, ``I(l, h) = p - p~(l, h)`` is how much the token's probability falls when the head's slice is set to 0
+    in that step alone. A head's score is the mean over hallucinated objects minus that over real ones. Costs, per
+    object, ``layers * heads`` decode steps, ``variants`` in a batch. An object word that is the caption's very first
+    token is left out: there is no step of its own to change.
+
+    Args:
+        session: The model.
+        samples: Images with their objects.
+        method: Parameters of AD-HH.
+        count: Heads to keep. Default: 20 of 1024, scaled to the model's number of heads (a heuristic).
+        variants: Heads per batch.
+
+    Raises:
+        DataError: No objects given, or no caption with a hallucinated one, or none with a real one.
+        UnsupportedFeatureError: The model's cache cannot be repeated.
+        MethodError: An option out of range, or no function that finds objects.
+    """
+    count = scaled_count(20, len(session.heads)) if count is None else count
+    for name, value in (("count", count), ("variants", variants)):
+        if value < 1:
+            raise MethodError(f"{name} must be at least 1, got {value!r}.")
+    captioned(samples, "adhh")
+    session.need_mentions("adhh")
+    influence, counts = Contrast(), dict.fromkeys(("captions", "mentions", "unaligned", "unknown"), 0)
+    for batch in session.batches(samples):
+        rows = session.captions(session.encode(batch))
+        for sample, ids in zip(batch, rows, strict=True):
+            mentions, unaligned = session.locate(ids)
+            labels = {mention.token: sample.shows(mention.name) for mention in mentions if mention.token > 0}
+            counts["mentions"] += len(mentions)
+            counts["unaligned"] += unaligned
+            counts["unknown"] += sum(is_real is None for is_real in labels.values())
+            if False not in labels.values():
+                continue
+            counts["captions"] += 1
+            wanted = [token for token, is_real in labels.items() if is_real is not None]
+            for token, record in _influences(session, sample, ids, wanted, variants):
+                influence.add(record, positive=not labels[token])
+        logger.info("adhh: %d captions with a hallucinated object, %s events", counts["captions"], influence.counts)
+    counts |= {"hallucinated": influence.counts[True], "real": influence.counts[False], "dropped": influence.dropped}
+    if not all(influence.counts.values()):
+        missing = "hallucinated" if not influence.counts[True] else "real"
+        raise DataError(
+            f"No {missing} object in the captions of {len(samples)} images that name a hallucinated one ({counts}). "
+            "Give more samples, and check that mentions(...) finds the objects in the model's captions."
+        )
+    scores = influence.difference()
+    heads = tuple(ranked(scores, session.layers)[:count])
+    tables = {"score": scores, "hallucinated": influence.mean(True), "real": influence.mean(False)}
+    return Found(dataclasses.replace(method, heads=heads), counts, tables, session.layers, {"count": count})
+
+
+def _influences(
+    session: Session, sample: CalibrationSample, ids: Sequence[int], wanted: Collection[int], variants: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Read a caption again; yield, for each wanted token, how much each head raises its probability.
+
+    Yields:
+        The token's index in the caption and fp32 ``[layers, num_heads]``.
+    """
+    inputs = session.encode([sample])
+    mask = inputs["attention_mask"]
+    with patched(session.model, HeadAblation()):
+        cache = session.model(**inputs, use_cache=True).past_key_values
+    if not hasattr(cache, "batch_repeat_interleave"):
+        raise UnsupportedFeatureError(
+            f"adhh tries all heads of a step at once, which needs a cache that can be repeated; {type(cache).__name__} "
+            "cannot. Pass the model's heads yourself: vlmfix.patch(model, 'adhh', heads=[...])."
+        )
+    for index in range(1, max(wanted, default=0) + 1):
+        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        step = {"input_ids": torch.tensor([[ids[index - 1]]], device=mask.device), "attention_mask": mask}
+        if index in wanted:
+            yield index, _influence(session, cache, step, ids[index], variants)
+        with patched(session.model, HeadAblation()):
+            session.model(**step, past_key_values=cache, use_cache=True)
+
+
+def _influence(session: Session, cache: Any, step: dict[str, torch.Tensor], token: int, variants: int) -> torch.Tensor:
+    """Take one decode step with each head zeroed; the fall of a token's probability, fp32 ``[layers, num_heads]``."""
+    heads = session.heads
+    falls = []
+    for start in range(0, len(heads), variants):
+        targets = (None, *heads[start : start + variants])  # the first row is the model as it is
+        repeated = copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(len(targets))
+        inputs = {name: value.expand(len(targets), -1) for name, value in step.items()}
+        with patched(session.model, HeadAblation(targets)):
+            logits = session.model(**inputs, past_key_values=repeated, use_cache=True).logits[:, -1]
+        probability = logits.float().softmax(-1)[:, token]
+        falls.append(probability[:1] - probability[1:])
+    return torch.cat(falls).view(len(session.layers), -1)

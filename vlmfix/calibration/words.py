@@ -1,0 +1,118 @@
+"""From words to tokens: where a caption names an object, and which tokens answer yes or no."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vlmfix.errors import UnsupportedFeatureError
+
+
+class Mention(NamedTuple):
+    """An object named in a caption.
+
+    Attributes:
+        token: Index of the generated token its word begins with.
+        name: The object.
+    """
+
+    token: int
+    name: str
+
+
+def locate_mentions(tokenizer: Any, ids: Sequence[int], found: Sequence[tuple[str, str]]) -> tuple[list[Mention], int]:
+    """Find the tokens that object words begin with.
+
+    A word counts where it stands alone (not inside another word, not in a hyphenated one), each at most once, from left
+    to right. A token that holds other visible characters before the word predicts more than the word: no mention.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Generated token ids.
+        found: (word, object) pairs in the order of the text.
+
+    Returns:
+        The mentions, and how many of ``found`` have none.
+    """
+    text = decode(tokenizer, ids)
+    ends = token_ends(tokenizer, ids, text)
+    mentions: list[Mention] = []
+    cursor = 0
+    for word, name in found:
+        span = find_word(text, word, cursor)
+        if span is None:
+            continue
+        cursor = span[1]
+        token = next(index for index, end in enumerate(ends) if end > span[0])
+        begin = ends[token - 1] if token else 0
+        if not text[begin : span[0]].strip():
+            mentions.append(Mention(token, name))
+    return mentions, len(found) - len(mentions)
+
+
+def word_tokens(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
+    """Return the indices of all tokens that spell a word where it first stands alone; empty if it does not."""
+    text = decode(tokenizer, ids)
+    span = find_word(text, word)
+    if span is None:
+        return []
+    ends = token_ends(tokenizer, ids, text)
+    begins = [0, *ends[:-1]]
+    return [i for i, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < span[1] and end > span[0]]
+
+
+def find_word(text: str, word: str, start: int = 0) -> tuple[int, int] | None:
+    """Return the span of a word (or of several) in a text, whatever the case; ``None`` if it never stands alone."""
+    pattern = r"\s+".join(map(re.escape, word.split()))
+    match = re.compile(rf"(?<!\w)(?<!\w-){pattern}(?!\w)(?!-\w)", re.IGNORECASE).search(text, start)
+    return match.span() if match and word.strip() else None
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of token ids, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def token_ends(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
+    """Return where each token ends in the decoded text, by decoding one token more at a time.
+
+    Tokenizers' own offsets belong to a text that is encoded, and encoding a caption again need not give its tokens.
+    """
+    ends: list[int] = []
+    for count in range(1, len(ids) + 1):
+        part = decode(tokenizer, ids[:count])
+        # A decoder may write the end of a text (a space, half a character) otherwise than its middle.
+        same = next(
+            (i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a.lower() != b.lower()),
+            min(len(part), len(text)),
+        )
+        ends.append(max(same, ends[-1] if ends else 0))
+    return ends
+
+
+def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the single tokens that spell yes and no: any case, with or without a leading space.
+
+    Raises:
+        UnsupportedFeatureError: The vocabulary spells one of them only with several tokens.
+    """
+    spelled = [_single_tokens(tokenizer, word) for word in ("yes", "no")]
+    if not all(spelled):
+        raise UnsupportedFeatureError(
+            "This tokenizer spells 'yes' or 'no' with several tokens, so answers cannot be read off one step. Heads "
+            "can be found from captions instead: vlmfix.calibrate(model, 'allpath', data, answers='caption', ...)."
+        )
+    return spelled[0], spelled[1]
+
+
+def _single_tokens(tokenizer: Any, word: str) -> list[int]:
+    ids: set[int] = set()
+    for variant in (word, word.capitalize(), word.upper()):
+        for text in (variant, " " + variant):
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(tokens) == 2 and not decode(tokenizer, tokens[:1]).strip():
+                tokens = tokens[1:]  # a tokenizer may split off the space
+            if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
+                ids.add(int(tokens[0]))
+    return sorted(ids)
