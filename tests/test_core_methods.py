@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import IMAGE, IMAGE_TOKENS, PAD, RAGGED, Sample, collate, forward, generate, sample, tiny_llava, words
+from models import (
+    IMAGE,
+    IMAGE_TOKENS,
+    PAD,
+    RAGGED,
+    Sample,
+    collate,
+    forward,
+    generate,
+    needs_chunks,
+    sample,
+    tiny_llava,
+    words,
+)
 from naive.fia import NaiveFia, class_token_rows
 from reference import Reference
 
@@ -108,6 +121,7 @@ def test_a_second_generate_starts_afresh(tiny: Any, method: Any) -> None:
     assert torch.equal(generate(tiny, collate([RAGGED[0]]), 4)[1], first)
 
 
+@needs_chunks
 @EACH
 def test_a_prompt_in_chunks_is_refused_not_silently_different(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
@@ -435,7 +449,8 @@ def test_a_second_image_in_a_later_turn_has_its_own_patches(tiny: Any) -> None:
 
 
 def test_a_tower_without_class_token_is_refused(tiny: Any) -> None:
-    del tiny.model.vision_tower.embeddings.class_embedding
+    tower = tiny.model.vision_tower
+    del getattr(tower, "vision_model", tower).embeddings.class_embedding
     with pytest.raises(vlmfix.UnsupportedModelError, match="class token"):
         vlmfix.patch(tiny, "fia")
     assert vlmfix.status(tiny) is None

@@ -18,6 +18,7 @@ from models import (
     collate,
     forward,
     generate,
+    needs_chunks,
     pictures,
     sample,
     words,
@@ -419,6 +420,7 @@ def test_the_default_layers_leave_out_the_first_two_and_the_last(tiny: Any) -> N
     assert vlmfix.status(tiny).layers == (2,)
 
 
+@needs_chunks
 def test_prefill_in_chunks_equals_prefill_at_once(sinky: Any) -> None:
     vlmfix.patch(sinky, var())
     each = RAGGED[0]

@@ -6,7 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import IMAGE, PAD, RAGGED, Sample, attention_modules, collate, forward, generate, pictures, sample, words
+from models import (
+    IMAGE,
+    PAD,
+    RAGGED,
+    Sample,
+    attention_modules,
+    collate,
+    forward,
+    generate,
+    needs_chunks,
+    pictures,
+    sample,
+    words,
+)
 from reference import Reference, VhrSpec, choose_heads
 from transformers import DynamicCache
 
@@ -361,6 +374,7 @@ def test_gradients_pass(tiny: Any) -> None:
     assert tiny.model.language_model.layers[0].self_attn.q_proj.weight.grad.isfinite().all()
 
 
+@needs_chunks
 def test_prefill_in_chunks_is_refused(tiny: Any) -> None:
     """Heads are chosen at the end of the prompt, and a chunk does not know whether more will come."""
     vlmfix.patch(tiny, vhr())

@@ -57,6 +57,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 @torch.no_grad()
 def class_token_rows(tower, picture: torch.Tensor) -> tuple[list[float], list[float]]:
     """The class token's weights on the patches, summed over heads, in the first and the second-to-last layer."""
+    tower = getattr(tower, "vision_model", tower)  # transformers 4
     states = tower.pre_layrnorm(tower.embeddings(picture[None]))
     rows = []
     for layer in tower.encoder.layers:
