@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import by_name
 from models import IMAGE, RAGGED, attention_modules, collate, for_tests, forward, generate, strengthen, words
 from torch import nn
 
@@ -61,55 +62,46 @@ def test_a_vision_model_alone_is_refused(tiny: Any) -> None:
         vlmfix.patch(tiny.model.vision_tower)
 
 
-def test_blip2_is_refused_with_the_reason() -> None:
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        Blip2QFormerConfig,
-        Blip2VisionConfig,
-        OPTConfig,
-    )
-
-    config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ).to_dict(),
-        qformer_config=Blip2QFormerConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            encoder_hidden_size=16,
-        ).to_dict(),
-        text_config=OPTConfig(
-            vocab_size=32,
-            hidden_size=16,
-            ffn_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-        ).to_dict(),
-        image_token_index=5,
-    )
-    model = Blip2ForConditionalGeneration(config)
-    with pytest.raises(vlmfix.UnsupportedModelError, match=r"generate\(\) bypasses"):
-        vlmfix.patch(model)
-    assert not model._forward_pre_hooks
+KINDS = {
+    "blip2_opt": {"joint": [0, 1, 2, 3]},
+    "blip2_t5": {"answer": [0, 1, 2], "encoder": [0, 1, 2]},
+    "instructblip": {"joint": [0, 1, 2, 3]},
+    "instructblipvideo": {"joint": [0, 1, 2, 3]},
+    "idefics": {"text": [0, 1, 2, 3], "image": [0, 2]},
+    "mllama": {"text": [0, 2, 4], "image": [1, 3]},
+    "florence2": {"answer": [0, 1, 2], "encoder": [0, 1, 2]},
+}
+"""Layers by what their attention looks at."""
 
 
-def test_encoder_decoders_are_refused_with_the_reason() -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_where_the_image_is_not_among_the_decoder_s_tokens(name: str) -> None:
+    family = by_name(name)
+    if family.unavailable() is not None:
+        pytest.skip(str(family.unavailable()))
+    model = family.build()
+    anatomy = analyse(model)
+    found: dict[str, list[int]] = {}
+    for site in anatomy.sites:
+        found.setdefault(site.kind, []).append(site.layer_idx)
+    assert found == KINDS[name]
+    assert not any(part in site.name for site in anatomy.sites for part in ("vision", "qformer", "encoder.layers"))
+    depth = {"mllama": 5, "blip2_t5": 3, "florence2": 3}.get(name, 4)
+    assert anatomy.num_layers == len(anatomy.decoder_layers) == depth
+    assert (anatomy.hidden_size, anatomy.num_heads) == (32, 4)
+    inside = getattr(model, "language_model", None) if "blip" in name else model
+    assert anatomy.language_model is inside
+    assert (anatomy.encoder is None) == ("encoder" not in found)
+    assert (anatomy.projector is None) == (name in ("idefics", "mllama"))
+
+
+def test_a_text_model_with_an_encoder_is_refused_with_the_reason() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
-    with pytest.raises(vlmfix.UnsupportedModelError, match="encoder-decoder"):
+    with pytest.raises(vlmfix.UnsupportedModelError, match="no image token"):
         vlmfix.patch(model)
 
 

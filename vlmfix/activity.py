@@ -29,7 +29,7 @@ class Counters:
     def add(self, run: Run) -> None:
         """Add a finished forward."""
         totals = self._on(run.image_mask.device)
-        if run.is_prefill:
+        if run.begins:
             totals[self.PROMPTS].add_(1)
             totals[self.WITHOUT_IMAGE].add_(int(not run.state.any_image))
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,18 +13,14 @@ from transformers import PreTrainedModel
 from vlmfix.attention import SITE_ATTRIBUTE
 from vlmfix.errors import UnsupportedModelError
 
+AttentionKind = Literal["joint", "text", "image", "encoder", "answer"]
+"""What a decoder's attention module looks at. ``"joint"``: prompt and answer, image tokens among the text. Where image
+features are keys of cross-attention (Mllama, Idefics), that is ``"image"`` and self-attention is ``"text"``, prompt and
+answer alone. Where an encoder reads the prompt (Florence-2, BLIP-2 with T5), cross-attention to its image and text
+tokens is ``"encoder"``, and self-attention over the answer ``"answer"``."""
+
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
-
-_REFUSED = {
-    "blip-2": "its generate() bypasses the model's forward",
-    "instructblip": "its generate() bypasses the model's forward",
-    "instructblipvideo": "its generate() bypasses the model's forward",
-    "idefics": "its image tokens are keys of cross-attention layers, not tokens of the prompt",
-    "mllama": "its image tokens are keys of cross-attention layers, not tokens of the prompt",
-    "florence2": "it is an encoder-decoder model",
-}
-"""Families whose structure alone does not tell that they cannot be patched (yet), and why."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,17 @@ class AttentionSite:
     Attributes:
         name: Its path in the model.
         module: The module.
-        layer_idx: Its decoder layer's index.
-        decoder_layer: The decoder layer it belongs to.
+        layer_idx: Its decoder layer's index; for a cross-attention block between decoder layers, that of the layer
+            behind it.
+        decoder_layer: The decoder layer (or block) it belongs to.
+        kind: What it looks at.
     """
 
     name: str
     module: nn.Module
     layer_idx: int
     decoder_layer: nn.Module
+    kind: AttentionKind = "joint"
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,23 @@ class Anatomy:
 
     Attributes:
         model: The Hugging Face model, free of wrappers.
-        inner: The model inside its language-model head, which takes ``input_ids`` and images.
+        language_model: The model that ``generate`` calls: ``model`` itself, but for BLIP-2 and its kin, whose
+            ``generate`` hands embeddings to the language model inside.
+        inner: What is inside the head of ``language_model``: takes ids or embeddings, and images where ``model`` does.
         text_config: The language model's config.
-        sites: Its text attention modules, in forward order.
+        sites: Its text attention modules, in forward order; of an encoder-decoder model, the decoder's.
         decoder_layers: All decoder layers, also those without softmax attention.
-        image_token_ids: Ids that stand for image (or video) tokens in a prompt.
-        num_layers: Depth of the language model.
+        image_token_ids: Ids that stand for image (or video) tokens in a prompt. Idefics names none.
+        num_layers: Depth of the language model (of its decoder).
         hidden_size: Width of its residual stream.
         num_heads: Query heads of its attention layers.
+        encoder: The encoder that reads the prompt, in an encoder-decoder model.
+        projector: The module whose output rows replace the image tokens' embeddings, where ``generate`` does that
+            before any patched forward.
     """
 
     model: PreTrainedModel
+    language_model: PreTrainedModel
     inner: nn.Module
     text_config: Any
     sites: tuple[AttentionSite, ...]
@@ -68,6 +74,13 @@ class Anatomy:
     num_layers: int
     hidden_size: int
     num_heads: int
+    encoder: nn.Module | None = None
+    projector: nn.Module | None = None
+
+    @property
+    def kinds(self) -> frozenset[AttentionKind]:
+        """The kinds of attention of its sites."""
+        return frozenset(site.kind for site in self.sites)
 
 
 def unwrap(model: object) -> PreTrainedModel:
@@ -106,43 +119,44 @@ def analyse(model: object) -> Anatomy:
     hf_model = unwrap(model)
     config = hf_model.config
     kind = f"{type(hf_model).__name__} (model_type {config.model_type!r})"
-    reason = _REFUSED.get(config.model_type)
-    if reason is None and getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder model"
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"vlmfix does not support {kind} yet: {reason}. Supported: decoder-only models "
-            "whose prompt holds one token per image feature (LLaVA, Qwen-VL, InternVL, ...)."
-        )
     text_config = config.get_text_config(decoder=True)
     image_token_ids = tuple(dict.fromkeys(_image_token_ids(config)))
-    if not image_token_ids:
+    language_model = _language_model(hf_model)
+    encoder = _encoder(language_model) if getattr(text_config, "is_encoder_decoder", False) else None
+    sites = tuple(_attention_sites(hf_model, text_config, encoder))
+    if not image_token_ids and not any(site.kind == "image" for site in sites):
         raise UnsupportedModelError(
             f"{kind} has no image token in its config, so vlmfix cannot find images in a prompt. It patches "
             "vision-language models; if this is one, set model.config.image_token_id = <id of the image token>."
         )
-    sites = tuple(_attention_sites(hf_model, text_config))
     if not sites:
         raise UnsupportedModelError(
             f"No text attention found in {kind} that goes through transformers' attention interface (remote-code "
-            "models usually do not). Use the architecture's implementation in transformers, if there is one."
+            "models and encoder-decoders of older versions do not). Use the architecture's implementation in "
+            "transformers, if there is one, and the latest transformers: pip install -U transformers."
         )
     if any(hasattr(site.module, "indexer") for site in sites):
         raise UnsupportedModelError(
             f"{kind} selects keys with a sparse indexer that depends on the attention implementation's name; "
             "patching would silently drop that selection."
         )
-    inner = getattr(hf_model, hf_model.base_model_prefix or "model", hf_model)  # LLaVA of transformers 4: no prefix
+    inner = getattr(language_model, language_model.base_model_prefix or "model", language_model)
+    inner = inner if isinstance(inner, nn.Module) else language_model  # LLaVA of transformers 4: no prefix
+    projector = _projector(hf_model, inner) if encoder is not None or language_model is not hf_model else None
+    decoder_layers = _decoder_layers(hf_model, sites[0].decoder_layer)
     return Anatomy(
         model=hf_model,
-        inner=inner if isinstance(inner, nn.Module) else hf_model,
+        language_model=language_model,
+        inner=inner,
         text_config=text_config,
         sites=sites,
-        decoder_layers=_decoder_layers(hf_model, sites[0].decoder_layer),
+        decoder_layers=decoder_layers,
         image_token_ids=image_token_ids,
-        num_layers=text_config.num_hidden_layers,
+        num_layers=text_config.num_hidden_layers if encoder is None else len(decoder_layers),
         hidden_size=text_config.hidden_size,
-        num_heads=text_config.num_attention_heads,
+        num_heads=getattr(text_config, "decoder_attention_heads", text_config.num_attention_heads),
+        encoder=encoder,
+        projector=projector,
     )
 
 
@@ -155,16 +169,57 @@ def _image_token_ids(config: Any) -> Iterator[int]:
     yield from getattr(config, "visual_indicator_token_ids", None) or ()  # Ovis2
 
 
-def _attention_sites(model: PreTrainedModel, text_config: Any) -> Iterator[AttentionSite]:
-    for name, module in model.named_modules():
-        if (
-            own_config(module) is text_config
-            and hasattr(module, "layer_idx")
-            and "Attention" in type(module).__name__
-            and any(isinstance(getattr(module, child, None), nn.Module) for child in _OUTPUT_PROJECTIONS)
-        ):
-            decoder_layer = model.get_submodule(name.rpartition(".")[0])
-            yield AttentionSite(name, module, int(module.layer_idx), decoder_layer)
+def _language_model(model: PreTrainedModel) -> PreTrainedModel:
+    inside = getattr(model, "language_model", None)
+    if isinstance(inside, PreTrainedModel) and hasattr(model, "language_projection"):
+        return inside  # BLIP-2, InstructBLIP
+    return model
+
+
+def _encoder(language_model: PreTrainedModel) -> nn.Module:
+    encoder: nn.Module = language_model.get_encoder()
+    return encoder
+
+
+def _projector(model: PreTrainedModel, inner: nn.Module) -> nn.Module:
+    for owner in (model, inner):
+        for name in ("language_projection", "multi_modal_projector"):
+            module = getattr(owner, name, None)
+            if isinstance(module, nn.Module):
+                return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} merges image features into its prompt before its forward, and vlmfix does not know "
+        "the module they come from (expected 'language_projection' or 'multi_modal_projector')."
+    )
+
+
+def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Module | None) -> Iterator[AttentionSite]:
+    encoding = set() if encoder is None else {id(module) for module in encoder.modules()}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) not in encoding
+        and _is_of(own_config(module), text_config)
+        and hasattr(module, "layer_idx")
+        and "Attention" in type(module).__name__
+        and any(isinstance(getattr(module, child, None), nn.Module) for child in _OUTPUT_PROJECTIONS)
+    ]
+    across = {name for name, _ in found if re.search("cross|enc", name.rpartition(".")[2], re.IGNORECASE)}
+    for name, module in found:
+        kind: AttentionKind = "joint"
+        if across:
+            kinds: tuple[AttentionKind, AttentionKind] = ("text", "image") if encoder is None else ("answer", "encoder")
+            kind = kinds[name in across]
+        layer_idx = int(module.layer_idx)
+        if kind == "image":  # Idefics counts its blocks of cross-attention by themselves
+            layer_idx *= getattr(text_config, "cross_layer_interval", 1)
+        yield AttentionSite(name, module, layer_idx, _decoder_layer(model, name), kind)
+
+
+def _is_of(config: Any, text_config: Any) -> bool:
+    """Whether a module's config is the language model's; the stacks of an encoder-decoder may have copies of it."""
+    is_copied = getattr(text_config, "is_encoder_decoder", False)
+    return config is text_config or bool(is_copied and type(config) is type(text_config))
 
 
 def own_config(module: nn.Module) -> Any:
@@ -172,6 +227,18 @@ def own_config(module: nn.Module) -> Any:
     config = getattr(module, "config", None)
     site = getattr(config, SITE_ATTRIBUTE, None)
     return config if site is None else site.base_config
+
+
+def _decoder_layer(model: PreTrainedModel, name: str) -> nn.Module:
+    """Return the decoder layer around an attention module: the outermost entry of a list of modules on its path."""
+    parts = name.split(".")
+    stop = len(parts) - 1
+    for length in range(1, stop):
+        if isinstance(model.get_submodule(".".join(parts[:length])), nn.ModuleList):
+            stop = length + 1
+            break
+    decoder_layer: nn.Module = model.get_submodule(".".join(parts[:stop]))
+    return decoder_layer
 
 
 def _decoder_layers(model: PreTrainedModel, decoder_layer: nn.Module) -> tuple[nn.Module, ...]:

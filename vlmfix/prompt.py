@@ -13,7 +13,8 @@ from vlmfix.attention import RUN_KWARG
 from vlmfix.run import SHARED, Run
 
 if TYPE_CHECKING:
-    from vlmfix.anatomy import Anatomy
+    from torch import nn
+
     from vlmfix.vision import VisionRecorder
 
 
@@ -37,13 +38,20 @@ class Prompt:
     known: Any = None
 
 
-def begin_methods(anatomy: Anatomy, run: Run, inputs: dict[str, Any], vision: VisionRecorder | None) -> None:
-    """Let methods look at a prompt before it is read; what they learn becomes ``layer.shared``."""
+def begin_methods(model: nn.Module, run: Run, inputs: dict[str, Any], vision: VisionRecorder | None) -> None:
+    """Let methods look at a prompt before it is read; what they learn becomes ``layer.shared``.
+
+    Args:
+        model: The model with a language-model head that ``inputs`` are for.
+        run: The forward that is about to begin.
+        inputs: Its arguments.
+        vision: What the vision tower attended to, for methods that ask for it.
+    """
     if not run.state.any_image:
         return
 
     def first_logits() -> torch.Tensor:
-        return _first_logits(anatomy, run, inputs)
+        return _first_logits(model, run, inputs)
 
     def patch_attention() -> dict[int, torch.Tensor]:
         assert vision is not None
@@ -56,8 +64,10 @@ def begin_methods(anatomy: Anatomy, run: Run, inputs: dict[str, Any], vision: Vi
 
 
 @torch.no_grad()
-def _first_logits(anatomy: Anatomy, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
-    cache = inputs.get("past_key_values") if run.past else None
+def _first_logits(model: nn.Module, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
+    cache = inputs.get("past_key_values")
+    if not run.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
+        cache = None
     options = {
         **{name: value for name, value in inputs.items() if name not in ("labels", "output_attentions")},
         "past_key_values": copy.deepcopy(cache),  # the prompt itself must find it as it was
@@ -65,7 +75,9 @@ def _first_logits(anatomy: Anatomy, run: Run, inputs: dict[str, Any]) -> torch.T
         "return_dict": True,
         RUN_KWARG: None,
     }
-    logits: torch.Tensor = anatomy.model(**options).logits
+    logits: torch.Tensor = model(**options).logits
+    if run.state.in_encoder:
+        return logits[:, -1].float()
     if logits.shape[1] == run.q_len:
         return run.at_last_position(logits).float()
     return logits[:, run.prompt_len - run.q_len - 1].float()

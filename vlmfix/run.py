@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vlmfix.attention import AttentionCall, attended_keys
+from vlmfix.attention import AttentionCall
 from vlmfix.editing import attend
-from vlmfix.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from vlmfix.activity import Counters
@@ -46,6 +45,7 @@ class SequenceState:
         decoded: Ids generated since the prompt, as (position, ids ``[batch, n]``); kept only for methods that read
             the text of earlier turns again.
         is_answered: Whether any token was decoded since the prompt.
+        in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
         constants: Tensors that methods made once, by (method index, site index).
     """
@@ -59,6 +59,7 @@ class SequenceState:
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
     is_answered: bool = False
+    in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[tuple[int, int], Any] = field(default_factory=dict)
 
@@ -122,7 +123,8 @@ class Rows(NamedTuple):
         if mask is None:
             raise AssertionError("rows without a mask are never cut")
         inside = mask[:, max(start - self.start, 0) : max(stop - self.start, 0)]
-        return Rows(start, stop, F.pad(inside, (max(self.start - start, 0), max(stop - max(self.stop, start), 0))))
+        before, after = max(min(self.start, stop) - start, 0), max(stop - max(self.stop, start), 0)
+        return Rows(start, stop, F.pad(inside, (before, after)))
 
 
 class Run:
@@ -134,6 +136,7 @@ class Run:
         q_len: Tokens of this forward.
         prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
         text_only: The image-free pass over the same prompt, when a method needs one.
+        begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
     """
 
     def __init__(
@@ -155,11 +158,12 @@ class Run:
         self.q_len = q_len
         self.prompt_len = prompt_len
         self.text_only = text_only
+        self.begins = is_prefill
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
         self.finished = False
         self._first_rows = first_rows or {}
         self._rows: dict[tuple[str, bool], Rows] = {}
-        self._keys: dict[tuple[str, bool, int, torch.device], torch.Tensor] = {}
+        self._keys: dict[tuple[str, str, bool, int, torch.device], torch.Tensor] = {}
         self._once: dict[int, Any] = {}
 
     @property
@@ -195,6 +199,8 @@ class Run:
             kind: Which rows of the prompt.
             decode: Whether rows of generated (or drafted) tokens belong to them.
         """
+        if self.state.in_encoder:
+            decode = decode or kind != "none"
         if (kind, decode) not in self._rows:
             self._rows[kind, decode] = self._prompt_rows(kind, decode) if self.is_prefill else self._decode_rows(decode)
         return self._rows[kind, decode]
@@ -231,11 +237,25 @@ class Run:
 
     def keys(self, name: str, site: Site, num_keys: int, device: torch.device) -> torch.Tensor:
         """Say which of a layer's keys are what, see ``SequenceState.key_mask``: bool ``[batch, num_keys]``."""
-        key = (name, site.is_sliding, num_keys, device)
+        key = (name, site.kind, site.is_sliding, num_keys, device)
         if key not in self._keys:
-            aligned = self.align(self.state.key_mask(name), site, num_keys).to(device)
-            self._keys[key] = F.pad(aligned, (0, num_keys - aligned.shape[1]))
+            if site.kind in ("image", "answer"):
+                self._keys[key] = self._other_keys(name, site, num_keys).to(device)
+            else:
+                aligned = self.align(self.state.key_mask(name), site, num_keys).to(device)
+                self._keys[key] = F.pad(aligned, (0, num_keys - aligned.shape[1]))
         return self._keys[key]
+
+    def _other_keys(self, name: str, site: Site, num_keys: int) -> torch.Tensor:
+        """Say what keys are that are no tokens of a prompt: image features, or a decoder's answer."""
+        mask = self.has_image.new_zeros(self.has_image.shape[0], num_keys)
+        if site.kind == "image" and name == "image":
+            mask |= self.has_image[:, None]
+        elif name == "valid" or (site.kind == "image" and name == "prompt"):
+            mask |= True
+        elif site.kind == "answer" and name == "first":
+            mask[:, :1] = True
+        return mask
 
     def align(self, per_key: torch.Tensor, site: Site, num_keys: int) -> torch.Tensor:
         """Align values ``[batch, prompt, ...]`` with a layer's keys, see ``Layer.visible_keys``."""
@@ -411,113 +431,6 @@ def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: 
     return torch.cat([F.pad(known, (0, past - known.shape[1]), value=fill), new], dim=1)
 
 
-def _ids_so_far(state: SequenceState, past: int) -> torch.Tensor:
-    """Return the ids of the first ``past`` tokens, -1 where they are not known."""
-    ids = state.valid_mask.new_full((state.valid_mask.shape[0], past), -1, dtype=torch.int64)
-    prompt = state.input_ids
-    parts = [] if prompt is None else [(0, prompt), *state.decoded]
-    for where, known in parts:
-        position = int(where)
-        stop = min(position + known.shape[1], past)
-        ids[:, position:stop] = known[:, : max(stop - position, 0)]
-    return ids
-
-
 def state_of(cache: object) -> SequenceState | None:
     """Return the state kept on a cache object, if any."""
     return getattr(cache, STATE_ATTRIBUTE, None)
-
-
-def begin_prompt(
-    methods: tuple[Method, ...],
-    counters: Counters,
-    *,
-    input_ids: torch.Tensor | None,
-    image_mask: torch.Tensor,
-    attention_mask: Any,
-    known: SequenceState | None,
-    past: int,
-    drafted: int,
-    text_only: Callable[[SequenceState], TextOnlyRun | None],
-) -> Run:
-    """Start a forward that reads a prompt.
-
-    Args:
-        methods: The bound methods.
-        counters: The patch's counters.
-        input_ids: int64 ``[batch, q_len]`` or ``None``.
-        image_mask: bool ``[batch, q_len]`` of the new tokens.
-        attention_mask: What the model was called with, see ``attended_keys``.
-        known: State of the earlier turns, if any.
-        past: Tokens in the cache.
-        drafted: How many of the new tokens are a drafted answer behind the prompt.
-        text_only: Runs the image-free pass for a state, or returns ``None``.
-
-    Returns:
-        The run; its state must be stored on the cache.
-
-    Raises:
-        UnsupportedFeatureError: The cache belongs to a batch of another size.
-    """
-    batch, q_len = image_mask.shape
-    if known is not None and known.image_mask.shape[0] != batch:
-        raise UnsupportedFeatureError(
-            f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
-            "Expand the inputs before the first forward (generate does), or start with an empty cache."
-        )
-    prompt_len = q_len - drafted
-    valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
-    image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
-    valid = extend_mask(None if known is None else known.valid_mask, valid, past, fill=True)
-    decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = []
-    if input_ids is not None:
-        if drafted:
-            decoded.append((past + prompt_len, input_ids[:, prompt_len:]))
-        input_ids = input_ids[:, :prompt_len]
-        if known is not None:
-            input_ids = torch.cat([_ids_so_far(known, past), input_ids], dim=1)
-    # The one place that waits for the device: which samples have an image, where the last one ends, and the prompt.
-    positions = torch.arange(past + prompt_len, device=image_mask.device)
-    ends = torch.stack([torch.where(mask, positions, -1).amax(1) for mask in (image_mask, valid)]).tolist()
-    with_image = [(image_end, end) for image_end, end in zip(*ends, strict=True) if image_end >= 0]
-    learned = dict(known.learned) if known is not None else {}
-    state = SequenceState(
-        methods,
-        image_mask,
-        valid,
-        input_ids,
-        any_image=bool(with_image),
-        all_images=len(with_image) == batch,
-        learned=learned,
-        decoded=decoded,
-    )
-    run = Run(
-        state,
-        counters,
-        is_prefill=True,
-        past=past,
-        q_len=q_len,
-        prompt_len=prompt_len,
-        first_rows={
-            "text": min((max(image_end + 1 - past, 0) for image_end, _ in with_image), default=q_len),
-            "last": min((max(end - past, 0) for _, end in with_image), default=q_len),
-            "image_stop": max((max(image_end + 1 - past, 0) for image_end, _ in with_image), default=0),
-        },
-    )
-    _check_whole_prompt(known, run)
-    if state.any_image:
-        run.text_only = text_only(state)
-    return run
-
-
-def _check_whole_prompt(known: SequenceState | None, run: Run) -> None:
-    """Refuse to go on with a prompt that was edited as if it had ended."""
-    if known is None or known.is_answered or not known.any_image:
-        return
-    for method in run.state.methods:
-        if method.needs_whole_prompt and not method.is_identity:
-            raise UnsupportedFeatureError(
-                f"{method.name} needs a prompt in one forward, and this one continues a prompt that is already in the "
-                "cache: what it did there depends on tokens that come only now. Leave prefill_chunk_size unset, and "
-                "do not prefill a part of a prompt with an image in advance."
-            )

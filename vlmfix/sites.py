@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmfix.anatomy import Anatomy, AttentionSite, own_config
+from vlmfix.anatomy import Anatomy, AttentionKind, AttentionSite, own_config
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
 
@@ -21,6 +21,7 @@ class Site:
         index: Its number among the model's text attention modules.
         name: Its path in the model.
         layer_idx: Its decoder layer's index.
+        kind: What it looks at.
         module: The module.
         decoder_layer: The decoder layer it belongs to.
         base_config: The module's own config object, which the patch set aside.
@@ -35,6 +36,7 @@ class Site:
     index: int
     name: str
     layer_idx: int
+    kind: AttentionKind
     module: nn.Module
     decoder_layer: nn.Module
     base_config: Any
@@ -62,7 +64,8 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
     """
     follows = edits_text_only_stream(methods)
     sites = tuple(_make_sites(anatomy, methods, everywhere=follows))
-    if follows and len({id(site.decoder_layer) for site in sites}) != len(anatomy.decoder_layers):
+    with_attention = {id(site.decoder_layer) for site in sites}
+    if follows and any(id(layer) not in with_attention for layer in anatomy.decoder_layers):
         raise UnsupportedFeatureError(
             f"{type(anatomy.model).__name__} has decoder layers without softmax attention, through which an edited "
             "image-free stream cannot be followed. Leave reinforce_noimg off: vlmfix.patch(model, 'vhr')."
@@ -77,7 +80,11 @@ def edits_text_only_stream(methods: Sequence[Method]) -> bool:
 
 def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool) -> Iterator[Site]:
     for index, found in enumerate(anatomy.sites):
-        here = [(n, method) for n, method in enumerate(methods) if found.layer_idx in method.layer_indices]
+        here = [
+            (n, method)
+            for n, method in enumerate(methods)
+            if found.layer_idx in method.layer_indices and (method.is_identity or found.kind in method.attention_kinds)
+        ]
         if not here and not everywhere:
             continue
         active = [(number, method) for number, method in here if not method.is_identity]
@@ -85,6 +92,7 @@ def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool
             index=index,
             name=found.name,
             layer_idx=found.layer_idx,
+            kind=found.kind,
             module=found.module,
             decoder_layer=found.decoder_layer,
             base_config=own_config(found.module),
@@ -98,6 +106,8 @@ def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool
 
 
 def _is_sliding(text_config: Any, site: AttentionSite) -> bool:
+    if site.kind in ("image", "encoder"):
+        return False
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types is not None and site.layer_idx < len(layer_types):
         return bool(layer_types[site.layer_idx] != "full_attention")

@@ -14,12 +14,12 @@ import torch
 
 from vlmfix.attention import RUN_KWARG, AttentionCall
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.images import blank_images
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import nn
-
+    from vlmfix.anatomy import Anatomy
     from vlmfix.methods.base import Method
     from vlmfix.run import Layer, Run, SequenceState
     from vlmfix.sites import Site
@@ -66,7 +66,7 @@ class TextOnlyRun:
 
     def after_layer_of_image_run(self, site: Site, run: Run) -> None:
         """Leave this layer, with the edits the prompt has just chosen for it."""
-        if not self._edited:
+        if not self._edited or site.index not in self._calls:  # without an image, some layers are skipped
             return
         self._frozen[site.index] = [
             (method, run.layer(site, index)) for index, method in site.heads if method.text_only_stream == "edited"
@@ -92,15 +92,24 @@ def _with_hidden_states(
 
 
 @torch.no_grad()
-def run_text_only(inner: nn.Module, sites: Sequence[Site], state: SequenceState) -> TextOnlyRun | None:
+def run_text_only(
+    anatomy: Anatomy,
+    sites: Sequence[Site],
+    state: SequenceState,
+    inputs: dict[str, Any],
+    embeds: torch.Tensor | None = None,
+) -> TextOnlyRun | None:
     """Run the prompts of a batch without their image tokens.
 
-    Kept are all other tokens, in order, with contiguous positions from 0; rows are left-padded to one length.
+    Kept are all other tokens, in order, with contiguous positions from 0; rows are left-padded to one length. Where no
+    token stands for an image (Idefics), all tokens are kept and none of them sees the image.
 
     Args:
-        inner: The model inside the language-model head.
+        anatomy: The model.
         sites: The patched sites.
         state: The sequences so far, the new prompt included.
+        inputs: The arguments of the prompt's forward.
+        embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
 
     Returns:
         The recorded stream, or ``None`` when no method at these sites asks for it.
@@ -112,13 +121,14 @@ def run_text_only(inner: nn.Module, sites: Sequence[Site], state: SequenceState)
     wanted = frozenset(index for index, asked in modes.items() if asked)
     if not wanted:
         return None
-    input_ids = state.input_ids
-    if input_ids is None or bool((input_ids < 0).any()):
+    input_ids, length = state.input_ids, state.image_mask.shape[1]
+    is_known = input_ids is not None and not bool((input_ids < 0).any())
+    if not is_known and (embeds is None or embeds.shape[1] < length):
         raise UnsupportedFeatureError(
             "This method compares the prompt with and without its image and needs the token ids of the whole "
             "conversation. Pass input_ids (not inputs_embeds), and start with an empty cache."
         )
-    keep = state.valid_mask & ~state.image_mask
+    keep = state.valid_mask & ~state.image_mask if anatomy.image_token_ids else state.valid_mask
     lengths = keep.sum(1).tolist()
     if min(lengths) == 0:
         raise UnsupportedFeatureError(
@@ -126,10 +136,15 @@ def run_text_only(inner: nn.Module, sites: Sequence[Site], state: SequenceState)
         )
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
     attention_mask = keep.gather(1, order)
-    inputs: dict[str, Any] = {"input_ids": input_ids.gather(1, order).masked_fill(~attention_mask, 0)}
+    text: dict[str, Any] = blank_images(inputs, max(lengths))
+    if is_known and input_ids is not None:
+        text["input_ids"] = input_ids.gather(1, order).masked_fill(~attention_mask, 0)
+    else:
+        assert embeds is not None
+        text["inputs_embeds"] = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
     if min(lengths) < max(lengths):
-        inputs["attention_mask"] = attention_mask.long()
-        inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+        text["attention_mask"] = attention_mask.long()
+        text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
     stream = TextOnlyRun(wanted, edited=any("edited" in asked for asked in modes.values()))
-    inner(**inputs, use_cache=False, **{RUN_KWARG: stream})
+    anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
     return stream

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
+from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.methods._columns import ColumnMeans
 from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, listed_heads
 from vlmfix.run import Layer
@@ -89,6 +89,11 @@ class ACT(Method):
     def needs_whole_prompt(self) -> bool:
         """A key's mean is over rows that come later."""
         return True
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Self-attention, over text alone too: sinks are not the image's. Its tokens may be the recipients."""
+        return ("joint",) if self.recipients == "image" else ("joint", "text", "answer")
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """All but the first two and the last; the middle layer of models of three layers or fewer."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
+from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.attention import visible_keys
 from vlmfix.errors import MethodError
 from vlmfix.methods._generated import generated_text_layers, scope_note
@@ -80,6 +80,11 @@ class AdaIAT(Method):
         """None."""
         return "none"
 
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
+        return ("joint", "text")
+
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers 5 to 17 of 32, scaled."""
         return generated_text_layers(num_layers)
@@ -139,6 +144,13 @@ class AdaIAT(Method):
             torch.where(generated, factor[..., None], 1.0) / total.clamp_min(torch.finfo(total.dtype).eps)[..., None]
         )
         return torch.where(edited[..., None], attn_weights * scale, attn_weights), edited
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form; statistics of a bound method are in it as numbers."""
+        data = super().to_dict()
+        if isinstance(self.statistics, HeadStatistics):
+            data["statistics"] = self.statistics.to_dict()
+        return data
 
     def _constants(self, layer: Layer) -> tuple[torch.Tensor, float]:
         """The factors, fp32 ``[num_heads, 1]``, and the threshold of a layer."""

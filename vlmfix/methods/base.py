@@ -13,7 +13,7 @@ from vlmfix.errors import MethodError
 if TYPE_CHECKING:
     import torch
 
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.anatomy import Anatomy, AttentionKind
     from vlmfix.prompt import Prompt
     from vlmfix.run import Layer
 
@@ -60,7 +60,7 @@ class Method:
     needs_past: ClassVar[bool] = False
     """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
     needs_text_keys: ClassVar[bool] = True
-    """Whether it weighs image keys against text keys, and so means nothing where every key is an image key."""
+    """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
     layers: LayerSpec = dataclasses.field(default=None, kw_only=True)
 
@@ -120,6 +120,23 @@ class Method:
     def needs_whole_prompt(self) -> bool:
         """Whether a prompt must come in one forward: the edit of a row depends on tokens that follow it."""
         return self.prompt_rows == "last"
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kinds of attention it acts in; ``vlmfix.placement`` refuses models that have none of them.
+
+        In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and ``layer.run.is_prefill``
+        is never true.
+        """
+        if self.opens_mask or self.reads_layer_input:  # image tokens must be tokens of the decoder's own stream
+            return ("joint",)
+        if self.needs_text_keys:
+            edits_attention = self.edits_scores or self.edits_weights
+            needs_prompt = edits_attention and not (self.edits_decode and self.observed_rows == "none")
+            return ("joint",) if needs_prompt else ("joint", "encoder")
+        if self.edits_heads:  # one module per layer, so that a (layer, head) pair is one head
+            return ("joint", "text", "encoder")
+        return ("joint", "text", "image", "encoder", "answer")
 
     @property
     def text_only_stream(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.anatomy import Anatomy
+from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.methods._generated import generated_text_layers, scope_note
 from vlmfix.methods._scores import raise_scores
 from vlmfix.methods.base import Method, PromptRows
@@ -48,6 +48,11 @@ class IAT(Method):
     def prompt_rows(self) -> PromptRows:
         """None."""
         return "none"
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
+        return ("joint", "text")
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers 5 to 17 of 32, scaled."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
+from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.attention import explicit_scores, masked_softmax, visible_keys
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer, Rows
@@ -58,6 +58,11 @@ class SPIN(Method):
     def prompt_rows(self) -> PromptRows:
         """The last."""
         return "last"
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Wherever there are image keys; the share of attention on them (``"mass"``) needs others beside them."""
+        return ("joint", "encoder") if self.score == "mass" else ("joint", "encoder", "image")
 
     def num_kept(self, num_heads: int) -> int:
         """Return how many of a layer's heads stay as they are."""

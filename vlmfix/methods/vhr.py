@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from vlmfix.anatomy import AttentionKind
 from vlmfix.methods.base import Method
 from vlmfix.run import Layer
 
@@ -61,6 +62,11 @@ class VHR(Method):
         if self.select == "all":
             return None
         return "edited" if self.reinforce_noimg else "plain"
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Self-attention over a prompt: without the image, cross-attention to it has no output to compare with."""
+        return ("joint", "text")
 
     @property
     def needs_whole_prompt(self) -> bool:

@@ -1,0 +1,306 @@
+"""What a patch hangs on a model: hooks that begin forwards, config copies that lead attention to vlmfix.
+
+The only module that changes a model.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from vlmfix.activity import Counters, Status, describe
+from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
+from vlmfix.begin import answer_length, begin_answer, begin_prompt, has_images, is_empty, num_drafted
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.images import ImageFinder
+from vlmfix.prompt import begin_methods
+from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, state_of
+from vlmfix.sites import Site, edits_text_only_stream, make_sites
+from vlmfix.text_only import run_text_only
+from vlmfix.vision import VisionRecorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.methods.base import Method
+    from vlmfix.patching import Context
+
+
+class Patch:
+    """Everything one ``patch`` call changed in a model, and the hooks that run while it is on."""
+
+    def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...]) -> None:
+        self.anatomy = anatomy
+        self.methods = methods
+        self.counters = Counters(len(methods))
+        self.sites = make_sites(anatomy, methods)
+        self.notes = tuple(note for method in methods for note in method.notes(anatomy))
+        self.images = ImageFinder(anatomy)
+        self.owner: Context | None = None
+        self._handles: list[Any] = []
+        self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
+        active = [method for method in methods if not method.is_identity]
+        self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
+        vision_layers = sorted({layer for method in active for layer in method.vision_layers})
+        self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
+        self._reorders = any(method.reorders for method in active)
+
+    # Attach and restore.
+
+    def attach(self) -> None:
+        """Change the model; on any error, restore it and raise."""
+        try:
+            for site in self.sites:
+                config = copy.copy(site.base_config)
+                config.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
+                config.__dict__[SITE_ATTRIBUTE] = site
+                site.module.config = config  # type: ignore[assignment]
+            for module in dict.fromkeys([self.anatomy.model, self.anatomy.language_model, self.anatomy.inner]):
+                self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
+            for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
+                model.__dict__[_PAGED] = _refuse_paged
+            self._handles += self.images.attach()
+            if self.vision is not None:
+                self._handles += self.vision.attach()
+            follows = edits_text_only_stream(self.methods)
+            for site in self.sites:
+                if site.readers or follows:
+                    hook = LayerHook(site)
+                    self._handles.append(site.decoder_layer.register_forward_pre_hook(hook.before, with_kwargs=True))
+                    if follows:
+                        self._handles.append(site.decoder_layer.register_forward_hook(hook.after, with_kwargs=True))
+            _forget_compiled_code(self.anatomy.model)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Restore the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for model in (self.anatomy.model, self.anatomy.language_model):
+            model.__dict__.pop(_PAGED, None)
+        for site in self.sites:
+            if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
+                site.module.config = site.base_config
+        _forget_compiled_code(self.anatomy.model)
+
+    # Hooks on the model.
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Add the ``Run`` of this forward to its keyword arguments, unless the caller (or an outer hook) chose one."""
+        if RUN_KWARG in kwargs:
+            return None
+        inputs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+        cache = inputs.get("past_key_values")
+        state = state_of(cache)
+        if self.anatomy.encoder is not None:
+            return args, {**kwargs, RUN_KWARG: self._begin_answer(module, cache, state, inputs)}
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return None  # the model itself says what is missing
+        q_len = tokens.shape[1]
+        # A draft is always checked with a cache; without one, many logits are just wanted.
+        drafted = 0 if cache is None else num_drafted(kwargs)
+        is_draft = q_len - drafted <= 1 and not has_images(kwargs)
+        if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
+            run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
+        else:
+            run = self._begin_prompt(module, cache, state, inputs, drafted)
+        return args, {**kwargs, RUN_KWARG: run}
+
+    def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
+        self._check_same_methods(state)
+        keeps_ids = self._needs_text and not torch.compiler.is_compiling()
+        past: int | torch.Tensor = 0
+        is_static = getattr(cache, "is_compileable", False)
+        if self._needs_past or keeps_ids or not is_static:
+            past = cache.get_seq_length()
+            past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
+        if not is_static and past < state.image_mask.shape[1]:
+            state = state.cropped(int(past))
+            setattr(cache, STATE_ATTRIBUTE, state)
+        if keeps_ids and input_ids is not None:
+            state.decoded.append((past, input_ids))
+        state.is_answered = True
+        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_prompt(
+        self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int
+    ) -> Run:
+        past, state = self._continued(cache, state)
+        input_ids = inputs.get("input_ids")
+        image_mask = self._find_images(module, inputs, past)
+        # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.
+        embeds = inputs.get("inputs_embeds") if self._is_inside(module) and not past else None
+        prompt_len = image_mask.shape[1] - drafted
+        if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
+            drafted = 0  # a prompt whose caller wants many logits
+        run = begin_prompt(
+            self.methods,
+            self.counters,
+            input_ids=input_ids,
+            image_mask=image_mask,
+            attention_mask=inputs.get("attention_mask"),
+            known=state,
+            past=past,
+            drafted=drafted,
+            text_only=lambda new_state: run_text_only(self.anatomy, self.sites, new_state, inputs, embeds),
+        )
+        begin_methods(self._head(module), run, inputs, self.vision)
+        if cache is not None:
+            self._keep(cache, run.state)
+        return run
+
+    def _begin_answer(self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
+        """Start a forward of an encoder-decoder model: every token of its decoder counts as generated."""
+        if state is not None and not is_empty(cache):
+            self._check_same_methods(state)
+            past = cache.get_seq_length()
+            past = past.clone() if isinstance(past, torch.Tensor) else past
+        else:
+            past, state = self._continued(cache, state)
+        run = begin_answer(
+            self.methods,
+            self.counters,
+            image_mask=self._find_images(module, inputs, past) if state is None else None,
+            attention_mask=inputs.get("attention_mask"),
+            known=state,
+            past=past,
+            q_len=answer_length(inputs),
+        )
+        if run.begins:
+            begin_methods(self._head(module), run, inputs, self.vision)
+            if cache is not None:
+                self._keep(cache, run.state)
+        return run
+
+    def _continued(self, cache: Any, state: SequenceState | None) -> tuple[int, SequenceState | None]:
+        """Return how many tokens a forward continues, and what is known about them."""
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and state is None:
+            raise UnsupportedFeatureError(
+                "This cache was filled before the model was patched, so vlmfix does not know where its images are. "
+                "Start with an empty cache."
+            )
+        if not past:
+            return 0, None
+        if state is not None:
+            self._check_same_methods(state)
+        return past, state
+
+    def _find_images(self, module: nn.Module, inputs: dict[str, Any], past: int) -> torch.Tensor:
+        return self.images.find(inputs, past=past, is_inside=self._is_inside(module))
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        """Whether a module is (part of) a language model that ``generate`` calls inside the model."""
+        return self.anatomy.language_model is not self.anatomy.model and module is not self.anatomy.model
+
+    def _head(self, module: nn.Module) -> PreTrainedModel:
+        """Return the model with the head of the language model that a module's arguments are for."""
+        return self.anatomy.language_model if self._is_inside(module) else self.anatomy.model
+
+    def _keep(self, cache: Any, state: SequenceState) -> None:
+        setattr(cache, STATE_ATTRIBUTE, state)
+        if self._reorders and hasattr(cache, "reorder_cache"):
+            cache.reorder_cache = ReorderWithState(cache)
+
+    def _check_same_methods(self, state: SequenceState) -> None:
+        if state.methods != self.methods:
+            raise UnsupportedFeatureError(
+                f"This cache was filled under {describe(state.methods)}, and the model is now patched with "
+                f"{describe(self.methods)}. Start with an empty cache."
+            )
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Settle what was learned; keep the state on a cache the model made itself."""
+        run = kwargs.get(RUN_KWARG)
+        if not isinstance(run, Run) or run.finished:
+            return
+        run.finish()
+        if run.begins:
+            parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+            for cache in parts:
+                if hasattr(cache, "get_seq_length"):
+                    self._keep(cache, run.state)
+
+    def status(self) -> Status:
+        """Describe the patch."""
+        prompts, prompts_without_image, decode_steps, edited = self.counters.read()
+        return Status(
+            model=type(self.anatomy.model).__name__,
+            methods=self.methods,
+            layers=tuple(sorted({layer for method in self.methods for layer in method.layer_indices})),
+            image_token_ids=self.anatomy.image_token_ids,
+            prompts=prompts,
+            prompts_without_image=prompts_without_image,
+            decode_steps=decode_steps,
+            edited=edited,
+            notes=self.notes,
+        )
+
+
+class ReorderWithState:
+    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
+        type(self.cache).reorder_cache(self.cache, beam_idx)
+        state = state_of(self.cache)
+        if state is not None:
+            state.reorder(beam_idx)
+
+
+class LayerHook:
+    """Hooks on one decoder layer, as bound methods: they follow ``copy.deepcopy(model)``."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show the layer's input to the run."""
+        run = kwargs.get(RUN_KWARG)
+        if run is not None:
+            run.before_layer(self.site, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Tell the run that the layer is done."""
+        run = kwargs.get(RUN_KWARG)
+        if run is not None:
+            run.after_layer(self.site)
+
+
+_PAGED = "init_continuous_batching"
+"""The method of a model that every way into continuous batching passes."""
+
+
+def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for ``init_continuous_batching``: its own thread would swallow the error of the attention function."""
+    raise UnsupportedFeatureError(
+        "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
+        "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+    )
+
+
+def _forget_compiled_code(model: nn.Module) -> None:
+    """Drop code compiled before the model changed: it would go on without looking at the new hooks.
+
+    Dynamo cannot tell which code belongs to a model, so all of it is dropped; other models only compile again.
+    """
+    model.__dict__.pop("_compiled_call", None)
+    if "torch._dynamo" in sys.modules and torch._dynamo.utils.counters["frames"]:
+        torch._dynamo.reset()
