@@ -48,3 +48,17 @@ class NaiveAdaptVis(Naive):
             for j in seen:
                 edited[head, j] = middle + factor * (float(scores[head, j]) - middle)
         return edited
+
+
+CASES = [
+    ({"threshold": 0.22}, NaiveAdaptVis(range(4), threshold=0.22)),
+    ({"mode": "fixed", "factor": 2.0}, NaiveAdaptVis(range(4), 2.0)),
+    (
+        {"threshold": 0.22, "low": -0.5, "high": 3.0, "center": True, "decode": True, "layers": "1:"},
+        NaiveAdaptVis([1, 2, 3], None, 0.22, -0.5, 3.0, center=True, decode=True),
+    ),
+    (
+        {"threshold": 0.75, "low": 0.0, "probe_tokens": [20, 21]},
+        NaiveAdaptVis(range(4), threshold=0.75, low=0.0, probe_tokens=[20, 21]),
+    ),
+]

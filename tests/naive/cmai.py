@@ -1,4 +1,4 @@
-"""CMAI: F = A_tt A_ti in a reference layer; later layers see the smallest set of image tokens with a share rho of it."""
+"""CMAI: F = A_tt A_ti in a reference layer; later layers keep the smallest set of image tokens with a share rho."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NaiveCmai(Naive):
                 continue
             mean = [float(row[:, j].mean()) for j in range(row.shape[1])]
             text_on_image[i] = {j: mean[j] for j in image}
-            focus = {j: sum(mean[k] * text_on_image[k][j] for k in text_on_image if k <= i) for j in image}
+            focus = {j: sum(mean[k] * seen.get(j, 0.0) for k, seen in text_on_image.items() if k <= i) for j in image}
             hidden[i] = self.low_focus(focus)
         return maps
 
@@ -66,3 +66,12 @@ class NaiveCmai(Naive):
     def share(scores: torch.Tensor, image: list[int]) -> float:
         weights = torch.softmax(scores.double(), dim=0)
         return float(sum(weights[j] for j in image))
+
+
+CASES = [
+    ({"experimental": True, "rho": 0.6}, NaiveCmai(range(4), 0.6)),
+    (
+        {"experimental": True, "rho": 0.5, "renorm": "image", "layers": "1:"},
+        NaiveCmai([1, 2, 3], 0.5, "image"),
+    ),
+]

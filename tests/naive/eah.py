@@ -9,11 +9,9 @@ from reference import Naive, State
 
 
 class NaiveEah(Naive):
-    def __init__(
-        self, layers: Sequence[int], threshold: float | str = 0.002, windows: Sequence[int | None] | None = None
-    ) -> None:
+    def __init__(self, layers: Sequence[int], threshold: float | str = 0.002) -> None:
         super().__init__(layers)
-        self.threshold, self.windows = threshold, windows
+        self.threshold = threshold
 
     def maps(
         self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
@@ -21,14 +19,14 @@ class NaiveEah(Naive):
         if generated:
             return maps
         total = len(maps)
-        window = None if self.windows is None else self.windows[number]
         threshold = 1.2 / total if self.threshold == "auto" else float(self.threshold)
         counts = []
         for head in range(len(maps[0])):
             count = 0
             for j in sequence.image():
-                later = range(j + 1, total if window is None else min(total, j + window))
-                if len(later) and sum(float(maps[i][head, j]) for i in later) / len(later) > threshold:
+                later = [float(maps[i][head, j]) for i in range(j + 1, total)]
+                seen = [weight for weight in later if weight > 0]  # hidden keys have weight 0
+                if seen and sum(seen) / len(seen) > threshold:
                     count += 1
             counts.append(count)
         best = counts.index(max(counts))
@@ -36,3 +34,10 @@ class NaiveEah(Naive):
         if max(counts) == 0:
             return maps
         return [row[best].expand_as(row) for row in maps]
+
+
+CASES = [
+    ({}, NaiveEah([1])),
+    ({"threshold": "auto", "layers": [0, 2]}, NaiveEah([0, 2], "auto")),
+    ({"threshold": 0.08, "layers": ":"}, NaiveEah(range(4), 0.08)),
+]

@@ -26,3 +26,9 @@ class NaiveHgai(Naive):
                 for h in heads:
                     edited[h, j] = float(scores[h, j]) + self.alpha * g
         return edited
+
+
+CASES = [
+    ({"layers": ":"}, NaiveHgai(range(4))),
+    ({"alpha": 1.5, "edit_prompt": False, "layers": "1:"}, NaiveHgai([1, 2, 3], 1.5, False)),
+]

@@ -29,3 +29,9 @@ class NaiveModalityBalance(Naive):
                     share = wanted / m if j in image else (1 - wanted) / rest
                     edited[head, j] = share * float(weights[head, j])
         return edited
+
+
+CASES = [
+    ({"experimental": True}, NaiveModalityBalance(range(4))),
+    ({"experimental": True, "tau": 1.0, "layers": "2:"}, NaiveModalityBalance([2, 3], 1.0)),
+]

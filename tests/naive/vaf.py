@@ -63,3 +63,15 @@ class NaiveVaf(Naive):
                 if s > float("-inf"):
                     edited[head, j] = factor * s if self.multiply == "signed" else s + (factor - 1) * abs(s)
         return edited
+
+
+HEADS = [(0, 1), (2, 0), (2, 3)]
+CASES = [
+    ({"enhance": 1.5, "suppress": 0.7, "layers": ":"}, NaiveVaf(range(4), 1.5, 0.7)),
+    (
+        {"enhance": -1.5, "suppress": 2.0, "heads": "visual", "layers": ":"},
+        NaiveVaf(range(4), -1.5, 2.0, heads="visual"),
+    ),
+    ({"enhance": 1.5, "suppress": 0.7, "multiply": "abs", "layers": "1:3"}, NaiveVaf([1, 2], 1.5, 0.7, "abs")),
+    ({"enhance": 2.0, "suppress": 0.5, "heads": HEADS}, NaiveVaf([0, 2], 2.0, 0.5, heads=HEADS)),
+]

@@ -11,25 +11,10 @@ import torch
 from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
 from vlmfix.methods._experimental import ExperimentalMethod
+from vlmfix.methods._focus import Focus
 from vlmfix.methods._scores import log_mass, visible
 from vlmfix.methods.base import PromptRows
 from vlmfix.run import Layer
-
-
-@dataclass(frozen=True)
-class Focus:
-    """What text looked at in the reference layer, and which image tokens the rows of a forward keep.
-
-    Attributes:
-        seen: Attention of text tokens to the image, fp32 ``[batch, prompt, keys]``, mean over heads: by image token
-            (0 for others) and by text token, the latter aligned with the reference layer's keys.
-        offset: Position of the first of those keys; a sliding cache drops early ones.
-        dropped: Image tokens that the rows of the forward no longer look at, bool ``[batch, prompt, q_len]``.
-    """
-
-    seen: torch.Tensor
-    offset: int | torch.Tensor
-    dropped: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -104,58 +89,15 @@ class CMAI(ExperimentalMethod):
 
     def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows to what text looked at, and choose what they keep."""
-        run, (start, stop) = layer.run, layer.rows
-        known: Focus | None = layer.shared
-        prompt, num_keys = run.image_mask.shape[1], attn_weights.shape[-1]
-        offset = run.key_offset(layer.site, num_keys)
-        weights = attn_weights.mean(1)  # [batch, rows, keys]
-        image = run.image_mask.to(weights.device)
-        new = take(weights, -offset, prompt) * (image[:, None] & self._is_text(layer)[..., None].to(image.device))
-        seen = weights.new_zeros(weights.shape[0], prompt, num_keys)
-        if known is not None:
-            seen = take(known.seen.to(weights.device), offset - known.offset, num_keys)
-            seen = torch.nn.functional.pad(seen, (0, 0, 0, prompt - seen.shape[1]))
-        positions = torch.arange(start, stop, device=weights.device) + (run.past - offset)
-        seen = seen.index_copy(2, positions, new.transpose(1, 2))
-        dropped = self.low_focus(weights @ seen.transpose(1, 2), image).transpose(1, 2)
-        if start > 0 and known is not None:
-            dropped = torch.cat([known.dropped.to(dropped.device), dropped], dim=2)
-        layer.shared = Focus(seen, offset, dropped)
-
-    @staticmethod
-    def _is_text(layer: Layer) -> torch.Tensor:
-        """Which of the rows in hand are text tokens: bool ``[batch, rows]``."""
-        run, (start, stop) = layer.run, layer.rows
-        mask = run.has_image[:, None].expand(-1, stop - start) if layer.row_mask is None else layer.row_mask
-        if not run.is_prefill:
-            return mask
-        image = run.image_mask[:, -run.prompt_len :][:, start:stop]
-        return mask & ~torch.nn.functional.pad(image, (0, stop - start - image.shape[1]))
-
-    def low_focus(self, focus: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """Return the image tokens outside the smallest set with a share ``rho`` of each row's focus.
-
-        Args:
-            focus: F, fp32 ``[batch, rows, prompt]``, 0 where there is no image token.
-            image: Bool ``[batch, prompt]``.
-
-        Returns:
-            Bool ``[batch, rows, prompt]``; none in rows without any focus.
-        """
-        ranked, order = focus.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(-1) - ranked
-        total = ranked.sum(-1, keepdim=True)
-        outside = (before >= self.rho * total) & (total > 0)
-        return torch.zeros_like(outside).scatter(-1, order, outside) & image[:, None]
+        layer.shared = Focus.extended(layer.shared, attn_weights, layer, self.rho)
 
     def reorder(self, learned: Focus, beams: torch.Tensor) -> Focus:
         """Follow beam search: generated rows differ between the beams of a prompt."""
-        seen, dropped = (each.index_select(0, beams.to(each.device)) for each in (learned.seen, learned.dropped))
-        return Focus(seen, learned.offset, dropped)
+        return learned.reordered(beams)
 
     def crop(self, learned: Focus, length: int) -> Focus:
         """Forget image tokens behind ``length``; rows behind it are written anew before they are read."""
-        return dataclasses.replace(learned, seen=learned.seen[:, :length], dropped=learned.dropped[:, :length])
+        return learned.cropped(length)
 
     def edit_scores(
         self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
@@ -163,10 +105,8 @@ class CMAI(ExperimentalMethod):
         """Hide keys from the rows ``[batch, num_heads, rows, keys]``."""
         if self.observes_at(layer):
             return scores, torch.zeros_like(scores[..., 0], dtype=torch.bool)
-        start, stop = layer.rows
-        by_key = layer.visible_keys(layer.shared.dropped[:, :, start:stop], scores.shape[-1]).to(scores.device)
-        by_key = torch.nn.functional.pad(by_key, (0, 0, 0, scores.shape[-1] - by_key.shape[1]))
-        dropped = by_key.transpose(1, 2)[:, None] & allowed
+        focus: Focus = layer.shared
+        dropped = focus.dropped_keys(layer, scores)[:, None] & allowed
         edited = dropped.any(-1).expand(scores.shape[:3])
         hidden = scores.masked_fill(dropped, torch.finfo(scores.dtype).min)
         if self.renorm == "image":
@@ -175,10 +115,3 @@ class CMAI(ExperimentalMethod):
             edited = edited & shift.isfinite()  # a window may show no image token that is kept
             hidden = torch.where(image & ~dropped, scores + shift[..., None], hidden)
         return torch.where(edited[..., None], hidden, scores), edited
-
-
-def take(per_key: torch.Tensor, start: int | torch.Tensor, length: int) -> torch.Tensor:
-    """Return entries ``start..start + length - 1`` of the last dimension, 0 where there are none."""
-    wanted = torch.arange(length, device=per_key.device) + start
-    inside = (wanted >= 0) & (wanted < per_key.shape[-1])
-    return per_key[..., wanted.clamp(0, per_key.shape[-1] - 1)] * inside
