@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vlmfix
+from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
 
 _EVAL_EPILOG = """\
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", metavar="MODEL", help="folder or hub id; only its configuration is read")
     info.set_defaults(run=_info)
     _add_score(verbs)
+    add_calibrate(verbs).set_defaults(run=_calibrate)
     return parser
 
 
@@ -275,6 +277,13 @@ def _eval(options: argparse.Namespace) -> None:
         ),
         show=_show,
     )
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.calibration.cli import run
+
+    run(options, show=_show)
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +89,32 @@ def calibrate(
         UnsupportedModelError: The model cannot be patched.
         UnsupportedFeatureError: The model lacks what the search looks at.
     """
+    search = plan(method, options)
+    samples = choose(data, limit, seed)
+    with open_session(model, processor, prompt, mentions, batch_size, max_new_tokens) as session:
+        found = search(session, samples)
+        calibration = Calibration(found.method, _provenance(session, samples, found, seed))
+    logger.info("%s: %r from %s", method, calibration.method, found.counts)
+    return calibration
+
+
+def plan(method: str, options: Mapping[str, Any]) -> Callable[[Session, Sequence[CalibrationSample]], Found]:
+    """Return the search of a method with its options, checked before anything is loaded.
+
+    Raises:
+        MethodError: The method learns nothing, or an option is unknown.
+    """
     if method not in _LEARNED:
         raise MethodError(f"{method!r} learns nothing from data. Calibrate one of: {', '.join(_LEARNED)}.")
     search, learned = _LEARNED[method]
     given = [name for name in learned if name in options]
     if given:
         raise MethodError(
-            f"{given[0]} of {method} is what calibrate finds. To set it: vlmfix.patch(model, {method!r})."
+            f"{given[0]} of {method} is what calibrate finds. To set it: vlmfix.patch(model, {method!r}, ...)."
         )
     of_search = [p.name for p in inspect.signature(search).parameters.values() if p.kind is p.KEYWORD_ONLY]
     base = make_method(method, {name: value for name, value in options.items() if name not in of_search})
-    samples = choose(data, limit, seed)
-    with open_session(model, processor, prompt, mentions, batch_size, max_new_tokens) as session:
-        found = search(session, samples, base, **{name: options[name] for name in of_search if name in options})
-        calibration = Calibration(found.method, _provenance(session, samples, found, seed))
-    logger.info("%s: %r from %s", method, calibration.method, found.counts)
-    return calibration
+    return partial(search, method=base, **{name: options[name] for name in of_search if name in options})
 
 
 def _provenance(session: Session, samples: list[CalibrationSample], found: Found, seed: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write a recipe file with the provenance beside the method; ``patch`` and ``load_recipe`` read it."""
         data = {"methods": [self.method.to_dict()], "calibration": self.provenance}
-        Path(path).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(data, indent=1, allow_nan=False)
+        # Innermost lists on one line: a newline is never part of a JSON string.
+        text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

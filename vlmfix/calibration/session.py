@@ -144,7 +144,7 @@ def open_session(
         if value < 1:
             raise MethodError(f"{name} must be at least 1, got {value}.")
     anatomy = analyse(model)
-    if any(getattr(site, "kind", "joint") != "joint" for site in anatomy.sites):
+    if any(site.kind != "joint" for site in anatomy.sites):
         raise UnsupportedFeatureError(
             f"{type(anatomy.model).__name__} cannot be calibrated: its image tokens are not tokens of the prompt its "
             "text attention reads. Pass what the method needs yourself, such as heads=[(layer, head), ...]."
