@@ -18,6 +18,7 @@ from vlmfix.attention import (
     explicit_scores,
     masked_softmax,
     opened_attention,
+    visible_keys,
     weighted_values,
 )
 
@@ -72,7 +73,12 @@ def _opening(method: Method, layer: Layer, call: AttentionCall) -> Opening:
     assert isinstance(past, int)
     left = past - offset
     aligned = F.pad(pairs, (left, num_keys - left - pairs.shape[2])).to(call.query.device)
-    layer.count(pairs.any(2).sum() * call.query.shape[1])
+    visible = visible_keys(call, 0, call.query.shape[2])
+    if visible is None:
+        newly = torch.zeros_like(aligned)
+    else:
+        newly = aligned & ~F.pad(visible, (0, num_keys - visible.shape[3])).all(1)
+    layer.count(newly.any(2).sum() * call.query.shape[1])
     return Opening(aligned[:, None], bias)
 
 
@@ -175,6 +181,9 @@ def _edited_weights(
             edited = edited & mask
             if keep is not None:
                 states = torch.where(mask[..., None], states, keep)
+        if method.hides_keys:
+            shown = states > torch.finfo(states.dtype).min / 2
+            allowed = shown if allowed is None else allowed & shown
         if show_to is None:
             here.count(edited.sum())
         selected = selected | edited

@@ -212,7 +212,7 @@ class Run:
 
     def _decode_rows(self, decode: bool) -> Rows:
         if not decode:
-            return Rows(0, 0, None)
+            return Rows(0, 0, self.has_image[:, None][:, :0])
         mask = None if self.state.all_images else self.has_image[:, None].expand(-1, self.q_len)
         return Rows(0, self.q_len, mask)
 
@@ -295,6 +295,8 @@ class Run:
             self.text_only.before_layer_of_image_run(site)
         if site.readers:
             hidden_states = (args[0] if args else kwargs["hidden_states"])[..., : self.prompt_len, :]
+            if hidden_states.dim() == 4:  # Gemma 3n keeps several streams, one of which attention reads
+                hidden_states = hidden_states[getattr(site.base_config, "altup_active_idx", 0)]
             for index, method in site.readers:
                 layer = self.layer(site, index)
                 layer.learned = method.learn(hidden_states, layer)

@@ -51,6 +51,8 @@ class Method:
     edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False
     edits_heads: ClassVar[bool] = False
+    hides_keys: ClassVar[bool] = False
+    """Whether :meth:`edit_scores` hides keys, by the lowest score there is; later edits do not see them."""
     reads_layer_input: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = False
     vision_layers: ClassVar[tuple[int, ...]] = ()

@@ -45,6 +45,7 @@ class CMAI(ExperimentalMethod):
     summary: ClassVar[str] = "hides image tokens that a text token's context does not look at (experimental)"
     caveat: ClassVar[str] = "our reading of a paper known by its abstract alone, not a reproduction"
     edits_scores: ClassVar[bool] = True
+    hides_keys: ClassVar[bool] = True
     reorders: ClassVar[bool] = True
     needs_past: ClassVar[bool] = True
 

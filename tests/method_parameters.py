@@ -1,0 +1,49 @@
+"""Parameters under which every method has something to do in a tiny random model.
+
+A new method that acts by default needs no entry. ``layers=":"`` goes without saying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlmfix.anatomy import Anatomy, analyse
+
+
+def _sinks(anatomy: Anatomy) -> dict[str, Any]:
+    """Dimensions and a threshold for which about half of all tokens are sinks."""
+    return {"sink_dims": [0, 1, 2, 3], "sink_threshold": 1.4, "nonsink_ratio": 0.1, "image_mass": 0.02}
+
+
+def _heads(anatomy: Anatomy, head: int) -> list[tuple[int, int]]:
+    """One head of every layer with softmax attention."""
+    return [(layer, head) for layer in sorted({site.layer_idx for site in anatomy.sites})]
+
+
+def _statistics(anatomy: Anatomy) -> dict[str, Any]:
+    """Made-up attention to generated text, under which the gate is open and heads differ."""
+    heads = anatomy.text_config.num_attention_heads
+    hallucinated = [[1.0] * heads for _ in range(anatomy.num_layers)]
+    real = [[2.0 + head for head in range(heads)] for _ in range(anatomy.num_layers)]
+    return {"real": real, "hallucinated": hallucinated, "num_real": 10, "num_hallucinated": 10}
+
+
+PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
+    "act": lambda anatomy: {"sink_threshold": 0.05, "min_rows": 2},
+    "adaiat": lambda anatomy: {"statistics": _statistics(anatomy)},
+    "adhh": lambda anatomy: {"heads": _heads(anatomy, 1), "tau": 0.05},
+    "allpath": lambda anatomy: {"up_heads": _heads(anatomy, 0), "down_heads": _heads(anatomy, 1)},
+    "cmai": lambda anatomy: {"experimental": True, "rho": 0.5},
+    "fia": lambda anatomy: {"local_ratio": 0.5},
+    "modality_balance": lambda anatomy: {"experimental": True},
+    "spin": lambda anatomy: {"keep": 0.5},
+    "var": _sinks,
+}
+"""By method's name, as functions of the model."""
+
+
+def parameters_of(method: str, model: object) -> dict[str, Any]:
+    """The parameters a method is tested with on a model."""
+    make = PARAMETERS.get(method)
+    return {"layers": ":", **({} if make is None else make(analyse(model)))}
