@@ -9,7 +9,7 @@ import torch
 
 from vlmfix.attention import attended_keys
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.run import Run, SequenceState, extend_mask
+from vlmfix.run import Run, SequenceState, extend_mask, state_of
 
 if TYPE_CHECKING:
     from vlmfix.activity import Counters
@@ -168,6 +168,20 @@ def begin_answer(
     return run
 
 
+class ReorderWithState:
+    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
+        type(self.cache).reorder_cache(self.cache, beam_idx)
+        state = state_of(self.cache)
+        if state is not None:
+            state.reorder(beam_idx)
+
+
 # What a forward is, by its arguments.
 
 
@@ -187,6 +201,14 @@ def num_drafted(kwargs: dict[str, Any]) -> int:
     """
     wanted = kwargs.get("logits_to_keep")
     return max(wanted - 1, 0) if isinstance(wanted, int) else 0
+
+
+def every_row(kwargs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
+    """Ask for the same logits by position, so that no layer leaves out the rows of the others."""
+    wanted, q_len = kwargs.get("logits_to_keep"), tokens.shape[1]
+    if not isinstance(wanted, int) or not 0 < wanted < q_len:
+        return {}
+    return {"logits_to_keep": torch.arange(q_len - wanted, q_len, device=tokens.device)}
 
 
 def has_images(kwargs: dict[str, Any]) -> bool:

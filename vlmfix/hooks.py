@@ -14,7 +14,16 @@ from torch import nn
 
 from vlmfix.activity import Counters, Status, describe
 from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
-from vlmfix.begin import answer_length, begin_answer, begin_prompt, has_images, is_empty, num_drafted
+from vlmfix.begin import (
+    ReorderWithState,
+    answer_length,
+    begin_answer,
+    begin_prompt,
+    every_row,
+    has_images,
+    is_empty,
+    num_drafted,
+)
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
 from vlmfix.prompt import begin_methods
@@ -49,6 +58,8 @@ class Patch:
         vision_layers = sorted({layer for method in active for layer in method.vision_layers})
         self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
         self._reorders = any(method.reorders for method in active)
+        # The stock model may read only the rows whose logits are wanted there (Gemma 4).
+        self._edits_shared = bool(active) and any(getattr(s.module, "is_kv_shared_layer", False) for s in self.sites)
 
     # Attach and restore.
 
@@ -117,7 +128,8 @@ class Patch:
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
             run = self._begin_prompt(module, cache, state, inputs, drafted)
-        return args, {**kwargs, RUN_KWARG: run}
+        rows = every_row(kwargs, tokens) if self._edits_shared and run.state.any_image else {}
+        return args, {**kwargs, **rows, RUN_KWARG: run}
 
     def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
         self._check_same_methods(state)
@@ -249,20 +261,6 @@ class Patch:
             edited=edited,
             notes=self.notes,
         )
-
-
-class ReorderWithState:
-    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-
-    def __call__(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
-        type(self.cache).reorder_cache(self.cache, beam_idx)
-        state = state_of(self.cache)
-        if state is not None:
-            state.reorder(beam_idx)
 
 
 class LayerHook:

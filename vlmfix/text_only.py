@@ -142,6 +142,9 @@ def run_text_only(
     else:
         assert embeds is not None
         text["inputs_embeds"] = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
+    token_types = inputs.get("token_type_ids")
+    if isinstance(token_types, torch.Tensor) and token_types.shape == keep.shape:  # PaliGemma: who sees whom
+        text["token_type_ids"] = token_types.gather(1, order)
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
