@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -26,8 +27,13 @@ EXAMPLES = [
 ]
 
 
-def test_methods_lists_all_three() -> None:
-    assert vlmfix.methods() == {"none": vlmfix.NoMethod, "vhr": vlmfix.VHR, "var": vlmfix.VAR}
+def test_methods_lists_one_method_per_file() -> None:
+    files = {path.stem for path in Path(vlmfix.__file__).parent.glob("methods/[a-z]*.py")} - {"base"}
+    found = vlmfix.methods()
+    assert set(found) == files
+    assert all(method.name == name and method.summary for name, method in found.items())
+    core = {"none": vlmfix.NoMethod, "vhr": vlmfix.VHR, "var": vlmfix.VAR, "act": vlmfix.ACT, "mma": vlmfix.MMA}
+    assert found.items() >= core.items()
 
 
 @pytest.mark.parametrize("method", EXAMPLES, ids=str)
@@ -94,7 +100,7 @@ def test_a_missing_recipe_file(tiny: Any) -> None:
 
 
 def test_the_message_of_an_unknown_method_lists_the_known(tiny: Any) -> None:
-    with pytest.raises(vlmfix.MethodError, match="none, var, vhr"):
+    with pytest.raises(vlmfix.MethodError, match="mma, .*none, .*var, vhr"):
         vlmfix.patch(tiny, "vcd")
 
 
@@ -241,3 +247,32 @@ def test_importing_the_package_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="nothing"):
         vlmfix.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llava_llama", vlmfix.VHR()),
+        ("qwen2_5_vl", vlmfix.VHR()),
+        ("instructblip", vlmfix.VHR(layers="0.4375:")),
+        ("mllama", vlmfix.VHR()),
+        ("florence2", vlmfix.PAI(alpha=0.2)),
+        ("blip2_t5", vlmfix.PAI(alpha=0.2)),
+    ],
+)
+def test_the_default_recipe_of_a_family(family: str, method: vlmfix.Method) -> None:
+    from families import by_name
+
+    found = by_name(family)
+    if found.unavailable() is not None:
+        pytest.skip(str(found.unavailable()))
+    model = vlmfix.patch(found.build())
+    (default,) = vlmfix.status(model).methods
+    assert dataclasses.replace(default, layers=method.layers) == method
+    inputs = found.collate([found.single()])
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert vlmfix.status(model).edited[0] > 0
+
+
+def test_the_last_18_of_32_layers_are_those_of_the_paper() -> None:
+    assert resolve_layers("0.4375:", 32) == tuple(range(14, 32))

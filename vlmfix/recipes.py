@@ -98,11 +98,6 @@ def save_recipe(path: str | Path, chosen: Method | Sequence[Method]) -> None:
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def default_recipe(anatomy: Anatomy) -> tuple[Method, ...]:
-    """Return the default recipe of a model family: VHR with the paper's settings for every family so far."""
-    return (make_method("vhr", {}),)
-
-
 def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) -> tuple[Method, ...]:
     """Turn what a user hands to ``patch`` into methods, in the order of the path of attention.
 
@@ -112,6 +107,8 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     if isinstance(spec, Calibration):
         spec = spec.method
     if spec is None:
+        from vlmfix.defaults import default_recipe
+
         chosen = default_recipe(anatomy)
     elif isinstance(spec, str) and spec in method_names():
         return (make_method(spec, parameters),)

@@ -144,8 +144,8 @@ def _in_order(per_image: list[torch.Tensor], tokens: list[int]) -> torch.Tensor:
     if rest or not copies or any(count % patches for count in tokens) or len(tokens) % copies:
         raise UnsupportedFeatureError(
             f"fia needs one image token per patch of the vision tower: {len(per_image)} images of {patches} patches "
-            f"were encoded, the prompts have {tokens} image tokens. Leave prefill_chunk_size unset; models that tile or "
-            "pool images have no such order: choose another method, such as vlmfix.patch(model, 'pai')."
+            f"were encoded, the prompts have {tokens} image tokens. Leave prefill_chunk_size unset; models that tile "
+            "or pool images have no such order: choose another method, such as vlmfix.patch(model, 'pai')."
         )
     parts, image = [], 0
     for row in range(0, len(tokens), copies):
