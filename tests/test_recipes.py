@@ -100,7 +100,7 @@ def test_a_missing_recipe_file(tiny: Any) -> None:
 
 
 def test_the_message_of_an_unknown_method_lists_the_known(tiny: Any) -> None:
-    with pytest.raises(vlmfix.MethodError, match="mma, .*none, .*var, vhr"):
+    with pytest.raises(vlmfix.MethodError, match=r"mma, .*none, .*var, vhr"):
         vlmfix.patch(tiny, "vcd")
 
 
@@ -252,7 +252,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("llava_llama", vlmfix.VHR()),
+        ("llava", vlmfix.VHR()),
         ("qwen2_5_vl", vlmfix.VHR()),
         ("instructblip", vlmfix.VHR(layers="0.4375:")),
         ("mllama", vlmfix.VHR()),
