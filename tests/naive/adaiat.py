@@ -1,0 +1,51 @@
+"""AdaIAT, steps 1 to 4 of its definition, with the clamp: one row of one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, Reference, State
+
+
+class NaiveAdaIat(Naive):
+    def __init__(
+        self,
+        layers: Sequence[int],
+        alpha: float,
+        beta: float,
+        real: Sequence[Sequence[float]],
+        hallucinated: Sequence[Sequence[float]],
+        m_form: str = "minus_one",
+        gate: str = "mean",
+    ) -> None:
+        super().__init__(layers)
+        self.alpha, self.beta, self.real, self.hallucinated = alpha, beta, real, hallucinated
+        self.m_form, self.gate = m_form, gate
+        self.decisions: list[bool] = []
+
+    def begin(self, sequence: State, reference: Reference) -> None:
+        sequence.notes["window"] = reference._window
+
+    def weights(
+        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not generated:
+            return weights
+        window = sequence.notes["window"](number)
+        first = 0 if window is None else position - window + 1
+        keys = [j for j in range(sequence.prompt_length, position + 1) if j >= first]
+        rows = [row.tolist() for row in weights]
+        sums = [sum(row[j] for j in keys) for row in rows]
+        ref = sum(total / len(keys) if self.gate == "mean" else total for total in sums)
+        real, hallucinated = sum(self.real[number]), sum(self.hallucinated[number])
+        self.decisions.append(ref < hallucinated + self.beta * (real - hallucinated))
+        if not self.decisions[-1]:
+            return weights
+        for head, row in enumerate(rows):
+            ratio = self.real[number][head] / self.hallucinated[number][head]
+            factor = 1 + self.alpha * (ratio - 1 if self.m_form == "minus_one" else ratio)
+            scaled = [each * max(0.0, factor) if j in keys else each for j, each in enumerate(row)]
+            if sum(scaled) > 1e-6:  # nothing else in the window: the row stays
+                rows[head] = [each / sum(scaled) for each in scaled]
+        return torch.tensor(rows)

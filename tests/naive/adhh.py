@@ -1,0 +1,54 @@
+"""AD-HH: a listed head whose weight behind the image reaches tau loses it, in the row that predicts a token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveAdhh(Naive):
+    def __init__(
+        self,
+        heads: Sequence[tuple[int, int]],
+        tau: float = 0.4,
+        renormalize: bool = False,
+        mode: str = "adaptive",
+    ) -> None:
+        super().__init__(sorted({layer for layer, _ in heads}))
+        self.list, self.tau, self.renormalize, self.mode = heads, tau, renormalize, mode
+        self.decisions: list[bool] = []
+
+    def weights(
+        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if self.mode == "always" or not sequence.is_last_row(position, generated):
+            return weights
+        start = min(sequence.image())
+        text = [j for j in range(start, position + 1) if not sequence.is_image[j]]
+        edited = weights.clone()
+        for layer, head in self.list:
+            if layer != number:
+                continue
+            share = sum(float(weights[head, j]) for j in text)
+            self.decisions.append(share >= self.tau)
+            if self.decisions[-1]:
+                edited[head, text] = 0.0
+                if self.renormalize and float(edited[head].sum()) > 0:
+                    edited[head] /= edited[head].sum()
+        return edited
+
+    def heads(
+        self,
+        sequence: State,
+        number: int,
+        position: int,
+        heads: list[torch.Tensor],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        generated: bool,
+    ) -> list[torch.Tensor]:
+        if self.mode != "always":
+            return heads
+        return [0 * each if (number, head) in self.list else each for head, each in enumerate(heads)]

@@ -1,0 +1,32 @@
+"""AllPath: sum_n lambda[l,n] H[l,n] with lambda = up in Z+ minus Z-, down in Z- minus Z+, else 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveAllPath(Naive):
+    def __init__(
+        self, good: Sequence[tuple[int, int]], bad: Sequence[tuple[int, int]], up: float = 2.0, down: float = 0.0
+    ) -> None:
+        super().__init__(range(100))
+        self.good, self.bad, self.up, self.down = good, bad, up, down
+
+    def heads(
+        self,
+        sequence: State,
+        number: int,
+        position: int,
+        heads: list[torch.Tensor],
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        generated: bool,
+    ) -> list[torch.Tensor]:
+        scaled = []
+        for head, each in enumerate(heads):
+            good, bad = (number, head) in self.good, (number, head) in self.bad
+            scaled.append(each * (self.up if good and not bad else self.down if bad and not good else 1.0))
+        return scaled

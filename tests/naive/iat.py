@@ -1,0 +1,27 @@
+"""IAT: S[h,q,j] += alpha |S[h,q,j]| for the generated keys j in P..q of a generated row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from reference import Naive, State
+
+
+class NaiveIat(Naive):
+    def __init__(self, layers: Sequence[int], alpha: float) -> None:
+        super().__init__(layers)
+        self.alpha = alpha
+
+    def scores(
+        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if not generated:
+            return scores
+        edited = scores.clone()
+        for head in range(len(scores)):
+            for j in range(sequence.prompt_length, position + 1):
+                s = float(scores[head, j])
+                if s > float("-inf"):
+                    edited[head, j] = s + self.alpha * abs(s)
+        return edited
