@@ -103,6 +103,26 @@ def test_eah_never_edits_decode_rows(build: Any) -> None:
         assert torch.equal(model(input_ids=torch.tensor([[20]]), past_key_values=kept, use_cache=True).logits, found)
 
 
+def test_eah_sums_up_the_prompt_alone_and_all_of_it(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft beside the prompt is not counted; pieces of a map are."""
+    model, each, draft = build(), RAGGED[1], (40, 41, 42)
+    vlmfix.patch(model, EAH())
+    prompts, found = [each.ids, (*each.ids, *draft), each.ids], []
+    for number, ids in enumerate(prompts):
+        if number == 2:
+            monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", 5 * 4 * len(ids))
+        cache = DynamicCache(config=model.config)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": len(ids) - len(each.ids) + 1}
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]), pixel_values=each.pixels, **options)
+        (columns,) = cache._vlmfix.learned.values()
+        found.append([part[..., : len(each.ids)] for part in columns])
+    assert found[0][1][0].tolist() == list(range(len(each.ids) - 1, -1, -1))
+    for sums, counts in found[1:]:
+        close(sums, found[0][0])
+        close(counts, found[0][1])
+
+
 def test_eah_counts_no_row_for_an_image_at_the_end(build: Any) -> None:
     """The last image token has no later row: N_j is 0, and it is no sink."""
     model, each = build(), sample(3, 1, 0, seed=5)
