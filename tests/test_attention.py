@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from method_parameters import parameters_of
 from models import RAGGED, SINK_DIMS, collate, forward, generate
 from transformers import AttentionInterface
 
 import vlmfix
 from vlmfix import attention
 from vlmfix.methods.base import Method
+from vlmfix.recipes import make_method
 
 INPUTS = collate(RAGGED)
 VALID = INPUTS["attention_mask"].bool()
@@ -77,33 +80,40 @@ def test_explicit_rows_equal_the_base_kernel_with_a_flex_mask(build: Any) -> Non
     assert torch.equal(rows[0, 0], torch.arange(20) <= torch.arange(5, 9)[:, None])
 
 
-@pytest.mark.parametrize("size", [1, 4 * 4 * 33, 3 * 4 * 4 * 33])
-def test_rows_in_chunks_equal_rows_at_once(sinky: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    vlmfix.patch(sinky, "var", sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
-    expected, edited = forward(sinky, INPUTS).logits, vlmfix.status(sinky).edited
+@pytest.mark.parametrize("name", sorted(set(vlmfix.methods()) - {"none"}))
+@pytest.mark.parametrize("size", [1, 3 * 4 * 4 * 33])
+def test_rows_in_chunks_equal_rows_at_once(sinky: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
+    """One row at a time, or a few: also where a method observes all rows before it edits any."""
+    method = make_method(name, parameters_of(name, sinky))
+    vlmfix.patch(sinky, method)
+    expected, edited = generate(sinky, INPUTS, 2)[1], vlmfix.status(sinky).edited
+    assert edited[0] > 0
     monkeypatch.setattr(attention, "CHUNK_ELEMENTS", size)
-    vlmfix.patch(sinky, "var", sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
-    found = forward(sinky, INPUTS).logits
-    torch.testing.assert_close(found[VALID], expected[VALID], atol=1e-5, rtol=1e-5)
+    vlmfix.patch(sinky, method)
+    torch.testing.assert_close(generate(sinky, INPUTS, 2)[1], expected, atol=1e-5, rtol=1e-5)
     assert vlmfix.status(sinky).edited == edited
 
 
 def test_no_weights_of_all_rows_are_written_out(sinky: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the rows behind the first of the last images are, and one row per decode step."""
     rows = []
-    original = attention.explicit_weights
+    original = attention.explicit_scores
 
-    def spy(call: Any, start: int, stop: int) -> torch.Tensor:
+    def spy(call: Any, start: int, stop: int) -> Any:
         rows.append(stop - start)
         return original(call, start, stop)
 
-    monkeypatch.setattr("vlmfix.run.explicit_weights", spy)
+    monkeypatch.setattr("vlmfix.editing.explicit_scores", spy)
     vlmfix.patch(sinky, "var", sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
     each = RAGGED[0]
     generate(sinky, collate([each]), 3)
     assert max(rows) == 6
     assert rows.count(1) == 8
     assert len(rows) == 4 + 8
+    rows.clear()
+    vlmfix.patch(sinky, "pai", layers=":")
+    generate(sinky, collate([each]), 3)
+    assert rows == [1] * 12
 
 
 def test_a_layer_without_edits_gets_the_base_kernel_s_own_result(tiny: Any) -> None:
@@ -124,11 +134,26 @@ def test_a_layer_without_edits_gets_the_base_kernel_s_own_result(tiny: Any) -> N
     assert sum(module.layer_idx >= 0 for module in calls if hasattr(module, "layer_idx")) == 4
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_score_terms_that_are_not_written_out_are_refused(sinky: Any, name: str) -> None:
+def test_learned_sinks_in_the_softmax_are_refused(sinky: Any) -> None:
     vlmfix.patch(sinky, "var", sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match=name):
-        forward(sinky, INPUTS, **{name: torch.zeros(1)})
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="s_aux"):
+        forward(sinky, INPUTS, s_aux=torch.zeros(1))
+
+
+@pytest.mark.skipif(
+    "position_bias" not in inspect.signature(AttentionInterface()["sdpa"]).parameters,
+    reason="this transformers knows no position bias in sdpa",
+)
+def test_a_position_bias_is_part_of_the_scores(build: Any) -> None:
+    model = build()
+    length = INPUTS["input_ids"].shape[1]
+    bias = torch.randn(1, 4, length, length, generator=torch.Generator().manual_seed(0))
+    stock = forward(model, INPUTS, position_bias=bias).logits
+    assert (stock - forward(model, INPUTS).logits)[VALID].abs().max() > 0.1
+    vlmfix.patch(model, WriteOut(layers=":"))
+    torch.testing.assert_close(
+        forward(model, INPUTS, position_bias=bias).logits[VALID], stock[VALID], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_output_attentions_hold_the_edited_rows(build: Any) -> None:
