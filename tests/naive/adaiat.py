@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from reference import Naive, Reference, State
@@ -49,3 +50,19 @@ class NaiveAdaIat(Naive):
             if sum(scaled) > 1e-6:  # nothing else in the window: the row stays
                 rows[head] = [each / sum(scaled) for each in scaled]
         return torch.tensor(rows)
+
+
+REAL = [[0.05, 0.04, 0.02, 0.05], [0.09, 0.03, 0.02, 0.04], [0.06, 0.06, 0.03, 0.02], [0.05, 0.05, 0.06, 0.05]]
+HALLUCINATED = [[0.04, 0.02, 0.04, 0.04], [0.03, 0.03, 0.03, 0.03], [0.05, 0.04, 0.03, 0.02], [0.03, 0.02, 0.05, 0.03]]
+"""Made-up statistics under which some gates are open and some are not, and some factors are clamped."""
+STATISTICS = {"real": REAL, "hallucinated": HALLUCINATED, "num_real": 200, "num_hallucinated": 90}
+
+
+def case(alpha: float, beta: float, **options: str) -> tuple[dict[str, Any], NaiveAdaIat]:
+    """Parameters and their naive object."""
+    statistics = {**STATISTICS, "kind": options.get("gate", "mean")}
+    parameters = {"alpha": alpha, "beta": beta, "statistics": statistics, "layers": ":", **options}
+    return parameters, NaiveAdaIat(range(4), alpha, beta, REAL, HALLUCINATED, **options)
+
+
+CASES = [case(6.0, 2.0), case(3.0, 1.0, m_form="paper"), case(6.0, 8.0, gate="share")]

@@ -52,3 +52,11 @@ class NaiveAdhh(Naive):
         if self.mode != "always":
             return heads
         return [0 * each if (number, head) in self.list else each for head, each in enumerate(heads)]
+
+
+LISTED = ((0, 1), (1, 0), (1, 3), (2, 2), (3, 1))
+CASES = [
+    ({"heads": LISTED}, NaiveAdhh(LISTED)),
+    ({"heads": LISTED, "tau": 0.0, "renormalize": True}, NaiveAdhh(LISTED, 0.0, renormalize=True)),
+    ({"heads": LISTED[:3], "mode": "always"}, NaiveAdhh(LISTED[:3], mode="always")),
+]

@@ -30,3 +30,10 @@ class NaiveAllPath(Naive):
             good, bad = (number, head) in self.good, (number, head) in self.bad
             scaled.append(each * (self.up if good and not bad else self.down if bad and not good else 1.0))
         return scaled
+
+
+GOOD, BAD = ((0, 2), (1, 1), (1, 3), (3, 0), (0, 2)), ((1, 0), (2, 2), (3, 0))
+CASES = [
+    ({"up_heads": GOOD, "down_heads": BAD}, NaiveAllPath(GOOD, BAD)),
+    ({"up": 1.0, "down": 0.3, "up_heads": GOOD, "down_heads": BAD}, NaiveAllPath(GOOD, BAD, 1.0, 0.3)),
+]

@@ -25,3 +25,9 @@ class NaiveIat(Naive):
                 if s > float("-inf"):
                     edited[head, j] = s + self.alpha * abs(s)
         return edited
+
+
+CASES = [
+    ({"alpha": 1.5, "layers": ":"}, NaiveIat(range(4), 1.5)),
+    ({"alpha": 0.8, "layers": [1, 3]}, NaiveIat([1, 3], 0.8)),
+]

@@ -51,3 +51,10 @@ class NaiveSpin(Naive):
         ranked = sorted(range(len(heads)), key=lambda h: -gates[h])
         kept = ranked[: max(1, int(self.keep * len(heads)))]
         return [each if h in kept else self.suppress * each for h, each in enumerate(heads)]
+
+
+CASES = [
+    ({"keep": 0.5}, NaiveSpin(range(4), 0.5, 0.08)),
+    ({"keep": 0.95, "suppress": 0.0, "layers": "1:"}, NaiveSpin([1, 2, 3], 0.95, 0.0)),
+    ({"keep": 0.25, "score": "mass"}, NaiveSpin(range(4), 0.25, 0.08, "mass")),
+]
