@@ -33,7 +33,8 @@ Row = dict[str, tuple[str, str]]
 
 LEGEND = {
     "sites": "text attention modules that reach the patch, of those the model has",
-    "strength 0": "a patch of strength zero, and taking a patch off, leave every bit (forward and `generate`)",
+    "strength 0": "a patch of strength zero, and taking a patch off, leave every bit (forward and `generate`), and a "
+    "strength next to zero is next to stock",
     "image mask": "the image tokens found are those whose embeddings the model replaces by visual features",
     "text only": "prompts without an image are answered bit for bit by the stock model",
     "generate": "`generate` reads one prompt, decodes step by step, and the edit shows",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from families import Family
+from method_parameters import parameters_of
 from models import Sample, generate
 from transformers import AttentionInterface
 
@@ -65,25 +66,6 @@ class Probe(Method):
         image = torch.nn.functional.pad(image, (0, num_keys - image.shape[1]))
         rows = image.any(1)[:, None, None].expand(attn_weights.shape[:3])
         return attn_weights * (1 + image[:, None, None]), rows
-
-
-def _sinks(model: Any) -> dict[str, Any]:
-    hidden_size = model.config.get_text_config(decoder=True).hidden_size
-    return {"sink_dims": list(range(hidden_size)), "sink_threshold": 2.0, "nonsink_ratio": 0.1, "image_mass": 0.02}
-
-
-METHOD_PARAMETERS: dict[str, dict[str, Any] | Callable[[Any], dict[str, Any]]] = {
-    "act": {"sink_threshold": 0.05, "min_rows": 2},
-    "var": _sinks,
-}
-"""Parameters under which a method has something to do in a tiny random model, beside ``layers=":"``; those that depend
-on the model are functions of it."""
-
-
-def parameters_of(method: str, model: Any) -> dict[str, Any]:
-    """The parameters a method is measured with."""
-    found = METHOD_PARAMETERS.get(method, {})
-    return {"layers": ":", **(found(model) if callable(found) else found)}
 
 
 class Trial:
@@ -161,17 +143,23 @@ class Trial:
         return Cell(mark)
 
     def identity(self) -> Cell:
-        """Whether a patch of strength zero, and taking a patch off, leave every bit."""
+        """Whether a patch of strength zero, and taking a patch off, leave every bit.
+
+        And whether what VHR does beside its edits, an image-free pass through the model, leaves no trace: next to
+        strength zero, answers are next to those of the stock model.
+        """
         forward = self.family.forward(self.model, self.single).logits
         stock = self.stock
         with self.patched("none"):
             same = torch.equal(self.family.forward(self.model, self.single).logits, forward)
             same &= torch.equal(self.logits(self.single), stock)
-        with self.patched("vhr", layers=":"):
-            self.logits(self.single, 2)
+        with self.patched("vhr", layers=":", alpha=1 + 1e-6):
+            traceless = difference(self.logits(self.single), stock) < 1e-4
         same &= torch.equal(self.family.forward(self.model, self.single).logits, forward)
         same &= torch.equal(self.logits(self.single), stock)
-        return YES if same else Cell("no")
+        if not same:
+            return Cell("no")
+        return YES if traceless else Cell("no", "the image-free pass of vhr changes the answer by itself")
 
     def image_mask(self) -> Cell:
         """Whether the image tokens found are those whose embedding the model replaces."""
@@ -409,6 +397,7 @@ def refused(error: Exception) -> Cell:
 def brief(error: BaseException) -> str:
     """An error in one line that is the same in every run."""
     text = re.sub(r"0x[0-9a-f]+", "0x...", " ".join(str(error).split()))
+    text = re.sub(r"\b\w+For(ConditionalGeneration|CausalLM|VisionText2Text)\b", "the model", text)
     if isinstance(error, REFUSALS):
         return text
     text = text if len(text) <= 200 else text[:199] + "…"

@@ -6,19 +6,23 @@ what a family offers: ``build()``, ``single()``, ``ragged()``, ``text()``, ``col
 
 from __future__ import annotations
 
+import families_cross
 import families_gemma
 import families_llava
+import families_masks
+import families_projector
 import families_qwen
 import families_special
-from families_base import Family, strengthen
+from families_base import Family
+from families_weights import strengthen
 
 __all__ = ["FAMILIES", "Family", "by_name", "strengthen"]
 
-_ALL = {
-    each.name: each
-    for module in (families_llava, families_special, families_qwen, families_gemma)
-    for each in module.FAMILIES
-}
+_MODULES = (
+    *(families_llava, families_projector, families_cross, families_special),
+    *(families_qwen, families_gemma, families_masks),
+)
+_ALL = {each.name: each for module in _MODULES for each in module.FAMILIES}
 _ORDER = """
 llava llava_mistral llava_gemma2 pixtral llava_next llava_next_video llava_onevision vipllava video_llava aya_vision
 cohere2_vision mistral3 got_ocr2 internvl janus deepseek_vl ovis2 aria perception_lm fast_vlm lfm2_vl

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import capability
 import pytest
 import torch
+import transformers
 from capability import Cell, Probe, Trial, difference, measure
 from families import FAMILIES, by_name
+from method_parameters import PARAMETERS
 from models import generate
 
 import vlmfix
@@ -29,6 +33,8 @@ KNOWN: dict[tuple[str, str], str] = {
 """What does not work yet, by family and column."""
 
 
+BROKEN = {("llama4", "5.0."): "the unpatched model cannot read an image"}
+"""Families that some version of transformers has and cannot run."""
 MAY_BE_REFUSED = ("blip2_opt", "blip2_t5", "instructblip", "instructblipvideo", "idefics", "mllama", "florence2")
 """Families whose images are not simply tokens of a decoder's prompt; every other one must be patched."""
 SLIDING = {
@@ -49,6 +55,9 @@ def trial(request: pytest.FixtureRequest) -> Trial:
     reason = by_name(request.param).unavailable()
     if reason is not None:
         pytest.skip(reason)
+    for (name, version), reason in BROKEN.items():
+        if name == request.param and transformers.__version__.startswith(version):
+            pytest.skip(f"upstream: {reason}")
     return _trial(request.param)
 
 
@@ -173,9 +182,9 @@ def test_what_fails_only_under_a_patch_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_a_method_that_edits_nothing_is_no_op_and_refusals_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = _llava()
-    monkeypatch.setitem(capability.METHOD_PARAMETERS, "vhr", {"alpha": 1.0})
+    monkeypatch.setitem(PARAMETERS, "vhr", lambda anatomy: {"alpha": 1.0})
     assert measure(trial, "vhr") == Cell("no-op", "nothing is edited")
-    monkeypatch.setitem(capability.METHOD_PARAMETERS, "vhr", {"alpha": -1.0})
+    monkeypatch.setitem(PARAMETERS, "vhr", lambda anatomy: {"alpha": -1.0})
     refused = measure(trial, "vhr")
     assert refused.mark == "refused"
     assert "alpha" in refused.note
@@ -192,3 +201,38 @@ def test_a_module_that_does_not_dispatch_is_seen(monkeypatch: pytest.MonkeyPatch
     trial = _llava()
     monkeypatch.setattr(trial, "family", dataclasses.replace(trial.family, attention=5))
     assert measure(trial, "sites") == Cell("4/5")
+
+
+# The script that writes the matrix.
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """``scripts/capabilities.py`` as a module."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / "capabilities.py"
+    spec = importlib.util.spec_from_file_location("capabilities", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_matrix_shows_every_cell_and_shares_notes(script: Any) -> None:
+    columns = (*capability.MACHINERY, *capability.method_columns())
+    rows = {name: dict.fromkeys(columns, ("yes", "")) for name in ("llava", "gemma3")}
+    rows["llava"]["cache"] = rows["gemma3"]["beams"] = ("upstream", "why | <so>")
+    text = script.render(rows)
+    machinery = next(line.count("|") for line in text.splitlines() if line.startswith("| "))
+    assert machinery == len(capability.MACHINERY) + 2
+    assert text.count("upstream [1]") == 2
+    assert "1. why \\| \\<so>" in text
+    assert set(script.LEGEND) == set(capability.MACHINERY)
+    for method in capability.method_columns():
+        assert f" {method} |" in text
+
+
+def test_a_check_ignores_versions_and_nothing_else(script: Any) -> None:
+    committed = "# Families\nMeasured with torch 1.\n| a | yes |\n"
+    assert script.difference(committed, committed.replace("torch 1", "torch 2")) == []
+    assert "-| a | yes |" in script.difference(committed, committed.replace("yes", "no"))
