@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,12 @@ from tiny_vlm import CATEGORIES, build_coco_folder, build_tiny_llava
 
 import vlmfix
 from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError
+from vlmfix.anatomy import analyse
+from vlmfix.calibration import adhh
+from vlmfix.calibration.lens import LogitLens
+from vlmfix.calibration.probes import AttentionLog, StreamLog, output_projection
 from vlmfix.calibration.scores import Contrast, ranked, scaled_count
+from vlmfix.calibration.session import Session
 from vlmfix.calibration.words import answer_tokens, find_word, locate_mentions, word_tokens
 from vlmfix.cli import main
 
@@ -210,7 +216,7 @@ def test_act_equals_single_runs(model: Any, processor: Any, plain: Plain) -> Non
 
 
 def test_adhh_equals_whole_recomputation(model: Any, processor: Any, plain: Plain) -> None:
-    samples = described()
+    samples = described(3)
     found = vlmfix.calibrate(model, "adhh", samples, processor=processor, count=3, variants=5, **CAPTIONS)
     sums, counts = {True: torch.zeros(LAYERS, HEADS), False: torch.zeros(LAYERS, HEADS)}, {True: 0, False: 0}
     events = plain.events(samples, 24)
@@ -368,7 +374,7 @@ EVERY = [
     ("allpath", "asked", {"answers": "yesno"}),
     ("allpath", "described", CAPTIONS),
     ("adaiat", "described", CAPTIONS),
-    ("adhh", "described", CAPTIONS),
+    ("adhh", "described", {**CAPTIONS, "max_new_tokens": 12}),
 ]
 
 
@@ -376,7 +382,7 @@ EVERY = [
 def test_round_trip_and_determinism(
     name: str, data: str, options: dict[str, Any], model: Any, processor: Any, tmp_path: Path
 ) -> None:
-    samples = asked() if data == "asked" else described()
+    samples = asked() if data == "asked" else described(3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first = vlmfix.calibrate(model, name, samples, processor=processor, **options)
@@ -410,7 +416,7 @@ def test_limit_draws_by_seed(model: Any, processor: Any) -> None:
 def test_the_model_is_left_as_found(
     name: str, data: str, options: dict[str, Any], patched: bool, model: Any, processor: Any
 ) -> None:
-    samples = asked() if data == "asked" else described()
+    samples = asked() if data == "asked" else described(3)
     expected = vlmfix.calibrate(model, name, samples, processor=processor, **options)
     processor.tokenizer.padding_side = "right"
     model.train()
@@ -449,6 +455,79 @@ def test_the_model_is_left_as_found_after_an_exception(patched: bool, model: Any
         vlmfix.calibrate(model, "allpath", [watching], processor=processor, mentions=mentions)
     assert (vlmfix.status(model) is not None) == patched
     assert torch.equal(model(**inputs).logits, before)
+
+
+# Other families: positions, caches and layers of their own.
+
+
+def family_session(name: str) -> tuple[Any, Any]:
+    """A session on a tiny model of a family whose only sample is the family's own."""
+    family = families.by_name(name)
+    if reason := family.unavailable():
+        pytest.skip(reason)
+    inputs = family.collate([family.sample()])
+
+    class OneSample(Session):
+        def encode(self, samples: Sequence[CalibrationSample]) -> Any:
+            return dict(inputs)
+
+    return OneSample(analyse(family.build().eval()), None, str, None, 1, 5), inputs
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "lfm2_vl", "llava_gemma2", "paligemma"])
+@torch.no_grad()
+def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
+    """Against a caption read step by step with a hook of the test's own; and what generate says at each step."""
+    session, inputs = family_session(name)
+    model, token = session.model, 3
+    log, streams = AttentionLog(), StreamLog(session.anatomy)
+    options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    stock = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    with streams.watch(), vlmfix.patched(model, log.method()):
+        assert torch.equal(model.generate(**inputs, **options), stock.sequences)
+    ids = stock.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    ((index, found),) = adhh._influences(session, None, ids, [token], 3)  # type: ignore[arg-type]
+    assert index == token and found.shape == (len(session.layers), session.anatomy.num_heads)
+
+    def read(ablate: tuple[int, int] | None) -> torch.Tensor:
+        cache = model(**inputs, use_cache=True).past_key_values
+        for each in ids[: token - 1]:
+            model(input_ids=torch.tensor([[each]]), past_key_values=cache, use_cache=True)
+
+        def zero(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            heads, size = args[0].clone(), args[0].shape[-1] // session.anatomy.num_heads
+            assert ablate is not None
+            heads[..., ablate[1] * size : (ablate[1] + 1) * size] = 0
+            return (heads, *args[1:])
+
+        sites = [site for site in session.anatomy.sites if ablate is not None and site.layer_idx == ablate[0]]
+        handles = [output_projection(site.module).register_forward_pre_hook(zero) for site in sites]
+        last = torch.tensor([[ids[token - 1]]])
+        logits: torch.Tensor = model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return logits
+
+    whole = read(None)
+    torch.testing.assert_close(whole, stock.logits[token][0], atol=1e-5, rtol=1e-5)
+    for row, layer in enumerate(session.layers):
+        head = row % session.anatomy.num_heads
+        fall = whole.softmax(-1)[ids[token]] - read((layer, head)).softmax(-1)[ids[token]]
+        torch.testing.assert_close(found[row, head], fall, atol=1e-6, rtol=1e-4)
+    assert found.abs().max() > 1e-5
+    for use_norm in (False, True):
+        gains = LogitLens(session.anatomy, use_norm=use_norm).gains(streams, token, 0, ([ids[token]],))[0]
+        assert gains.shape == found.shape and bool(gains.isfinite().all())
+    assert bool((log.generated(token, 0, "mean") <= 1 / token + 1e-6).all())
+
+
+@pytest.mark.parametrize("name", ["blip2_opt", "mllama", "florence2"])
+def test_models_without_image_tokens_in_their_prompt_are_refused(name: str) -> None:
+    family = families.by_name(name)
+    if reason := family.unavailable():
+        pytest.skip(reason)
+    with pytest.raises(UnsupportedFeatureError, match="cannot be calibrated"):
+        vlmfix.calibrate(family.build(), "vaf", asked(1))
 
 
 # Refusals.

@@ -93,34 +93,34 @@ def _influences(
         The token's index in the caption and fp32 ``[layers, num_heads]``.
     """
     inputs = session.encode([sample])
-    mask = inputs["attention_mask"]
     with patched(session.model, HeadAblation()):
         cache = session.model(**inputs, use_cache=True).past_key_values
-    if not hasattr(cache, "batch_repeat_interleave"):
+    if not hasattr(cache, "reorder_cache"):
         raise UnsupportedFeatureError(
             f"adhh tries all heads of a step at once, which needs a cache that can be repeated; {type(cache).__name__} "
             "cannot. Pass the model's heads yourself: vlmfix.patch(model, 'adhh', heads=[...])."
         )
     for index in range(1, max(wanted, default=0) + 1):
-        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-        step = {"input_ids": torch.tensor([[ids[index - 1]]], device=mask.device), "attention_mask": mask}
+        # No attention mask: nothing is padded, and some models count positions by it.
+        step = torch.tensor([[ids[index - 1]]], device=session.model.device)
         if index in wanted:
             yield index, _influence(session, cache, step, ids[index], variants)
         with patched(session.model, HeadAblation()):
-            session.model(**step, past_key_values=cache, use_cache=True)
+            session.model(input_ids=step, past_key_values=cache, use_cache=True)
 
 
-def _influence(session: Session, cache: Any, step: dict[str, torch.Tensor], token: int, variants: int) -> torch.Tensor:
+def _influence(session: Session, cache: Any, step: torch.Tensor, token: int, variants: int) -> torch.Tensor:
     """Take one decode step with each head zeroed; the fall of a token's probability, fp32 ``[layers, num_heads]``."""
     heads = session.heads
     falls = []
     for start in range(0, len(heads), variants):
         targets = (None, *heads[start : start + variants])  # the first row is the model as it is
         repeated = copy.deepcopy(cache)
-        repeated.batch_repeat_interleave(len(targets))
-        inputs = {name: value.expand(len(targets), -1) for name, value in step.items()}
+        repeated.reorder_cache(torch.zeros(len(targets), dtype=torch.int64, device=step.device))
         with patched(session.model, HeadAblation(targets)):
-            logits = session.model(**inputs, past_key_values=repeated, use_cache=True).logits[:, -1]
+            logits = session.model(
+                input_ids=step.expand(len(targets), -1), past_key_values=repeated, use_cache=True
+            ).logits[:, -1]
         probability = logits.float().softmax(-1)[:, token]
         falls.append(probability[:1] - probability[1:])
     return torch.cat(falls).view(len(session.layers), -1)

@@ -11,7 +11,7 @@ from vlmfix.anatomy import Anatomy
 from vlmfix.calibration.probes import StreamLog, output_projection
 from vlmfix.errors import UnsupportedFeatureError
 
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 
 
 class LogitLens:

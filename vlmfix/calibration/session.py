@@ -144,10 +144,10 @@ def open_session(
         if value < 1:
             raise MethodError(f"{name} must be at least 1, got {value}.")
     anatomy = analyse(model)
-    if any(site.kind != "joint" for site in anatomy.sites):
+    if anatomy.projector is not None or any(site.kind != "joint" for site in anatomy.sites):
         raise UnsupportedFeatureError(
-            f"{type(anatomy.model).__name__} cannot be calibrated: its image tokens are not tokens of the prompt its "
-            "text attention reads. Pass what the method needs yourself, such as heads=[(layer, head), ...]."
+            f"{type(anatomy.model).__name__} cannot be calibrated: its answers do not come from a prompt with image "
+            "tokens that its text attention reads. Pass what the method needs yourself: heads=[(layer, head), ...]."
         )
     processor = _find_processor(model, anatomy, processor)
     tokenizer = processor.tokenizer
