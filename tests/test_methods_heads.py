@@ -128,6 +128,29 @@ def test_a_window_that_leaves_the_image_behind(build: Any, label: str) -> None:
         assert edited > 0, "the edit must be active"
 
 
+@pytest.mark.parametrize("label", FORMULAS)
+def test_a_second_turn_with_a_second_image_agrees_with_the_formula(tiny: Any, label: str) -> None:
+    """The first answer is part of the prompt then."""
+    name, parameters, formula = FORMULAS[label]
+    reference = Reference(tiny, naive=[formula])
+    vlmfix.patch(tiny, name, **parameters)
+    cache, state, found, expected = new_cache(tiny), None, [], []
+    for number, each in enumerate((RAGGED[0], sample(2, 1, 5, seed=22))):
+        ids = each.ids[min(number, 1) :]
+        with torch.no_grad():
+            tokens = torch.tensor([ids])
+            out = tiny(input_ids=tokens, pixel_values=each.pixels, past_key_values=cache, use_cache=True)
+        state, logits = reference.prompt(ids, each.pixels, state)
+        found.append(out.logits[0, -1])
+        expected.append(logits[-1])
+        for token in (20, 21, 22):
+            with torch.no_grad():
+                step = tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            found.append(step.logits[0, -1])
+            expected.append(reference.decode(state, token))
+    close(torch.stack(found), torch.stack(expected))
+
+
 # What holds for all of them.
 
 
@@ -713,37 +736,25 @@ def test_suppressed_slices_are_scaled_and_kept_ones_bit_identical(tiny: Any) -> 
 def test_image_keys_hidden_by_a_mask_do_not_count(tiny: Any) -> None:
     """A mask of pairs hides one picture of two from the last row."""
     each = RAGGED[1]
-    inputs = collate([each])
-    length = len(each.ids)
-    image = [i for i, token in enumerate(each.ids) if token == IMAGE]
+    length, image = len(each.ids), [i for i, token in enumerate(each.ids) if token == IMAGE]
+    reference = Reference(tiny)
+    embeds = reference._embed(list(each.ids), each.pixels)
+    with torch.no_grad():
+        projected = [reference._project(0, x, position) for position, x in enumerate(embeds)]
+    query = projected[-1][0]
     slices = Slices(tiny)
-    seen = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    hidden = seen.clone()
-    hidden[..., -1, image[9:]] = False
-    attention = tiny.model.language_model.layers[0].self_attn
     vlmfix.patch(tiny, SPIN(keep=0.25, suppress=0.0, layers=[0]))
-    for mask, columns in ((seen, image), (hidden, image[:9])):
-        queries: list[torch.Tensor] = []
-        keys: list[torch.Tensor] = []
-        embeds: list[torch.Tensor] = []
-        handle = tiny.model.language_model.layers[0].register_forward_pre_hook(
-            lambda module, args, kwargs, into=embeds: into.append((*args, *kwargs.values())[0]), with_kwargs=True
-        )
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    choices = []
+    for columns in (image, image[:9], image[9:]):
+        mask = seen.clone()
+        mask[..., -1, [j for j in image if j not in columns]] = False
         with torch.no_grad():
-            tiny(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"], attention_mask=mask)
-            handle.remove()
-            x = tiny.model.language_model.layers[0].input_layernorm(embeds[0])[0]
-        reference = Reference(tiny)
-        for position in range(length):
-            with torch.no_grad():
-                query, key, _ = reference._project(0, embeds[0][0, position], position)
-            queries.append(query)
-            keys.append(key)
-        gates = [sum(float(queries[-1][h] @ keys[j][h // 2]) for j in columns) for h in range(4)]
-        alive = [h for h in range(4) if (slices.found[-1][0, -1, h] != 0).any()]
-        assert alive == [gates.index(max(gates))]
-        assert x.shape[0] == length
-    assert attention is not None
+            tiny(input_ids=torch.tensor([each.ids]), pixel_values=each.pixels, attention_mask=mask)
+        gates = [sum(float(query[h] @ projected[j][1][h // 2]) for j in columns) for h in range(4)]
+        choices.append([h for h in range(4) if (slices.found[-1][0, -1, h] != 0).any()])
+        assert choices[-1] == [gates.index(max(gates))]
+    assert len({tuple(each) for each in choices}) > 1, "the mask must matter"
 
 
 def test_large_keys_do_not_overflow_in_half_precision() -> None:
