@@ -80,7 +80,9 @@ def test_every_position_of_a_prompt_agrees_with_the_formula(build: Any, case: st
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.parametrize("case", ["hgai 0", "vaf 0", "vaf 3", "modality_balance 0", "cmai 0", "cmai 1"])
+@pytest.mark.parametrize(
+    "case", ["hgai 0", "vaf 0", "vaf 3", "eah 1", "eah 2", "modality_balance 0", "cmai 0", "cmai 1"]
+)
 def test_further_turns_agree_with_the_formula(build: Any, kind: str, case: str) -> None:
     """Text alone, then an image, then another one."""
     method, formula = CASES[case]

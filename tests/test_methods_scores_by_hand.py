@@ -227,6 +227,16 @@ def test_adaptvis_chooses_per_sample_from_the_stock_distribution(build: Any) -> 
     assert len({bool(each < with_image[0]) for each in with_image}) == 2, "both factors were chosen at once"
 
 
+def test_adaptvis_counts_only_samples_with_a_factor(build: Any) -> None:
+    model = build()
+    confidence = stock_confidence(model)
+    vlmfix.patch(model, AdaptVis(threshold=float(confidence[0]), low=1.0, high=3.0))
+    forward(model, collate(RAGGED))
+    sure = sum(bool(confidence[row] >= confidence[0]) for row in (0, 1, 3))
+    assert 0 < sure < 3
+    assert vlmfix.status(model).edited == (4 * 4 * sure,)
+
+
 def test_the_pass_for_confidence_leaves_no_trace(build: Any) -> None:
     """As if only the edited run had happened: bitwise, with sampling too, with a cache of earlier turns."""
     model = build()

@@ -18,13 +18,13 @@ class NaiveEah(Naive):
     ) -> list[torch.Tensor]:
         if generated:
             return maps
-        total = len(maps)
+        total = past + len(maps)
         threshold = 1.2 / total if self.threshold == "auto" else float(self.threshold)
         counts = []
         for head in range(len(maps[0])):
             count = 0
             for j in sequence.image():
-                later = [float(maps[i][head, j]) for i in range(j + 1, total)]
+                later = [float(maps[i - past][head, j]) for i in range(max(j + 1, past), total)]
                 seen = [weight for weight in later if weight > 0]  # hidden keys have weight 0
                 if seen and sum(seen) / len(seen) > threshold:
                     count += 1
