@@ -199,8 +199,6 @@ class Run:
             kind: Which rows of the prompt.
             decode: Whether rows of generated (or drafted) tokens belong to them.
         """
-        if self.state.in_encoder:
-            decode = decode or kind != "none"
         if (kind, decode) not in self._rows:
             self._rows[kind, decode] = self._prompt_rows(kind, decode) if self.is_prefill else self._decode_rows(decode)
         return self._rows[kind, decode]
