@@ -32,6 +32,8 @@ def test_methods_lists_one_method_per_file() -> None:
     found = vlmfix.methods()
     assert set(found) == files
     assert all(method.name == name and method.summary for name, method in found.items())
+    assert all(getattr(vlmfix, method.__name__) is method for method in found.values())
+    assert {method.__name__ for method in found.values()} <= set(vlmfix.__all__)
     core = {"none": vlmfix.NoMethod, "vhr": vlmfix.VHR, "var": vlmfix.VAR, "act": vlmfix.ACT, "mma": vlmfix.MMA}
     assert found.items() >= core.items()
 

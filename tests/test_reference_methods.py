@@ -18,12 +18,12 @@ import vlmfix
 def test_a_padded_batch_agrees_with_the_formula(build: Any, kind: str, case: tuple[str, dict[str, Any], Any]) -> None:
     name, parameters, formula = case
     model = build(kind)
-    stock = generate(model, collate(RAGGED), 4)[1]
+    stock = generate(model, collate(RAGGED), 5)[1]
     reference = Reference(model, naive=[formula])
     vlmfix.patch(model, name, **parameters)
-    _, logits = generate(model, collate(RAGGED), 4)
+    _, logits = generate(model, collate(RAGGED), 5)
     for row, each in enumerate(RAGGED):
-        _, expected = reference.generate(each.ids, each.pixels, 4, [PAD, IMAGE])
+        _, expected = reference.generate(each.ids, each.pixels, 5, [PAD, IMAGE])
         torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
         assert (each.pixels is None) == bool((logits[row] - stock[row]).abs().max() < 1e-4), "the edit must be visible"
 

@@ -18,11 +18,22 @@ if TYPE_CHECKING:
     from vlmfix.calibration.result import Calibration
     from vlmfix.calibration.samples import CalibrationSample
     from vlmfix.methods.act import ACT
+    from vlmfix.methods.adaiat import AdaIAT
+    from vlmfix.methods.adaptvis import AdaptVis
+    from vlmfix.methods.adhh import ADHH
+    from vlmfix.methods.allpath import AllPath
     from vlmfix.methods.base import Method
+    from vlmfix.methods.cmai import CMAI
+    from vlmfix.methods.eah import EAH
     from vlmfix.methods.fia import FIA
+    from vlmfix.methods.hgai import HGAI
+    from vlmfix.methods.iat import IAT
     from vlmfix.methods.mma import MMA
+    from vlmfix.methods.modality_balance import ModalityBalance
     from vlmfix.methods.none import NoMethod
     from vlmfix.methods.pai import PAI
+    from vlmfix.methods.spin import SPIN
+    from vlmfix.methods.vaf import VAF
     from vlmfix.methods.var import VAR
     from vlmfix.methods.vhr import VHR
     from vlmfix.patching import patch, patched, status, unpatch
@@ -32,14 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "ACT": "vlmfix.methods.act",
-    "FIA": "vlmfix.methods.fia",
-    "MMA": "vlmfix.methods.mma",
-    "PAI": "vlmfix.methods.pai",
     "Method": "vlmfix.methods.base",
-    "NoMethod": "vlmfix.methods.none",
-    "VAR": "vlmfix.methods.var",
-    "VHR": "vlmfix.methods.vhr",
     "Calibration": "vlmfix.calibration.result",
     "CalibrationSample": "vlmfix.calibration.samples",
     "calibrate": "vlmfix.calibration.api",
@@ -56,16 +60,27 @@ _LAZY = {
 
 __all__ = [
     "ACT",
+    "ADHH",
+    "CMAI",
+    "EAH",
     "FIA",
+    "HGAI",
+    "IAT",
     "MMA",
     "PAI",
+    "SPIN",
+    "VAF",
     "VAR",
     "VHR",
+    "AdaIAT",
+    "AdaptVis",
+    "AllPath",
     "Calibration",
     "CalibrationSample",
     "DataError",
     "Method",
     "MethodError",
+    "ModalityBalance",
     "NoMethod",
     "Status",
     "UnsupportedFeatureError",
@@ -87,8 +102,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "methods":
         return import_module("vlmfix.methods")
-    if name not in _LAZY:
-        raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    else:
+        value = _method_class(name)
     globals()[name] = value
     return value
+
+
+def _method_class(name: str) -> Any:
+    """Return a method's class by its own name: every file in ``vlmfix/methods`` has one."""
+    if name[:1].isupper():
+        from vlmfix.recipes import all_methods
+
+        for method in all_methods().values():
+            if method.__name__ == name:
+                return method
+    raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")
