@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import BOS, IMAGE, RAGGED, SINK_WORD, Sample, collate, forward, generate, pictures, sample, words
 from reference import Reference
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import vlmfix
 from vlmfix.methods.adaptvis import AdaptVis
@@ -172,6 +172,41 @@ def test_beams_of_a_batch_equal_recomputed_singles(build: Any, method: Any) -> N
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
         assert abs(total - float(single.sequences_scores[0])) < 1e-4
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@each_of("hgai 0", "vaf 1", "adaptvis 2", "eah 0", "modality_balance 0", "cmai 0")
+def test_compiled_decoding_equals_eager_and_compiles_once(build: Any, method: Any) -> None:
+    model, length = build(layers=2), ONE["input_ids"].shape[1]
+    vlmfix.patch(model, method)
+    graphs: list[Any] = []
+
+    def count(graph: Any, example_inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def decode(run: Any) -> tuple[torch.Tensor, list[int]]:
+        cache, logits, counts = StaticCache(config=model.config, max_cache_len=length + 12), [], []
+        with torch.compiler.set_stance("force_eager"):
+            forward(model, ONE, past_key_values=cache, use_cache=True)
+        for step in range(4):
+            ids, position = torch.tensor([[20 + step]]), torch.tensor([[length + step]])
+            with torch.no_grad():
+                out = run(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+            logits.append(out.logits.clone())
+            counts.append(len(graphs))
+        return torch.stack(logits), counts
+
+    found, counts = decode(torch.compile(model, backend=count, fullgraph=True))
+    close(found, decode(model)[0])
+    assert counts == [1 + method.needs_past] * 4, "reading the cache's length is a graph of its own"
 
 
 @IN_CHUNKS
@@ -366,4 +401,5 @@ def test_methods_without_evidence_must_be_asked_for(build: Any, name: str) -> No
         vlmfix.patch(model, name)
     assert vlmfix.status(model) is None
     vlmfix.patch(model, name, experimental=True)
+    assert "not a" in vlmfix.status(model).notes[0]
     assert generate(model, ONE, 2)[1].isfinite().all()

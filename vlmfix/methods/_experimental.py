@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 
@@ -31,3 +32,7 @@ class ExperimentalMethod(Method):
                 f"{self.name} is {self.caveat}. To try it all the same: "
                 f"vlmfix.patch(model, {self.name!r}, experimental=True)."
             )
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say what it is."""
+        return (f"{self.name} is {self.caveat}",)

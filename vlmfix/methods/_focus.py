@@ -30,19 +30,21 @@ class Focus:
         """Add the rows a method observes, see ``Method.observe``, and find what is outside their focus."""
         run, (start, stop) = layer.run, layer.rows
         prompt, num_keys = run.image_mask.shape[1], attn_weights.shape[-1]
+        assert layer.call is not None
+        size = layer.call.key.shape[2]  # a static cache has its final size from the start
         offset = run.key_offset(layer.site, num_keys)
         weights = attn_weights.mean(1)  # [batch, rows, keys]
         image = run.image_mask.to(weights.device)
         is_text = _text_rows(layer).to(weights.device)
         new = take(weights, -offset, prompt) * (image[:, None] & is_text[..., None])
-        seen = weights.new_zeros(weights.shape[0], prompt, num_keys)
+        seen = weights.new_zeros(weights.shape[0], prompt, size)
         if known is not None:
-            seen = take(known.seen.to(weights.device), offset - known.offset, num_keys)
+            seen = take(known.seen.to(weights.device), offset - known.offset, size)
             seen = F.pad(seen, (0, 0, 0, prompt - seen.shape[1]))
         # Rows of drafts that were dropped stay until they are written anew: no row sees them before.
-        positions = torch.arange(start, stop, device=weights.device) + (run.past - offset)
+        positions = torch.arange(start, stop, device=weights.device) + _on(run.past - offset, weights.device)
         seen = seen.index_copy(2, positions, new.transpose(1, 2))
-        dropped = low_focus(weights @ seen.transpose(1, 2), image, rho).transpose(1, 2)
+        dropped = low_focus(weights @ seen[..., :num_keys].transpose(1, 2), image, rho).transpose(1, 2)
         if start > 0 and known is not None:
             dropped = torch.cat([known.dropped.to(dropped.device), dropped], dim=2)
         return cls(seen, offset, dropped)
@@ -83,9 +85,13 @@ def low_focus(focus: torch.Tensor, image: torch.Tensor, rho: float) -> torch.Ten
 
 def take(per_key: torch.Tensor, start: int | torch.Tensor, length: int) -> torch.Tensor:
     """Return entries ``start..start + length - 1`` of the last dimension, 0 where there are none."""
-    wanted = torch.arange(length, device=per_key.device) + start
+    wanted = torch.arange(length, device=per_key.device) + _on(start, per_key.device)
     inside = (wanted >= 0) & (wanted < per_key.shape[-1])
     return per_key[..., wanted.clamp(0, per_key.shape[-1] - 1)] * inside
+
+
+def _on(number: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
+    return number.to(device) if isinstance(number, torch.Tensor) else number
 
 
 def _text_rows(layer: Layer) -> torch.Tensor:
