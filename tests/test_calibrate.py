@@ -216,7 +216,7 @@ def test_act_equals_single_runs(model: Any, processor: Any, plain: Plain) -> Non
 
 
 def test_adhh_equals_whole_recomputation(model: Any, processor: Any, plain: Plain) -> None:
-    samples = described(3)
+    samples = [*described(2), *described(1, CATEGORIES)]  # the last one invents nothing
     found = vlmfix.calibrate(model, "adhh", samples, processor=processor, count=3, variants=5, **CAPTIONS)
     sums, counts = {True: torch.zeros(LAYERS, HEADS), False: torch.zeros(LAYERS, HEADS)}, {True: 0, False: 0}
     events = plain.events(samples, 24)
@@ -231,6 +231,7 @@ def test_adhh_equals_whole_recomputation(model: Any, processor: Any, plain: Plai
                 logits = plain.read(samples[number], ids[:index], ablate=(at, head)).logits[0, -1]
                 sums[is_real][at, head] += p - logits.softmax(-1)[ids[index]]
     assert min(counts.values()) > 0
+    assert len(hallucinating) == found.provenance["counts"]["captions"] < len({event[0] for event in events})
     assert found.provenance["counts"]["hallucinated"] == counts[False]
     assert found.provenance["counts"]["real"] == counts[True]
     expected = sums[False] / counts[False] - sums[True] / counts[True]

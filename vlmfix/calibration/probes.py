@@ -20,9 +20,9 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True)
 class HeadAblation(Method):
-    """Set one head's output to 0 in the row of a decode step, another one in each sample.
+    """Set one head's output to 0, another one in each sample; meant for single decode steps.
 
-    Prompts are left alone. The heads do not count when two ablations are compared, so that a cache filled without any
+    The heads do not count when two ablations are compared, so that a cache filled without any
     can be continued with each.
 
     Attributes:
@@ -44,7 +44,7 @@ class HeadAblation(Method):
         """Zero slices of ``[batch, 1, num_heads, head_dim]``."""
         at = layer.site.layer_idx
         here = [(row, target[1]) for row, target in enumerate(self.targets) if target is not None and target[0] == at]
-        if layer.run.is_prefill or not here:
+        if not here:
             return head_outputs
         edited = head_outputs.clone()
         for row, head in here:
