@@ -244,6 +244,7 @@ def test_cached_answers_agree_with_recomputation(name: str, method: str) -> None
     assert gap(logits(model, inputs, 6, use_cache=False), cached) < 1e-5
     assert gap(logits(model, inputs, 6, cache_implementation="static"), cached) < 1e-5
     assert gap(recomputed(family, model, inputs, 6), cached) < 1e-5
+    assert gap(logits(model, inputs, 6, prefill_chunk_size=1), cached) < 1e-5
     assert edited(model) > 0
 
 

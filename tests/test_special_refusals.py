@@ -13,6 +13,7 @@ from special_families import ACTING, CROSS, EMBEDDED, ENCODED, EVERY, PAI, VHR, 
 
 import vlmfix
 from vlmfix.anatomy import analyse
+from vlmfix.images import first_looks
 
 # Refusals.
 
@@ -112,6 +113,19 @@ def test_encoder_outputs_from_elsewhere_are_refused(name: str) -> None:
     states = torch.randn(1, inputs["input_ids"].shape[1], 32)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="encoder_outputs"), torch.no_grad():
         language_model(encoder_outputs=(states,), decoder_input_ids=inputs["decoder_input_ids"])
+
+
+def test_rows_at_which_images_come_into_view_stand_for_them() -> None:
+    """Idefics names no placeholder. ``looks`` may also show an image to all tokens, padding included."""
+    looks = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])[..., None]
+    ids, valid = torch.zeros(2, 5, dtype=torch.long), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    inputs = {"input_ids": ids, "image_attention_mask": looks, "attention_mask": valid}
+    assert first_looks(inputs, 0).int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 0, 0]]
+    second = torch.cat([looks, torch.tensor([[0, 0, 0, 0, 1], [0] * 5])[..., None]], dim=2)
+    inputs["image_attention_mask"] = second
+    assert first_looks(inputs, 0).int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 1, 0, 0]]
+    assert first_looks({**inputs, "attention_mask": torch.ones(2, 9)}, 4).int().tolist() == [[0, 0, 1, 0, 1], [0] * 5]
+    assert not first_looks({"input_ids": ids}, 0).any()
 
 
 @pytest.mark.parametrize("name", ENCODED)

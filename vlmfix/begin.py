@@ -128,8 +128,7 @@ def begin_answer(
     methods: tuple[Method, ...],
     counters: Counters,
     *,
-    image_mask: torch.Tensor | None,
-    attention_mask: Any,
+    masks: tuple[torch.Tensor, torch.Tensor] | None,
     known: SequenceState | None,
     past: int | torch.Tensor,
     q_len: int,
@@ -139,8 +138,8 @@ def begin_answer(
     Args:
         methods: The bound methods.
         counters: The patch's counters.
-        image_mask: bool ``[batch, encoded]``, image tokens of the encoder; ``None`` when ``known``.
-        attention_mask: The encoder's, see ``attended_keys``.
+        masks: Image tokens and all that are no padding among the encoder's, bool ``[batch, encoded]``; ``None`` when
+            ``known``.
         known: State of the answer so far, if any.
         past: Tokens of the answer in the cache.
         q_len: New tokens of the answer.
@@ -150,9 +149,8 @@ def begin_answer(
     """
     state = known
     if state is None:
-        assert image_mask is not None
-        valid = attended_keys(attention_mask, 0, image_mask.shape[1], image_mask)
-        image_mask = image_mask & valid
+        assert masks is not None
+        image_mask, valid = masks[0] & masks[1], masks[1]
         has_image = image_mask.any(1).tolist()
         state = SequenceState(
             methods,

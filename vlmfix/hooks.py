@@ -153,7 +153,7 @@ class Patch:
     ) -> Run:
         past, state = self._continued(cache, state)
         input_ids = inputs.get("input_ids")
-        image_mask = self._find_images(module, inputs, past)
+        image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module))
         # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.
         embeds = inputs.get("inputs_embeds") if self._is_inside(module) and not past else None
         prompt_len = image_mask.shape[1] - drafted
@@ -183,14 +183,9 @@ class Patch:
             past = past.clone() if isinstance(past, torch.Tensor) else past
         else:
             past, state = self._continued(cache, state)
+        masks = None if state is not None else self.images.find_encoded(inputs, is_inside=self._is_inside(module))
         run = begin_answer(
-            self.methods,
-            self.counters,
-            image_mask=self._find_images(module, inputs, past) if state is None else None,
-            attention_mask=inputs.get("attention_mask"),
-            known=state,
-            past=past,
-            q_len=answer_length(inputs),
+            self.methods, self.counters, masks=masks, known=state, past=past, q_len=answer_length(inputs)
         )
         if run.begins:
             begin_methods(self._head(module), run, inputs, self.vision)
@@ -211,9 +206,6 @@ class Patch:
         if state is not None:
             self._check_same_methods(state)
         return past, state
-
-    def _find_images(self, module: nn.Module, inputs: dict[str, Any], past: int) -> torch.Tensor:
-        return self.images.find(inputs, past=past, is_inside=self._is_inside(module))
 
     def _is_inside(self, module: nn.Module) -> bool:
         """Whether a module is (part of) a language model that ``generate`` calls inside the model."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from vlmfix.attention import attended_keys
 from vlmfix.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ class Encoded(NamedTuple):
 
     Attributes:
         leading: Leading components of its output, ``[batch, encoded, LEADING]``: recognises it.
-        image_mask: bool ``[batch, encoded]``.
+        image_mask: bool ``[batch, encoded]``: image tokens.
+        valid_mask: bool ``[batch, encoded]``: tokens that are no padding.
     """
 
     leading: torch.Tensor
     image_mask: torch.Tensor
+    valid_mask: torch.Tensor
 
 
 class ImageFinder:
@@ -67,8 +70,10 @@ class ImageFinder:
         """Remember where the images of an encoded prompt are."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         states = output[0].detach()[..., :LEADING].clone()
+        image_mask = self._among_tokens(input_ids, kwargs.get("inputs_embeds"), is_inside=True)
+        valid_mask = attended_keys(kwargs.get("attention_mask"), 0, image_mask.shape[1], image_mask)
         known = self._encoded.setdefault(threading.get_ident(), deque(maxlen=REMEMBERED))
-        known.appendleft(Encoded(states, self._among_tokens(input_ids, kwargs.get("inputs_embeds"), is_inside=True)))
+        known.appendleft(Encoded(states, image_mask, valid_mask))
 
     def find(self, inputs: dict[str, Any], *, past: int, is_inside: bool) -> torch.Tensor:
         """Find the image tokens of a forward.
@@ -79,20 +84,33 @@ class ImageFinder:
             is_inside: Whether the forward is that of a language model inside the vision-language model.
 
         Returns:
-            Bool ``[batch, length]``, of the encoder's tokens where there is an encoder.
+            Bool ``[batch, length]``.
+
+        Raises:
+            UnsupportedFeatureError: They cannot be told from the arguments.
+        """
+        if not self._anatomy.image_token_ids:
+            return first_looks(inputs, past)
+        mask = self._among_tokens(inputs.get("input_ids"), inputs.get("inputs_embeds"), is_inside=is_inside, past=past)
+        if "image" in self._anatomy.kinds and not past and not _has_features(inputs):
+            return torch.zeros_like(mask)  # a placeholder without an image is a word like others
+        return mask
+
+    def find_encoded(self, inputs: dict[str, Any], *, is_inside: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the image tokens and all that are no padding among those of an encoder: bool ``[batch, encoded]``.
+
+        Args:
+            inputs: The arguments of the forward that begins an answer, by name.
+            is_inside: See ``find``.
 
         Raises:
             UnsupportedFeatureError: They cannot be told from the arguments.
         """
         encoded = inputs.get("encoder_outputs")
-        if self._anatomy.encoder is not None and encoded is not None:
+        if encoded is not None:
             return self._of_encoded(encoded[0])
-        if not self._anatomy.image_token_ids:
-            return _first_looks(inputs, past)
-        mask = self._among_tokens(inputs.get("input_ids"), inputs.get("inputs_embeds"), is_inside=is_inside, past=past)
-        if "image" in self._anatomy.kinds and not past and not _has_features(inputs):
-            return torch.zeros_like(mask)  # a placeholder without an image is a word like others
-        return mask
+        image_mask = self.find(inputs, past=0, is_inside=is_inside)
+        return image_mask, attended_keys(inputs.get("attention_mask"), 0, image_mask.shape[1], image_mask)
 
     def _among_tokens(
         self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, *, is_inside: bool, past: int = 0
@@ -123,14 +141,14 @@ class ImageFinder:
             "vlmfix.unpatch(model) first."
         )
 
-    def _of_encoded(self, states: torch.Tensor) -> torch.Tensor:
+    def _of_encoded(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         leading = states.detach()[..., :LEADING]
         for known in self._encoded.get(threading.get_ident(), ()):
             times, rest = divmod(leading.shape[0], known.leading.shape[0])
             if rest or leading.shape[1] != known.leading.shape[1]:
                 continue
             if torch.equal(known.leading.repeat_interleave(times, 0).to(leading), leading):  # beams
-                return known.image_mask.repeat_interleave(times, 0)
+                return known.image_mask.repeat_interleave(times, 0), known.valid_mask.repeat_interleave(times, 0)
         raise UnsupportedFeatureError(
             "The model was called with encoder_outputs that vlmfix did not see being made (in this thread, since the "
             "model was patched), so it cannot tell where the image is. Pass input_ids and pixel_values."
@@ -158,7 +176,7 @@ def blank_images(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     return {**images, "image_attention_mask": looks.new_zeros(looks.shape[0], length, 1)}
 
 
-def _first_looks(inputs: dict[str, Any], past: int) -> torch.Tensor:
+def first_looks(inputs: dict[str, Any], past: int) -> torch.Tensor:
     """Tell images that no token stands for by the rows at which other images come into view."""
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     looks = inputs.get("image_attention_mask")
