@@ -19,8 +19,8 @@ class HGAI(Method):
 
     ``s_hj <- s_hj + alpha * g_j`` with ``g_j = mean_h |s_hj|``, for image tokens j, in the row that predicts the next
     token: the last of the prompt, and every decode step. The mean is over query heads, in fp32. A head that ignores an
-    image token is lifted by what the others see in it (PAI lifts each head by its own score). All heads of a layer must be
-    on one device: under tensor parallelism, each device would average over its own.
+    image token is lifted by what the others see in it (PAI lifts each head by its own score). All heads of a layer
+    must be on one device: under tensor parallelism, each device would average over its own.
 
     With it, captions repeat themselves and name fewer objects: look at recall, length and repeated n-grams too.
 
