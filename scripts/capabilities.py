@@ -32,7 +32,7 @@ Row = dict[str, tuple[str, str]]
 """Per column, the mark and the note."""
 
 LEGEND = {
-    "sites": "text attention modules that reach the patch, of those the model has",
+    "sites": "text attention modules that reach the patch, of those the model has (those of an encoder are left alone)",
     "strength 0": "a patch of strength zero, and taking a patch off, leave every bit (forward and `generate`), and a "
     "strength next to zero is next to stock",
     "image mask": "the image tokens found are those whose embeddings the model replaces by visual features",

@@ -61,11 +61,9 @@ class Probe(Method):
     needs_text_keys: ClassVar[bool] = False
 
     def edit_weights(self, attn_weights: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        num_keys = attn_weights.shape[-1]
-        image = layer.visible_keys(layer.run.image_mask.to(attn_weights.device).float(), num_keys)
-        image = torch.nn.functional.pad(image, (0, num_keys - image.shape[1]))
+        image = layer.keys("image", attn_weights)
         rows = image.any(1)[:, None, None].expand(attn_weights.shape[:3])
-        return attn_weights * (1 + image[:, None, None]), rows
+        return attn_weights * (1 + image[:, None, None].to(attn_weights.dtype)), rows
 
 
 class Trial:
@@ -106,6 +104,16 @@ class Trial:
             yield self.model
         finally:
             vlmfix.unpatch(self.model)
+
+    def acting(self, *methods: tuple[str | Method, dict[str, Any]]) -> Iterator[tuple[str | Method, dict[str, Any]]]:
+        """Those methods, with their parameters, that the model is not refused."""
+        for method, parameters in methods:
+            try:
+                vlmfix.patch(self.model, method, **parameters)
+            except REFUSALS:
+                continue
+            vlmfix.unpatch(self.model)
+            yield method, parameters
 
     def batch_error(self, samples: Sequence[Sample]) -> float:
         """How far a padded batch is from its prompts one by one."""
@@ -153,8 +161,12 @@ class Trial:
         with self.patched("none"):
             same = torch.equal(self.family.forward(self.model, self.single).logits, forward)
             same &= torch.equal(self.logits(self.single), stock)
-        with self.patched("vhr", layers=":", alpha=1 + 1e-6):
-            traceless = difference(self.logits(self.single), stock) < 1e-4
+        with self.patched(Probe()):
+            self.logits(self.single, 2)
+        traceless = True
+        for method, parameters in self.acting(("vhr", {"layers": ":", "alpha": 1 + 1e-6})):
+            with self.patched(method, **parameters):
+                traceless = difference(self.logits(self.single), stock) < 1e-4
         same &= torch.equal(self.family.forward(self.model, self.single).logits, forward)
         same &= torch.equal(self.logits(self.single), stock)
         if not same:
@@ -180,7 +192,7 @@ class Trial:
             return Cell("-", "takes no prompt without an image")
         inputs = self.family.collate([self.family.text()])
         stock = self.logits(inputs)
-        for method, parameters in ((Probe(), {}), ("vhr", {"layers": ":"})):
+        for method, parameters in self.acting((Probe(), {}), ("vhr", {"layers": ":"})):
             with self.patched(method, **parameters):
                 if not torch.equal(self.logits(inputs), stock):
                     return Cell("no")

@@ -45,7 +45,7 @@ class Family:
         picture: Shape of one picture as the model takes it.
         encode: Turns pictures into inputs.
         annotate: Further inputs, from ids, attention mask and pictures.
-        attention: How many text attention modules there are.
+        attention: How many text attention modules there are, those of an encoder left out.
         visual_ids: Ids whose embedding is replaced by visual features: what a patch has to find.
         max_images: Most images per prompt.
         text_only: Whether a prompt may have no image.

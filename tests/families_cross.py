@@ -105,7 +105,7 @@ blip2_t5 = variant(
     "blip2 (t5)",
     config=lambda: _blip("Blip2Config", _t5(), image_token_index=IMAGE),
     annotate=decoder_start(PAD, 20),
-    attention=9,
+    attention=6,
     side="right",
     notes="encoder-decoder: the image is in the encoder; position biases; generate() passes the model's forward by",
 )

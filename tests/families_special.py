@@ -157,7 +157,7 @@ def fuyu() -> Any:
     "florence2",
     "florence2 (encoder-decoder)",
     "Florence2ForConditionalGeneration",
-    attention=8,
+    attention=6,
     block=(IMAGE,) * 5,
     picture=(3, 32, 32),
     encode=stacked(),
