@@ -31,7 +31,7 @@ ACT = {"layers": ":", "sink_threshold": 0.05, "min_rows": 2}
 ACTING = {
     **{name: (("pai", PAI), ("spin", SPIN), ("vhr", VHR), ("act", ACT), ("mma", {"layers": ":"})) for name in EMBEDDED},
     **{name: (("spin", SPIN), ("vhr", VHR), ("act", ACT), ("iat", {"layers": ":"})) for name in CROSS},
-    **{name: (("pai", PAI), ("spin", SPIN), ("act", ACT), ("vaf", {"layers": ":"})) for name in ENCODED},
+    **{name: (("pai", PAI), ("spin", SPIN), ("vhr", VHR), ("act", ACT), ("vaf", {"layers": ":"})) for name in ENCODED},
 }
 CASES = [(name, method, parameters) for name, methods in ACTING.items() for method, parameters in methods]
 IDS = [f"{name}-{method}" for name, method, _ in CASES]
@@ -181,7 +181,8 @@ def naive_vhr(model: Any, modules: list[Any], stock: Callable[[], Any], alpha: f
 
         return hook
 
-    projections = [getattr(module, "o_proj", None) or module.out_proj for module in modules]
+    names = ("o_proj", "out_proj", "o")
+    projections = [next(getattr(module, name) for name in names if hasattr(module, name)) for module in modules]
     handles = [each.register_forward_pre_hook(record(n)) for n, each in enumerate(projections)]
     with torch.no_grad():
         stock()

@@ -200,7 +200,7 @@ def test_spin_in_cross_attention_is_what_the_formula_gives(name: str) -> None:
     assert gap(expected, stock) > 1e-2
 
 
-@pytest.mark.parametrize("name", [*EMBEDDED, *CROSS])
+@pytest.mark.parametrize("name", EVERY)
 def test_vhr_is_what_the_formula_gives(name: str) -> None:
     """The image-free prompt: without image tokens, from embeddings in ``generate``; without cross-attention."""
     family, model = build(name)
@@ -212,13 +212,16 @@ def test_vhr_is_what_the_formula_gives(name: str) -> None:
     def image_free() -> None:
         if name in EMBEDDED:
             naive.language_model(input_ids=text)
+        elif name in ENCODED:
+            inside = naive.language_model if name == "blip2_t5" else naive
+            inside(input_ids=text, decoder_input_ids=inputs["decoder_input_ids"])
         elif name == "mllama":
             naive(input_ids=text)
         else:
             blank = torch.zeros_like(inputs["pixel_values"])
             naive(input_ids=text, pixel_values=blank, image_attention_mask=inputs["image_attention_mask"] * 0)
 
-    modules = [site.module for site in analyse(naive).sites if site.kind in ("joint", "text")]
+    modules = [site.module for site in analyse(naive).sites if site.kind in ("joint", "text", "encoder")]
     with naive_vhr(naive, modules, image_free, alpha=1.7):
         expected = logits(naive, inputs)
     stock = logits(model, inputs)
@@ -227,6 +230,8 @@ def test_vhr_is_what_the_formula_gives(name: str) -> None:
     assert gap(expected, stock) > 1e-2
     forward = family.forward(model, inputs).logits[:, -1]
     assert gap(forward, expected[:, 0]) < 1e-5
+    if name in ENCODED:
+        return
     vlmfix.patch(model, "vhr", **VHR, reinforce_noimg=True)
     again = logits(model, inputs)
     assert 1e-4 < gap(again, stock)

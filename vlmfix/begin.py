@@ -13,6 +13,7 @@ from vlmfix.run import Run, SequenceState, extend_mask, state_of
 
 if TYPE_CHECKING:
     from vlmfix.activity import Counters
+    from vlmfix.images import Encoded
     from vlmfix.methods.base import Method
     from vlmfix.text_only import TextOnlyRun
 
@@ -128,34 +129,34 @@ def begin_answer(
     methods: tuple[Method, ...],
     counters: Counters,
     *,
-    masks: tuple[torch.Tensor, torch.Tensor] | None,
+    encoded: Encoded | None,
     known: SequenceState | None,
     past: int | torch.Tensor,
     q_len: int,
+    text_only: Callable[[Encoded], TextOnlyRun | None],
 ) -> Run:
     """Start a forward of a decoder whose encoder has read the prompt: all its rows are those of generated tokens.
 
     Args:
         methods: The bound methods.
         counters: The patch's counters.
-        masks: Image tokens and all that are no padding among the encoder's, bool ``[batch, encoded]``; ``None`` when
-            ``known``.
+        encoded: What the encoder has read; ``None`` when ``known``.
         known: State of the answer so far, if any.
         past: Tokens of the answer in the cache.
         q_len: New tokens of the answer.
+        text_only: Runs the image-free pass for what was encoded, or returns ``None``.
 
     Returns:
         The run; a new state must be stored on the cache.
     """
     state = known
     if state is None:
-        assert masks is not None
-        image_mask, valid = masks[0] & masks[1], masks[1]
-        has_image = image_mask.any(1).tolist()
+        assert encoded is not None
+        has_image = encoded.image_mask.any(1).tolist()
         state = SequenceState(
             methods,
-            image_mask,
-            valid,
+            encoded.image_mask,
+            encoded.valid_mask,
             None,
             any_image=any(has_image),
             all_images=all(has_image),
@@ -163,6 +164,8 @@ def begin_answer(
         )
     run = Run(state, counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
     run.begins = known is None
+    if encoded is not None and state.any_image:
+        run.text_only = text_only(encoded)
     return run
 
 

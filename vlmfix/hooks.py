@@ -29,7 +29,7 @@ from vlmfix.images import ImageFinder
 from vlmfix.prompt import begin_methods
 from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, state_of
 from vlmfix.sites import Site, edits_text_only_stream, make_sites
-from vlmfix.text_only import run_text_only
+from vlmfix.text_only import encode_text_only, run_text_only
 from vlmfix.vision import VisionRecorder
 
 if TYPE_CHECKING:
@@ -183,9 +183,14 @@ class Patch:
             past = past.clone() if isinstance(past, torch.Tensor) else past
         else:
             past, state = self._continued(cache, state)
-        masks = None if state is not None else self.images.find_encoded(inputs, is_inside=self._is_inside(module))
         run = begin_answer(
-            self.methods, self.counters, masks=masks, known=state, past=past, q_len=answer_length(inputs)
+            self.methods,
+            self.counters,
+            encoded=None if state else self.images.find_encoded(inputs, is_inside=self._is_inside(module)),
+            known=state,
+            past=past,
+            q_len=answer_length(inputs),
+            text_only=lambda encoded: encode_text_only(self.anatomy, self.sites, encoded, inputs),
         )
         if run.begins:
             begin_methods(self._head(module), run, inputs, self.vision)

@@ -30,11 +30,17 @@ class Encoded(NamedTuple):
         leading: Leading components of its output, ``[batch, encoded, LEADING]``: recognises it.
         image_mask: bool ``[batch, encoded]``: image tokens.
         valid_mask: bool ``[batch, encoded]``: tokens that are no padding.
+        tokens: What the encoder read: ids ``[batch, encoded]`` or embeddings ``[batch, encoded, hidden_size]``.
     """
 
     leading: torch.Tensor
     image_mask: torch.Tensor
     valid_mask: torch.Tensor
+    tokens: torch.Tensor
+
+    def expanded(self, times: int) -> Encoded:
+        """Repeat every prompt for its beams."""
+        return Encoded(*(each.repeat_interleave(times, 0) for each in self))
 
 
 class ImageFinder:
@@ -69,11 +75,10 @@ class ImageFinder:
     def after_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Remember where the images of an encoded prompt are."""
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        states = output[0].detach()[..., :LEADING].clone()
-        image_mask = self._among_tokens(input_ids, kwargs.get("inputs_embeds"), is_inside=True)
-        valid_mask = attended_keys(kwargs.get("attention_mask"), 0, image_mask.shape[1], image_mask)
         known = self._encoded.setdefault(threading.get_ident(), deque(maxlen=REMEMBERED))
-        known.appendleft(Encoded(states, image_mask, valid_mask))
+        known.appendleft(
+            self._as_encoded(input_ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), output[0].detach())
+        )
 
     def find(self, inputs: dict[str, Any], *, past: int, is_inside: bool) -> torch.Tensor:
         """Find the image tokens of a forward.
@@ -96,21 +101,37 @@ class ImageFinder:
             return torch.zeros_like(mask)  # a placeholder without an image is a word like others
         return mask
 
-    def find_encoded(self, inputs: dict[str, Any], *, is_inside: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the image tokens and all that are no padding among those of an encoder: bool ``[batch, encoded]``.
+    def find_encoded(self, inputs: dict[str, Any], *, is_inside: bool) -> Encoded:
+        """Find out what an encoder reads or has read.
 
         Args:
             inputs: The arguments of the forward that begins an answer, by name.
             is_inside: See ``find``.
 
         Raises:
-            UnsupportedFeatureError: They cannot be told from the arguments.
+            UnsupportedFeatureError: The images cannot be told from the arguments.
         """
         encoded = inputs.get("encoder_outputs")
         if encoded is not None:
             return self._of_encoded(encoded[0])
-        image_mask = self.find(inputs, past=0, is_inside=is_inside)
-        return image_mask, attended_keys(inputs.get("attention_mask"), 0, image_mask.shape[1], image_mask)
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        return self._as_encoded(*(inputs.get(name) for name in names), is_inside=is_inside)
+
+    def _as_encoded(
+        self,
+        input_ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        attention_mask: Any,
+        states: torch.Tensor | None = None,
+        *,
+        is_inside: bool = True,
+    ) -> Encoded:
+        image_mask = self._among_tokens(input_ids, embeds, is_inside=is_inside)
+        valid_mask = attended_keys(attention_mask, 0, image_mask.shape[1], image_mask)
+        tokens = embeds if input_ids is None else input_ids
+        assert tokens is not None
+        leading = tokens[..., :0] if states is None else states[..., :LEADING].clone()
+        return Encoded(leading, image_mask & valid_mask, valid_mask, tokens.detach())
 
     def _among_tokens(
         self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, *, is_inside: bool, past: int = 0
@@ -141,14 +162,14 @@ class ImageFinder:
             "vlmfix.unpatch(model) first."
         )
 
-    def _of_encoded(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _of_encoded(self, states: torch.Tensor) -> Encoded:
         leading = states.detach()[..., :LEADING]
         for known in self._encoded.get(threading.get_ident(), ()):
             times, rest = divmod(leading.shape[0], known.leading.shape[0])
             if rest or leading.shape[1] != known.leading.shape[1]:
                 continue
             if torch.equal(known.leading.repeat_interleave(times, 0).to(leading), leading):  # beams
-                return known.image_mask.repeat_interleave(times, 0), known.valid_mask.repeat_interleave(times, 0)
+                return known.expanded(times)
         raise UnsupportedFeatureError(
             "The model was called with encoder_outputs that vlmfix did not see being made (in this thread, since the "
             "model was patched), so it cannot tell where the image is. Pass input_ids and pixel_values."

@@ -25,18 +25,16 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
     """Refuse a method that means nothing in a model.
 
     Raises:
-        MethodError: None of the model's kinds of attention is one the method acts in, or the image-free pass the method
-            compares with does not exist; the message says why.
+        MethodError: None of the model's kinds of attention is one the method acts in, or it edits an image-free pass
+            that cannot be followed; the message says why.
     """
     if method.is_identity:
         return
     model = type(anatomy.model).__name__
-    if method.text_only_stream is not None and anatomy.encoder is not None:
+    if method.text_only_stream == "edited" and anatomy.encoder is not None:
         raise MethodError(
-            f"{method.name} does not act in {model}: it compares the prompt's last position with and without the "
-            "image, but here an encoder reads the prompt and the decoder's answer starts from an empty one, so there "
-            "is no such position. Choose a method that acts on attention to the image, such as "
-            "vlmfix.patch(model, 'pai')."
+            f"{method.name} cannot edit its image-free pass in {model}: an encoder reads the prompt, and the layers of "
+            "the decoder cannot be followed one by one beside the answer. Leave reinforce_noimg off."
         )
     if anatomy.kinds.isdisjoint(method.attention_kinds):
         raise MethodError(

@@ -183,6 +183,8 @@ class Run:
 
     def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
         """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
+        if self.state.in_encoder:
+            return states[:, -1]
         valid = self.valid_mask[:, -self.prompt_len :].to(states.device)
         positions = torch.arange(self.prompt_len, device=states.device) + states.shape[1] - self.q_len
         last = (valid * positions).amax(1)
@@ -190,6 +192,8 @@ class Run:
 
     def num_prompt_rows(self) -> torch.Tensor:
         """How many rows of a prompt's forward are no padding: int64 ``[batch]``."""
+        if self.state.in_encoder:
+            return torch.full_like(self.valid_mask[:, 0], self.q_len, dtype=torch.int64)
         return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
 
     def rows(self, kind: PromptRows, decode: bool = True) -> Rows:

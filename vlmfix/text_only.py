@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vlmfix.anatomy import Anatomy
+    from vlmfix.images import Encoded
     from vlmfix.methods.base import Method
     from vlmfix.run import Layer, Run, SequenceState
     from vlmfix.sites import Site
@@ -117,9 +118,8 @@ def run_text_only(
     Raises:
         UnsupportedFeatureError: The text is not known, or a prompt has none.
     """
-    modes = {site.index: {method.text_only_stream for _, method in site.heads} - {None} for site in sites}
-    wanted = frozenset(index for index, asked in modes.items() if asked)
-    if not wanted:
+    stream = _stream(sites)
+    if stream is None:
         return None
     input_ids, length = state.input_ids, state.image_mask.shape[1]
     is_known = input_ids is not None and not bool((input_ids < 0).any())
@@ -129,11 +129,7 @@ def run_text_only(
             "conversation. Pass input_ids (not inputs_embeds), and start with an empty cache."
         )
     keep = state.valid_mask & ~state.image_mask if anatomy.image_token_ids else state.valid_mask
-    lengths = keep.sum(1).tolist()
-    if min(lengths) == 0:
-        raise UnsupportedFeatureError(
-            "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
-        )
+    lengths = _lengths(keep)
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
     attention_mask = keep.gather(1, order)
     text: dict[str, Any] = blank_images(inputs, max(lengths))
@@ -148,6 +144,62 @@ def run_text_only(
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-    stream = TextOnlyRun(wanted, edited=any("edited" in asked for asked in modes.values()))
     anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
     return stream
+
+
+@torch.no_grad()
+def encode_text_only(
+    anatomy: Anatomy, sites: Sequence[Site], encoded: Encoded, inputs: dict[str, Any]
+) -> TextOnlyRun | None:
+    """Let an encoder read the prompts of a batch without their image tokens, and the decoder begin its answer.
+
+    Encoders count positions from the left, so rows are right-padded to one length.
+
+    Args:
+        anatomy: The model.
+        sites: The patched sites.
+        encoded: What the encoder has read.
+        inputs: The arguments of the forward that begins the answer.
+
+    Returns:
+        The recorded stream, or ``None`` when no method at these sites asks for it.
+
+    Raises:
+        UnsupportedFeatureError: A prompt has no text, or how the answer begins is not said.
+    """
+    stream = _stream(sites)
+    if stream is None:
+        return None
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
+    answer = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    if "decoder_input_ids" not in answer and "decoder_inputs_embeds" not in answer:
+        raise UnsupportedFeatureError(
+            "This method compares how the answer begins with and without the image. Pass decoder_input_ids."
+        )
+    keep = encoded.valid_mask & ~encoded.image_mask
+    lengths = _lengths(keep)
+    order = (~keep).to(torch.int8).argsort(dim=1, stable=True)[:, : max(lengths)]
+    if encoded.tokens.dim() == 2:
+        text = {"input_ids": encoded.tokens.gather(1, order)}
+    else:
+        text = {"inputs_embeds": encoded.tokens.gather(1, order[..., None].expand(-1, -1, encoded.tokens.shape[2]))}
+    text["attention_mask"] = keep.gather(1, order).long()
+    anatomy.inner(**text, **answer, use_cache=False, **{RUN_KWARG: stream})
+    return stream
+
+
+def _stream(sites: Sequence[Site]) -> TextOnlyRun | None:
+    modes = {site.index: {method.text_only_stream for _, method in site.heads} - {None} for site in sites}
+    wanted = frozenset(index for index, asked in modes.items() if asked)
+    return TextOnlyRun(wanted, edited=any("edited" in asked for asked in modes.values())) if wanted else None
+
+
+def _lengths(keep: torch.Tensor) -> list[int]:
+    """How many tokens of each prompt are kept."""
+    lengths: list[int] = keep.sum(1).tolist()
+    if min(lengths) == 0:
+        raise UnsupportedFeatureError(
+            "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
+        )
+    return lengths

@@ -19,7 +19,8 @@ class VHR(Method):
     In a prompt, the head outputs at the last position (the one that predicts the first new token) are compared with
     those of an image-free pass over the same text (eq. 4); heads that surge without the image are dropped (eq. 6); the
     heads above the layer's median are multiplied by ``alpha`` at every position (eq. 7) and stay frozen while decoding.
-    Selection is per sample and per layer; attention weights are never edited.
+    Selection is per sample and per layer; attention weights are never edited. Where an encoder reads the prompt, the
+    heads are those of the decoder's cross-attention, and the position is the last one before the answer.
 
     Attributes:
         alpha: Scale of the selected heads, > 0. 1 is the identity. The paper uses 2 on 7B models and reports broken
@@ -65,8 +66,8 @@ class VHR(Method):
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Self-attention over a prompt: without the image, cross-attention to it has no output to compare with."""
-        return ("joint", "text")
+        """Where the image-free pass has an output to compare with: not in cross-attention to image features."""
+        return ("joint", "text", "encoder")
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -80,7 +81,7 @@ class VHR(Method):
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``; in a prompt, choose the heads first."""
-        if layer.run.is_prefill:
+        if layer.run.begins:
             heads = self.select_heads(head_outputs, layer)
             scale = torch.where(heads, self.alpha, 1.0).to(head_outputs.dtype)
             layer.learned = (scale[:, None, :, None], heads.sum())
