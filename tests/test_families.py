@@ -22,17 +22,6 @@ import vlmfix
 
 pytestmark = pytest.mark.families
 
-GEMMA4 = "Gemma4's layers with shared keys read only the last row of a prompt; edits of more rows break there"
-KNOWN: dict[tuple[str, str], str] = {
-    **{("gemma4", column): GEMMA4 for column in ("generate", "batch", "cache", "static", "sliding", "beams")},
-    (
-        "paligemma",
-        "vhr",
-    ): "without token_type_ids, PaliGemma reads padded text causally, other text in both directions",
-}
-"""What does not work yet, by family and column."""
-
-
 BROKEN = {("llama4", "5.0."): "the unpatched model cannot read an image"}
 """Families that some version of transformers has and cannot run."""
 SLIDING = {
@@ -60,13 +49,10 @@ def trial(request: pytest.FixtureRequest) -> Trial:
 
 
 @pytest.fixture
-def cell(trial: Trial, request: pytest.FixtureRequest) -> Callable[[str], Cell]:
+def cell(trial: Trial) -> Callable[[str], Cell]:
     """Measure a column; refused methods and what upstream cannot do are skipped with the reason."""
 
     def look(column: str) -> Cell:
-        if (trial.family.name, column) in KNOWN:
-            reason = KNOWN[trial.family.name, column]
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
         found = measure(trial, column)
         assert vlmfix.status(trial.model) is None
         if found.mark in ("refused", "upstream"):
