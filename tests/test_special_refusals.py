@@ -31,6 +31,7 @@ REFUSED = [
     ("florence2", "adaptvis", {}, "an encoder reads its prompt"),
     ("florence2", "vaf", {"heads": "visual"}, "an encoder reads its prompt"),
     ("mllama", "spin", {"layers": [0, 2]}, r"acts in is in layers \[1, 3\]"),
+    ("mllama", "allpath", {"up_heads": [(0, 1), (1, 1)]}, r"heads are listed in layers \[1\] too"),
     ("mllama", "vhr", {"layers": [1]}, r"acts in is in layers \[0, 2, 4\]"),
 ]
 

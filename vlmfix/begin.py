@@ -220,6 +220,12 @@ def has_images(kwargs: dict[str, Any]) -> bool:
     )
 
 
+def length_of(cache: Any) -> int | torch.Tensor:
+    """How many tokens a cache holds; a copy, since a static cache counts in place."""
+    length: int | torch.Tensor = cache.get_seq_length()
+    return length.clone() if isinstance(length, torch.Tensor) else length
+
+
 def is_empty(cache: Any) -> bool:
     """Whether a cache holds no token, as far as that can be told without waiting for the device."""
     length = cache.get_seq_length()

@@ -22,6 +22,7 @@ from vlmfix.begin import (
     every_row,
     has_images,
     is_empty,
+    length_of,
     num_drafted,
 )
 from vlmfix.errors import UnsupportedFeatureError
@@ -137,8 +138,7 @@ class Patch:
         past: int | torch.Tensor = 0
         is_static = getattr(cache, "is_compileable", False)
         if self._needs_past or keeps_ids or not is_static:
-            past = cache.get_seq_length()
-            past = past.clone() if isinstance(past, torch.Tensor) else past  # a static cache counts in place
+            past = length_of(cache)
         if not is_static and past < state.image_mask.shape[1]:
             state = state.cropped(int(past))
             setattr(cache, STATE_ATTRIBUTE, state)
@@ -179,8 +179,7 @@ class Patch:
         """Start a forward of an encoder-decoder model: every token of its decoder counts as generated."""
         if state is not None and not is_empty(cache):
             self._check_same_methods(state)
-            past = cache.get_seq_length()
-            past = past.clone() if isinstance(past, torch.Tensor) else past
+            past: int | torch.Tensor = length_of(cache)
         else:
             past, state = self._continued(cache, state)
         run = begin_answer(

@@ -283,7 +283,7 @@ def bind_heads(method: M, bound: M, heads: HeadSpec, anatomy: Anatomy) -> M:
         anatomy: The model.
 
     Raises:
-        MethodError: A head outside the model, or none in the chosen layers.
+        MethodError: A head outside the model or its attention, or none in the chosen layers.
     """
     if heads is None:
         return bound
@@ -294,6 +294,12 @@ def bind_heads(method: M, bound: M, heads: HeadSpec, anatomy: Anatomy) -> M:
                 f"with {anatomy.num_heads} heads. The list belongs to another model."
             )
     with_heads = {layer for layer, _ in heads}
+    reachable = {site.layer_idx for site in anatomy.sites if site.kind in method.attention_kinds}
+    if not with_heads <= reachable:
+        raise MethodError(
+            f"{method.name}: the attention it acts in is in layers {sorted(reachable)} of this model; heads are listed "
+            f"in layers {sorted(with_heads - reachable)} too. The list belongs to another model."
+        )
     if method.layers is not None:
         with_heads &= set(bound.layer_indices)
     if heads and not with_heads:
