@@ -398,6 +398,7 @@ def test_round_trip_and_determinism(
     )
     saved = json.loads((tmp_path / "recipe.json").read_text())["calibration"]
     assert saved == first.provenance
+    assert saved["sample_ids"] == list(range(len(samples)))
     assert saved["num_samples"] == len(samples) and saved["seed"] == 0 and saved["versions"]["torch"]
     for recipe in (first, tmp_path / "recipe.json"):
         vlmfix.patch(model, recipe)
