@@ -24,6 +24,7 @@ class Shape(NamedTuple):
 def shape_of(anatomy: Anatomy) -> Shape:
     """Return a model's shape; parts its config does not know are 0."""
     config, text = anatomy.model.config, anatomy.text_config
+    size = getattr(getattr(config, "vision_config", None), "image_size", 0)
     return Shape(
         model_type=config.model_type,
         text_type=text.model_type,
@@ -31,7 +32,7 @@ def shape_of(anatomy: Anatomy) -> Shape:
         num_layers=anatomy.num_layers,
         num_heads=anatomy.num_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or anatomy.num_heads,
-        image_size=getattr(getattr(config, "vision_config", None), "image_size", 0),
+        image_size=size if isinstance(size, int) else 0,  # some have one per side
     )
 
 
