@@ -20,7 +20,8 @@ class VHR(Method):
     those of an image-free pass over the same text (eq. 4); heads that surge without the image are dropped (eq. 6); the
     heads above the layer's median are multiplied by ``alpha`` at every position (eq. 7) and stay frozen while decoding.
     Selection is per sample and per layer; attention weights are never edited. Where an encoder reads the prompt, the
-    heads are those of the decoder's cross-attention, and the position is the last one before the answer.
+    heads are those of the decoder's cross-attention, and the position is the last one before the answer; where image
+    features are keys of cross-attention, the heads are those of self-attention (both ours).
 
     Attributes:
         alpha: Scale of the selected heads, > 0. 1 is the identity. The paper uses 2 on 7B models and reports broken
