@@ -266,12 +266,15 @@ class Reference:
 
     def _embed(self, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
         """What enters the first layer: embeddings, placeholders replaced by image features."""
-        embeds = self.model.get_input_embeddings()(torch.tensor([ids]))[0]
+        embedding = self.model.get_input_embeddings()
+        embeds = embedding(torch.tensor([ids]))[0]
         if pixels is not None:
             features = self.model.get_image_features(pixel_values=pixels)
             features = getattr(features, "pooler_output", features)  # transformers 4 returns the list itself
             embeds = embeds.clone()
             embeds[[i for i, token in enumerate(ids) if token == self.image_id]] = torch.cat(list(features))
+        if self.config.model_type == "gemma2" and not hasattr(embedding, "scalar_embed_scale"):
+            embeds = embeds * self.config.hidden_size**0.5  # in transformers 4 the model scales, not the embedding
         return embeds
 
     def _detect_sinks(self, sequence: State, number: int, states: list[torch.Tensor], generated: bool) -> None:

@@ -271,3 +271,17 @@ def test_images_are_found_by_the_id_of_the_config(tiny: Any) -> None:
     vlmfix.patch(tiny, "vhr")
     forward(tiny, collate([RAGGED[2]]))
     assert vlmfix.status(tiny).prompts_without_image == 1
+
+
+def test_tensor_parallelism_is_refused(tiny: Any) -> None:
+    tiny._tp_size = 2
+    with pytest.raises(vlmfix.UnsupportedModelError, match="tensor parallelism"):
+        vlmfix.patch(tiny)
+
+
+def test_a_forward_without_keywords_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, input_ids: Any, pixel_values: Any = None) -> None: ...
+
+    monkeypatch.setattr(type(tiny.model), "forward", forward)
+    with pytest.raises(vlmfix.UnsupportedModelError, match="keyword arguments"):
+        vlmfix.patch(tiny)

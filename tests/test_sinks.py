@@ -114,3 +114,11 @@ def test_published_dimensions(shape: tuple[Any, ...], dims: tuple[int, ...] | No
     names = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
     known = known_sink_dims(SimpleNamespace(**dict(zip(names, shape, strict=True))))
     assert (known and known.dims) == dims
+
+
+def test_models_without_image_tokens_have_no_sinks_to_find() -> None:
+    from families import by_name
+
+    family = by_name("mllama")
+    with pytest.raises(vlmfix.MethodError, match="find_sink_dims"):
+        vlmfix.find_sink_dims(family.build())

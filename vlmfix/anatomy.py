@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ features are keys of cross-attention (Mllama, Idefics), that is ``"image"`` and 
 answer alone. Where an encoder reads the prompt (Florence-2, BLIP-2 with T5), cross-attention to its image and text
 tokens is ``"encoder"``, and self-attention over the answer ``"answer"``."""
 
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
+"""What attention modules call the projection of their head outputs."""
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
 
 
@@ -140,8 +142,14 @@ def analyse(model: object) -> Anatomy:
             f"{kind} selects keys with a sparse indexer that depends on the attention implementation's name; "
             "patching would silently drop that selection."
         )
+    if (getattr(hf_model, "_tp_size", None) or 1) > 1:
+        raise UnsupportedModelError(
+            f"{kind} is split by tensor parallelism, so that no device sees all heads of a layer, which most methods "
+            "need. Load it with device_map='auto' instead of tp_plan."
+        )
     inner = getattr(language_model, language_model.base_model_prefix or "model", language_model)
     inner = inner if isinstance(inner, nn.Module) else language_model  # LLaVA of transformers 4: no prefix
+    _check_keywords(language_model, inner)
     projector = _projector(hf_model, inner) if encoder is not None or language_model is not hf_model else None
     decoder_layers = _decoder_layers(hf_model, sites[0].decoder_layer)
     return Anatomy(
@@ -158,6 +166,17 @@ def analyse(model: object) -> Anatomy:
         encoder=encoder,
         projector=projector,
     )
+
+
+def _check_keywords(*models: nn.Module) -> None:
+    """Refuse models that do not hand keyword arguments down to their attention."""
+    for model in models:
+        parameters = inspect.signature(type(model).forward).parameters.values()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} of this version of transformers does not pass keyword arguments on to its "
+                "attention, which vlmfix needs. Install the latest: pip install -U transformers."
+            )
 
 
 def _image_token_ids(config: Any) -> Iterator[int]:
@@ -202,7 +221,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         and _is_of(own_config(module), text_config)
         and hasattr(module, "layer_idx")
         and "Attention" in type(module).__name__
-        and any(isinstance(getattr(module, child, None), nn.Module) for child in _OUTPUT_PROJECTIONS)
+        and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
     across = {name for name, _ in found if re.search("cross|enc", name.rpartition(".")[2], re.IGNORECASE)}
     for name, module in found:

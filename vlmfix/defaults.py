@@ -20,11 +20,13 @@ class DefaultRecipe(NamedTuple):
         families: ``model_type`` of their configs; empty for all others.
         methods: As in a recipe file.
         reason: How it was chosen.
+        behind_encoder: Whether it is for models whose prompt an encoder reads, or for all others.
     """
 
     families: tuple[str, ...]
     methods: tuple[dict[str, Any], ...]
     reason: str
+    behind_encoder: bool = False
 
 
 DEFAULTS = (
@@ -42,8 +44,9 @@ DEFAULTS = (
     DefaultRecipe(
         (),
         ({"method": "pai", "alpha": 0.2},),
-        "where VHR means nothing (an encoder reads the prompt): the gentlest setting of the method most often "
-        "reproduced by others (arXiv 2407.21771)",
+        "the gentlest setting of the method most often run by others (arXiv 2407.21771); VHR's reading of a prompt "
+        "that an encoder reads is ours",
+        behind_encoder=True,
     ),
 )
 """In order: the first that names the family, or names none, and means something in the model.
@@ -62,6 +65,8 @@ def default_recipe(anatomy: Anatomy) -> tuple[Method, ...]:
     reasons = []
     for recipe in DEFAULTS:
         if recipe.families and anatomy.model.config.model_type not in recipe.families:
+            continue
+        if recipe.behind_encoder != (anatomy.encoder is not None):
             continue
         methods = tuple(method_from_dict(entry) for entry in recipe.methods)
         try:

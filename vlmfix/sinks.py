@@ -101,6 +101,11 @@ def find_sink_dims(
 def _search(
     anatomy: Anatomy, input_ids: torch.Tensor | None, *, max_dims: int = 3, dominance: float = 5.0
 ) -> tuple[int, ...]:
+    if "joint" not in anatomy.kinds:
+        raise MethodError(
+            f"find_sink_dims: {type(anatomy.model).__name__} has no self-attention over a prompt that holds the "
+            "image's tokens, in which sinks could be found. Choose a method without them, such as vlmfix.patch(model, 'vhr')."
+        )
     embedding = anatomy.model.get_input_embeddings()
     if input_ids is None:
         input_ids = _random_texts(anatomy)

@@ -8,6 +8,7 @@ the prompt reaches it.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import blank_images
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vlmfix.anatomy import Anatomy
     from vlmfix.images import Encoded
@@ -144,8 +145,21 @@ def run_text_only(
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-    anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
+    with _positions_kept(anatomy):
+        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
     return stream
+
+
+@contextmanager
+def _positions_kept(anatomy: Anatomy) -> Iterator[None]:
+    """Keep what older Qwen-VL and GLM-V models remember of the last prompt's positions on the model itself."""
+    owners = [module for module in dict.fromkeys([anatomy.model, anatomy.inner]) if "rope_deltas" in vars(module)]
+    kept = [vars(module)["rope_deltas"] for module in owners]
+    try:
+        yield
+    finally:
+        for module, deltas in zip(owners, kept, strict=True):
+            vars(module)["rope_deltas"] = deltas
 
 
 @torch.no_grad()

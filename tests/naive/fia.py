@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
 import torch
 from reference import Naive, Reference, State
+
+MASKS = {"attention_mask", "causal_attention_mask"}
 
 
 class NaiveFia(Naive):
@@ -73,6 +76,7 @@ def class_token_rows(tower, picture: torch.Tensor) -> tuple[list[float], list[fl
             exps = [math.exp(logit - top) for logit in logits]
             total = [t + exps[1 + j] / sum(exps) for j, t in enumerate(total)]
         rows.append(total)
-        states = layer(states, None)
+        masks = dict.fromkeys(inspect.signature(layer.forward).parameters.keys() & MASKS)
+        states = layer(states, **masks)
         states = states[0] if isinstance(states, tuple) else states
     return rows[0], rows[-2]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vlmfix.anatomy import _OUTPUT_PROJECTIONS, Anatomy
+from vlmfix.anatomy import OUTPUT_PROJECTIONS, Anatomy
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer, Run
@@ -246,7 +246,7 @@ class StreamLog:
 
 def output_projection(module: nn.Module) -> nn.Module:
     """Return the output projection of an attention module."""
-    for name in _OUTPUT_PROJECTIONS:
+    for name in OUTPUT_PROJECTIONS:
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):
             return child
