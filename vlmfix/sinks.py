@@ -104,7 +104,8 @@ def _search(
     if "joint" not in anatomy.kinds:
         raise MethodError(
             f"find_sink_dims: {type(anatomy.model).__name__} has no self-attention over a prompt that holds the "
-            "image's tokens, in which sinks could be found. Choose a method without them, such as vlmfix.patch(model, 'vhr')."
+            "image's tokens, in which sinks could be found. Choose a method without them, such as "
+            "vlmfix.patch(model, 'vhr')."
         )
     embedding = anatomy.model.get_input_embeddings()
     if input_ids is None:
