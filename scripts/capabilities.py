@@ -38,6 +38,8 @@ LEGEND = {
     "image mask": "the image tokens found are those whose embeddings the model replaces by visual features",
     "text only": "prompts without an image are answered bit for bit by the stock model",
     "generate": "`generate` reads one prompt, decodes step by step, and the edit shows",
+    "pipeline": "a pipeline around the model can be patched and answers what `generate` answers (with a stand-in for "
+    "the processor, which gives the family's inputs)",
     "batch": "a padded batch of unequal prompts (one, two, no image) equals its prompts one by one",
     "cache": "decoding with a cache equals recomputation without one",
     "static": "a static cache equals a dynamic one",

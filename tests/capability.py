@@ -17,7 +17,8 @@ import torch
 from families import Family
 from method_parameters import parameters_of
 from models import Sample, generate
-from transformers import AttentionInterface
+from PIL import Image
+from transformers import AttentionInterface, BatchFeature
 
 import vlmfix
 from vlmfix.anatomy import analyse
@@ -209,6 +210,25 @@ class Trial:
             return Cell("no", f"status counts {status.prompts} prompts and {status.decode_steps} decode steps")
         return YES if changed and status.edited[0] > 0 else Cell("no effect")
 
+    def pipeline(self) -> Cell:
+        """Whether a pipeline around the model can be patched, and answers what ``generate`` answers."""
+        from transformers import ImageTextToTextPipeline
+
+        pipe = ImageTextToTextPipeline(model=self.model, processor=StandInProcessor(self.single), device="cpu")
+        options = {"max_new_tokens": TOKENS, "generate_kwargs": {"do_sample": False}, "return_tensors": True}
+        with self.patched(Probe()):
+            expected = self.model.generate(**self.single, max_new_tokens=TOKENS, do_sample=False)
+        vlmfix.patch(pipe, Probe())
+        try:
+            (found,) = pipe(images=Image.new("RGB", (8, 8)), text="?", **options)
+            status = vlmfix.status(pipe)
+        finally:
+            vlmfix.unpatch(pipe)
+        assert status is not None
+        if status.edited[0] == 0:
+            return Cell("no effect")
+        return YES if torch.equal(found["generated_token_ids"], expected[0]) else Cell("no")
+
     def batch(self) -> Cell:
         """Whether a left-padded batch of unequal prompts equals its prompts one by one."""
         if self.batchable is None:
@@ -310,6 +330,7 @@ MACHINERY: dict[str, Callable[[Trial], Cell]] = {
     "image mask": Trial.image_mask,
     "text only": Trial.text_only,
     "generate": Trial.generation,
+    "pipeline": Trial.pipeline,
     "batch": Trial.batch,
     "cache": Trial.cache,
     "static": Trial.static_cache,
@@ -357,6 +378,18 @@ def measure_family(family: Family) -> dict[str, Cell]:
 
 
 # Helpers.
+
+
+class StandInProcessor:
+    """Gives a pipeline a family's own inputs, whatever it is asked: no family's processor can be had offline."""
+
+    chat_template = tokenizer = feature_extractor = image_processor = None
+
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.inputs = inputs
+
+    def __call__(self, **options: Any) -> BatchFeature:
+        return BatchFeature(dict(self.inputs))
 
 
 @dataclass

@@ -115,6 +115,10 @@ def test_generating_reads_one_prompt_decodes_and_shows_the_edit(cell: Any) -> No
     assert cell("generate") == Cell("yes")
 
 
+def test_a_pipeline_answers_like_generate(cell: Callable[[str], Cell]) -> None:
+    assert cell("pipeline") == Cell("yes")
+
+
 def test_a_padded_batch_equals_its_prompts_one_by_one(cell: Any) -> None:
     assert cell("batch").mark == "yes"
 
