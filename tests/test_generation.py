@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_parameters import parameters_of
 from models import BOS, IMAGE, PAD, RAGGED, SINK_DIMS, SINK_WORD, Sample, collate, forward, generate, pictures, sample
 from naive.act import NaiveAct
 from naive.mma import NaiveMma
@@ -336,7 +337,8 @@ def test_text_iterator_streamer(processor_folder: Path) -> None:
     assert text.split() == processor.decode(expected).split()
 
 
-def test_pipeline(processor_folder: Path) -> None:
+@pytest.mark.parametrize("name", ["vhr", "var", "act", "mma", "pai"])
+def test_pipeline(processor_folder: Path, name: str) -> None:
     from PIL import Image
     from transformers import pipeline
 
@@ -356,16 +358,21 @@ def test_pipeline(processor_folder: Path) -> None:
         ]
         for colour, question in zip(colours, questions, strict=True)
     ]
-    options = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 8}, "return_full_text": False}
+    options = {
+        "generate_kwargs": {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12},
+        "return_full_text": False,
+    }
 
     def answers(batch_size: int) -> list[str]:
         return [out[0]["generated_text"] for out in pipe(messages, batch_size=batch_size, **options)]
 
+    strong = {"vhr": {"alpha": 3.0}, "pai": {"alpha": 2.0}, "act": {"beta": 0.0, "sink_threshold": 0.02}}.get(name, {})
     stock = answers(1)
-    assert vlmfix.patch(pipe, "vhr", layers=":", alpha=3.0) is pipe
-    assert vlmfix.status(pipe).methods[0].alpha == 3.0
+    assert vlmfix.patch(pipe, name, **{**parameters_of(name, pipe.model), **strong}) is pipe
+    assert vlmfix.status(pipe).methods[0].name == name
     assert vlmfix.status(pipe.model) is not None
     single = answers(1)
+    assert vlmfix.status(pipe).edited[0] > 0
     assert single != stock
     assert answers(2) == single
     vlmfix.unpatch(pipe)
