@@ -15,6 +15,8 @@ import transformers
 from torch import nn
 
 PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
+NEVER = 1_000_000
+"""An id no model generates: prompt lookup before transformers 5.10 needs some end of text."""
 SINK_WORD = 10
 """The id of a word that is a (textual) sink in models built with ``sinks=True``."""
 SINK_DIMS = (5, 11)
@@ -139,7 +141,7 @@ def tiny_llava(kind: str = "llama", *, seed: int = 0, sinks: bool = False, confi
 def for_tests(model: Any) -> Any:
     """Generate a fixed number of tokens, and never an image placeholder."""
     model.generation_config.suppress_tokens = [PAD, IMAGE]
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = NEVER
     model.generation_config.pad_token_id = PAD
     return model
 
@@ -156,6 +158,9 @@ def strengthen(model: nn.Module) -> None:
         if "embed_tokens" in name or name.endswith("embeddings.weight"):
             std = 1.0
         parameter.normal_(std=std)
+    for name, parameter in model.named_parameters():
+        if name.endswith("class_embedding"):
+            parameter.normal_(std=parameter.numel() ** -0.5)
 
 
 @torch.no_grad()

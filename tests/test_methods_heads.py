@@ -11,7 +11,20 @@ from typing import Any
 import naive
 import pytest
 import torch
-from models import BOS, IMAGE, PAD, RAGGED, SINK_WORD, Sample, collate, forward, generate, pictures, sample
+from models import (
+    BOS,
+    IMAGE,
+    PAD,
+    RAGGED,
+    SINK_WORD,
+    Sample,
+    collate,
+    forward,
+    generate,
+    needs_chunks,
+    pictures,
+    sample,
+)
 from naive.adaiat import HALLUCINATED, REAL, STATISTICS
 from naive.adaiat import case as adaiat_case
 from naive.adhh import LISTED
@@ -391,6 +404,7 @@ def test_generated_text_methods_leave_the_prompt_alone(tiny: Any, method: Any) -
     assert not torch.allclose(stock_answer[:, 1], answer[:, 1], atol=1e-3)
 
 
+@needs_chunks
 @pytest.mark.parametrize("method", [IAT_ON, ADAIAT_ON], ids=lambda each: each.name)
 def test_generated_text_methods_read_a_prompt_in_chunks(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
@@ -398,6 +412,7 @@ def test_generated_text_methods_read_a_prompt_in_chunks(tiny: Any, method: Any) 
     close(generate(tiny, collate([RAGGED[0]]), 4, prefill_chunk_size=7)[1], expected)
 
 
+@needs_chunks
 @pytest.mark.parametrize("method", [ADHH_ON, SPIN_ON], ids=lambda each: each.name)
 def test_a_prompt_in_chunks_is_refused_not_silently_different(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)

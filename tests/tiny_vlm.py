@@ -66,6 +66,7 @@ def build_tiny_llava(
         pad_token="<pad>",
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types, which LLaVA refuses
     )
     side = {"height": image_size, "width": image_size}
     processor = LlavaProcessor(
