@@ -122,8 +122,9 @@ class Patch:
         if tokens is None:
             return None  # the model itself says what is missing
         q_len = tokens.shape[1]
-        # A draft is always checked with a cache; without one, many logits are just wanted.
-        drafted = 0 if cache is None else num_drafted(kwargs)
+        # A draft is always checked with a cache (which some versions leave to the model to make); without one, many
+        # logits are just wanted.
+        drafted = num_drafted(kwargs) if cache is not None or kwargs.get("use_cache") else 0
         is_draft = q_len - drafted <= 1 and not has_images(kwargs)
         if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
