@@ -61,3 +61,13 @@ def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_vlm import build_tiny_llava
 
     return build_tiny_llava(tmp_path_factory.mktemp("llava"), layers=3, hidden_size=32, kv_heads=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what does not hold on older versions of transformers, with the reason."""
+    from old_versions import reason_to_skip
+
+    for item in items:
+        reason = reason_to_skip(item.nodeid)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
