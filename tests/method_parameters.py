@@ -17,8 +17,8 @@ def _sinks(anatomy: Anatomy) -> dict[str, Any]:
 
 
 def _heads(anatomy: Anatomy, head: int) -> list[tuple[int, int]]:
-    """One head of every layer with softmax attention."""
-    return [(layer, head) for layer in sorted({site.layer_idx for site in anatomy.sites})]
+    """One head of every layer with softmax attention over text."""
+    return [(layer, head) for layer in sorted({site.layer_idx for site in anatomy.sites if site.kind != "image"})]
 
 
 def _statistics(anatomy: Anatomy) -> dict[str, Any]:
