@@ -81,6 +81,20 @@ def plant_sink(model: LlavaForConditionalGeneration) -> None:
 SINK_START = 4
 
 
+OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("act", {}),
+    ("mma", {}),
+    ("pai", {}),
+    ("hgai", {}),
+    ("vaf", {}),
+    ("adaptvis", {}),
+    ("iat", {}),
+    ("spin", {}),
+    ("eah", {}),
+)
+"""Methods that need neither a list of heads nor planted sinks, as they come."""
+
+
 def variants(model: LlavaForConditionalGeneration) -> dict[str, Callable[[], Any]]:
     """Name every variant and the context it runs in."""
     var = vlmfix.VAR(sink_dims=[SINK_DIM], image_mass=0.0)
@@ -91,6 +105,7 @@ def variants(model: LlavaForConditionalGeneration) -> dict[str, Callable[[], Any
         "vhr reinforce_noimg": lambda: vlmfix.patched(model, "vhr", alpha=1.3, reinforce_noimg=True),
         "var": lambda: vlmfix.patched(model, var),
         "var + vhr": lambda: vlmfix.patched(model, [var, vlmfix.VHR(alpha=1.3)]),
+        **{name: lambda name=name, options=options: vlmfix.patched(model, name, **options) for name, options in OTHERS},
     }
 
 

@@ -456,6 +456,13 @@ def test_a_tower_without_class_token_is_refused(tiny: Any) -> None:
     assert vlmfix.status(tiny) is None
 
 
+def test_a_tower_of_one_layer_is_refused(tiny: Any) -> None:
+    tower = tiny.model.vision_tower
+    del getattr(tower, "vision_model", tower).encoder.layers[1]
+    with pytest.raises(vlmfix.UnsupportedModelError, match="1 layers"):
+        vlmfix.patch(tiny, "fia")
+
+
 def test_features_without_patches_are_refused(tiny: Any) -> None:
     """Tiled images have no one-to-one order of patches and tokens."""
     vlmfix.patch(tiny, FIA)

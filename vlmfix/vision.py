@@ -31,6 +31,12 @@ class VisionRecorder:
                 "(CLIP has), which this method ranks image patches by. Choose a method without it, such as "
                 "vlmfix.patch(model, 'pai')."
             )
+        deepest = max(layer if layer >= 0 else -layer - 1 for layer in layers)
+        if deepest >= len(attention):
+            raise UnsupportedModelError(
+                f"The vision tower of {type(anatomy.model).__name__} has {len(attention)} layers; this method reads "
+                f"layers {', '.join(map(str, layers))}. Choose another, such as vlmfix.patch(model, 'pai')."
+            )
         self._modules = {layer: attention[layer] for layer in layers}
         self._projected: dict[tuple[int, int, str], torch.Tensor] = {}
         self._seen: dict[int, dict[int, torch.Tensor]] = {}
