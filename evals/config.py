@@ -100,22 +100,28 @@ class MethodSpec:
 
     def describe(self) -> str:
         """The label with the parameters that differ from the method's defaults."""
-        from vlmfix.recipes import method_from_dict
+        from vlmfix.recipes import method_class
 
-        default = method_from_dict({"method": self.params["method"]}).to_dict()
+        name = str(self.params["method"])
+        default = {field.name: field.default for field in fields(method_class(name))}
         changed = [f"{k}={_short(v)}" for k, v in self.params.items() if k in default and default[k] != v]
-        return " ".join([str(self.params["method"]), *changed])
+        return " ".join([name, *changed])
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping) or (isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 4):
+        return f"<{len(value)} entries>"
+    return str(value).replace(" ", "")
 
 
 def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
     """The methods of a run: ``none`` first, then those asked for, each followed by its own controls.
 
     Args:
-        options: ``methods``, ``settings`` (``key=value`` or ``method.key=value``) and ``controls`` are read.
+        options: ``methods`` (names, or recipe files of one method, labelled by the file's stem), ``settings``
+            (``key=value`` or ``label.key=value``) and ``controls`` are read.
         recipe: The testbed's recipe (``{"methods": [{"method": ..., ...}]}``), or None for the methods' defaults.
 
     Raises:
@@ -125,10 +131,15 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
     if "none" in names:
         names.remove("none")
     known = {entry["method"]: dict(entry) for entry in (recipe or {}).get("methods", [])}
-    wanted = {name: {**known.get(name, {}), "method": name} for name in names}
+    wanted: dict[str, dict[str, Any]] = {}
+    for name in names:
+        label, params = _from_file(name) if name.endswith(".json") else (name, {**known.get(name, {}), "method": name})
+        if label in wanted:
+            raise MethodError(f"--method: two of them are called {label!r}. Rename a recipe file.")
+        wanted[label] = params
     _apply_settings(wanted, options.settings)
     specs = [MethodSpec("none", _full({"method": "none"}), "baseline")]
-    for name in names:
+    for name in wanted:
         spec = MethodSpec(name, _full(wanted[name]), "method")
         specs.append(spec)
         # VHR claims that its choice of heads matters: run it with every head, and with the heads it did not choose.
@@ -137,6 +148,15 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
                 params = _full({**spec.params, "select": select})
                 specs.append(MethodSpec(f"{name}/{select}", params, "control", name))
     return specs
+
+
+def _from_file(path: str) -> tuple[str, dict[str, Any]]:
+    from vlmfix.recipes import load_recipe
+
+    found = load_recipe(path)
+    if len(found) != 1:
+        raise MethodError(f"--method {path}: a row of the table is one method, the recipe holds {len(found)}.")
+    return Path(path).stem, found[0].to_dict()
 
 
 def method_specs(methods: Mapping[str, Any]) -> list[MethodSpec]:
@@ -157,7 +177,7 @@ def _full(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) -> None:
-    parameters = {name: _parameters(name) for name in wanted}
+    parameters = {name: _parameters(str(params["method"])) for name, params in wanted.items()}
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator or not key:
@@ -174,9 +194,9 @@ def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) 
 
 
 def _parameters(name: str) -> tuple[str, ...]:
-    from vlmfix.recipes import method_from_dict
+    from vlmfix.recipes import method_class
 
-    return tuple(f.name for f in fields(method_from_dict({"method": name})))
+    return tuple(field.name for field in fields(method_class(name)))
 
 
 def _parse_value(text: str) -> Any:

@@ -20,6 +20,7 @@ import pytest
 from shared_data import DATA, needs_data
 from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
 
+import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import cache, config, generate, models, report, runner, samples, scoring, tasks
@@ -807,3 +808,24 @@ def _stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     yield
+
+
+def test_recipe_files_are_rows_of_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "few_heads.json"
+    vlmfix.save_recipe(path, vlmfix.ADHH(heads=[(0, 1), (2, 3)]))
+    options = config.EvalOptions(
+        out=tmp_path, methods=(str(path), "cmai"), settings=("few_heads.tau=0.2", "experimental=true")
+    )
+    _, recipe, cmai = config.plan_methods(options, None)
+    assert (recipe.label, recipe.describe()) == ("few_heads", "adhh tau=0.2 heads=[[0,1],[2,3]]")
+    assert recipe.build() == vlmfix.ADHH(heads=[(0, 1), (2, 3)], tau=0.2)
+    assert cmai.describe() == "cmai experimental=True"
+    vlmfix.save_recipe(path, [vlmfix.PAI(), vlmfix.VHR()])
+    with pytest.raises(MethodError, match="holds 2"):
+        config.plan_methods(config.EvalOptions(out=tmp_path, methods=(str(path),)), None)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        vlmfix.save_recipe(tmp_path / folder / "same.json", vlmfix.PAI())
+    both = tuple(str(tmp_path / folder / "same.json") for folder in ("a", "b"))
+    with pytest.raises(MethodError, match="two of them"):
+        config.plan_methods(config.EvalOptions(out=tmp_path, methods=both), None)

@@ -104,7 +104,7 @@ def _add_eval(verbs: Any) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="methods (default: vhr var; see 'vlmfix methods')",
+        help="methods, or recipe files (default: vhr var; see 'vlmfix methods')",
     )
     what.add_argument(
         "--set",
