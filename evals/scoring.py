@@ -15,7 +15,7 @@ from .metrics.chair import ChairTable, score_captions
 from .metrics.pope import PopeTable, score_answers
 from .report import BY_KEY, METRICS, Metric, finite
 from .samples import Answer
-from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Interval, paired_bootstrap
+from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Interval, paired_bootstrap, percentile_interval
 from .tasks import ChairTask, PopeTask, Tasks
 
 RESAMPLES = 2000
@@ -173,20 +173,13 @@ def paired_auc(table: PopeTable, other: PopeTable, *, seed: int = 0) -> Interval
     ranked = [_ranked(t) for t in (table, other)]
     ones = np.ones((1, n))
     estimate = float(np.subtract(*(_weighted_auc(r, ones[:, inverse]) for r in ranked))[0])
-    if n < 2:
-        return Interval(estimate, float("nan"), float("nan"), n)
     rng = np.random.default_rng(seed)
-    draws = []
-    for start in range(0, RESAMPLES, 250):  # Bounds the memory at 250 weights per question.
+    draws = [np.empty(0)]
+    for start in range(0, RESAMPLES if n > 1 else 0, 250):  # Bounds the memory at 250 weights per question.
         count = min(250, RESAMPLES - start)
         weights = rng.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)[:, inverse]
         draws.append(np.subtract(*(_weighted_auc(r, weights) for r in ranked)))
-    values = np.concatenate(draws)
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return Interval(estimate, float("nan"), float("nan"), n, RESAMPLES)
-    low, high = np.quantile(defined, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(estimate, float(low), float(high), n, RESAMPLES - len(defined))
+    return percentile_interval(estimate, np.concatenate(draws), n, CONFIDENCE, difference=True)
 
 
 def _ranked(table: PopeTable) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:

@@ -58,6 +58,8 @@ class Interval:
         high: Upper end; NaN with fewer than two images.
         n: Number of images (clusters).
         undefined: Resamples in which the figure had a zero denominator; they are left out.
+        p_value: Of a difference, two-sided: the smallest alpha at which the interval of confidence 1 - alpha excludes
+            zero, at least 2 / (resamples + 1). NaN for a single figure, and where there is no interval.
     """
 
     estimate: float
@@ -65,6 +67,7 @@ class Interval:
     high: float
     n: int
     undefined: int = 0
+    p_value: float = math.nan
 
     @property
     def excludes_zero(self) -> bool:
@@ -188,7 +191,8 @@ def paired_bootstrap(
     def difference(sums: FloatArray) -> FloatArray:
         return statistic.value(sums[..., : a.shape[1]]) - statistic.value(sums[..., a.shape[1] :])
 
-    return _bootstrap(np.concatenate([a, b], axis=1), difference, n_resamples, seed, confidence)
+    found = _bootstrap(np.concatenate([a, b], axis=1), difference, n_resamples, seed, confidence)
+    return percentile_interval(*found, confidence, difference=True)
 
 
 def bootstrap(
@@ -201,9 +205,47 @@ def bootstrap(
     confidence: float = 0.95,
 ) -> Interval:
     """Interval of one figure of one table; arguments and errors as in :func:`paired_bootstrap`."""
-    return _bootstrap(
-        _cluster_sums(statistic, table, _keys(table, clusters)), statistic.value, n_resamples, seed, confidence
-    )
+    sums = _cluster_sums(statistic, table, _keys(table, clusters))
+    return percentile_interval(*_bootstrap(sums, statistic.value, n_resamples, seed, confidence), confidence)
+
+
+def percentile_interval(
+    estimate: float, draws: FloatArray, n: int, confidence: float, *, difference: bool = False
+) -> Interval:
+    """The percentile interval, and for a difference the p-value, of bootstrap resamples.
+
+    Args:
+        estimate: The figure on all images.
+        draws: float64 [resamples], NaN where the figure is undefined; empty where nothing was resampled.
+        n: Number of images.
+        confidence: Coverage of the interval.
+        difference: Whether zero means "no difference", so that there is a p-value.
+    """
+    defined = np.sort(draws[~np.isnan(draws)])
+    undefined = len(draws) - len(defined)
+    if not len(defined):
+        return Interval(estimate, math.nan, math.nan, n, undefined)
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    p_value = _inverted(defined) if difference else math.nan
+    return Interval(estimate, float(low), float(high), n, undefined, p_value)
+
+
+def _inverted(draws: FloatArray) -> float:
+    """Two-sided p-value by inverting the percentile interval of sorted draws, float64 [k].
+
+    ``np.quantile`` interpolates between the draws, at level i / (k - 1) draw i. The interval at alpha excludes zero iff
+    alpha / 2 is below the level up to which the quantiles are >= 0 on one side (<= 0 on the other).
+    """
+    k = len(draws)
+    tails = []
+    for side in (draws, -draws[::-1]):
+        upto = int(np.searchsorted(side, 0.0, side="right"))  # draws on the wrong side of zero, or on it
+        if upto == 0 or upto == k:
+            tails.append(upto / k)
+        else:
+            below, above = side[upto - 1], side[upto]
+            tails.append((upto - 1 + (0.0 - below) / (above - below)) / (k - 1))
+    return float(min(1.0, max(2 * min(tails), 2 / (k + 1))))
 
 
 def image_differences(statistic: Statistic, table_a: Table, table_b: Table) -> tuple[NDArray[np.int64], FloatArray]:
@@ -222,47 +264,6 @@ def image_differences(statistic: Statistic, table_a: Table, table_b: Table) -> t
     a = statistic.value(_cluster_sums(statistic, table_a, table_a.image_ids))
     b = statistic.value(_cluster_sums(statistic, table_b, table_b.image_ids))
     return ids_a, a - b
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Exact McNemar test of two sets of answers to the same questions.
-
-    Attributes:
-        only_a: Questions that only the first answers right.
-        only_b: Questions that only the second answers right.
-        p_value: Two-sided; 1 if there is no such question.
-    """
-
-    only_a: int
-    only_b: int
-    p_value: float
-
-
-def mcnemar(table_a: Any, table_b: Any) -> McNemar:
-    """Exact McNemar test between two ``PopeTable`` of the same questions in the same order.
-
-    Of the questions that only one of the two answers right, the first one's share is Binomial(1/2) if both are equally
-    good: p = min(1, 2 * P(X <= min(only_a, only_b))). It takes questions as independent; :func:`paired_bootstrap` does
-    not.
-
-    Raises:
-        DataError: the tables are not about the same questions in the same order.
-    """
-    if table_a.question_ids != table_b.question_ids or not np.array_equal(table_a.label, table_b.label):
-        raise DataError(
-            "the two POPE tables are not about the same questions in the same order: score both methods on one "
-            "question list"
-        )
-    right_a, right_b = np.asarray(table_a.correct), np.asarray(table_b.correct)
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    n = only_a + only_b
-    # Integers keep it exact for any n; Python divides big integers without overflow.
-    ways, tail = 1, 0
-    for i in range(min(only_a, only_b) + 1):
-        tail += ways
-        ways = ways * (n - i) // (i + 1)
-    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**n))
 
 
 def _keys(table: Table, clusters: ArrayLike | None) -> NDArray[Any]:
@@ -286,23 +287,19 @@ def _cluster_sums(statistic: Statistic, table: Table, keys: NDArray[Any]) -> Flo
 
 def _bootstrap(
     sums: FloatArray, value: Callable[[FloatArray], FloatArray], n_resamples: int, seed: int, confidence: float
-) -> Interval:
+) -> tuple[float, FloatArray, int]:
+    """The figure, its resamples float64 [n_resamples] (none with fewer than two clusters), and the clusters' number."""
     if n_resamples < 1 or not 0 < confidence < 1:
         raise DataError(f"expected n_resamples >= 1 and 0 < confidence < 1, found {n_resamples} and {confidence}")
     n = len(sums)
     estimate = float(value(sums.sum(axis=0)))
     if n < 2:
-        return Interval(estimate, math.nan, math.nan, n)
-    draws = np.concatenate([value(weights @ sums) for weights in _resamples(n, n_resamples, seed)])
-    defined = draws[~np.isnan(draws)]
-    if not len(defined):
-        return Interval(estimate, math.nan, math.nan, n, n_resamples)
-    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high), n, n_resamples - len(defined))
+        return estimate, np.empty(0), n
+    return estimate, np.concatenate([value(weights @ sums) for weights in resamples(n, n_resamples, seed)]), n
 
 
-def _resamples(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
-    """How often each of n clusters is drawn, float64 [chunk, n]; the same for every chunk size."""
+def resamples(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
+    """How often each of n clusters is drawn, in pieces float64 [chunk, n]; the same draws for every chunk size."""
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // n)
     for start in range(0, n_resamples, chunk):

@@ -121,7 +121,7 @@ def test_results_schema(finished: Path) -> None:
         else:
             assert set(method["differences"]) == set(report.BY_KEY)
             for interval in method["differences"].values():
-                assert set(interval) == {"estimate", "low", "high", "n", "undefined"} and interval["n"] == 4
+                assert set(interval) >= {"estimate", "low", "high", "n", "undefined", "p_value"} and interval["n"] == 4
     stored = json.loads((finished / "config.json").read_text())
     assert stored["settings"] == results["settings"]
     assert stored["settings"]["chair"]["image_ids"] == [10, 20, 30, 40]

@@ -16,7 +16,6 @@ from vlmfix.evals.stats import (
     bootstrap,
     columns,
     image_differences,
-    mcnemar,
     paired_bootstrap,
     ratio,
 )
@@ -234,31 +233,3 @@ def empty(table):
     for name, value in vars(table).items():
         object.__setattr__(picked, name, value[:0] if isinstance(value, np.ndarray) else value)
     return picked
-
-
-def labelled(answers):
-    return score_labels([True] * len(answers), answers, image_ids=range(len(answers)))
-
-
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 3), (5, 1), (2, 9), (0, 12)])
-def test_mcnemar_equals_enumeration(only_a, only_b):
-    n = only_a + only_b
-    a = labelled(["Yes"] * only_a + ["No"] * only_b + ["Yes", "No"])
-    b = labelled(["No"] * only_a + ["Yes"] * only_b + ["Yes", "No"])
-    result = mcnemar(a, b)
-    assert (result.only_a, result.only_b) == (only_a, only_b)
-    extreme = [abs(sum(flips) - n / 2) >= abs(only_a - n / 2) for flips in itertools.product((0, 1), repeat=n)]
-    assert result.p_value == pytest.approx(np.mean(extreme), abs=1e-15)
-
-
-def test_mcnemar_of_many_questions_stays_exact():
-    a, b = labelled(["Yes"] * 2100 + ["No"] * 1900), labelled(["No"] * 2100 + ["Yes"] * 1900)
-    z = (200 - 1) / math.sqrt(4000)  # normal approximation with continuity correction
-    assert mcnemar(a, b).p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
-
-
-def test_mcnemar_needs_the_same_questions():
-    with pytest.raises(DataError, match="same questions"):
-        mcnemar(labelled(["Yes", "No"]), labelled(["Yes"]))
-    with pytest.raises(DataError, match="same questions"):
-        mcnemar(labelled(["Yes"]), score_labels([False], ["Yes"], image_ids=[0]))
