@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.run import Run, SequenceState, extend_mask, state_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlmfix.activity import Counters
     from vlmfix.images import Encoded
     from vlmfix.methods.base import Method
@@ -184,6 +187,12 @@ class ReorderWithState:
 
 
 # What a forward is, by its arguments.
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments a module's forward takes by position, in order."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without self
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD) or ("input_ids",)
 
 
 def answer_length(inputs: dict[str, Any]) -> int:

@@ -24,6 +24,7 @@ from vlmfix.begin import (
     is_empty,
     length_of,
     num_drafted,
+    parameter_names,
 )
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
@@ -53,6 +54,8 @@ class Patch:
         self.images = ImageFinder(anatomy)
         self.owner: Context | None = None
         self._handles: list[Any] = []
+        self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
+        self._parameters = {type(module): parameter_names(module) for module in self._hooked}
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
         active = [method for method in methods if not method.is_identity]
         self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
@@ -72,7 +75,7 @@ class Patch:
                 config.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
                 config.__dict__[SITE_ATTRIBUTE] = site
                 site.module.config = config  # type: ignore[assignment]
-            for module in dict.fromkeys([self.anatomy.model, self.anatomy.language_model, self.anatomy.inner]):
+            for module in self._hooked:
                 self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
             for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
@@ -112,7 +115,7 @@ class Patch:
         """Add the ``Run`` of this forward to its keyword arguments, unless the caller (or an outer hook) chose one."""
         if RUN_KWARG in kwargs:
             return None
-        inputs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
+        inputs = {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
         cache = inputs.get("past_key_values")
         state = state_of(cache)
         if self.anatomy.encoder is not None:
@@ -124,8 +127,8 @@ class Patch:
         q_len = tokens.shape[1]
         # A draft is always checked with a cache (which some versions leave to the model to make); without one, many
         # logits are just wanted.
-        drafted = num_drafted(kwargs) if cache is not None or kwargs.get("use_cache") else 0
-        is_draft = q_len - drafted <= 1 and not has_images(kwargs)
+        drafted = num_drafted(inputs) if cache is not None or inputs.get("use_cache") else 0
+        is_draft = q_len - drafted <= 1 and not has_images(inputs)
         if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
