@@ -74,6 +74,9 @@ def begin_prompt(
     valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
     image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
     valid = extend_mask(None if known is None else known.valid_mask, valid, past, fill=True)
+    if past and isinstance(attention_mask, torch.Tensor) and attention_mask.shape == (batch, past + q_len):
+        # Answers of a batch end at different lengths: what the caller hides behind the shorter ones is padding.
+        valid = valid & attention_mask[:, : past + prompt_len].to(valid.device).bool()
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = []
     if input_ids is not None:
         if drafted:
