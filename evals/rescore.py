@@ -45,12 +45,12 @@ def score_chair_file(path: Path, data_dir: Path, *, mode: str = "original", out:
         image_id = parse_image_id(name, where)
         if image_id in captions:
             raise DataError(f"{where}: image {image_id} has a caption already; CHAIR takes one caption per image")
-        captions[image_id] = _text(row, where)
+        captions[image_id] = text_of(row, where)
     matcher = ChairMatcher(mode)  # type: ignore[arg-type]
     data = CocoData.load(data_dir)
     table = score_captions(captions, ground_truth(data, sorted(captions), matcher), matcher)
     result = {"benchmark": "chair", "mode": mode, "counts": table.counts(), "summary": finite(table.summary())}
-    _write(out, path, result)
+    write_result(out, path, result)
     summary = table.summary()
     columns = ["captions", "CHAIR_s", "CHAIR_i", "recall", "precision", "F1", "words"]
     names = ("chair_s", "chair_i", "recall", "precision", "f1")
@@ -82,7 +82,7 @@ def score_pope_file(path: Path, questions: Sequence[Path], *, parser: str = "off
         "parser": parser,
         "splits": {split: {"counts": t.counts(), "summary": finite(t.summary())} for split, t in tables.items()},
     }
-    _write(out, path, result)
+    write_result(out, path, result)
     columns = ["split", "n", "accuracy", "precision", "recall", "F1", "yes", "unparsed"]
     names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
     lines = [columns]
@@ -106,7 +106,7 @@ def _tables_from_questions(
                     f"{where}: the question files have the splits {', '.join(sorted(splits))}, and the line says "
                     f"{split!r}; score one split at a time, or add 'split' to every line"
                 )
-            answers[split, str(row["question_id"])] = _text(row, where)
+            answers[split, str(row["question_id"])] = text_of(row, where)
         lacking = [q for q in questions if (q.split, q.question_id) not in answers]
         if lacking:
             raise DataError(
@@ -119,7 +119,7 @@ def _tables_from_questions(
             f"{path} has {len(rows)} answers without question_id, the question files {len(questions)} questions"
         )
     else:
-        texts = [_text(row, where) for where, row in rows]
+        texts = [text_of(row, where) for where, row in rows]
     by_split: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         by_split.setdefault(question.split, []).append(index)
@@ -139,7 +139,7 @@ def _table_from_labels(rows: Sequence[tuple[str, Mapping[str, Any]]], parser: st
                 f"{where}: without --questions every line needs a label (yes or no), found {row.get('label')!r}"
             )
         labels.append(label)
-    texts = [_text(row, where) for where, row in rows]
+    texts = [text_of(row, where) for where, row in rows]
     return {"all": score_labels(labels, texts, image_ids=range(len(rows)), parser=parser)}  # type: ignore[arg-type]
 
 
@@ -175,13 +175,21 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _text(row: Mapping[str, Any], where: str) -> str:
-    for key in _TEXT_KEYS:
-        if key in row:
+def text_of(row: Mapping[str, Any], where: str, keys: Sequence[str] = _TEXT_KEYS) -> str:
+    """The text under the first of ``keys`` that the row has.
+
+    Raises:
+        DataError: It has none of them, or null in it.
+    """
+    for key in keys:
+        if row.get(key) is not None:
             return str(row[key])
-    raise DataError(f"{where}: expected one of {', '.join(_TEXT_KEYS)}, found the keys {', '.join(row)}")
+        if key in row:
+            raise DataError(f"{where}: {key!r} is null; give the text, or an empty one if there is no answer")
+    raise DataError(f"{where}: expected one of {', '.join(keys)}, found the keys {', '.join(row)}")
 
 
-def _write(out: Path | None, path: Path, result: Mapping[str, Any]) -> None:
+def write_result(out: Path | None, path: Path, result: Mapping[str, Any]) -> None:
+    """Write figures and counts as JSON to ``out``, if it is given; ``path`` is the file they were scored from."""
     if out is not None:
         write_json(out, {"schema_version": SCHEMA_VERSION, "file": str(path), **result})

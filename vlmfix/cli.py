@@ -225,7 +225,22 @@ def _add_score(verbs: Any) -> None:
     )
     pope.add_argument("--parser", default="official", help="rule that reads yes or no (default: official)")
     pope.set_defaults(run=_score_pope)
-    for kind in (chair, pope):
+    amber = kinds.add_parser("amber", allow_abbrev=False, help="responses against AMBER's annotations")
+    amber.add_argument("file", type=Path, metavar="FILE", help="JSON lines with id and response (or answer, text)")
+    amber.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with annotations.json, relation.json and safe_words.txt",
+    )
+    amber.add_argument(
+        "--spacy",
+        metavar="MODEL",
+        help="word similarity, officially en_core_web_lg (default: none, exact words only)",
+    )
+    amber.set_defaults(run=_score_amber)
+    for kind in (chair, pope, amber):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
 
 
@@ -339,3 +354,10 @@ def _score_pope(options: argparse.Namespace) -> None:
     from vlmfix.evals.rescore import score_pope_file
 
     _show(score_pope_file(options.file, options.questions, parser=options.parser, out=options.out))
+
+
+def _score_amber(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore_benchmarks import score_amber_file
+
+    _show(score_amber_file(options.file, options.data, spacy_model=options.spacy, out=options.out))
