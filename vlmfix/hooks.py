@@ -213,6 +213,8 @@ class Patch:
             return 0, None
         if state is not None:
             self._check_same_methods(state)
+            if past < state.image_mask.shape[1]:
+                state = state.cropped(past)
         return past, state
 
     def _is_inside(self, module: nn.Module) -> bool:

@@ -59,7 +59,7 @@ class ColumnMeans:
         if known.is_cropped:
             raise UnsupportedFeatureError(
                 "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
-                "cache, or patch with sinks='frozen'."
+                "cache."
             )
         if start == 0:
             known = known._settled(run.past)
