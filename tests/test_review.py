@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 from method_parameters import parameters_of
-from models import PAD, RAGGED, Sample, collate, forward, position_ids, sample, words
+from models import (
+    PAD,
+    RAGGED,
+    Sample,
+    attention_modules,
+    collate,
+    forward,
+    generate,
+    position_ids,
+    sample,
+    words,
+)
 from transformers import DynamicCache
 
 import vlmfix
@@ -79,3 +90,23 @@ def test_a_prompt_behind_a_cropped_one_forgets_what_was_cropped_away(tiny: Any, 
                 return
             found.append(tiny(input_ids=torch.tensor([second.ids]), **options).logits)
     close(*found)
+
+
+@pytest.mark.parametrize("strength", [1, 60])
+def test_half_precision_scores_do_not_overflow(build: Any, strength: int) -> None:
+    """Products of queries and keys pass 65504 in some models, where fused kernels scale them first."""
+    model = build(hidden=256, heads=2, kv_heads=1).half()
+    inputs = collate([RAGGED[0]])
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    with torch.no_grad():
+        for module in attention_modules(model):
+            module.q_proj.weight.mul_(strength)
+            module.k_proj.weight.mul_(strength)
+    stock = generate(model, inputs, 3)[1]
+    assert stock.isfinite().all()
+    vlmfix.patch(model, "pai", alpha=1e-6, layers=":")
+    found = generate(model, inputs, 3)[1]
+    assert found.isfinite().all()
+    assert vlmfix.status(model).edited[0] > 0
+    if strength == 1:  # beyond, softmax is one-hot and a rounding decides
+        torch.testing.assert_close(found, stock, atol=0.05, rtol=0.05)

@@ -6,6 +6,7 @@ It is registered under one inert name and only reached by attention modules whos
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,9 +177,13 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     implementation = call.site.base_config._attn_implementation or "eager"
     key, allowed = _allowed_keys(call, start, stop, implementation)
     query = call.query[:, :, start:stop]
-    scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
     scaling = kwargs.get("scaling")
-    scores = _ungrouped(scores, stop - start).float() * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.dtype == torch.float16:  # unscaled scores overflow where those of fused kernels do not
+        power = 2.0 ** math.floor(math.log2(scaling))  # exact, unlike the scaling itself
+        query, scaling = query * power, scaling / power
+    scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
+    scores = _ungrouped(scores, stop - start).float() * scaling
     softcap = kwargs.get("softcap")
     if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
         scores = torch.tanh(scores / softcap) * softcap
