@@ -26,6 +26,7 @@ from .config import (
 )
 from .generate import Generator, PromptBuilder
 from .models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from .page import html_report
 from .report import markdown_report, text_report
 from .samples import Answer, Sample
 from .scoring import score_run
@@ -219,8 +220,9 @@ def evaluate(
     }
     write_json(run.folder / "results.json", results)
     write_text(run.folder / "report.md", markdown_report(results))
+    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
     show(text_report(results))
-    show(f"written: {run.folder}/config.json answers.jsonl results.json report.md")
+    show(f"written: {run.folder}/config.json answers.jsonl results.json report.md report.html")
     return results
 
 
