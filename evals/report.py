@@ -5,7 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
+
+from .report_quality import ANSWERS_LEGEND, QUALITY_LEGEND, answers_rows, quality_rows
+from .tables import (
+    difference_cell,
+    excludes_zero,
+    finite,
+    fitting_table,
+    interval_cell,
+    markdown_table,
+    number,
+    plain_table,
+    signed,
+)
+
+__all__ = [
+    "BY_KEY",
+    "METRICS",
+    "TERMINAL_WIDTH",
+    "VERDICTS",
+    "Metric",
+    "changed_methods",
+    "conditions",
+    "excludes_zero",
+    "finite",
+    "legend",
+    "markdown_report",
+    "markdown_table",
+    "number",
+    "plain_table",
+    "signed",
+    "text_report",
+    "used_metrics",
+]
 
 TERMINAL_WIDTH = 120
 
@@ -60,50 +94,6 @@ VERDICTS = {
 }
 
 
-def number(value: float | None, *, percent: bool = True) -> str:
-    """A figure with one decimal, fractions as percent; a dash where it is undefined."""
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{100 * value if percent else value:.1f}"
-
-
-def signed(value: float | None, *, percent: bool = True) -> str:
-    """A difference with one decimal and its sign."""
-    text = number(value, percent=percent)
-    if text in ("-", "0.0", "-0.0"):
-        return text.removeprefix("-") or "-"
-    return text if text.startswith("-") else f"+{text}"
-
-
-def finite(summary: Mapping[str, float]) -> dict[str, float | None]:
-    """A summary for JSON, which has no NaN: undefined figures become null."""
-    return {name: None if math.isnan(value) else value for name, value in summary.items()}
-
-
-def excludes_zero(interval: Mapping[str, Any]) -> bool:
-    """Whether an interval lies on one side of zero."""
-    low, high = interval["low"], interval["high"]
-    return low is not None and high is not None and (low > 0 or high < 0)
-
-
-def plain_table(rows: Sequence[Sequence[str]], *, gap: int = 2) -> str:
-    """Aligned plain text: first column to the left, the others to the right; trailing blanks removed."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        (
-            row[0].ljust(widths[0])
-            + "".join(" " * gap + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    rule = ["---", *["--:"] * (len(rows[0]) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
 def text_report(results: Mapping[str, Any]) -> str:
     """What ``vlmfix eval`` ends with: conditions, one table, the controls; at most 120 columns wide."""
     metrics = used_metrics(results)
@@ -119,12 +109,18 @@ def text_report(results: Mapping[str, Any]) -> str:
             found = [method["differences"].get(metric.key) for metric in metrics]
             rows.append(["  - none", *(_difference(d, m) for d, m in zip(found, metrics, strict=True)), ""])
             rows.append(["  95 %", *(_interval(d, m) for d, m in zip(found, metrics, strict=True)), ""])
-    table = plain_table(rows)
-    if max(map(len, table.split("\n"))) > TERMINAL_WIDTH:
-        table = plain_table(rows, gap=1)
+    table = fitting_table(rows, TERMINAL_WIDTH)
     head = [line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..." for line in conditions(results)]
     head += [f"NOTE {note}" for note in results["notes"]]
     parts = [*head, "", table, "", *legend(results)]
+    for more, explained in ((quality_rows(results), QUALITY_LEGEND), (answers_rows(results), ANSWERS_LEGEND)):
+        if more:
+            parts += [
+                "",
+                fitting_table(more, TERMINAL_WIDTH),
+                "",
+                *(line for text in explained for line in wrap(text, TERMINAL_WIDTH)),
+            ]
     if results.get("controls"):
         parts += ["", _controls_text(results)]
     return "\n".join(parts)
@@ -166,6 +162,15 @@ def markdown_report(results: Mapping[str, Any]) -> str:
         parts += ["## POPE by split", "", markdown_table(_split_rows(results)), ""]
     if "chair" in results["methods"][0]:
         parts += ["## Captions", "", markdown_table(_caption_rows(results)), ""]
+    quality = quality_rows(results)
+    if quality:
+        heading = quality[1]
+        named = [*heading[:5], *(f"equal words: {name}" for name in heading[5:9])]
+        named += [f"equal mentions: {name}" for name in heading[9:]]
+        parts += ["## Text quality", "", *QUALITY_LEGEND, "", markdown_table([named, *quality[2:]]), ""]
+    answers = answers_rows(results)
+    if answers:
+        parts += ["## Paired answers", "", *ANSWERS_LEGEND, "", markdown_table(answers), ""]
     if results["notes"]:
         parts += ["## Notes", "", *(f"- {note}" for note in results["notes"]), ""]
     parts += [
@@ -229,9 +234,11 @@ def legend(results: Mapping[str, Any]) -> list[str]:
     """How to read the table, and what the short method names stand for."""
     names = "; ".join(f"{m['label']} is {m['describe']}" for m in results["methods"] if m["describe"] != m["label"])
     resamples = results["intervals"]["resamples"]
+    compared = results.get("corrections", {}).get("rows", 0)
+    demoted = f"; (*): not after Holm's correction for {compared} rows" if compared > 1 else ""
     lines = [
         f"- none: paired difference in points; 95 %: its interval over {resamples} resamples of the images",
-        "*: the interval excludes 0; = none: no answer changed",
+        f"*: the interval excludes 0{demoted}; = none: no answer changed",
     ]
     return [*lines, names] if names else lines
 
@@ -265,7 +272,7 @@ def _control_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 number(control.get("control_value"), percent=metric.percent),
                 _difference(difference, metric),
                 _interval(difference, metric),
-                VERDICTS[control["verdict"]],
+                VERDICTS[control.get("verdict_holm", control["verdict"])],
             ]
         )
     return rows
@@ -273,8 +280,8 @@ def _control_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 def _split_rows(results: Mapping[str, Any]) -> list[list[str]]:
     splits = results["methods"][0]["pope"]["splits"]
-    names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc")
-    rows = [["method", "split", "n", "accuracy", "precision", "recall", "F1", "yes", "AUC", "unparsed"]]
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc", "mcc")
+    rows = [["method", "split", "n", "accuracy", "precision", "recall", "F1", "yes", "AUC", "MCC", "unparsed"]]
     for method in results["methods"]:
         for split in (*splits, "all"):
             part = method["pope"][split]
@@ -316,15 +323,11 @@ def _value(method: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _difference(difference: Mapping[str, Any] | None, metric: Metric) -> str:
-    if difference is None:
-        return ""
-    return signed(difference["estimate"], percent=metric.percent) + ("*" if excludes_zero(difference) else "")
+    return difference_cell(difference, percent=metric.percent)
 
 
 def _interval(difference: Mapping[str, Any] | None, metric: Metric) -> str:
-    if difference is None:
-        return ""
-    return ",".join(signed(difference[end], percent=metric.percent) for end in ("low", "high"))
+    return interval_cell(difference, percent=metric.percent)
 
 
 def _seconds(method: Mapping[str, Any]) -> float:

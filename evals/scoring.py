@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,19 @@ from .config import MethodSpec
 from .controls import early_stop_control, yes_bias_control
 from .metrics.chair import ChairTable, score_captions
 from .metrics.pope import PopeTable, score_answers
+from .quality import correct_controls, correct_rows, interval_dict, length_matched, paired_answers, text_quality
 from .report import BY_KEY, METRICS, Metric, finite
 from .samples import Answer
-from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Interval, paired_bootstrap, percentile_interval
+from .stats import (
+    CHAIR_STATISTICS,
+    CONFIDENCE,
+    POPE_STATISTICS,
+    RESAMPLES,
+    Interval,
+    paired_bootstrap,
+    percentile_interval,
+)
 from .tasks import ChairTask, PopeTask, Tasks
-
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 
 Answers = Mapping[tuple[str, int, str], Answer]
 
@@ -44,7 +49,7 @@ def score_run(
         seed: Seed of the bootstrap.
 
     Returns:
-        The scores' part of ``results.json``: ``methods``, ``controls`` and ``intervals``.
+        The scores' part of ``results.json``: ``methods``, ``controls``, ``intervals`` and ``corrections``.
     """
     chair = {spec.label: _chair_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
     pope = {spec.label: _pope_table(tasks.pope, answers[spec.label]) for spec in methods} if tasks.pope else {}
@@ -60,11 +65,15 @@ def score_run(
         }
         if tasks.chair:
             row["chair"] = _chair_part(tasks.chair, chair[spec.label], answers[spec.label], answers[baseline])
+            row["chair"]["text_quality"] = _quality_part(tasks.chair, spec.label, answers, chair, seed)
         if tasks.pope:
             row["pope"] = _pope_part(tasks.pope, pope[spec.label], answers[spec.label], answers[baseline])
+            if spec.label != baseline:
+                distinct = _distinct_questions(tasks.pope)
+                row["pope"]["paired"] = paired_answers(pope[spec.label], pope[baseline], distinct, seed)
         if spec.label != baseline:
             row["differences"] = {
-                metric.key: _interval_dict(difference(metric, tables[spec.label], tables[baseline], seed))
+                metric.key: interval_dict(difference(metric, tables[spec.label], tables[baseline], seed))
                 for metric in METRICS
                 if (tables := chair if metric.benchmark == "chair" else pope) and _defined(metric, tables.values())
             }
@@ -79,6 +88,7 @@ def score_run(
     for control in compared:
         if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
             control["verdict"] = "unchanged"
+    correct_controls(compared)
     return {
         "methods": rows,
         "controls": compared,
@@ -88,6 +98,7 @@ def score_run(
             "resampled": "images",
             "method": "percentile bootstrap, paired",
         },
+        "corrections": correct_rows(rows),
     }
 
 
@@ -96,8 +107,32 @@ def _key(task: PopeTask, question: Any) -> tuple[str, int, str]:
 
 
 def _chair_table(task: ChairTask, answers: Answers) -> ChairTable:
-    captions = {s.image_id: answers[s.benchmark, s.image_id, s.question].text for s in task.samples}
-    return score_captions(captions, task.truth, task.matcher)
+    return score_captions(_captions(task, answers), task.truth, task.matcher)
+
+
+def _captions(task: ChairTask, answers: Answers) -> dict[int, str]:
+    return {s.image_id: answers[s.benchmark, s.image_id, s.question].text for s in task.samples}
+
+
+def _quality_part(
+    task: ChairTask, label: str, answers: Mapping[str, Answers], tables: Mapping[str, ChairTable], seed: int
+) -> dict[str, Any]:
+    baseline = next(iter(tables))
+    own, other = _captions(task, answers[label]), _captions(task, answers[baseline])
+    truncated = {s.image_id: answers[label][s.benchmark, s.image_id, s.question].truncated for s in task.samples}
+    part = text_quality(own, truncated)
+    if label != baseline:
+        pair = (tables[label], tables[baseline])
+        part["length_matched"] = length_matched((own, other), pair, task.truth, task.matcher, seed)
+    return part
+
+
+def _distinct_questions(task: PopeTask) -> list[int]:
+    """Rows of the first occurrence of every question: the splits share their positives, asked only once."""
+    first: dict[tuple[str, int, str], int] = {}
+    for row, question in enumerate(task.questions):
+        first.setdefault(_key(task, question), row)
+    return list(first.values())
 
 
 def _pope_table(task: PopeTask, answers: Answers) -> PopeTable:
@@ -206,10 +241,6 @@ def _weighted_auc(
     return auc
 
 
-def _interval_dict(interval: Interval) -> dict[str, Any]:
-    return finite(asdict(interval))
-
-
 def _controls(
     tasks: Tasks,
     methods: Sequence[MethodSpec],
@@ -260,7 +291,7 @@ def compare(
         "metric": metric.key,
         "method_value": finite(table.summary())[metric.name],
         "control_value": finite(other.summary())[metric.name],
-        "difference": _interval_dict(interval),
+        "difference": interval_dict(interval),
         "verdict": verdict,
     }
 

@@ -18,6 +18,8 @@ from vlmfix.errors import DataError
 
 FloatArray = NDArray[np.float64]
 
+RESAMPLES = 2000
+CONFIDENCE = 0.95
 _CHUNK = 4_000_000  # resampling weights held at once (32 MB)
 
 
@@ -157,9 +159,9 @@ def paired_bootstrap(
     table_b: Table,
     *,
     clusters: ArrayLike | None = None,
-    n_resamples: int = 2000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Interval of the difference ``statistic(table_a) - statistic(table_b)``: the method first, the baseline second.
 
@@ -200,9 +202,9 @@ def bootstrap(
     table: Table,
     *,
     clusters: ArrayLike | None = None,
-    n_resamples: int = 2000,
+    n_resamples: int = RESAMPLES,
     seed: int = 0,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
 ) -> Interval:
     """Interval of one figure of one table; arguments and errors as in :func:`paired_bootstrap`."""
     sums = _cluster_sums(statistic, table, _keys(table, clusters))

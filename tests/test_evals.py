@@ -25,6 +25,7 @@ from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import cache, config, generate, models, report, runner, samples, scoring, tasks
 from vlmfix.evals.data.pope import PopeQuestion
+from vlmfix.evals.metrics import text_quality
 
 TOKENS = 12
 
@@ -121,12 +122,40 @@ def test_results_schema(finished: Path) -> None:
         else:
             assert set(method["differences"]) == set(report.BY_KEY)
             for interval in method["differences"].values():
-                assert set(interval) >= {"estimate", "low", "high", "n", "undefined", "p_value"} and interval["n"] == 4
+                assert (
+                    set(interval) >= {"estimate", "low", "high", "n", "undefined", "p_value", "p_holm"}
+                    and interval["n"] == 4
+                )
     stored = json.loads((finished / "config.json").read_text())
     assert stored["settings"] == results["settings"]
     assert stored["settings"]["chair"]["image_ids"] == [10, 20, 30, 40]
     assert stored["runtime"]["generation_config"]["suppress_tokens"] == [0, 1, 3, 4]
     assert stored["resolved"]["vhr"]["params"]["layers"] == [1]
+
+
+def test_text_quality_and_paired_answers_of_a_run(finished: Path) -> None:
+    results = read(finished)
+    rows = [json.loads(line) for line in (finished / runner.ANSWERS).read_text().splitlines()]
+    for method in results["methods"]:
+        own = [row for row in rows if row["method"] == method["label"]]
+        captions = {row["image_id"]: row["text"] for row in own if row["benchmark"] == "chair"}
+        quality = method["chair"]["text_quality"]
+        expected = text_quality.score_texts(captions)
+        assert quality["counts"].items() >= expected.counts().items()
+        assert quality["counts"]["truncated_captions"] == method["chair"]["truncated"]
+        assert quality["summary"]["repetition"] == expected.summary()["repetition"]
+        assert ("length_matched" in quality) == ("paired" in method["pope"]) == (method["label"] != "none")
+    none, vhr, *_, var = results["methods"]
+    for way in ("words", "mentions"):
+        counts = vhr["chair"]["text_quality"]["length_matched"][way]["counts"]
+        assert counts["baseline"]["mentions"] <= none["chair"]["counts"]["mentions"]
+        assert var["chair"]["text_quality"]["length_matched"][way]["chair_i"]["difference"]["p_holm"] in (1.0, None)
+    assert vhr["pope"]["paired"]["mcnemar"]["questions"] == vhr["pope"]["asked"], "every distinct question once"
+    assert results["corrections"]["method"] == "Holm"
+    assert all("verdict_holm" in control for control in results["controls"])
+    text, markdown = report.text_report(results), (finished / "report.md").read_text()
+    assert "rep-4" in text and "McNemar" in text
+    assert "## Text quality" in markdown and "## Paired answers" in markdown
 
 
 def test_differences_are_method_minus_none(finished: Path) -> None:

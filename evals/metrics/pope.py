@@ -122,6 +122,19 @@ class PopeTable:
         """Whether the prediction is the label, bool [n]."""
         return np.asarray(self.prediction == self.label.astype(np.int8))
 
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> "PopeTable":
+        """The table of some of the questions, in the order of ``rows``, int [k]."""
+        index = np.asarray(rows, dtype=np.int64)
+        return PopeTable(
+            image_ids=self.image_ids[index],
+            label=self.label[index],
+            prediction=self.prediction[index],
+            unparsed=self.unparsed[index],
+            score=None if self.score is None else self.score[index],
+            parser=self.parser,
+            question_ids=tuple(self.question_ids[i] for i in index),
+        )
+
     def counts(self) -> dict[str, int]:
         """n, the confusion matrix (open answers are in none of its cells), and the unparsed answers."""
         yes, no = self.prediction == 1, self.prediction == 0

@@ -1,0 +1,73 @@
+"""The two small tables below the result table: text quality of the captions, and paired answers to POPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .tables import difference_cell, interval_cell, number, p_cell
+
+Rows = list[list[str]]
+
+QUALITY_LEGEND = (
+    "rep-4: repeated runs of four words, mean per caption; loops: captions with more than half of them repeated; cut "
+    "off: by the token limit.",
+    "equal words: both captions of an image cut to the shorter one's words; equal mentions: to the first objects, as "
+    "many as the one with fewer names.",
+)
+ANSWERS_LEGEND = (
+    "only: questions that only the method, or only none, answers right (each distinct question once); p: exact McNemar "
+    "test, which takes questions as independent.",
+)
+
+
+def quality_rows(results: Mapping[str, Any]) -> Rows:
+    """Length, repetition, truncation and length-matched CHAIR_i of every method; empty without captions.
+
+    The first two rows are headings (groups, columns).
+    """
+    parts = [(m["label"], m["chair"]) for m in results["methods"] if "text_quality" in m.get("chair", {})]
+    if not parts:
+        return []
+    rows = [
+        ["", *[""] * 4, "at equal words", "", "", "", "at equal", "mentions"],
+        ["method", "words", "rep-4 ↓", "loops ↓", "cut off ↓", "CHAIR_i ↓", "none", *["- none", "95 %"] * 2],
+    ]
+    for label, part in parts:
+        quality = part["text_quality"]
+        rates = [number(quality["summary"].get(name)) for name in ("repetition", "looping", "truncation")]
+        row = [label, number(part["summary"]["length_words"], percent=False), *rates]
+        matched = quality.get("length_matched")
+        if matched is None:  # The baseline itself.
+            rows.append([*row, *[""] * 6])
+        elif not part["changed"]:
+            rows.append([*row, "= none", *[""] * 5])
+        else:
+            words, mentions = matched["words"]["chair_i"], matched["mentions"]["chair_i"]
+            cells = [number(words["method_value"]), number(words["baseline_value"])]
+            for found in (words["difference"], mentions["difference"]):
+                cells += [difference_cell(found), interval_cell(found)]
+            rows.append([*row, *cells])
+    return rows
+
+
+def answers_rows(results: Mapping[str, Any]) -> Rows:
+    """MCC and McNemar's test of every method; empty without POPE, or with nothing to compare."""
+    methods = [m for m in results["methods"] if "pope" in m]
+    if not any("paired" in m["pope"] for m in methods):
+        return []
+    rows = [["POPE", "MCC ↑", "- none", "95 %", "questions", "only method", "only none", "p", "p (Holm)"]]
+    for method in methods:
+        part = method["pope"]
+        row = [method["label"], number(part["all"]["summary"]["mcc"])]
+        paired = part.get("paired")
+        if paired is None:
+            rows.append([*row, *[""] * 7])
+        elif not part["changed"]:
+            rows.append([*row, "= none", *[""] * 6])
+        else:
+            test = paired["mcnemar"]
+            counts = [str(test[name]) for name in ("questions", "only_method", "only_baseline")]
+            cells = [difference_cell(paired["mcc"]), interval_cell(paired["mcc"])]
+            rows.append([*row, *cells, *counts, p_cell(test["p_value"]), p_cell(test["p_holm"])])
+    return rows
