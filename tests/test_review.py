@@ -110,3 +110,32 @@ def test_half_precision_scores_do_not_overflow(build: Any, strength: int) -> Non
     assert vlmfix.status(model).edited[0] > 0
     if strength == 1:  # beyond, softmax is one-hot and a rounding decides
         torch.testing.assert_close(found, stock, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("chunk", [None, 3000], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["act", "cmai", "eah", "pai", "vaf", "var", "vhr"])
+def test_gradients_are_the_same_under_checkpointing(
+    tiny: Any, name: str, reentrant: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers are computed again behind the forward: what a method learned in it is not learned twice."""
+    if chunk is not None:
+        monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", chunk)
+    inputs = collate([RAGGED[0], RAGGED[1]])
+    parameters = {**parameters_of(name, tiny), **({"heads": "visual"} if name == "vaf" else {})}
+    vlmfix.patch(tiny, name, **parameters)
+    found = []
+    for again in (False, True):
+        if again:
+            tiny.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            tiny.enable_input_require_grads()
+            tiny.train()
+        tiny.zero_grad()
+        positions = position_ids(inputs["attention_mask"])
+        options = {"labels": inputs["input_ids"], "position_ids": positions, "use_cache": False}
+        tiny(**inputs, **options).loss.backward()
+        found.append([module.q_proj.weight.grad.clone() for module in attention_modules(tiny)])
+    for plain, checkpointed in zip(*found, strict=True):
+        assert plain.abs().max() > 0
+        close(checkpointed, plain)

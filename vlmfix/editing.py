@@ -97,12 +97,13 @@ def _over_base(run: Run, call: AttentionCall, edits: Edits) -> tuple[torch.Tenso
         return head_outputs, weights
     chunks = list(call.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     observe_first = len(chunks) > 1 and bool(observed)
-    if observe_first:
+    if observe_first and not run.finished:
         for number, (method, layer) in enumerate(edits):
             if _observes(method, layer):
                 for start, stop in chunks:
                     show = (method, layer.at(call, run.rows(method.observed_rows).part(start, stop)))
-                    _edited_weights(run, call, start, stop, edits[:number], show_to=show)
+                    with torch.no_grad():
+                        _edited_weights(run, call, start, stop, edits[:number], show_to=show)
     for start, stop in chunks:
         attn_weights, edited = _edited_weights(run, call, start, stop, edits, observe=not observe_first)
         rows = head_outputs[:, start:stop]
@@ -164,10 +165,11 @@ def _edited_weights(
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
-        if observe and _observes(method, layer):
-            seen = layer.at(call, run.rows(method.observed_rows).part(start, stop))
-            observed = states if is_softmaxed else masked_softmax(states, allowed)
-            method.observe(observed, every_key if allowed is None else allowed, seen)
+        if observe and _observes(method, layer) and not run.finished:  # checkpointing computes layers again
+            with torch.no_grad():
+                seen = layer.at(call, run.rows(method.observed_rows).part(start, stop))
+                observed = states if is_softmaxed else masked_softmax(states, allowed)
+                method.observe(observed, every_key if allowed is None else allowed, seen)
         rows = _rows(run, method).part(start, stop)
         here = layer.at(call, rows)
         # A lone edit of a prompt may spoil the other rows: they are not used.
