@@ -240,7 +240,16 @@ def _add_score(verbs: Any) -> None:
         help="word similarity, officially en_core_web_lg (default: none, exact words only)",
     )
     amber.set_defaults(run=_score_amber)
-    for kind in (chair, pope, amber):
+    hallusion = kinds.add_parser("hallusionbench", allow_abbrev=False, help="answers to HallusionBench, judged or not")
+    hallusion.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with judge (0, 1 or 2) or answer, in the order of the questions or with their ids",
+    )
+    hallusion.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
+    hallusion.set_defaults(run=_score_hallusionbench)
+    for kind in (chair, pope, amber, hallusion):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
 
 
@@ -361,3 +370,10 @@ def _score_amber(options: argparse.Namespace) -> None:
     from vlmfix.evals.rescore_benchmarks import score_amber_file
 
     _show(score_amber_file(options.file, options.data, spacy_model=options.spacy, out=options.out))
+
+
+def _score_hallusionbench(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore_benchmarks import score_hallusionbench_file
+
+    _show(score_hallusionbench_file(options.file, options.questions, out=options.out))
