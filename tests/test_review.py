@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -139,3 +140,26 @@ def test_gradients_are_the_same_under_checkpointing(
     for plain, checkpointed in zip(*found, strict=True):
         assert plain.abs().max() > 0
         close(checkpointed, plain)
+
+
+def test_a_cache_whose_rows_were_picked_or_repeated_is_refused(tiny: Any) -> None:
+    """Unless a single prompt is continued in several ways, which is what it was repeated for."""
+    vlmfix.patch(tiny, VHR)
+    several, one = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
+    forward(tiny, collate(RAGGED), past_key_values=several, use_cache=True)
+    forward(tiny, collate([RAGGED[0]]), past_key_values=one, use_cache=True)
+    picked, repeated = copy.deepcopy(several), copy.deepcopy(one)
+    picked.batch_select_indices(torch.tensor([2, 0]))
+    repeated.batch_repeat_interleave(2)
+    with torch.no_grad():
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 4 sequences and is now used with 2"):
+            tiny(input_ids=torch.tensor([[20], [20]]), past_key_values=picked, use_cache=True)
+        expected = tiny(input_ids=torch.tensor([[20]]), past_key_values=one, use_cache=True).logits
+        found = tiny(input_ids=torch.tensor([[21], [20]]), past_key_values=repeated, use_cache=True).logits
+        close(found[1:], expected)
+        vlmfix.patch(tiny, "act", **parameters_of("act", tiny))
+        act = DynamicCache(config=tiny.config)
+        forward(tiny, collate([RAGGED[0]]), past_key_values=act, use_cache=True)
+        act.batch_repeat_interleave(2)
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 1 sequences and is now used with 2"):
+            tiny(input_ids=torch.tensor([[21], [20]]), past_key_values=act, use_cache=True)

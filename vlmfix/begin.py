@@ -65,11 +65,8 @@ def begin_prompt(
         UnsupportedFeatureError: The cache belongs to a batch of another size.
     """
     batch, q_len = image_mask.shape
-    if known is not None and known.image_mask.shape[0] != batch:
-        raise UnsupportedFeatureError(
-            f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
-            "Expand the inputs before the first forward (generate does), or start with an empty cache."
-        )
+    if known is not None:
+        check_batch(known, batch)
     prompt_len = q_len - drafted
     valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
     image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
@@ -190,6 +187,15 @@ class ReorderWithState:
 
 
 # What a forward is, by its arguments.
+
+
+def check_batch(known: SequenceState, batch: int) -> None:
+    """Refuse a cache whose rows were picked or repeated: what is known about them was not."""
+    if known.image_mask.shape[0] != batch:
+        raise UnsupportedFeatureError(
+            f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
+            "Expand the inputs before the first forward (generate does), or start with an empty cache."
+        )
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:

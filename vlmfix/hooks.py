@@ -19,6 +19,7 @@ from vlmfix.begin import (
     answer_length,
     begin_answer,
     begin_prompt,
+    check_batch,
     every_row,
     has_images,
     is_empty,
@@ -130,6 +131,8 @@ class Patch:
         drafted = num_drafted(inputs) if cache is not None or inputs.get("use_cache") else 0
         is_draft = q_len - drafted <= 1 and not has_images(inputs)
         if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
+            if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
+                check_batch(state, tokens.shape[0])
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
             run = self._begin_prompt(module, cache, state, inputs, drafted)
