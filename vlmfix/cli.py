@@ -13,6 +13,7 @@ from typing import Any
 import vlmfix
 from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
+from vlmfix.evals.power import add_power
 
 _EVAL_EPILOG = """\
 examples:
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     _add_score(verbs)
     add_calibrate(verbs).set_defaults(run=_calibrate)
+    add_power(verbs).set_defaults(run=_power)
     return parser
 
 
@@ -308,6 +310,12 @@ def _calibrate(options: argparse.Namespace) -> None:
     from vlmfix.calibration.cli import run
 
     run(options, show=_show)
+
+
+def _power(options: argparse.Namespace) -> None:
+    from vlmfix.evals.power import run
+
+    _show(run(options))
 
 
 def _methods(options: argparse.Namespace) -> None:

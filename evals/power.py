@@ -1,0 +1,249 @@
+"""What a run can show: the smallest paired difference that n images reveal, before the GPU time is spent.
+
+A paired difference of two methods on n images is nearly normal with standard error s / sqrt(n). A two-sided test at
+level alpha = 1 - confidence finds a true difference d with the asked power if (the far tail left out)
+
+    d = (z(1 - alpha / 2) + z(power)) * s / sqrt(n)
+
+z being quantiles of the standard normal; the factor is 2.80 for 80 % power at 95 %. s is the standard deviation over
+images of the difference in one image's (linearised) contribution. It comes from one of two places:
+
+- *a pilot run*: the half width of the run's own bootstrap interval is z(0.975) s / sqrt(n_pilot). Nothing is assumed
+  about images, captions or pairing. A method is then expected to change as much as the pilot's did.
+- *assumed rates*: with rate p per item, k items per image (1 caption; its mentions; its questions), an intra-class
+  correlation c between the items of an image, and a correlation r between the two methods on one image,
+
+      s^2 = 2 (1 - r) p (1 - p) (1 + (k - 1) c) / k
+
+With m methods to compare, Holm's first step tests at alpha / m; ``methods`` does that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from vlmfix.errors import DataError, VlmfixError
+
+from .tables import number, plain_table
+
+FIGURES = {"chair.chair_s": "CHAIR_s", "chair.chair_i": "CHAIR_i", "pope.accuracy": "POPE accuracy"}
+IMAGES = (100, 200, 500, 1000, 2000, 5000)
+
+
+def detectable(
+    deviation: float, images: float, *, power: float = 0.8, confidence: float = 0.95, methods: int = 1
+) -> float:
+    """The smallest true difference that is found with the asked power.
+
+    Args:
+        deviation: s of the module's docstring, in units of the figure.
+        images: Number of images.
+        power: Chance to find it, 0.5 to 1 (exclusive).
+        confidence: Of the two-sided interval, 0 to 1 (exclusive).
+        methods: Comparisons that share the error level.
+
+    Returns:
+        In units of the figure; a fraction, not percent points.
+
+    Raises:
+        DataError: A number out of range.
+    """
+    if not (0.5 <= power < 1 and 0 < confidence < 1 and images > 0 and methods >= 1 and deviation >= 0):
+        raise DataError(
+            "expected 0.5 <= power < 1, 0 < confidence < 1, at least one image and one method, found "
+            f"power {power}, confidence {confidence}, {images} images, {methods} methods"
+        )
+    normal = NormalDist()
+    factor = normal.inv_cdf(1 - (1 - confidence) / (2 * methods)) + normal.inv_cdf(power)
+    return factor * deviation / math.sqrt(images)
+
+
+def deviation_of_interval(interval: Mapping[str, Any], confidence: float) -> float | None:
+    """The s behind a paired bootstrap interval; None where the interval is not defined or has no width.
+
+    Args:
+        interval: As in ``results.json``: ``low`` and ``high``, or null, and ``n``, the number of images.
+        confidence: The interval's.
+    """
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None or not high > low:
+        return None
+    quantile = NormalDist().inv_cdf((1 + confidence) / 2)
+    return float((high - low) / (2 * quantile) * math.sqrt(interval["n"]))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Assumed rates of the baseline; the defaults are those of LLaVA-1.5-7B's released captions.
+
+    On these (500 captions, 512 tokens, greedy against beams, OPERA and VCD) CHAIR_s is 45 to 50, CHAIR_i 13 to 15, with
+    7.5 mentions, the variance of CHAIR_i is twice the binomial one, which is a clustering of 0.15, and the two methods
+    correlate by 0.5 to 0.9; the default is the cautious end. POPE's clustering was not measured, 0.15 is assumed.
+
+    Attributes:
+        chair_s: Captions with a hallucination, 0 to 1.
+        chair_i: Hallucinated mentions, 0 to 1.
+        accuracy: Of POPE, 0 to 1.
+        mentions: Object mentions per caption.
+        questions: Distinct POPE questions per image: 6 in one split.
+        clustering: Intra-class correlation of an image's mentions, and of its questions, 0 to 1.
+        correlation: Between the two methods' results on one image, 0 (unrelated) to 1 (exclusive).
+    """
+
+    chair_s: float = 0.5
+    chair_i: float = 0.15
+    accuracy: float = 0.86
+    mentions: float = 7.5
+    questions: float = 6.0
+    clustering: float = 0.15
+    correlation: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rate."""
+        for name in ("chair_s", "chair_i", "accuracy"):
+            if not 0 < getattr(self, name) < 1:
+                raise DataError(f"{name} must lie between 0 and 1 (a share, not percent), found {getattr(self, name)}")
+        if not (0 <= self.clustering <= 1 and 0 <= self.correlation < 1):
+            raise DataError(
+                "expected a clustering in [0, 1] and a correlation in [0, 1), found "
+                f"{self.clustering} and {self.correlation}"
+            )
+        if min(self.mentions, self.questions) < 1:
+            raise DataError(
+                f"expected at least 1 mention and question per image, found {self.mentions, self.questions}"
+            )
+
+    def deviations(self) -> dict[str, float]:
+        """The s of every figure, by its key in a run's differences."""
+        items = {
+            "chair.chair_s": (self.chair_s, 1.0),
+            "chair.chair_i": (self.chair_i, self.mentions),
+            "pope.accuracy": (self.accuracy, self.questions),
+        }
+        return {key: self._deviation(rate, per_image) for key, (rate, per_image) in items.items()}
+
+    def _deviation(self, rate: float, per_image: float) -> float:
+        single = rate * (1 - rate) * (1 + (per_image - 1) * self.clustering) / per_image
+        return math.sqrt(2 * (1 - self.correlation) * single)
+
+
+def read_pilot(folder: Path) -> dict[str, dict[str, float | None]]:
+    """The s of every figure and method of a finished run, by label; None where the method changed nothing.
+
+    Raises:
+        DataError: The folder holds no results, or none that compare methods.
+    """
+    path = folder / "results.json" if folder.is_dir() else folder
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        confidence = results["intervals"]["confidence"]
+        found = {
+            method["label"]: {
+                key: deviation_of_interval(method["differences"][key], confidence)
+                for key in FIGURES
+                if key in method["differences"]
+            }
+            for method in results["methods"]
+            if "differences" in method
+        }
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} holds no results of a finished run ({type(error).__name__}: {error}); type: vlmfix eval --limit 50"
+        ) from error
+    if not any(found.values()):
+        raise DataError(f"{path} compares no method with none; give the run at least one method")
+    return found
+
+
+def power_table(
+    deviations: Mapping[str, Mapping[str, float | None]],
+    images: Sequence[int],
+    *,
+    power: float = 0.8,
+    confidence: float = 0.95,
+    methods: int = 1,
+) -> str:
+    """The table that ``vlmfix power`` prints.
+
+    Args:
+        deviations: Name of a comparison -> figure -> s, None where there is nothing to estimate it from.
+        images: Numbers of images, one row each.
+        power: As in :func:`detectable`.
+        confidence: Likewise.
+        methods: Likewise.
+    """
+    shared = f", shared by {methods} methods (Holm)" if methods > 1 else ""
+    keys = [key for key in FIGURES if any(key in figures for figures in deviations.values())]
+    rows = [["", "images", *(FIGURES[key] for key in keys)]]
+    for name, figures in deviations.items():
+        for i, n in enumerate(images):
+            cells = []
+            for key in keys:
+                s = figures.get(key)
+                d = None if s is None else detectable(s, n, power=power, confidence=confidence, methods=methods)
+                cells.append("-" if d is None or d >= 1 else number(d))
+            rows.append([name if i == 0 else "", str(n), *cells])
+    return (
+        f"smallest paired difference, in points, that n images show with {100 * power:g} % power at "
+        f"{100 * confidence:g} % confidence{shared}\n\n" + plain_table(rows)
+    )
+
+
+def add_power(verbs: Any) -> argparse.ArgumentParser:
+    """Add ``vlmfix power`` to the command line; the caller sets what runs it (see :func:`run`)."""
+    defaults = Rates()
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "power",
+        allow_abbrev=False,
+        help="how small a difference n images can show",
+        description="Print the smallest paired difference in CHAIR_s, CHAIR_i and POPE accuracy that n images would "
+        "show, from a pilot run or from assumed rates (shares, not percent).",
+    )
+    parser.add_argument("pilot", type=Path, nargs="?", metavar="RUN", help="folder of a finished run, however short")
+    parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), metavar="N", help="numbers of images")
+    parser.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to show it (default: 0.8)")
+    parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of the interval (default: 0.95)")
+    parser.add_argument("--methods", type=int, default=1, metavar="M", help="methods to compare (default: 1)")
+    rates = parser.add_argument_group("assumed rates, without a pilot (defaults: LLaVA-1.5-7B)")
+    explained = {
+        "chair_s": "captions with a hallucination",
+        "chair_i": "hallucinated mentions",
+        "accuracy": "of POPE",
+        "mentions": "per caption",
+        "questions": "distinct POPE questions per image",
+        "clustering": "intra-class correlation within an image",
+        "correlation": "of the two methods on one image",
+    }
+    for name, text in explained.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        rates.add_argument(flag, type=float, metavar="X", help=f"{text} (default: {default:g})")
+    return parser
+
+
+def run(options: argparse.Namespace) -> str:
+    """The text of ``vlmfix power``.
+
+    Raises:
+        VlmfixError: No such run, a number out of range, or a run and assumed rates at once.
+    """
+    given = {name: getattr(options, name) for name in Rates.__dataclass_fields__ if getattr(options, name) is not None}
+    if min(options.images) < 2:
+        raise VlmfixError(f"--images must be at least 2, got {min(options.images)}")
+    settings = {"power": options.power, "confidence": options.confidence, "methods": options.methods}
+    if options.pilot is None:
+        rates = Rates(**given)
+        head = "assumed: " + ", ".join(f"{name} {getattr(rates, name):g}" for name in Rates.__dataclass_fields__)
+        return f"{head}\n{power_table({'assumed rates': rates.deviations()}, options.images, **settings)}"
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise VlmfixError(f"a pilot run needs no assumed rates; leave out either {options.pilot} or {flags}")
+    pilot = read_pilot(options.pilot)
+    table = power_table(pilot, options.images, **settings)
+    return f"pilot: {options.pilot}\n{table}\n\n-: the pilot's answers did not change, or no difference is that large"
