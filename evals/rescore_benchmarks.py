@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
 
+from .cache import write_text
 from .data.amber import load_amber
-from .data.hallusionbench import KEY_FIELDS, HallusionQuestion, load_hallusionbench, question_key
+from .data.hallusionbench import KEY_FIELDS, load_hallusionbench
+from .data.mmhal import TYPES, MmhalItem, load_mmhal
+from .metrics import hallusionbench, mmhal
 from .metrics.amber import score_responses
 from .metrics.amber_words import spacy_similarity
-from .metrics.hallusionbench import score_answers, score_judgements
 from .report import finite, number, plain_table
 from .rescore import read_rows, text_of, write_result
 
@@ -20,6 +23,8 @@ Rows = Sequence[tuple[str, Mapping[str, Any]]]
 
 _RESPONSE_KEYS = ("response", "answer", "text", "caption")
 _PREDICTION_KEYS = ("model_prediction", "answer", "response", "text")
+_JUDGEMENT_KEYS = ("judgement", "judgment", "evaluation")
+_MODEL_ANSWER_KEYS = ("model_answer", "answer", "response", "text")
 _JUDGE_KEYS = ("judge", "gpt4v_output_gpt_check", "correctness")
 
 
@@ -83,17 +88,17 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
         DataError: Questions and answers do not match, or only some lines are judged.
     """
     asked = load_hallusionbench(questions)
-    rows = _matched(read_rows(path), asked, path)
+    rows = _matched(read_rows(path), [question.key for question in asked], KEY_FIELDS, path)
     judge_key = next((key for key in _JUDGE_KEYS if key in rows[0][1]), None)
     if judge_key is None:
         judged = next((where for where, row in rows if any(key in row for key in _JUDGE_KEYS)), None)
         if judged is not None:
             raise DataError(f"{judged} has a judge code and {rows[0][0]} has none: judge all lines, or none")
-        table = score_answers(asked, [text_of(row, where, _PREDICTION_KEYS) for where, row in rows])
+        table = hallusionbench.score_answers(asked, [text_of(row, where, _PREDICTION_KEYS) for where, row in rows])
     else:
         codes = [_code(row, judge_key, where, 2) for where, row in rows]
         agreed = [_code(row, "same", where, 1) == 1 for where, row in rows] if "same" in rows[0][1] else None
-        table = score_judgements(asked, codes, same=agreed, judge=f"codes in {judge_key!r}")
+        table = hallusionbench.score_judgements(asked, codes, same=agreed, judge=f"codes in {judge_key!r}")
     counts, figures = table.counts(), table.figures()
     result = {"benchmark": "hallusionbench", "judge": table.judge, "counts": counts, "figures": finite(figures)}
     write_result(out, path, {**result, "yes_no": finite(table.yes_no())})
@@ -105,34 +110,100 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
     return "\n".join(lines)
 
 
-def _matched(rows: Rows, questions: Sequence[HallusionQuestion], path: Path) -> Rows:
-    """The rows in the order of the questions."""
-    keyed = [all(name in row for name in KEY_FIELDS) for _, row in rows]
+def score_mmhal_file(
+    path: Path, questions: Path, *, judge: str | None = None, requests: Path | None = None, out: Path | None = None
+) -> str:
+    """Score judged MMHal-Bench answers, or write what a judge is to be asked about them.
+
+    Args:
+        path: JSON lines (or one JSON list, such as the template filled in), matched to the questions by ``index`` (from
+            0), or by ``image_id`` and ``question``, or by order if no line has them. Lines with ``rating`` (0 to 6) or
+            ``judgement`` (text with "Rating: N") are scored. Lines with ``model_answer`` (or ``answer``, ``response``,
+            ``text``) only cannot be: the requests to a judge are written instead.
+        questions: ``response_template.json``.
+        judge: Name of the judge, for the table.
+        requests: Where to write the requests; default the name of ``path`` with ``.judge.jsonl``.
+        out: Where to write figures and integer counts as JSON, if anywhere.
+
+    Returns:
+        A plain-text table, or a line that says where the requests are and that there is no score.
+
+    Raises:
+        DataError: Questions and answers do not match, or only some lines are judged.
+    """
+    items = load_mmhal(questions)
+    rows: Rows = read_rows(path)
+    by_index = any("index" in row for _, row in rows)
+    wanted = [(str(item.index),) if by_index else (item.image_id, item.question) for item in items]
+    rows = _matched(rows, wanted, ("index",) if by_index else ("image_id", "question"), path)
+    judged = [any(row.get(key) is not None for key in ("rating", *_JUDGEMENT_KEYS)) for _, row in rows]
+    if not any(judged):
+        return _write_requests(items, rows, requests or path.with_name(path.stem + ".judge.jsonl"), path)
+    if not all(judged):
+        raise DataError(f"{rows[judged.index(False)][0]} has no rating or judgement: judge all answers")
+    if all("rating" in row for _, row in rows):
+        ratings = [_code(row, "rating", where, mmhal.MAX_RATING) for where, row in rows]
+        table = mmhal.score_ratings(items, ratings, judge=judge or "unnamed")
+    else:
+        texts = [text_of(row, where, _JUDGEMENT_KEYS) for where, row in rows]
+        table = mmhal.score_judgements(items, texts, judge=judge or "unnamed")
+    counts, summary, by_type = table.counts(), table.summary(), table.by_type()
+    result = {"benchmark": "mmhal", "judge": table.judge, "counts": counts, **summary}
+    write_result(out, path, {**result, "by_type": list(by_type.values()), "types_in_order": list(by_type)})
+    columns = ["questions", "score (0-6)", "hallucinated", *TYPES, "unparsed"]
+    values = [f"{summary['average_score']:.2f}", number(summary["hallucination_rate"])]
+    types = [f"{by_type[name]:.2f}" if name in by_type else "-" for name in TYPES]
+    hint = "" if judge else " (say who with --judge NAME: the figures depend on it)"
+    return f"MMHal-Bench, judge {table.judge}{hint}, {path}\n" + plain_table(
+        [columns, [str(len(table)), *values, *types, str(counts["unparsed"])]]
+    )
+
+
+def _write_requests(items: Sequence[MmhalItem], rows: Rows, requests: Path, path: Path) -> str:
+    answers = [text_of(row, where, _MODEL_ANSWER_KEYS) for where, row in rows]
+    if not any(answer.strip() for answer in answers):
+        raise DataError(f"{path}: every answer is empty; fill in 'model_answer'")
+    lines = [
+        json.dumps({"index": item.index, "prompt": mmhal.judge_prompt(item, answer)})
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    write_text(requests, "\n".join(lines) + "\n")
+    return (
+        f"MMHal-Bench, {path}: not scored, because a judge must rate the answers (officially gpt-4-0314 at temperature "
+        f"0).\nThe {len(lines)} requests are in {requests}. Have 'prompt' of each line answered (the instruction is "
+        "ours, not the official one),\nwrite the answers as JSON lines with index and judgement, and score that file "
+        "with --judge NAME."
+    )
+
+
+def _matched(rows: Rows, wanted: Sequence[tuple[str, ...]], fields: Sequence[str], path: Path) -> Rows:
+    """The rows in the order of the questions, found by their key fields, or by order if no row has these."""
+    keyed = [all(name in row for name in fields) for _, row in rows]
     if not any(keyed):
-        if len(rows) != len(questions):
+        if len(rows) != len(wanted):
             raise DataError(
-                f"{path} has {len(rows)} answers without {', '.join(KEY_FIELDS)}, the question file "
-                f"{len(questions)} questions: give one answer per question, or these fields"
+                f"{path} has {len(rows)} answers without {', '.join(fields)}, and there are {len(wanted)} questions: "
+                "give one answer per question in their order, or these fields"
             )
         return rows
-    known = {question.key for question in questions}
+    known = set(wanted)
     found: dict[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {}
     for (where, row), complete in zip(rows, keyed, strict=True):
         if not complete:
-            raise DataError(f"{where}: expected {', '.join(KEY_FIELDS)} as on the other lines")
-        key = question_key(row)
+            raise DataError(f"{where}: expected {', '.join(fields)} as on the other lines")
+        key = tuple(str(row[name]) for name in fields)
         if key not in known:
             raise DataError(f"{where}: the question file has no question {'/'.join(key)}")
         if key in found:
             raise DataError(f"{where}: question {'/'.join(key)} is answered already, on {found[key][0]}")
         found[key] = (where, row)
-    missing = [question.key for question in questions if question.key not in found]
+    missing = [key for key in wanted if key not in found]
     if missing:
         raise DataError(
-            f"{path} answers {len(found)} of {len(questions)} questions; the first without an answer is "
+            f"{path} answers {len(found)} of {len(wanted)} questions; the first without an answer is "
             f"{'/'.join(missing[0])}"
         )
-    return [found[question.key] for question in questions]
+    return [found[key] for key in wanted]
 
 
 def _code(row: Mapping[str, Any], key: str, where: str, largest: int) -> int:

@@ -251,7 +251,18 @@ def _add_score(verbs: Any) -> None:
     )
     hallusion.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
     hallusion.set_defaults(run=_score_hallusionbench)
-    for kind in (chair, pope, amber, hallusion):
+    mmhal = kinds.add_parser("mmhal", allow_abbrev=False, help="judged answers to MMHal-Bench, or requests to a judge")
+    mmhal.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with rating or judgement; with model_answer only, the requests to a judge are written",
+    )
+    mmhal.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
+    mmhal.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
+    mmhal.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
+    mmhal.set_defaults(run=_score_mmhal)
+    for kind in (chair, pope, amber, hallusion, mmhal):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
 
 
@@ -385,3 +396,14 @@ def _score_hallusionbench(options: argparse.Namespace) -> None:
     from vlmfix.evals.rescore_benchmarks import score_hallusionbench_file
 
     _show(score_hallusionbench_file(options.file, options.questions, out=options.out))
+
+
+def _score_mmhal(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore_benchmarks import score_mmhal_file
+
+    _show(
+        score_mmhal_file(
+            options.file, options.questions, judge=options.judge, requests=options.requests, out=options.out
+        )
+    )

@@ -4,7 +4,6 @@ The file is ``HallusionBench.json`` of tianyi-lab/HallusionBench (BSD-3-Clause).
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +94,6 @@ def load_hallusionbench(path: Path | str) -> list[HallusionQuestion]:
             raise DataError(f"{path} entry {number}: the same question as entry {first}: make the ids unique")
         questions.append(question)
     return questions
-
-
-def question_key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values of :data:`KEY_FIELDS` in a row that has them all, as strings."""
-    return tuple(str(row[name]) for name in KEY_FIELDS)
 
 
 def _question(row: Any, where: str) -> HallusionQuestion:
