@@ -163,3 +163,23 @@ def test_a_cache_whose_rows_were_picked_or_repeated_is_refused(tiny: Any) -> Non
         act.batch_repeat_interleave(2)
         with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 1 sequences and is now used with 2"):
             tiny(input_ids=torch.tensor([[21], [20]]), past_key_values=act, use_cache=True)
+
+
+def test_an_image_may_come_in_the_second_turn(tiny: Any) -> None:
+    """Turns before it are stock, alone as beside a conversation whose first turn has one."""
+    image = sample(2, 1, 6, seed=4)
+    text = Sample(tuple(words(len(image.ids), seed=4)))
+    second = sample(1, 1, 6, seed=23)
+    vlmfix.patch(tiny, "act", **parameters_of("act", tiny))
+    found = []
+    for first in ([text], [text, image]):
+        cache = DynamicCache(config=tiny.config)
+        with torch.no_grad():
+            for turn in (first, [second] * len(first)):
+                inputs = {name: value for name, value in collate(turn).items() if name != "attention_mask"}
+                tiny(**inputs, past_key_values=cache, use_cache=True)
+                ids = torch.full((len(first), 1), 20)
+                logits = tiny(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+        found.append(logits)
+    close(*found)
+    assert vlmfix.status(tiny).edited[0] > 0

@@ -55,7 +55,8 @@ class ColumnMeans:
         else:
             mask = seen.new_ones(seen.shape[:2])
         if known is None:
-            known = cls._empty(attn_weights, seen, offset, frozen)
+            # Turns before the first image are left alone, and count for nothing.
+            known = replace(cls._empty(attn_weights, seen, offset, frozen), length=run.past)
         if known.is_cropped:
             raise UnsupportedFeatureError(
                 "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
