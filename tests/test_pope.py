@@ -103,6 +103,23 @@ def test_figures_without_any_yes_are_zero():
     assert math.isnan(summary["auc"])
 
 
+def test_mcc_is_the_correlation_of_answers_and_labels():
+    rng = np.random.default_rng(0)
+    for skill in (0.1, 0.5, 0.9):
+        labels = rng.random(80) < 0.4
+        said = np.where(rng.random(80) < skill, labels, ~labels)
+        table = score_labels(labels.tolist(), ["Yes" if yes else "No" for yes in said], image_ids=range(80))
+        assert table.summary()["mcc"] == pytest.approx(np.corrcoef(labels, said)[0, 1], abs=1e-12)
+
+
+def test_auc_equals_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    rng = np.random.default_rng(0)
+    scores, labels = np.round(rng.normal(size=200), 1), rng.random(200) < 0.4
+    pairs = labels.sum() * (~labels).sum()
+    assert auc(scores, labels) == pytest.approx(stats.mannwhitneyu(scores[labels], scores[~labels]).statistic / pairs)
+
+
 def test_auc_equals_the_share_of_ordered_pairs():
     rng = np.random.default_rng(0)
     for levels in (2, 5, 1000):
@@ -165,6 +182,26 @@ def test_load_questions(tmp_path):
     assert [q.object for q in questions] == ["snowboard", "apple", "hot dog"]
     assert [q.question_id for q in questions] == ["1", "two", "3"]
     assert [q.label for q in questions] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "image_id"),
+    [
+        ("aokvqa_pope_seem_popular.jsonl", "COCO_val2014_000000000042.jpg", 42),
+        ("gqa_pope_seem_popular.jsonl", "2300042.jpg", 2300042),
+    ],
+)
+def test_questions_on_other_image_sets(tmp_path, name, image, image_id):
+    """The A-OKVQA and GQA variants, as JSON lines: objects outside COCO's 80, images with names of their own."""
+    rows = [row(1, image=image, text="Is there a sky in the image?"), row(2, image=image, label="no")]
+    questions = load_questions(write_lines(tmp_path / name, *rows))
+    assert [(q.object, q.image_id, q.split) for q in questions] == [
+        ("sky", image_id, "popular"),
+        ("snowboard", image_id, "popular"),
+    ]
+    assert score_answers(questions, ["Yes", "Yes"]).counts() == {
+        "n": 2, "TP": 1, "FP": 1, "TN": 0, "FN": 0, "unparsed": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

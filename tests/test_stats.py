@@ -130,6 +130,22 @@ def test_interval_of_a_ratio_agrees_with_the_delta_method():
     assert (interval.high - interval.low) / 2 == pytest.approx(1.959964 * error, rel=0.06)
 
 
+def test_intervals_equal_scipys():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    a, b = chair_table(150, 1, 0.6), chair_table(150, 2, 0.5)
+
+    def chair_i(wrong_a, said_a, wrong_b, said_b, axis=-1):
+        return wrong_a.sum(axis=axis) / said_a.sum(axis=axis) - wrong_b.sum(axis=axis) / said_b.sum(axis=axis)
+
+    samples = (a.hallucinated, a.mentions, b.hallucinated, b.mentions)
+    theirs = stats.bootstrap(
+        samples, chair_i, paired=True, vectorized=True, method="percentile", n_resamples=20_000, rng=1
+    ).confidence_interval
+    ours = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b, n_resamples=20_000)
+    width = ours.high - ours.low
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02 * width)
+
+
 def test_pairing_removes_what_the_images_share():
     a = chair_table(300, seed=4)
     assert paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, a) == paired_bootstrap(CHAIR_STATISTICS["f1"], a, a)
