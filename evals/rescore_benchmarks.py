@@ -12,8 +12,9 @@ from vlmfix.errors import DataError
 from .cache import write_text
 from .data.amber import load_amber
 from .data.hallusionbench import KEY_FIELDS, load_hallusionbench
+from .data.mme import MmeAnswer, load_results, parse_label
 from .data.mmhal import TYPES, MmhalItem, load_mmhal
-from .metrics import hallusionbench, mmhal
+from .metrics import hallusionbench, mme, mmhal
 from .metrics.amber import score_responses
 from .metrics.amber_words import spacy_similarity
 from .report import finite, number, plain_table
@@ -108,6 +109,47 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
     if table.unparsed is not None:
         lines.append(f"unparsed: {table.unparsed} of {len(table)} (not one of yes and no: unclear)")
     return "\n".join(lines)
+
+
+def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = None) -> str:
+    """Score answers to the hallucination subset of MME.
+
+    Args:
+        path: Folder of the official tool (``existence.txt``, ...; see ``data.mme.load_results``), or JSON lines (or one
+            JSON list) with ``task`` (or ``category``), ``image`` (or ``question_id``), ``question``, ``label`` (yes or
+            no) and ``answer`` (or ``response``, ``text``). Other tasks of MME are left out.
+        parser: Rule that reads yes or no, see ``metrics.mme.parse_answer``.
+        out: Where to write figures and integer counts as JSON, if anywhere.
+
+    Returns:
+        A plain-text table, one row per task.
+
+    Raises:
+        DataError: A line is broken, a task is incomplete, or a question is answered twice.
+    """
+    answers = load_results(path) if path.is_dir() else [_mme_answer(row, where) for where, row in read_rows(path)]
+    tables = mme.score_answers(answers, parser=parser)  # type: ignore[arg-type]
+    result: dict[str, Any] = {"benchmark": "mme", "parser": parser, "total": mme.total(tables)}
+    result["tasks"] = {task: {"counts": t.counts(), "summary": t.summary()} for task, t in tables.items()}
+    write_result(out, path, result)
+    lines = [["task", "n", "accuracy", "accuracy+", "score (200)", "yes", "unparsed"]]
+    for task, table in tables.items():
+        c, s = table.counts(), table.summary()
+        figures = [number(s["accuracy"]), number(s["accuracy_plus"]), f"{s['score']:.2f}", number(s["yes_ratio"])]
+        lines.append([task, str(c["n"]), *figures, str(c["unparsed"])])
+    title = f"MME, hallucination subset, parser {parser}, {path}"
+    text = f"{title}\n{plain_table(lines)}"
+    return text if result["total"] is None else f"{text}\ntotal (800): {result['total']:.2f}"
+
+
+def _mme_answer(row: Mapping[str, Any], where: str) -> MmeAnswer:
+    return MmeAnswer(
+        task=text_of(row, where, ("task", "category")),
+        image=text_of(row, where, ("image", "question_id")),
+        question=text_of(row, where, ("question",)),
+        label=parse_label(text_of(row, where, ("label",)), where),
+        answer=text_of(row, where, ("answer", "response", "text")),
+    )
 
 
 def score_mmhal_file(

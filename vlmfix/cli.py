@@ -262,7 +262,16 @@ def _add_score(verbs: Any) -> None:
     mmhal.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
     mmhal.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
     mmhal.set_defaults(run=_score_mmhal)
-    for kind in (chair, pope, amber, hallusion, mmhal):
+    mme = kinds.add_parser("mme", allow_abbrev=False, help="answers to the hallucination subset of MME")
+    mme.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="results folder of the official tool, or JSON lines with task, image, question, label and answer",
+    )
+    mme.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
+    mme.set_defaults(run=_score_mme)
+    for kind in (chair, pope, amber, hallusion, mmhal, mme):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
 
 
@@ -407,3 +416,10 @@ def _score_mmhal(options: argparse.Namespace) -> None:
             options.file, options.questions, judge=options.judge, requests=options.requests, out=options.out
         )
     )
+
+
+def _score_mme(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.rescore_benchmarks import score_mme_file
+
+    _show(score_mme_file(options.file, parser=options.parser, out=options.out))

@@ -4,8 +4,8 @@
 
 The judge is a language model that sees text only: the content of the image, a human's answer and the model's
 (officially gpt-4-0314, temperature 0). None comes with this package: pass a callable, or write the requests to a file,
-have them judged elsewhere, and score the ratings. **The choice of the judge and of its instruction changes the figures**: report
-both. The instruction below is ours, not the official one; ``instruction`` replaces it.
+have them judged elsewhere, and score the ratings. **The choice of the judge and of its instruction changes the
+figures**: report both. The instruction below is ours, not the official one; ``instruction`` replaces it.
 """
 
 from collections.abc import Callable, Sequence
