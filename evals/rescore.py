@@ -150,7 +150,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         DataError: The file is missing, empty, or a line is no JSON object.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     rows = []
@@ -179,13 +179,16 @@ def text_of(row: Mapping[str, Any], where: str, keys: Sequence[str] = _TEXT_KEYS
     """The text under the first of ``keys`` that the row has.
 
     Raises:
-        DataError: It has none of them, or null in it.
+        DataError: It has none of them, or the first one holds null, a list or an object.
     """
     for key in keys:
-        if row.get(key) is not None:
-            return str(row[key])
         if key in row:
-            raise DataError(f"{where}: {key!r} is null; give the text, or an empty one if there is no answer")
+            value = row[key]
+            if value is None:
+                raise DataError(f"{where}: {key!r} is null; give the text, or an empty one if there is no answer")
+            if isinstance(value, list | dict):
+                raise DataError(f"{where}: expected text in {key!r}, found {str(value)[:40]!r}")
+            return str(value)
     raise DataError(f"{where}: expected one of {', '.join(keys)}, found the keys {', '.join(row)}")
 
 

@@ -242,12 +242,22 @@ def test_score_amber(tmp_path, capsys):
         ([{"response": "No"}], "found None"),
         ([{"id": 3}], "line 1: expected one of response"),
         ([{"id": 3, "response": None}], "line 1: 'response' is null"),
+        ([{"id": 3, "response": ["No"]}], "line 1: expected text in 'response', found"),
         ([{"id": 7, "response": "No"}], "first: id 8"),
     ],
 )
 def test_score_amber_mismatch(tmp_path, capsys, rows, message):
     assert score(tmp_path, rows) == 2
     assert message in capsys.readouterr().err
+
+
+def test_byte_order_mark_and_wrong_encoding(tmp_path, capsys):
+    path, folder = tmp_path / "r.jsonl", str(write_amber(tmp_path / "amber"))
+    path.write_text('{"id": 3, "response": "No"}', encoding="utf-8-sig")
+    assert main(["score", "amber", str(path), "--data", folder]) == 0
+    path.write_text('{"id": 3, "response": "No"}', encoding="utf-16")
+    assert main(["score", "amber", str(path), "--data", folder]) == 2
+    assert f"cannot read {path}" in capsys.readouterr().err
 
 
 def test_truncated_responses(tmp_path, capsys):
