@@ -85,19 +85,20 @@ class AnswerLog:
         records: Everything in it, by key; grows with ``append``.
     """
 
-    def __init__(self, path: Path, *, keep: bool = True) -> None:
+    def __init__(self, path: Path, *, keep: bool = True, known: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Open (or create) the log and read what it holds.
 
         Args:
             path: The file.
             keep: Otherwise what it holds is thrown away, once the file is locked.
+            known: Answers that are kept elsewhere, by key: not written again.
 
         Raises:
             DataError: A line other than a torn last one is not an answer.
             VlmfixError: The file cannot be opened, or another run has it open.
         """
         self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {key: dict(record) for key, record in (known or {}).items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a line is on its way to the disk when `append` returns, and nothing is left to fail at close.
@@ -174,6 +175,15 @@ class AnswerLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a log that another process holds: its complete lines, by key."""
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    records = (json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
+    return {record["key"]: record for record in records}
 
 
 def canonical_line(record: Mapping[str, Any]) -> str:

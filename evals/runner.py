@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import vlmfix
 from vlmfix.errors import DataError, VlmfixError
 
-from .cache import AnswerLog, digest, write_json, write_text
+from .cache import AnswerLog, digest, read_records, write_json, write_text
 from .config import (
     SCHEMA_VERSION,
     EvalOptions,
@@ -30,6 +30,7 @@ from .page import html_report
 from .report import markdown_report, text_report
 from .samples import Answer, Sample
 from .scoring import score_run
+from .shards import Shard, merge_parts
 from .tasks import Tasks, make_tasks
 
 logger = logging.getLogger("vlmfix.evals")
@@ -179,6 +180,9 @@ def evaluate(
         VlmfixError: See the message; answers written so far are kept.
         EvalInterrupted: Ctrl-C; likewise.
     """
+    shard = Shard.here()
+    if not shard.is_main:
+        return _evaluate_share(options, methods, shard)
     run = plan_run(options, methods)
     check_folder(run)
     show(f"{run.source.name} on {run.tasks.description}: {len(run.methods)} methods, {run.total} answers, {run.folder}")
@@ -187,18 +191,25 @@ def evaluate(
     with AnswerLog(run.folder / ANSWERS, keep=options.resume) as log:
         if not (options.resume and (run.folder / "config.json").is_file()):
             write_config(run, runtime=None, resolved=None)
+        merge_parts(run.folder, log, keep=options.resume)
         plan = AnswerPlan(run)
         missing = plan.missing(log)
         if missing < run.total:
             show(f"{run.total - missing} answers are there already, {missing} to go")
-        if missing:
+        if missing or shard.world > 1:
             try:
-                generate_answers(run, plan, log, missing)
+                if shard.world == 1:
+                    generate_answers(run, plan, log, missing, shard)
+                else:
+                    show(f"{shard.world} processes share the batches")
+                    shard.wait()
+                    answer_share(run, plan, log.records, shard)
             except KeyboardInterrupt as error:
                 raise EvalInterrupted(
                     f"interrupted: {run.total - plan.missing(log)} of {run.total} answers are kept in {run.folder}; "
                     f"to go on, type: {options.resume_line}"
                 ) from error
+        merge_parts(run.folder, log)
         answers = plan.answers(log)
 
     def decode(tokens: Sequence[int]) -> str:
@@ -224,6 +235,25 @@ def evaluate(
     show(text_report(results))
     show(f"written: {run.folder}/config.json answers.jsonl results.json report.md report.html")
     return results
+
+
+def answer_share(run: EvalRun, plan: AnswerPlan, known: Mapping[str, Mapping[str, Any]], shard: Shard) -> None:
+    """Answer this process's batches into a file of its own, and wait for the others."""
+    with AnswerLog(shard.part(run.folder), known=known) as part:
+        missing = plan.missing_of(part, shard)
+        shard.wait()  # everybody knows by now what was there before
+        if missing:
+            generate_answers(run, plan, part, missing, shard)
+    shard.wait()
+
+
+def _evaluate_share(options: EvalOptions, methods: Sequence[MethodSpec] | None, shard: Shard) -> dict[str, Any]:
+    """What a process does that is not the main one: no output, no results."""
+    run = plan_run(options, methods)
+    plan = AnswerPlan(run)
+    shard.wait()  # the main process has checked the folder and merged what earlier runs left
+    answer_share(run, plan, read_records(run.folder / ANSWERS), shard)
+    return {}
 
 
 class AnswerPlan:
@@ -276,6 +306,16 @@ class AnswerPlan:
             for sample in self.run.tasks.samples()
         )
 
+    def missing_of(self, log: AnswerLog, shard: Shard) -> int:
+        """Number of answers that are not in the log and that a process is to give."""
+        return sum(
+            self.key(spec, sample) not in log.records
+            for index, batch in enumerate(self.batches)
+            if shard.owns(index)
+            for spec in self.run.methods
+            for sample in batch
+        )
+
     def answers(self, log: AnswerLog) -> dict[str, dict[tuple[str, int, str], Answer]]:
         """All answers by method label and (benchmark, image id, question)."""
         return {
@@ -287,8 +327,10 @@ class AnswerPlan:
         }
 
 
-def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int) -> None:
+def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, shard: Shard) -> None:
     """Load the model and generate every answer the log lacks; each batch is answered by all methods in turn.
+
+    With several processes, those of this one's batches.
 
     Raises:
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
@@ -296,14 +338,14 @@ def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: in
     model = load_model(
         run.source,
         dtype=run.settings["model"]["dtype"],
-        device=run.device,
+        device=shard.device(run.device),
         attn_implementation=run.options.attn_implementation,
     )
     with fitting_threads(model):
-        _generate_missing(run, plan, log, missing, model)
+        _generate_missing(run, plan, log, missing, model, shard)
 
 
-def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, model: Any) -> None:
+def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, model: Any, shard: Shard) -> None:
     from tqdm import tqdm
 
     from .data.coco import load_image
@@ -321,9 +363,14 @@ def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: i
         **runtime_info(run.options, run.batch_size, model),
         "generation_config": model.generation_config.to_diff_dict(),
     }
-    write_config(run, runtime=info, resolved=resolved)
-    with tqdm(total=missing, unit="answer", disable=None, smoothing=0.1, dynamic_ncols=True) as bar:
+    if shard.is_main:
+        write_config(run, runtime=info, resolved=resolved)
+    with tqdm(
+        total=missing, unit="answer", disable=None if shard.is_main else True, smoothing=0.1, dynamic_ncols=True
+    ) as bar:
         for index, batch in enumerate(plan.batches):
+            if not shard.owns(index):
+                continue
             lacking = [
                 (spec, method, wanted)
                 for spec, method in methods
