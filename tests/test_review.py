@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import by_name
 from method_parameters import parameters_of
 from models import (
     PAD,
@@ -183,3 +184,21 @@ def test_an_image_may_come_in_the_second_turn(tiny: Any) -> None:
         found.append(logits)
     close(*found)
     assert vlmfix.status(tiny).edited[0] > 0
+
+
+@pytest.mark.parametrize("name", ["video_llama_3", "qwen2_5_omni"])
+def test_drafts_are_refused_where_they_look_like_a_further_turn(name: str) -> None:
+    family = by_name(name)
+    if family.unavailable():
+        pytest.skip(family.unavailable() or "")
+    model = family.build()
+    inputs = family.collate([family.single()])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    stock = model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
+    vlmfix.patch(model, "iat", layers=":")
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="logits_to_keep"):
+        model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
+    vlmfix.patch(model, "none")
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), stock)
+    vlmfix.unpatch(model)
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), stock)

@@ -60,6 +60,8 @@ class Patch:
         self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
         active = [method for method in methods if not method.is_identity]
         self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
+        takes = self._parameters[type(anatomy.language_model)]
+        self._cannot_tell_drafts = bool(active) and anatomy.encoder is None and "logits_to_keep" not in takes
         vision_layers = sorted({layer for method in active for layer in method.vision_layers})
         self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
         self._reorders = any(method.reorders for method in active)
@@ -81,6 +83,8 @@ class Patch:
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
             for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
                 model.__dict__[_PAGED] = _refuse_paged
+            if self._cannot_tell_drafts:
+                self.anatomy.language_model.__dict__[_DRAFTS] = _refuse_drafts
             self._handles += self.images.attach()
             if self.vision is not None:
                 self._handles += self.vision.attach()
@@ -103,6 +107,7 @@ class Patch:
         self._handles.clear()
         for model in (self.anatomy.model, self.anatomy.language_model):
             model.__dict__.pop(_PAGED, None)
+            model.__dict__.pop(_DRAFTS, None)
         for site in self.sites:
             if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
                 site.module.config = site.base_config
@@ -296,6 +301,18 @@ def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedFeatureError(
         "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
         "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+    )
+
+
+_DRAFTS = "_get_candidate_generator"
+"""The method of a model that every way into assisted decoding passes."""
+
+
+def _refuse_drafts(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for ``_get_candidate_generator`` where nothing in a forward tells drafted tokens from a further turn."""
+    raise UnsupportedFeatureError(
+        "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
+        "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
     )
 
 
