@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .intervals import CONFIDENCE, RESAMPLES, Interval
 from .metrics.chair import ChairMatcher, ChairTable
 from .metrics.pope import PopeTable
 from .metrics.text_quality import match_by_mentions, match_by_words, score_texts
 from .significance import holm_by_name, mcnemar
-from .stats import CHAIR_STATISTICS, CONFIDENCE, POPE_STATISTICS, RESAMPLES, Interval, Statistic, paired_bootstrap
+from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Statistic, paired_bootstrap
 from .tables import finite, survives
 
 ALPHA = 1 - CONFIDENCE

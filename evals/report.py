@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
 
-from .report_quality import ANSWERS_LEGEND, QUALITY_LEGEND, answers_rows, quality_rows
+from .report_quality import ANSWERS_LEGEND, QUALITY_LEGEND, answers_rows, caption_rows, quality_rows, split_rows
 from .tables import (
     difference_cell,
     excludes_zero,
@@ -159,9 +159,9 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     if results.get("controls"):
         parts += ["## Controls", "", CONTROLS_EXPLAINED, "", markdown_table(_control_rows(results)), ""]
     if "pope" in results["methods"][0]:
-        parts += ["## POPE by split", "", markdown_table(_split_rows(results)), ""]
+        parts += ["## POPE by split", "", markdown_table(split_rows(results)), ""]
     if "chair" in results["methods"][0]:
-        parts += ["## Captions", "", markdown_table(_caption_rows(results)), ""]
+        parts += ["## Captions", "", markdown_table(caption_rows(results)), ""]
     quality = quality_rows(results)
     if quality:
         heading = quality[1]
@@ -275,31 +275,6 @@ def _control_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 VERDICTS[control.get("verdict_holm", control["verdict"])],
             ]
         )
-    return rows
-
-
-def _split_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    splits = results["methods"][0]["pope"]["splits"]
-    names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc", "mcc")
-    rows = [["method", "split", "n", "accuracy", "precision", "recall", "F1", "yes", "AUC", "MCC", "unparsed"]]
-    for method in results["methods"]:
-        for split in (*splits, "all"):
-            part = method["pope"][split]
-            figures = [number(part["summary"].get(name)) for name in names]
-            rows.append([method["label"], split, str(part["counts"]["n"]), *figures, str(part["counts"]["unparsed"])])
-    return rows
-
-
-def _caption_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    rows = [
-        ["method", "captions", "changed", "truncated", "mentions", "hallucinated", "distinct", "recalled", "objects"]
-    ]
-    names = ("mentions", "hallucinated_mentions", "generated_distinct", "recalled_gt_objects", "gt_objects")
-    for method in results["methods"]:
-        part = method["chair"]
-        counts = part["counts"]
-        figures = [str(counts[name]) for name in names]
-        rows.append([method["label"], str(counts["captions"]), str(part["changed"]), str(part["truncated"]), *figures])
     return rows
 
 

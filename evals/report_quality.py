@@ -1,4 +1,4 @@
-"""The two small tables below the result table: text quality of the captions, and paired answers to POPE."""
+"""The small tables: text quality of captions, paired answers to POPE, and the counts behind the result table."""
 
 from __future__ import annotations
 
@@ -70,4 +70,31 @@ def answers_rows(results: Mapping[str, Any]) -> Rows:
             counts = [str(test[name]) for name in ("questions", "only_method", "only_baseline")]
             cells = [difference_cell(paired["mcc"]), interval_cell(paired["mcc"])]
             rows.append([*row, *cells, *counts, p_cell(test["p_value"]), p_cell(test["p_holm"])])
+    return rows
+
+
+def split_rows(results: Mapping[str, Any]) -> Rows:
+    """POPE's figures of every method and split, the headings first."""
+    splits = results["methods"][0]["pope"]["splits"]
+    names = ("accuracy", "precision", "recall", "f1", "yes_ratio", "auc", "mcc")
+    rows = [["method", "split", "n", "accuracy", "precision", "recall", "F1", "yes", "AUC", "MCC", "unparsed"]]
+    for method in results["methods"]:
+        for split in (*splits, "all"):
+            part = method["pope"][split]
+            figures = [number(part["summary"].get(name)) for name in names]
+            rows.append([method["label"], split, str(part["counts"]["n"]), *figures, str(part["counts"]["unparsed"])])
+    return rows
+
+
+def caption_rows(results: Mapping[str, Any]) -> Rows:
+    """CHAIR's integer counts of every method, the headings first."""
+    rows = [
+        ["method", "captions", "changed", "truncated", "mentions", "hallucinated", "distinct", "recalled", "objects"]
+    ]
+    names = ("mentions", "hallucinated_mentions", "generated_distinct", "recalled_gt_objects", "gt_objects")
+    for method in results["methods"]:
+        part = method["chair"]
+        counts = part["counts"]
+        figures = [str(counts[name]) for name in names]
+        rows.append([method["label"], str(counts["captions"]), str(part["changed"]), str(part["truncated"]), *figures])
     return rows

@@ -23,7 +23,7 @@ from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
-from vlmfix.evals import cache, config, generate, models, report, runner, samples, scoring, tasks
+from vlmfix.evals import auc, cache, config, generate, models, report, runner, samples, scoring, tasks
 from vlmfix.evals.data.pope import PopeQuestion
 from vlmfix.evals.metrics import text_quality
 
@@ -661,7 +661,7 @@ def test_paired_auc_against_counting_pairs() -> None:
         pairs = s[y][:, None] - s[~y][None]
         return float((pairs > 0).mean() + (pairs == 0).mean() / 2)
 
-    interval = scoring.paired_auc(*(pope_table(s.tolist(), labels.tolist(), images.tolist()) for s in (a, b)), seed=5)
+    interval = auc.paired_auc(*(pope_table(s.tolist(), labels.tolist(), images.tolist()) for s in (a, b)), seed=5)
     rows = np.arange(n)
     assert interval.estimate == pytest.approx(naive(a, rows) - naive(b, rows), abs=1e-12)
     draws = []
@@ -669,8 +669,8 @@ def test_paired_auc_against_counting_pairs() -> None:
     for weight in weights[:50]:
         chosen = np.concatenate([np.flatnonzero(images == i) for i in np.repeat(np.arange(12), weight)])
         draws.append(naive(a, chosen) - naive(b, chosen))
-    ranked = [scoring._ranked(pope_table(s.tolist(), labels.tolist(), images.tolist())) for s in (a, b)]
-    fast = np.subtract(*(scoring._weighted_auc(r, weights[:50].astype(float)[:, images]) for r in ranked))
+    ranked = [auc.ranked_questions(pope_table(s.tolist(), labels.tolist(), images.tolist())) for s in (a, b)]
+    fast = np.subtract(*(auc.weighted_auc(r, weights[:50].astype(float)[:, images]) for r in ranked))
     assert fast == pytest.approx(np.array(draws), abs=1e-12)
     assert interval.low < interval.estimate < interval.high and interval.n == 12
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
+from vlmfix.evals.intervals import percentile_interval
 from vlmfix.evals.metrics.pope import score_labels
 from vlmfix.evals.significance import holm, holm_by_name, mcnemar
-from vlmfix.evals.stats import POPE_STATISTICS, paired_bootstrap, percentile_interval
+from vlmfix.evals.stats import POPE_STATISTICS, paired_bootstrap
 
 
 def labelled(answers):
