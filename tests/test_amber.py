@@ -97,6 +97,8 @@ def test_similar_words_count_as_the_object(data):
     counts = describe(data, "cat dog", similarity=similarity)
     # "cat" is like "people", so no hallucination, and like "dog" of the other list; "dog" is not above 0.8 of anything.
     assert counts == {"chair_num": 3, "chair_score": 1, "safe_cover_score": 2, "hallu_cover_score": 1}
+    alone = describe(data, "cat", similarity=similarity)
+    assert alone == {"chair_num": 2, "chair_score": 0, "safe_cover_score": 2, "hallu_cover_score": 1}
     assert describe(data, "cat dog", similarity=similarity, threshold=0.79)["chair_score"] == 0
     table = score_responses(data, {1: "cat", 2: ""}, nouns=words, similarity=similarity, similarity_name="mine")
     assert table.similarity == "mine"
@@ -133,6 +135,22 @@ def test_questions_by_hand(data):
     assert figures["Exsitence"] == {"Accuracy": 99.9, "Precision": 99.9, "Recall": 99.9, "F1": 99.9}
     assert figures["Relation"]["F1"] == 0.0
     assert "Generative Task" not in figures
+
+
+def test_small_terms_of_the_denominators(data):
+    right = {i: "Yes" if data.items[i].label else "No" for i in QUESTIONS}
+    figures = score_responses(data, right).figures()
+    accuracy = {name: group["Accuracy"] for name, group in figures.items()}
+    # 6 / 6.001, 3 / 3.003 (three counters, each from 0.001), 1 / 1.001
+    assert (accuracy["Descriminative Task"], accuracy["Attribute"], accuracy["State"]) == (100.0, 99.9, 99.9)
+
+
+@pytest.mark.parametrize(("task", "f1"), [("existence", 66.6), ("state", 66.7)])
+def test_f1_of_existence_has_a_larger_term(task, f1):
+    items = {i: AmberItem(i, task, label=False) for i in range(1, 5)}
+    answers = {i: "No" if i <= 2 else "Yes" for i in items}
+    figures = score_responses(AmberData(items, {}, frozenset()), answers).figures()
+    assert [group["F1"] for group in figures.values()] == [f1]
 
 
 def test_one_dimension_alone(data):

@@ -76,11 +76,11 @@ def test_a_rate_without_denominator_is_undefined():
 
 
 def test_open_answers_are_wrong_counted_and_never_agree():
-    answers: dict[Condition, list[str]] = {"neutral": ["Perhaps", "No"], "challenge": ["No", "Perhaps"]}
+    answers: dict[Condition, list[str]] = {"neutral": ["Perhaps", "No"], "challenge": ["Perhaps", "Perhaps"]}
     table = score_answers([True, False], answers, parser="vlmeval")
-    assert table.prediction.tolist() == [[-1, 0], [0, -1]]
+    assert table.prediction.tolist() == [[-1, -1], [0, -1]]
     counts = table.counts()
-    assert counts["neutral"]["unparsed"] == counts["challenge"]["unparsed"] == 1
+    assert (counts["neutral"]["unparsed"], counts["challenge"]["unparsed"]) == (1, 2)
     # There is nothing to doubt about an open answer.
     assert (counts["challenge"]["suggested"], counts["challenge"]["agreed"]) == (1, 0)
     assert counts["challenge"]["right_to_wrong"] == 1

@@ -203,7 +203,7 @@ def _causes(q: HallusionQuestion, code: int, original: int, same: bool) -> set[s
         return {"LH"}  # made up without anything to see
     wrong_as_before = code == INCORRECT and same
     if q.category == "VD":
-        return {"LH", "VI"} if wrong_as_before and not q.original and original == CORRECT else {"VI"}
+        return {"LH", "VI"} if wrong_as_before and original == CORRECT else {"VI"}
     if original == INCORRECT:
         return {"LH"} if wrong_as_before else {"LH", "VI"}
     # Right without an image, and the edited image does not change the answer: language overrules vision.
