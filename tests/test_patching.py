@@ -570,6 +570,7 @@ def test_a_second_turn_that_asks_for_several_logits_is_a_prompt(sinky: Any) -> N
     for cache, keep in zip(caches, (0, 2), strict=True):
         forward(sinky, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
         with torch.no_grad():
+            sinky(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
             ids = torch.tensor([second.ids[1:]])
             options = {"pixel_values": second.pixels, "past_key_values": cache, "logits_to_keep": keep}
             found.append(sinky(input_ids=ids, use_cache=True, **options).logits[:, -2:])

@@ -17,6 +17,7 @@ from models import (
     collate,
     forward,
     generate,
+    needs_chunks,
     position_ids,
     sample,
     words,
@@ -202,3 +203,15 @@ def test_drafts_are_refused_where_they_look_like_a_further_turn(name: str) -> No
     assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), stock)
     vlmfix.unpatch(model)
     assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), stock)
+
+
+@needs_chunks
+@pytest.mark.parametrize("name", ["var", "vaf", "cmai", "modality_balance"])
+def test_a_further_image_in_a_later_part_of_a_prompt_is_refused(tiny: Any, name: str) -> None:
+    """The rows between the images are behind the last one only until then; one image may come in any part."""
+    one, two = collate([sample(3, 1, 6, seed=2)]), collate([sample(3, 2, 6, seed=2, between=4)])
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    close(generate(tiny, one, 3, prefill_chunk_size=5)[1], generate(tiny, one, 3)[1])
+    close(generate(tiny, two, 3, prefill_chunk_size=27)[1], generate(tiny, two, 3)[1])
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="needs a prompt in one forward"):
+        generate(tiny, two, 3, prefill_chunk_size=16)

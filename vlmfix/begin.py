@@ -119,8 +119,12 @@ def _check_whole_prompt(known: SequenceState | None, run: Run) -> None:
     """Refuse to go on with a prompt that was edited as if it had ended."""
     if known is None or known.is_answered or not known.any_image:
         return
+    old, new = run.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
+    behind = run.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
+    has_further_image = bool((behind.any(1) & new.any(1)).any())  # rows before it were edited as if behind the last one
     for method in run.state.methods:
-        if method.needs_whole_prompt and not method.is_identity:
+        needs_it = method.needs_whole_prompt or (has_further_image and method.prompt_rows == "text")
+        if needs_it and not method.is_identity:
             raise UnsupportedFeatureError(
                 f"{method.name} needs a prompt in one forward, and this one continues a prompt that is already in the "
                 "cache: what it did there depends on tokens that come only now. Leave prefill_chunk_size unset, and "
