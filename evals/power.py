@@ -134,8 +134,21 @@ class Rates:
         return math.sqrt(2 * (1 - self.correlation) * single)
 
 
-def read_pilot(folder: Path) -> dict[str, dict[str, float | None]]:
-    """The s of every figure and method of a finished run, by label; None where the method changed nothing.
+@dataclass(frozen=True)
+class Pilot:
+    """What a finished run says about a longer one.
+
+    Attributes:
+        deviations: Label of a method -> figure -> s, None where its interval has no width.
+        images: The smallest number of images behind one of them.
+    """
+
+    deviations: dict[str, dict[str, float | None]]
+    images: int
+
+
+def read_pilot(folder: Path) -> Pilot:
+    """The s of every figure and method of a finished run (its folder, or its ``results.json``).
 
     Raises:
         DataError: The folder holds no results, or none that compare methods.
@@ -144,14 +157,14 @@ def read_pilot(folder: Path) -> dict[str, dict[str, float | None]]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         confidence = results["intervals"]["confidence"]
-        found = {
-            method["label"]: {
-                key: deviation_of_interval(method["differences"][key], confidence)
-                for key in FIGURES
-                if key in method["differences"]
-            }
+        intervals = {
+            method["label"]: {key: method["differences"][key] for key in FIGURES if key in method["differences"]}
             for method in results["methods"]
             if "differences" in method
+        }
+        found = {
+            label: {key: deviation_of_interval(interval, confidence) for key, interval in figures.items()}
+            for label, figures in intervals.items()
         }
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -159,7 +172,7 @@ def read_pilot(folder: Path) -> dict[str, dict[str, float | None]]:
         ) from error
     if not any(found.values()):
         raise DataError(f"{path} compares no method with none; give the run at least one method")
-    return found
+    return Pilot(found, min(int(interval["n"]) for figures in intervals.values() for interval in figures.values()))
 
 
 def power_table(
@@ -245,5 +258,8 @@ def run(options: argparse.Namespace) -> str:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise VlmfixError(f"a pilot run needs no assumed rates; leave out either {options.pilot} or {flags}")
     pilot = read_pilot(options.pilot)
-    table = power_table(pilot, options.images, **settings)
-    return f"pilot: {options.pilot}\n{table}\n\n-: the pilot's answers did not change, or no difference is that large"
+    table = power_table(pilot.deviations, options.images, **settings)
+    known = f" (its deviations are known to about {100 / math.sqrt(2 * pilot.images - 2):.0f} %)"
+    head = f"pilot: {options.pilot}, {pilot.images} images{known if pilot.images > 1 else ''}"
+    legend = "-: the figure did not change in the pilot, or no difference is that large"
+    return f"{head}\n{table}\n\n{legend}"

@@ -9,6 +9,8 @@ from .tables import difference_cell, interval_cell, number, p_cell
 
 Rows = list[list[str]]
 
+_OWN_COLUMNS = 5  # of the text quality table: what needs no baseline
+
 QUALITY_LEGEND = (
     "rep-4: repeated runs of four words, mean per caption; loops: captions with more than half of them repeated; cut "
     "off: by the token limit.",
@@ -24,7 +26,7 @@ ANSWERS_LEGEND = (
 def quality_rows(results: Mapping[str, Any]) -> Rows:
     """Length, repetition, truncation and length-matched CHAIR_i of every method; empty without captions.
 
-    The first two rows are headings (groups, columns).
+    The first two rows are headings (groups, columns). Without anything to compare, the matched columns are left out.
     """
     parts = [(m["label"], m["chair"]) for m in results["methods"] if "text_quality" in m.get("chair", {})]
     if not parts:
@@ -48,7 +50,8 @@ def quality_rows(results: Mapping[str, Any]) -> Rows:
             for found in (words["difference"], mentions["difference"]):
                 cells += [difference_cell(found), interval_cell(found)]
             rows.append([*row, *cells])
-    return rows
+    compared = any("length_matched" in part["text_quality"] for _, part in parts)
+    return rows if compared else [row[:_OWN_COLUMNS] for row in rows]
 
 
 def answers_rows(results: Mapping[str, Any]) -> Rows:

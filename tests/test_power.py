@@ -117,10 +117,11 @@ def pilot_folder(folder):
 
 def test_pilot(tmp_path, capsys):
     folder = pilot_folder(tmp_path / "run")
-    assert read_pilot(folder)["var"] == dict.fromkeys(("chair.chair_s", "chair.chair_i", "pope.accuracy"))
+    assert read_pilot(folder).deviations["var"] == dict.fromkeys(("chair.chair_s", "chair.chair_i", "pope.accuracy"))
     assert main(["power", str(folder), "--images", "100", "400"]) == 0
     text = capsys.readouterr().out
     # Half width 2.0 points at 100 images: 2.0 * 2.8016 / 1.95996 = 2.859.
+    assert "100 images (its deviations are known to about 7 %)" in text  # 1 / sqrt(2 * 99)
     table = text.split("\n\n")[1]
     assert [line.split() for line in table.splitlines()] == [
         ["images", "CHAIR_s", "CHAIR_i", "POPE", "accuracy"],

@@ -162,6 +162,15 @@ def test_small_tables_snapshot():
     assert fitting_table(answers_rows(results()), 120) == ANSWERS
 
 
+def test_a_run_of_the_baseline_alone():
+    alone = {"methods": results()["methods"][:1]}
+    assert quality_rows(alone)[1:] == [
+        ["method", "words", "rep-4 ↓", "loops ↓", "cut off ↓"],
+        ["none", "12.3", "1.3", "2.0", "10.0"],
+    ]
+    assert answers_rows(alone) == []
+
+
 def test_tables_of_what_was_not_measured_are_left_out():
     old = {"methods": [{"label": "none", "chair": {"changed": 0}, "pope": {"changed": 0}}]}
     assert quality_rows(old) == [] == answers_rows(old)
