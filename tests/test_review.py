@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +217,20 @@ def test_a_further_image_in_a_later_part_of_a_prompt_is_refused(tiny: Any, name:
     close(generate(tiny, two, 3, prefill_chunk_size=27)[1], generate(tiny, two, 3)[1])
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="needs a prompt in one forward"):
         generate(tiny, two, 3, prefill_chunk_size=16)
+
+
+def test_a_saved_recipe_is_taken_as_a_dict_too(tiny: Any, tmp_path: Path) -> None:
+    vlmfix.save_recipe(tmp_path / "recipe.json", [vlmfix.PAI(layers=":"), VHR])
+    vlmfix.patch(tiny, json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8")))
+    assert [method.name for method in vlmfix.status(tiny).methods] == ["pai", "vhr"]
+
+
+@pytest.mark.parametrize("method", [VHR, vlmfix.PAI(layers=":")], ids=["vhr", "pai"])
+def test_embeddings_of_a_prompt_without_an_image_are_left_alone(tiny: Any, method: Any) -> None:
+    inputs = collate([sample(9, 0, 4, seed=3)])
+    embeds = {"inputs_embeds": tiny.get_input_embeddings()(inputs["input_ids"]).detach()}
+    stock = generate(tiny, embeds, 3)[1]
+    vlmfix.patch(tiny, method)
+    assert torch.equal(generate(tiny, embeds, 3)[1], stock)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="no image placeholder"):
+        generate(tiny, {"inputs_embeds": embeds["inputs_embeds"] + 0.1}, 3)

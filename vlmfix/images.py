@@ -149,13 +149,15 @@ class ImageFinder:
                 mask = rows_among(embeds, features)
                 if bool(mask.any()):
                     return mask
-            if past or _are_words(embeds, embedding):
+            if past:
                 return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         else:
             rows = embedding(torch.tensor(ids, device=embeds.device).clamp_max(embedding.num_embeddings - 1))
             mask = (embeds[:, :, None] == rows.to(embeds)).all(-1).any(-1)
             if bool(mask.any()):
                 return mask
+        if _are_words(embeds, embedding):
+            return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         raise UnsupportedFeatureError(
             "The model was called with inputs_embeds that hold no image placeholder, so vlmfix cannot tell which "
             "of them are image tokens. Pass input_ids and pixel_values and let the model merge them, or call "

@@ -85,9 +85,13 @@ def load_recipe(path: str | Path) -> tuple[Method, ...]:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MethodError(f"Cannot read the recipe {path}: {error}.") from error
-    entries = data.get("methods", [data]) if isinstance(data, dict) else data
+    return _methods_of(data, str(path))
+
+
+def _methods_of(data: Any, source: str) -> tuple[Method, ...]:
+    entries = data.get("methods", [data]) if isinstance(data, Mapping) else data
     if not isinstance(entries, list) or not entries:
-        raise MethodError(f'{path} holds no method. Write for example [{{"method": "vhr", "alpha": 2.0}}].')
+        raise MethodError(f'{source} holds no method. Write for example [{{"method": "vhr", "alpha": 2.0}}].')
     return tuple(method_from_dict(entry) for entry in entries)
 
 
@@ -119,7 +123,7 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     elif isinstance(spec, Method):
         chosen = (spec,)
     elif isinstance(spec, Mapping):
-        chosen = (method_from_dict(spec),)
+        chosen = _methods_of(spec, "The recipe")
     elif isinstance(spec, Sequence):
         chosen = tuple(method for each in spec for method in resolve_methods(each, {}, anatomy))
     else:
