@@ -50,7 +50,7 @@ def test_assumed_variance_of_clustered_items():
     common = rng.random((n, 1))
     items = np.where(rng.random((n, k)) < math.sqrt(c), common, rng.random((n, k))) < p
     single = items.mean(axis=1).std()
-    assumed = Rates(accuracy=1 - p, questions=k, clustering=c, correlation=0.0).deviations()["pope.accuracy"]
+    assumed = Rates(accuracy=1 - p, questions=k, question_clustering=c, correlation=0.0).deviations()["pope.accuracy"]
     assert assumed == pytest.approx(math.sqrt(2) * single, rel=0.01)
 
 
@@ -85,7 +85,15 @@ def test_no_width_gives_no_estimate(ends):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"chair_s": 45.0}, {"accuracy": 0.0}, {"clustering": 1.5}, {"correlation": 1.0}, {"mentions": 0.5}]
+    "wrong",
+    [
+        {"chair_s": 45.0},
+        {"accuracy": 0.0},
+        {"clustering": 1.5},
+        {"question_clustering": -0.1},
+        {"correlation": 1.0},
+        {"mentions": 0.5},
+    ],
 )
 def test_what_is_no_rate_is_refused(wrong):
     with pytest.raises(DataError):
