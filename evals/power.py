@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from textwrap import wrap
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
@@ -85,8 +86,9 @@ class Rates:
 
     On these (500 captions, 512 tokens, greedy against beams, OPERA and VCD) CHAIR_s is 45 to 50, CHAIR_i 13 to 15, with
     7.5 mentions, the variance of CHAIR_i is twice the binomial one, which is a clustering of 0.15, and the two methods
-    correlate by 0.5 to 0.9; the default is the cautious end. The embedded model's answers to POPE are not clustered at all
-    (-0.02 to -0.01 on 200 images); 0.05 leaves some room for other models.
+    correlate by 0.48 to 0.96; the default is the cautious end. The accuracy is what LLaVA-1.5 is printed with; answers
+    to POPE were looked at on the embedded model only, where they are not clustered at all (-0.02 to -0.01 on 200
+    images); 0.05 leaves some room for other models.
 
     Attributes:
         chair_s: Captions with a hallucination, 0 to 1.
@@ -256,7 +258,8 @@ def run(options: argparse.Namespace) -> str:
     settings = {"power": options.power, "confidence": options.confidence, "methods": options.methods}
     if options.pilot is None:
         rates = Rates(**given)
-        head = "assumed: " + ", ".join(f"{name} {getattr(rates, name):g}" for name in Rates.__dataclass_fields__)
+        assumed = ", ".join(f"{name.replace('_', ' ')} {getattr(rates, name):g}" for name in Rates.__dataclass_fields__)
+        head = "\n  ".join(wrap(f"assumed: {assumed}", 110))
         return f"{head}\n{power_table({'assumed rates': rates.deviations()}, options.images, **settings)}"
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)

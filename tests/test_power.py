@@ -144,7 +144,7 @@ def test_pilot(tmp_path, capsys):
 def test_assumed_rates(capsys):
     assert main(["power", "--chair-s", "0.5", "--correlation", "0", "--images", "2", "200", "--methods", "3"]) == 0
     text = capsys.readouterr().out
-    assert "80 % power at 95 % confidence, shared by 3 methods" in text and "chair_s 0.5" in text
+    assert "80 % power at 95 % confidence, shared by 3 methods" in text and "chair s 0.5" in text
     rows = [line.split() for line in text.splitlines()[-2:]]
     assert rows[0][3] == "-", "no difference is larger than 100 points"
     factor = 2.39398 + 0.841621  # z(1 - 0.05 / 6) + z(0.8)
