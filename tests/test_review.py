@@ -27,6 +27,7 @@ from models import (
 from transformers import DynamicCache
 
 import vlmfix
+from vlmfix.calibration.result import Calibration
 
 VHR = vlmfix.VHR(layers=":")
 
@@ -234,3 +235,10 @@ def test_embeddings_of_a_prompt_without_an_image_are_left_alone(tiny: Any, metho
     assert torch.equal(generate(tiny, embeds, 3)[1], stock)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="no image placeholder"):
         generate(tiny, {"inputs_embeds": embeds["inputs_embeds"] + 0.1}, 3)
+
+
+def test_what_was_calibrated_is_saved_beside_other_methods(tmp_path: Path) -> None:
+    found = Calibration(vlmfix.ACT(heads=[(1, 2)]), {})
+    for chosen in (found, [found, VHR]):
+        vlmfix.save_recipe(tmp_path / "recipe.json", chosen)
+        assert found.method in vlmfix.load_recipe(tmp_path / "recipe.json")

@@ -95,9 +95,13 @@ def _methods_of(data: Any, source: str) -> tuple[Method, ...]:
     return tuple(method_from_dict(entry) for entry in entries)
 
 
-def save_recipe(path: str | Path, chosen: Method | Sequence[Method]) -> None:
-    """Write methods as a recipe file that ``patch`` and ``load_recipe`` read."""
-    entries = [chosen] if isinstance(chosen, Method) else list(chosen)
+def save_recipe(path: str | Path, chosen: Method | Calibration | Sequence[Method | Calibration]) -> None:
+    """Write methods as a recipe file that ``patch`` and ``load_recipe`` read.
+
+    Of what ``calibrate`` returned, only the method is written; ``Calibration.save`` keeps the provenance too.
+    """
+    given = [chosen] if isinstance(chosen, (Method, Calibration)) else list(chosen)
+    entries = [each.method if isinstance(each, Calibration) else each for each in given]
     text = json.dumps({"methods": [method.to_dict() for method in entries]}, indent=2)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
