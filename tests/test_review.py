@@ -242,3 +242,20 @@ def test_what_was_calibrated_is_saved_beside_other_methods(tmp_path: Path) -> No
     for chosen in (found, [found, VHR]):
         vlmfix.save_recipe(tmp_path / "recipe.json", chosen)
         assert found.method in vlmfix.load_recipe(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize("name", ["vhr", "act", "pai"])
+@pytest.mark.parametrize("is_additive", [False, True], ids=["bool", "additive"])
+def test_padding_that_sees_itself_is_padding(tiny: Any, name: str, is_additive: bool) -> None:
+    """Masks written out by a caller often leave padding its own key, so that no row is empty."""
+    inputs = collate(RAGGED)
+    tokens, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    pairs = torch.ones(length, length, dtype=torch.bool).tril() & tokens[:, None, None]
+    pairs = pairs | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(pairs.shape).masked_fill(~pairs, -torch.inf) if is_additive else pairs
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    expected = forward(tiny, inputs).logits
+    with torch.no_grad():
+        positions = position_ids(inputs["attention_mask"])
+        found = tiny(**{**inputs, "attention_mask": mask}, position_ids=positions).logits
+    close(found[tokens], expected[tokens])

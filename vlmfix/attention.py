@@ -325,7 +325,7 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
         like: A tensor ``[batch, q_len]`` on the device wanted.
 
     Returns:
-        Bool ``[batch, q_len]``: the tokens that some query may see.
+        Bool ``[batch, q_len]``: the tokens that some query may see, other than those alone with themselves.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
@@ -337,9 +337,12 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
     elif attention_mask.dim() == 2:
         attended = attention_mask[:, -q_len:].bool()
     else:
-        new_keys = attention_mask[:, 0, :, past : past + q_len]
-        allowed = new_keys if new_keys.dtype == torch.bool else new_keys > torch.finfo(new_keys.dtype).min / 2
-        attended = allowed.any(1)
+        pairs = attention_mask[:, 0, :, : past + q_len]
+        pairs = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
+        attended = pairs[..., past:].any(1)
+        if past + q_len > 1:  # padding may see itself, so that no row of a softmax is empty
+            others = pairs & ~torch.ones_like(pairs[0]).triu(past).tril(past)
+            attended &= others[..., past:].any(1) | others.any(2)
     return attended.to(like.device).expand(like.shape)
 
 
