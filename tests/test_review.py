@@ -24,7 +24,7 @@ from models import (
     sample,
     words,
 )
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import vlmfix
 from vlmfix.calibration.result import Calibration
@@ -259,3 +259,18 @@ def test_padding_that_sees_itself_is_padding(tiny: Any, name: str, is_additive: 
         positions = position_ids(inputs["attention_mask"])
         found = tiny(**{**inputs, "attention_mask": mask}, position_ids=positions).logits
     close(found[tokens], expected[tokens])
+
+
+@pytest.mark.parametrize("name", ["vhr", "act", "var", "pai", "mma"])
+def test_a_further_turn_on_a_static_cache_of_sliding_layers(build: Any, name: str) -> None:
+    """The mask that generate writes out for it has no columns for what the window has left behind."""
+    model = build("mistral", sinks=True, window=8)
+    vlmfix.patch(model, name, **parameters_of(name, model))
+    options = {"max_new_tokens": 3, "do_sample": False, "disable_compile": True, "return_dict_in_generate": True}
+    found = []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=80)):
+        ids = model.generate(**collate([RAGGED[0]]), past_key_values=cache, **options).sequences
+        ids = torch.cat([ids, torch.tensor([words(5, 3)])], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        found.append(torch.cat(model.generate(**inputs, **options, output_logits=True).logits))
+    close(*found)

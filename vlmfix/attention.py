@@ -337,6 +337,7 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
     elif attention_mask.dim() == 2:
         attended = attention_mask[:, -q_len:].bool()
     else:
+        past = min(past, attention_mask.shape[3] - q_len)  # a sliding cache has dropped what was before
         pairs = attention_mask[:, 0, :, : past + q_len]
         pairs = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
         attended = pairs[..., past:].any(1)
