@@ -121,7 +121,7 @@ def test_half_precision_scores_do_not_overflow(build: Any, strength: int) -> Non
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("chunk", [None, 3000], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["act", "cmai", "eah", "pai", "vaf", "var", "vhr"])
+@pytest.mark.parametrize("name", ["act", "cmai", "eah", "pai", "vaf", "var", "vhr", "vhr edited"])
 def test_gradients_are_the_same_under_checkpointing(
     tiny: Any, name: str, reentrant: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +129,9 @@ def test_gradients_are_the_same_under_checkpointing(
     if chunk is not None:
         monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", chunk)
     inputs = collate([RAGGED[0], RAGGED[1]])
-    parameters = {**parameters_of(name, tiny), **({"heads": "visual"} if name == "vaf" else {})}
-    vlmfix.patch(tiny, name, **parameters)
+    more = {"vaf": {"heads": "visual"}, "vhr edited": {"reinforce_noimg": True}}.get(name, {})
+    name = name.partition(" ")[0]
+    vlmfix.patch(tiny, name, **{**parameters_of(name, tiny), **more})
     found = []
     for again in (False, True):
         if again:
