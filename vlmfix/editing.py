@@ -39,7 +39,7 @@ def attend(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, tor
         call = call._replace(openings=tuple(_opening(method, run.layer(site, n), call) for n, method in site.masks))
     edits = [(method, run.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
     edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
-    if not run.is_prefill and _edits_every_row(run, edits):
+    if not run.is_prefill and any(method.edits_decode for method, _ in edits):
         # The base kernel would compute the same rows a second time.
         attn_weights, _ = _edited_weights(run, call, 0, run.q_len, edits, observe=True)
         head_outputs, weights = explicit_attention(call, attn_weights)
@@ -50,10 +50,6 @@ def attend(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, tor
     for index, method in site.heads:
         head_outputs = method.edit_heads(head_outputs, run.layer(site, index).at(call))
     return head_outputs, weights
-
-
-def _edits_every_row(run: Run, edits: Edits) -> bool:
-    return any(method.edits_decode and _rows(run, method).start == 0 for method, _ in edits) and run.q_len > 0
 
 
 def _rows(run: Run, method: Method) -> Rows:

@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
+
+from vlmfix.methods.base import Method, PromptRows
+
+
+@dataclass(frozen=True)
+class RaisesImageScores(Method):
+    """Base of the methods that raise the image's scores in the row that predicts the next token.
+
+    Attributes:
+        alpha: Strength, >= 0; 0 is the identity.
+        edit_prompt: Edit the prompt's last row too, not only those of generated tokens.
+    """
+
+    edits_scores: ClassVar[bool] = True
+
+    alpha: float = 1.0
+    edit_prompt: bool = True
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` is 0."""
+        return self.alpha == 0
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """The last row, unless switched off."""
+        return "last" if self.edit_prompt else "none"
 
 
 def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,17 +11,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy, AttentionKind
+from vlmfix.anatomy import Anatomy
 from vlmfix.attention import visible_keys
 from vlmfix.errors import MethodError
-from vlmfix.methods._generated import generated_text_layers, scope_note
+from vlmfix.methods._generated import RaisesGeneratedText
 from vlmfix.methods._statistics import HeadStatistics
-from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
 
 
 @dataclass(frozen=True)
-class AdaIAT(Method):
+class AdaIAT(RaisesGeneratedText):
     """Raise the attention to generated text where it is low, more in heads that tell real from hallucinated objects.
 
     G are the tokens generated since the prompt that a row sees, its own included. In the row of each generated token,
@@ -63,31 +62,12 @@ class AdaIAT(Method):
 
     def validate(self) -> None:
         """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
+        super().validate()
         self.require(math.isfinite(self.beta), "beta", "a finite number")
         known = self.statistics is None or isinstance(self.statistics, (HeadStatistics, str))
         self.require(known, "statistics", "HeadStatistics, its dict, or the path of a JSON file")
         self.require(self.m_form in ("minus_one", "paper"), "m_form", "minus_one or paper")
         self.require(self.gate in ("mean", "share"), "gate", "mean or share")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """None."""
-        return "none"
-
-    @property
-    def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
-        return ("joint", "text")
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers 5 to 17 of 32, scaled."""
-        return generated_text_layers(num_layers)
 
     def bind(self, anatomy: Anatomy) -> AdaIAT:
         """Resolve layers and statistics.
@@ -117,7 +97,7 @@ class AdaIAT(Method):
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say when the layers are wider than the paper's, or the statistics were measured on another model."""
-        notes = scope_note(self.name, self.layer_indices, anatomy.num_layers)
+        notes = super().notes(anatomy)
         measured = self.statistics.model if isinstance(self.statistics, HeadStatistics) else ""
         name = str(getattr(anatomy.model.config, "_name_or_path", ""))
         if measured and name and measured != name:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._scores import visible
-from vlmfix.methods.base import Method, PromptRows, layers_by_depth
+from vlmfix.methods._scores import RaisesImageScores, visible
+from vlmfix.methods.base import layers_by_depth
 from vlmfix.run import Layer
 
 
 @dataclass(frozen=True)
-class HGAI(Method):
+class HGAI(RaisesImageScores):
     """Raise the image's scores by a boost that all heads of a layer share.
 
     ``s_hj <- s_hj + alpha * g_j`` with ``g_j = mean_h |s_hj|``, for image tokens j, in the row that predicts the next
@@ -33,24 +32,8 @@ class HGAI(Method):
     name: ClassVar[str] = "hgai"
     paper: ClassVar[str] = "arXiv 2411.16724"
     summary: ClassVar[str] = "raises the image's scores by a boost shared between the heads of middle layers"
-    edits_scores: ClassVar[bool] = True
 
     alpha: float = 0.5
-    edit_prompt: bool = True
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """The last row, unless switched off."""
-        return "last" if self.edit_prompt else "none"
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers 5 to 18 of 32, both included, by depth."""

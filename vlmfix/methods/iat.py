@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from vlmfix.anatomy import Anatomy, AttentionKind
-from vlmfix.methods._generated import generated_text_layers, scope_note
+from vlmfix.methods._generated import RaisesGeneratedText
 from vlmfix.methods._scores import raise_scores
-from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
 
 
 @dataclass(frozen=True)
-class IAT(Method):
+class IAT(RaisesGeneratedText):
     """Raise the scores of the generated text in the rows of generated tokens: ``s_j <- s_j + alpha |s_j|``.
 
     All heads; j runs over the tokens generated since the prompt, the row's own included. The prompt is not touched, so
@@ -34,33 +31,6 @@ class IAT(Method):
     edits_scores: ClassVar[bool] = True
 
     alpha: float = 0.8
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """None."""
-        return "none"
-
-    @property
-    def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
-        return ("joint", "text")
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers 5 to 17 of 32, scaled."""
-        return generated_text_layers(num_layers)
-
-    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Say when the layers are wider than the paper's."""
-        return scope_note(self.name, self.layer_indices, anatomy.num_layers)
 
     def edit_scores(
         self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._scores import raise_scores
-from vlmfix.methods.base import Method, PromptRows
+from vlmfix.methods._scores import RaisesImageScores, raise_scores
 from vlmfix.run import Layer
 
 
 @dataclass(frozen=True)
-class PAI(Method):
+class PAI(RaisesImageScores):
     """Raise the scores of the image in the row that predicts the next token: ``s_j <- s_j + alpha |s_j|``.
 
     All heads. The rows: the last of the prompt, and every decode step. This is the attention part of the method; its
@@ -30,24 +28,8 @@ class PAI(Method):
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "arXiv 2407.21771"
     summary: ClassVar[str] = "raises the image's scores in the row that predicts the next token"
-    edits_scores: ClassVar[bool] = True
 
     alpha: float = 0.2
-    edit_prompt: bool = True
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """The last row, unless switched off."""
-        return "last" if self.edit_prompt else "none"
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """All but the first two; the last layer of models of two layers or fewer."""
