@@ -221,7 +221,12 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 def _categories(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[str, Answers]) -> str:
     """How many captions invent an object, per category, for the baseline and every method."""
     rows = [spec for spec in methods if spec.role != "control"]
-    counts = {spec.label: Counter(_invented(task, answers[spec.label])) for spec in rows}
+    counts = {
+        spec.label: Counter(
+            name for sample in task.samples for name in _invented(task, sample, _caption(sample, answers[spec.label]))
+        )
+        for spec in rows
+    }
     total: Counter[str] = sum(counts.values(), Counter())
     names = [name for name, _ in total.most_common(CATEGORIES)]
     if not names:
@@ -246,10 +251,9 @@ def _categories(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping
     return f"<p>{legend}</p>" + _svg(800, len(names) * group + 10, marks)
 
 
-def _invented(task: ChairTask, answers: Answers) -> Iterator[str]:
-    for sample in task.samples:
-        found = set(task.matcher.match(_caption(sample, answers)).nodes)
-        yield from sorted(found - set(task.truth[sample.image_id]))
+def _invented(task: ChairTask, sample: Sample, caption: str) -> list[str]:
+    """The objects a caption names that are not there, sorted."""
+    return sorted(set(task.matcher.match(caption).nodes) - set(task.truth[sample.image_id]))
 
 
 def _caption(sample: Sample, answers: Answers) -> str:
@@ -266,7 +270,7 @@ def _gallery(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[st
         for sample in task.samples:
             before, after = (_caption(sample, each) for each in (baseline, answers[spec.label]))
             if before != after:
-                gap = _num_invented(task, sample, after) - _num_invented(task, sample, before)
+                gap = len(_invented(task, sample, after)) - len(_invented(task, sample, before))
                 changes.append((-abs(gap), sample.image_id, sample, before, after))
         yield f"<h2>Captions that {_text(spec.label)} changed most</h2>"
         yield f"<p>{len(changes)} of {len(task.samples)} captions changed. "
@@ -278,10 +282,6 @@ def _gallery(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[st
                 f"<p>{_marked(task, sample, before)}</p><small>{_text(spec.label)}</small>"
                 f"<p>{_marked(task, sample, after)}</p></div></div>"
             )
-
-
-def _num_invented(task: ChairTask, sample: Sample, caption: str) -> int:
-    return len(set(task.matcher.match(caption).nodes) - set(task.truth[sample.image_id]))
 
 
 def _marked(task: ChairTask, sample: Sample, caption: str) -> str:
@@ -299,7 +299,7 @@ def _marked(task: ChairTask, sample: Sample, caption: str) -> str:
         parts.append(f'<mark{kind} title="{_text(node)}">{_text(found[0])}</mark>')
         start += found.end()
     parts.append(_text(caption[start:]))
-    invented = sorted(set(match.nodes) - set(truth))
+    invented = _invented(task, sample, caption)
     tail = f"<br><small>invented: {_text(', '.join(invented))}</small>" if invented else ""
     return "".join(parts) + tail
 
