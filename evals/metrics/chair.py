@@ -14,7 +14,7 @@ captions: the mode belongs to every figure, and two modes never go into one tabl
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -150,8 +150,8 @@ def ground_truth(coco: Annotations, image_ids: Iterable[int], matcher: ChairMatc
 
 
 @dataclass(frozen=True, eq=False)
-class ChairTable:
-    """Integer counts of CHAIR, one row per caption; every figure is a ratio of their sums.
+class MentionTable:
+    """CHAIR's counts of mentioned objects, one row per caption; every figure is a ratio of their sums.
 
     Attributes:
         image_ids: int64 [n], sorted.
@@ -160,6 +160,61 @@ class ChairTable:
         distinct: int64 [n], different objects mentioned.
         recalled: int64 [n], different objects mentioned that are in the ground truth.
         gt_objects: int64 [n], objects in the ground truth.
+    """
+
+    image_ids: IntArray
+    mentions: IntArray
+    hallucinated: IntArray
+    distinct: IntArray
+    recalled: IntArray
+    gt_objects: IntArray
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def counts(self) -> dict[str, int]:
+        """Corpus sums."""
+        return {
+            "captions": len(self),
+            "hallucinated_captions": int((self.hallucinated > 0).sum()),
+            "mentions": int(self.mentions.sum()),
+            "hallucinated_mentions": int(self.hallucinated.sum()),
+            "gt_objects": int(self.gt_objects.sum()),
+            "recalled_gt_objects": int(self.recalled.sum()),
+            "generated_distinct": int(self.distinct.sum()),
+        }
+
+
+def count_mentions(
+    image_ids: Sequence[int], nodes: Sequence[Sequence[str]], ground_truth: Mapping[int, Collection[str]]
+) -> MentionTable:
+    """Count the objects that captions mention.
+
+    Args:
+        image_ids: The images, sorted.
+        nodes: The objects each caption mentions, in order, repeats included.
+        ground_truth: Image id -> objects in the image.
+    """
+    truth = [frozenset(ground_truth[i]) for i in image_ids]
+
+    def column(values: Iterable[int]) -> IntArray:
+        return np.fromiter(values, dtype=np.int64, count=len(image_ids))
+
+    return MentionTable(
+        image_ids=column(image_ids),
+        mentions=column(len(names) for names in nodes),
+        hallucinated=column(sum(n not in gt for n in names) for names, gt in zip(nodes, truth, strict=True)),
+        distinct=column(len(set(names)) for names in nodes),
+        recalled=column(len(gt.intersection(names)) for names, gt in zip(nodes, truth, strict=True)),
+        gt_objects=column(len(gt) for gt in truth),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ChairTable(MentionTable):
+    """Everything CHAIR counts of whole captions.
+
+    Attributes:
         words: int64 [n], pieces when the caption is split at single spaces (length as in the POPE paper); 0 for an
             empty caption.
         tokens: int64 [n], tokens after merging two-word names (length as in OPERA's script), or None: only the punkt
@@ -171,12 +226,6 @@ class ChairTable:
         ground_truth_mode: Mode the ground truth was made with.
     """
 
-    image_ids: IntArray
-    mentions: IntArray
-    hallucinated: IntArray
-    distinct: IntArray
-    recalled: IntArray
-    gt_objects: IntArray
     words: IntArray
     tokens: IntArray | None
     nodes: tuple[tuple[str, ...], ...] = field(repr=False)
@@ -184,9 +233,6 @@ class ChairTable:
     hallucinated_words: tuple[tuple[str, ...], ...] = field(repr=False)
     mode: ChairMode
     ground_truth_mode: ChairMode
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
 
     @property
     def mode_label(self) -> str:
@@ -197,15 +243,7 @@ class ChairTable:
 
     def counts(self) -> dict[str, int]:
         """Corpus sums; ``tokens_after_double_words`` is present only if the tokenizer counts them exactly."""
-        counts = {
-            "captions": len(self),
-            "hallucinated_captions": int((self.hallucinated > 0).sum()),
-            "mentions": int(self.mentions.sum()),
-            "hallucinated_mentions": int(self.hallucinated.sum()),
-            "gt_objects": int(self.gt_objects.sum()),
-            "recalled_gt_objects": int(self.recalled.sum()),
-            "generated_distinct": int(self.distinct.sum()),
-        }
+        counts = super().counts()
         if self.tokens is not None:
             counts["tokens_after_double_words"] = int(self.tokens.sum())
         return counts
@@ -264,18 +302,11 @@ def score_captions(
         for match, gt in zip(matches, truth, strict=True)
     ]
 
-    def column(values: Iterable[int]) -> IntArray:
-        return np.fromiter(values, dtype=np.int64, count=len(image_ids))
-
+    table = count_mentions(image_ids, [match.nodes for match in matches], ground_truth)
     return ChairTable(
-        image_ids=column(image_ids),
-        mentions=column(len(match.nodes) for match in matches),
-        hallucinated=column(len(pairs) for pairs in wrong),
-        distinct=column(len(set(match.nodes)) for match in matches),
-        recalled=column(len(gt.intersection(match.nodes)) for match, gt in zip(matches, truth, strict=True)),
-        gt_objects=column(len(gt) for gt in truth),
-        words=column(len(captions[i].split(" ")) if captions[i] else 0 for i in image_ids),
-        tokens=column(len(match.tokens) for match in matches) if matcher.exact_tokens else None,
+        **vars(table),
+        words=np.array([len(captions[i].split(" ")) if captions[i] else 0 for i in image_ids], dtype=np.int64),
+        tokens=np.array([len(m.tokens) for m in matches], dtype=np.int64) if matcher.exact_tokens else None,
         nodes=tuple(match.nodes for match in matches),
         hallucinated_nodes=tuple(tuple(node for _, node in pairs) for pairs in wrong),
         hallucinated_words=tuple(tuple(word for word, _ in pairs) for pairs in wrong),

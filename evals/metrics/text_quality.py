@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from .chair import ChairMatcher, ChairTable
+from .chair import ChairMatcher, ChairTable, MentionTable, count_mentions
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -144,39 +144,6 @@ def score_texts(captions: Mapping[int, str], truncated: Mapping[int, bool] | Non
     )
 
 
-@dataclass(frozen=True, eq=False)
-class MatchedTable:
-    """CHAIR's counts of captions cut to a common length; a table for ``CHAIR_STATISTICS`` (all but the length).
-
-    Attributes:
-        image_ids: int64 [n], sorted.
-        mentions: int64 [n], object mentions, repeats counted.
-        hallucinated: int64 [n], mentions of objects not in the ground truth.
-        distinct: int64 [n], different objects mentioned.
-        recalled: int64 [n], different objects mentioned that are in the ground truth.
-        gt_objects: int64 [n], objects in the ground truth.
-    """
-
-    image_ids: IntArray
-    mentions: IntArray
-    hallucinated: IntArray
-    distinct: IntArray
-    recalled: IntArray
-    gt_objects: IntArray
-
-    def counts(self) -> dict[str, int]:
-        """Corpus sums under the names of ``ChairTable.counts()``."""
-        return {
-            "captions": len(self.image_ids),
-            "hallucinated_captions": int((self.hallucinated > 0).sum()),
-            "mentions": int(self.mentions.sum()),
-            "hallucinated_mentions": int(self.hallucinated.sum()),
-            "gt_objects": int(self.gt_objects.sum()),
-            "recalled_gt_objects": int(self.recalled.sum()),
-            "generated_distinct": int(self.distinct.sum()),
-        }
-
-
 def match_by_words(
     captions_a: Mapping[int, str],
     captions_b: Mapping[int, str],
@@ -184,7 +151,7 @@ def match_by_words(
     table_b: ChairTable,
     ground_truth: Mapping[int, Collection[str]],
     matcher: ChairMatcher,
-) -> tuple[MatchedTable, MatchedTable]:
+) -> tuple[MentionTable, MentionTable]:
     """CHAIR of both captions of every image, cut to the shorter one's number of words.
 
     Args:
@@ -208,12 +175,12 @@ def match_by_words(
         for text, table, chosen in zip(texts, (table_a, table_b), nodes, strict=True):
             cut = first_words(text, shorter)
             chosen.append(table.nodes[row] if cut == text else matcher.match(cut).nodes)
-    return _count(ids, nodes[0], ground_truth), _count(ids, nodes[1], ground_truth)
+    return count_mentions(ids, nodes[0], ground_truth), count_mentions(ids, nodes[1], ground_truth)
 
 
 def match_by_mentions(
     table_a: ChairTable, table_b: ChairTable, ground_truth: Mapping[int, Collection[str]]
-) -> tuple[MatchedTable, MatchedTable]:
+) -> tuple[MentionTable, MentionTable]:
     """CHAIR of the first mentions of both captions of every image, as many as the one with fewer has.
 
     Args:
@@ -227,7 +194,7 @@ def match_by_mentions(
     ids = _common_images(table_a, table_b)
     fewer = [min(len(a), len(b)) for a, b in zip(table_a.nodes, table_b.nodes, strict=True)]
     a, b = (
-        _count(ids, [nodes[:count] for nodes, count in zip(table.nodes, fewer, strict=True)], ground_truth)
+        count_mentions(ids, [nodes[:count] for nodes, count in zip(table.nodes, fewer, strict=True)], ground_truth)
         for table in (table_a, table_b)
     )
     return a, b
@@ -237,21 +204,3 @@ def _common_images(table_a: ChairTable, table_b: ChairTable) -> list[int]:
     if not np.array_equal(table_a.image_ids, table_b.image_ids):
         raise DataError("the two tables are not about the same images: score both methods on the same ids")
     return [int(i) for i in table_a.image_ids]
-
-
-def _count(
-    ids: Sequence[int], nodes: Sequence[Sequence[str]], ground_truth: Mapping[int, Collection[str]]
-) -> MatchedTable:
-    truth = [frozenset(ground_truth[i]) for i in ids]
-    rows = [
-        (
-            len(names),
-            sum(name not in objects for name in names),
-            len(set(names)),
-            len(objects.intersection(names)),
-            len(objects),
-        )
-        for names, objects in zip(nodes, truth, strict=True)
-    ]
-    counts = np.array(rows, dtype=np.int64).reshape(len(ids), 5)
-    return MatchedTable(np.array(ids, dtype=np.int64), *counts.T)
