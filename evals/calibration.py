@@ -14,7 +14,6 @@ from .config import EvalOptions, _parse_value
 from .data.pope import PopeQuestion
 from .generate import PromptBuilder
 from .metrics.chair import ChairMatcher
-from .metrics.chair_words import regex_tokens
 from .models import find_model, fitting_threads, load_model, resolve_device, resolve_dtype
 from .samples import Sample
 from .tasks import Tasks, make_tasks, parse_image_id
@@ -155,20 +154,8 @@ def _question(question: PopeQuestion, sample: Sample, text: str) -> Any:
 
 
 def make_mentions() -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function that finds the COCO objects a caption names, by CHAIR's original rules.
-
-    Captions with both "toilet" and "seat" give none: the official script loses the place of words there.
-    """
-    matcher = ChairMatcher("original")
-
-    def mentions(caption: str) -> list[tuple[str, str]]:
-        match = matcher.match(caption)
-        if {"toilet", "seat"} <= set(match.tokens):
-            return []
-        words = regex_tokens(caption.lower())
-        return [(words[place], node) for place, node in zip(match.idxs, match.nodes, strict=True)]
-
-    return mentions
+    """Return a function that finds the COCO objects a caption names, by CHAIR's original rules."""
+    return ChairMatcher("original").as_written
 
 
 def check_excluded(used: Sequence[int], files: Sequence[Path]) -> None:

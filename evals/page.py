@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .data.coco import load_image
-from .metrics.chair_words import regex_tokens
 from .report import METRICS, Metric, conditions, number, signed
 
 if TYPE_CHECKING:
@@ -285,13 +284,11 @@ def _gallery(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[st
 
 
 def _marked(task: ChairTask, sample: Sample, caption: str) -> str:
-    """A caption with its objects marked, in the order in which they are matched."""
-    match, truth = task.matcher.match(caption), task.truth[sample.image_id]
-    words = regex_tokens(caption.lower())
+    """A caption with its objects marked, as far as their place in it is known, and those it invents."""
+    truth = task.truth[sample.image_id]
     parts, start = [], 0
-    for place, node in zip(match.idxs, match.nodes, strict=True):
-        word = words[place] if place < len(words) else ""
-        found = re.search(rf"\b{re.escape(word)}\b", caption[start:], re.IGNORECASE) if word else None
+    for word, node in task.matcher.as_written(caption):
+        found = re.search(rf"\b{re.escape(word)}\b", caption[start:], re.IGNORECASE)
         if found is None:
             continue
         kind = ' class="real"' if node in truth else ""

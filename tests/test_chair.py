@@ -338,3 +338,11 @@ def test_ground_truth_from_annotations_original():
 @needs_data("expected.json", "coco_sample", "chair_gt")
 def test_ground_truth_from_annotations_nltk(nltk_data):
     compare_sample_ground_truth("nltk", cached_matcher("nltk"))
+
+
+def test_words_as_written_are_those_of_the_caption() -> None:
+    matcher = ChairMatcher("original")
+    caption = "Two dogs sit by a dining table; a Puppy eats."
+    assert matcher.as_written(caption) == [("dogs", "dog"), ("table", "dining table"), ("puppy", "dog")]
+    assert matcher.as_written("A toilet, a seat and a dog.") == []
+    assert matcher.match("A toilet, a seat and a dog.").nodes

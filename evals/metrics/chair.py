@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from .chair_words import ChairMode, Tokenizer, double_words, make_words, objects_by_word
+from .chair_words import ChairMode, Tokenizer, double_words, make_words, objects_by_word, regex_tokens
 
 IntArray = NDArray[np.int64]
 
@@ -75,6 +75,18 @@ class ChairMatcher:
     def exact_tokens(self) -> bool:
         """Whether token counts and positions are those of the official scripts."""
         return self.tokenizer == "punkt"
+
+    def as_written(self, caption: str) -> list[tuple[str, str]]:
+        """Find the words of ``caption``, lower-cased, that name objects: (word, object), in order.
+
+        None where the place of words is not known: with the punkt tokenizer, and in captions with both "toilet" and
+        "seat", where the official script loses it.
+        """
+        match = self.match(caption)
+        if self.tokenizer != "regex" or {"toilet", "seat"} <= set(match.tokens):
+            return []
+        words = regex_tokens(caption.lower())
+        return [(words[place], node) for place, node in zip(match.idxs, match.nodes, strict=True)]
 
     def match(self, caption: str) -> ChairMatch:
         """Find the objects that ``caption`` names. There is no negation: "not a dog" names a dog."""
