@@ -1,0 +1,168 @@
+"""The ``vlmfix eval`` verb. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_EPILOG = """\
+examples:
+  vlmfix eval                                      none, VHR and VAR on the embedded testbed, under 3 minutes on 2 cores
+  vlmfix eval --method vhr --set alpha=1.5 --limit 100
+  vlmfix eval --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 500 --dtype float16
+                                                   COCO_DIR: instances_val2014.json, captions_val2014.json, val2014/
+
+An interrupted run goes on when the same command is typed again. Every run evaluates 'none' on the same images.
+"""
+
+
+def add_eval(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "eval",
+        help="evaluate methods against 'none' on CHAIR and POPE",
+        description="Evaluate methods against 'none' on CHAIR and POPE, greedy decoding, with paired 95 %% intervals.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to evaluate")
+    what.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    what.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="methods, or recipe files (default: vhr var; see 'vlmfix methods')",
+    )
+    what.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="method parameter: alpha=1.3 or vhr.alpha=1.3",
+    )
+    what.add_argument(
+        "--benchmark",
+        nargs="+",
+        choices=("chair", "pope"),
+        default=["chair", "pope"],
+        help="benchmarks (default: both)",
+    )
+    what.add_argument(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="early-stop and yes-bias controls, and VHR's head controls (default: on)",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="DIR", help="COCO folder (default: the testbed's scenes)")
+    data.add_argument(
+        "--split",
+        choices=("heldout", "heldout2", "calibration"),
+        default="heldout",
+        help="testbed scenes; strengths were chosen on calibration (default: heldout)",
+    )
+    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
+    data.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="number of images per benchmark, drawn by seed (default: 500; on the testbed 400, 200 for POPE)",
+    )
+    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
+    data.add_argument(
+        "--pope-questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="official POPE files (default: built by the published rule)",
+    )
+    data.add_argument(
+        "--chair-mode",
+        choices=("original", "nltk"),
+        default="original",
+        help="word normalisation of CHAIR (default: original)",
+    )
+    asking = parser.add_argument_group("prompts and decoding")
+    asking.add_argument(
+        "--prompt", metavar="TEXT", help="captioning prompt (default: Please describe this image in detail.)"
+    )
+    asking.add_argument(
+        "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
+    )
+    asking.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="wrap prompts into the processor's chat template (default: on)",
+    )
+    asking.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, else 512)"
+    )
+    asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of POPE answers (default: 16)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
+    machine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="default: float32 on the CPU, else the checkpoint's",
+    )
+    machine.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, or auto to spread over several (default: cuda if there, else cpu)",
+    )
+    machine.add_argument(
+        "--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa or eager"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-SETTINGS)")
+    output.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the answers an earlier, interrupted run left in the folder (default: on)",
+    )
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Evaluate as asked."""
+    from vlmfix.evals.config import EvalOptions
+    from vlmfix.evals.runner import evaluate
+
+    evaluate(
+        EvalOptions(
+            model=options.model,
+            methods=tuple(options.method),
+            settings=tuple(options.set),
+            benchmarks=tuple(dict.fromkeys(options.benchmark)),
+            data=options.data,
+            split=options.split,
+            ids=options.ids,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            dtype=options.dtype,
+            device=options.device,
+            attn_implementation=options.attn_implementation,
+            max_new_tokens=options.max_new_tokens,
+            pope_max_new_tokens=options.pope_max_new_tokens,
+            seed=options.seed,
+            out=options.out,
+            resume=options.resume,
+            prompt=options.prompt,
+            pope_prompt=options.pope_prompt,
+            chat_template=options.chat_template,
+            pope_questions=tuple(options.pope_questions),
+            chair_mode=options.chair_mode,
+            controls=options.controls,
+            command=options.command,
+        ),
+        show=show,
+    )
