@@ -23,7 +23,20 @@ from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
-from vlmfix.evals import auc, cache, config, generate, models, report, runner, samples, scoring, tasks
+from vlmfix.evals import (
+    answering,
+    auc,
+    cache,
+    config,
+    generate,
+    models,
+    planning,
+    report,
+    runner,
+    samples,
+    scoring,
+    tasks,
+)
 from vlmfix.evals.data.pope import PopeQuestion
 from vlmfix.evals.metrics import text_quality
 
@@ -73,7 +86,7 @@ def timeless(value: Any) -> Any:
 
 def lines(folder: Path) -> dict[str, str]:
     """Every answer's line without its time, by key."""
-    text = (folder / runner.ANSWERS).read_text()
+    text = (folder / planning.ANSWERS).read_text()
     assert text.endswith("\n")
     rows = [line.rpartition(',"seconds":')[0] for line in text.splitlines()]
     assert len({json.loads(row + "}")["key"] for row in rows}) == len(rows), "no answer twice"
@@ -135,7 +148,7 @@ def test_results_schema(finished: Path) -> None:
 
 def test_text_quality_and_paired_answers_of_a_run(finished: Path) -> None:
     results = read(finished)
-    rows = [json.loads(line) for line in (finished / runner.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
     for method in results["methods"]:
         own = [row for row in rows if row["method"] == method["label"]]
         captions = {row["image_id"]: row["text"] for row in own if row["benchmark"] == "chair"}
@@ -176,7 +189,7 @@ def test_none_is_the_stock_model(home: Path, finished: Path) -> None:
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    stored = json.loads((finished / runner.ANSWERS).read_text().splitlines()[0])
+    stored = json.loads((finished / planning.ANSWERS).read_text().splitlines()[0])
     assert stored["method"] == "none" and stored["benchmark"] == "chair"
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -192,7 +205,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    rows = [json.loads(line) for line in (finished / runner.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
     stored = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "pope")
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -249,8 +262,8 @@ def test_resume_after_a_cut_anywhere(seed: int, words: Any, finished: Path, tmp_
     shutil.copytree(finished, out)
     (out / "results.json").unlink()
     (out / "report.md").unlink()
-    data = (out / runner.ANSWERS).read_bytes()
-    (out / runner.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
+    data = (out / planning.ANSWERS).read_bytes()
+    (out / planning.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -274,7 +287,7 @@ main(sys.argv[1:])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     dead = subprocess.run([sys.executable, "-c", code, *words(out)], capture_output=True, env=environment)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
-    assert (out / runner.ANSWERS).read_bytes().count(b"\n") == 10
+    assert (out / planning.ANSWERS).read_bytes().count(b"\n") == 10
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -293,9 +306,9 @@ def test_torn_last_line_is_dropped_with_a_message(tmp_path: Path, caplog: pytest
 def test_other_broken_lines_are_errors(line: bytes, words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    rows = (out / runner.ANSWERS).read_bytes().splitlines()
+    rows = (out / planning.ANSWERS).read_bytes().splitlines()
     rows[2] = line
-    (out / runner.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
+    (out / planning.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
     assert main(words(out)) == 2
     message = capsys.readouterr().err
     assert "answers.jsonl line 3" in message and "--no-resume" in message
@@ -382,7 +395,7 @@ def test_rescoring_loads_no_model(
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     (out / "results.json").unlink()
-    monkeypatch.setattr(runner, "load_model", lambda *a, **k: pytest.fail("a complete run was generated again"))
+    monkeypatch.setattr(answering, "load_model", lambda *a, **k: pytest.fail("a complete run was generated again"))
     assert main(words(out)) == 0
     assert "0 to go" in capsys.readouterr().out
     assert_same_run(out, finished)
@@ -393,13 +406,13 @@ def test_rescoring_loads_no_model(
 def test_folder_of_another_configuration(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    before = (out / runner.ANSWERS).read_bytes()
+    before = (out / planning.ANSWERS).read_bytes()
     assert main(words(out, "--max-new-tokens", 5, "--set", "alpha=3", "--prompt", "What is this?")) == 2
     message = capsys.readouterr().err
     assert f"chair.max_new_tokens: {TOKENS} in the folder, 5 now" in message
     assert "methods.vhr.alpha: 2.0 in the folder, 3 now" in message
     assert "chair.prompt" in message and "--out DIR" in message and "--no-resume" in message
-    assert (out / runner.ANSWERS).read_bytes() == before
+    assert (out / planning.ANSWERS).read_bytes() == before
     assert main(words(out, "--benchmark", "chair", "--limit", 2, "--no-resume")) == 0
     assert read(out)["methods"][0]["chair"]["counts"]["captions"] == 2
     assert len(lines(out)) == 5 * 2
@@ -417,7 +430,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_answers_without_configuration_are_refused(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    shutil.copy(finished / runner.ANSWERS, out)
+    shutil.copy(finished / planning.ANSWERS, out)
     assert main(words(out)) == 2
     assert "no config.json" in capsys.readouterr().err
 
@@ -601,9 +614,9 @@ def test_key_depends_on_everything_that_decides_an_answer(home: Path, tmp_path: 
             "benchmarks": ("chair",),
             "out": tmp_path,
         }
-        run = runner.plan_run(config.EvalOptions(**{**fixed, **changed}))
+        run = planning.plan_run(config.EvalOptions(**{**fixed, **changed}))
         sample = next(s for s in run.tasks.samples() if s.image_id == 10)
-        return runner.AnswerPlan(run).key(run.methods[1], sample)
+        return planning.AnswerPlan(run).key(run.methods[1], sample)
 
     stock = key()
     assert key(batch_size=1, limit=1, seed=3, ids=_ids(tmp_path), methods=("vhr",)) == stock

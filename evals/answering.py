@@ -1,0 +1,100 @@
+"""Generate what a run lacks, batch by batch, each batch by every method in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vlmfix
+
+from .cache import AnswerLog
+from .config import MethodSpec, runtime_info
+from .generate import Generator
+from .models import fitting_threads, load_model
+from .planning import AnswerPlan, EvalRun, write_config
+from .samples import Answer, Sample
+from .shards import Shard
+
+
+def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, shard: Shard) -> None:
+    """Load the model and generate every answer the log lacks; each batch is answered by all methods in turn.
+
+    With several processes, those of this one's batches.
+
+    Raises:
+        VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
+    """
+    model = load_model(
+        run.source,
+        dtype=run.settings["model"]["dtype"],
+        device=shard.device(run.device),
+        attn_implementation=run.options.attn_implementation,
+    )
+    with fitting_threads(model):
+        _generate_missing(run, plan, log, missing, model, shard)
+
+
+def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, model: Any, shard: Shard) -> None:
+    from tqdm import tqdm
+
+    from .data.coco import load_image
+
+    generator = Generator(model, run.source.processor)
+    methods, resolved = [], {}
+    for spec in run.methods:
+        with vlmfix.patched(model, spec.build()):
+            status = vlmfix.status(model)
+        assert status is not None
+        # The bound method: layers and sink dimensions are resolved once, not in every batch.
+        methods.append((spec, status.methods[0]))
+        resolved[spec.label] = {"params": status.methods[0].to_dict(), "layers": status.layers, "notes": status.notes}
+    info = {
+        **runtime_info(run.options, run.batch_size, model),
+        "generation_config": model.generation_config.to_diff_dict(),
+    }
+    if shard.is_main:
+        write_config(run, runtime=info, resolved=resolved)
+    with tqdm(
+        total=missing, unit="answer", disable=None if shard.is_main else True, smoothing=0.1, dynamic_ncols=True
+    ) as bar:
+        for index, batch in enumerate(plan.batches):
+            if not shard.owns(index):
+                continue
+            lacking = [
+                (spec, method, wanted)
+                for spec, method in methods
+                if (wanted := [plan.key(spec, s) not in log.records for s in batch]) and any(wanted)
+            ]
+            if not lacking:
+                continue
+            images = {path: load_image(path) for path in dict.fromkeys(s.path for s in batch)}
+            inputs = generator.encode([plan.prompts[s.question] for s in batch], [images[s.path] for s in batch])
+            benchmark = batch[0].benchmark
+            if bar.n == 0:  # The first pass through a model is slow for reasons that are no method's fault.
+                generator.generate(inputs, benchmark, 1)
+            for spec, method, wanted in lacking:
+                bar.set_description(f"{benchmark} {index + 1}/{len(plan.batches)} {spec.label}", refresh=False)
+                with vlmfix.patched(model, method):
+                    answers = generator.generate(inputs, benchmark, run.tasks.max_new_tokens(benchmark))
+                log.append(
+                    _record(plan.key(spec, sample), spec, sample, answer)
+                    for sample, answer, want in zip(batch, answers, wanted, strict=True)
+                    if want
+                )
+                bar.update(sum(wanted))
+
+
+def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "key": key,
+        "method": spec.label,
+        "benchmark": sample.benchmark,
+        "image_id": sample.image_id,
+        "question": sample.question,
+        "text": answer.text,
+        "truncated": answer.truncated,
+    }
+    if sample.benchmark == "chair":
+        record |= {"tokens": list(answer.tokens), "eos_gaps": list(answer.eos_gaps)}
+    else:
+        record["score"] = answer.score
+    return {**record, "seconds": answer.seconds}
