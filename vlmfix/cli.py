@@ -7,14 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import vlmfix
 from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.cli import add_eval
 from vlmfix.evals.power import add_power
+from vlmfix.evals.score_cli import add_score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,83 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     info = verbs.add_parser("info", help="show what the plugin sees in a model")
     info.add_argument("model", metavar="MODEL", help="folder or hub id; only its configuration is read")
     info.set_defaults(run=_info)
-    _add_score(verbs)
+    add_score(verbs).set_defaults(run=_score)
     add_calibrate(verbs).set_defaults(run=_calibrate)
     add_power(verbs).set_defaults(run=_power)
     return parser
-
-
-def _add_score(verbs: Any) -> None:
-    parser = verbs.add_parser("score", help="score captions or answers in a file, without a model")
-    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    chair = kinds.add_parser("chair", allow_abbrev=False, help="captions against COCO annotations")
-    chair.add_argument("file", type=Path, metavar="FILE", help="JSON lines with image_id and caption (or text, answer)")
-    chair.add_argument("--data", type=Path, required=True, metavar="DIR", help="COCO folder with the annotations")
-    chair.add_argument("--chair-mode", choices=("original", "nltk"), default="original", help="default: original")
-    chair.set_defaults(run=_score_chair)
-    pope = kinds.add_parser("pope", allow_abbrev=False, help="answers against POPE question files")
-    pope.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with answer (or text, caption), and question_id or the order of the questions",
-    )
-    pope.add_argument(
-        "--questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="POPE question files (default: labels in FILE)",
-    )
-    pope.add_argument("--parser", default="official", help="rule that reads yes or no (default: official)")
-    pope.set_defaults(run=_score_pope)
-    amber = kinds.add_parser("amber", allow_abbrev=False, help="responses against AMBER's annotations")
-    amber.add_argument("file", type=Path, metavar="FILE", help="JSON lines with id and response (or answer, text)")
-    amber.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with annotations.json, relation.json and safe_words.txt",
-    )
-    amber.add_argument(
-        "--spacy",
-        metavar="MODEL",
-        help="word similarity, officially en_core_web_lg (default: none, exact words only)",
-    )
-    amber.set_defaults(run=_score_amber)
-    hallusion = kinds.add_parser("hallusionbench", allow_abbrev=False, help="answers to HallusionBench, judged or not")
-    hallusion.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with judge (0, 1 or 2) or answer, in the order of the questions or with their ids",
-    )
-    hallusion.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
-    hallusion.set_defaults(run=_score_hallusionbench)
-    mmhal = kinds.add_parser("mmhal", allow_abbrev=False, help="judged answers to MMHal-Bench, or requests to a judge")
-    mmhal.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with rating or judgement; with model_answer only, the requests to a judge are written",
-    )
-    mmhal.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
-    mmhal.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
-    mmhal.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
-    mmhal.set_defaults(run=_score_mmhal)
-    mme = kinds.add_parser("mme", allow_abbrev=False, help="answers to the hallucination subset of MME")
-    mme.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="results folder of the official tool, or JSON lines with task, image, question, label and answer",
-    )
-    mme.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
-    mme.set_defaults(run=_score_mme)
-    for kind in (chair, pope, amber, hallusion, mmhal, mme):
-        kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
 
 
 def _show(text: str) -> None:
@@ -185,6 +111,13 @@ def _power(options: argparse.Namespace) -> None:
     from vlmfix.evals.power import run
 
     _show(run(options))
+
+
+def _score(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.score_cli import run
+
+    run(options, show=_show)
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -226,49 +159,3 @@ def _info(options: argparse.Namespace) -> None:
     if len(layers) < anatomy.num_layers:
         _show(f"  layers with softmax attention: {', '.join(map(str, layers))}")
     _show(f"  image token ids: {', '.join(map(str, anatomy.image_token_ids))}")
-
-
-def _score_chair(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore import score_chair_file
-
-    _show(score_chair_file(options.file, options.data, mode=options.chair_mode, out=options.out))
-
-
-def _score_pope(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore import score_pope_file
-
-    _show(score_pope_file(options.file, options.questions, parser=options.parser, out=options.out))
-
-
-def _score_amber(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore_benchmarks import score_amber_file
-
-    _show(score_amber_file(options.file, options.data, spacy_model=options.spacy, out=options.out))
-
-
-def _score_hallusionbench(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore_benchmarks import score_hallusionbench_file
-
-    _show(score_hallusionbench_file(options.file, options.questions, out=options.out))
-
-
-def _score_mmhal(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore_benchmarks import score_mmhal_file
-
-    _show(
-        score_mmhal_file(
-            options.file, options.questions, judge=options.judge, requests=options.requests, out=options.out
-        )
-    )
-
-
-def _score_mme(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.evals.rescore_benchmarks import score_mme_file
-
-    _show(score_mme_file(options.file, parser=options.parser, out=options.out))
