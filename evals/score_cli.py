@@ -91,31 +91,31 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
 
 
 def _score_chair(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore import score_chair_file
+    from .rescore import score_chair_file
 
     return score_chair_file(options.file, options.data, mode=options.chair_mode, out=options.out)
 
 
 def _score_pope(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore import score_pope_file
+    from .rescore import score_pope_file
 
     return score_pope_file(options.file, options.questions, parser=options.parser, out=options.out)
 
 
 def _score_amber(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore_benchmarks import score_amber_file
+    from .rescore_benchmarks import score_amber_file
 
     return score_amber_file(options.file, options.data, spacy_model=options.spacy, out=options.out)
 
 
 def _score_hallusionbench(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore_benchmarks import score_hallusionbench_file
+    from .rescore_benchmarks import score_hallusionbench_file
 
     return score_hallusionbench_file(options.file, options.questions, out=options.out)
 
 
 def _score_mmhal(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore_benchmarks import score_mmhal_file
+    from .rescore_benchmarks import score_mmhal_file
 
     return score_mmhal_file(
         options.file, options.questions, judge=options.judge, requests=options.requests, out=options.out
@@ -123,6 +123,6 @@ def _score_mmhal(options: argparse.Namespace) -> str:
 
 
 def _score_mme(options: argparse.Namespace) -> str:
-    from vlmfix.evals.rescore_benchmarks import score_mme_file
+    from .rescore_benchmarks import score_mme_file
 
     return score_mme_file(options.file, parser=options.parser, out=options.out)
