@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .columns import METRICS, Metric
 from .data.coco import load_image
-from .report import METRICS, Metric, conditions, number, signed
+from .report import conditions
+from .tables import number, signed
 
 if TYPE_CHECKING:
     from .config import MethodSpec

@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
+from .columns import BY_KEY, Metric, changed_methods, figure, seconds, used_metrics
 from .report_quality import ANSWERS_LEGEND, QUALITY_LEGEND, answers_rows, caption_rows, quality_rows, split_rows
 from .tables import (
     difference_cell,
-    excludes_zero,
-    finite,
     fitting_table,
     interval_cell,
     markdown_table,
     number,
-    plain_table,
-    signed,
 )
-
-__all__ = [
-    "BY_KEY",
-    "METRICS",
-    "TERMINAL_WIDTH",
-    "VERDICTS",
-    "Metric",
-    "changed_methods",
-    "conditions",
-    "excludes_zero",
-    "finite",
-    "legend",
-    "markdown_report",
-    "markdown_table",
-    "number",
-    "plain_table",
-    "signed",
-    "text_report",
-    "used_metrics",
-]
 
 TERMINAL_WIDTH = 120
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the result table.
-
-    Attributes:
-        benchmark: ``"chair"`` or ``"pope"``.
-        name: Key in summaries.
-        title: Column title.
-        better: 1 if more is better, -1 if less is, 0 if neither.
-        percent: Printed as percent; otherwise as it is.
-    """
-
-    benchmark: str
-    name: str
-    title: str
-    better: int
-    percent: bool = True
-
-    @property
-    def key(self) -> str:
-        """Key in a method's differences."""
-        return f"{self.benchmark}.{self.name}"
-
-    @property
-    def heading(self) -> str:
-        """Title with an arrow towards the better values."""
-        return f"{self.title} {'↓ ↑'[self.better + 1]}".rstrip()
-
-
-METRICS = (
-    Metric("chair", "chair_s", "CHAIR_s", -1),
-    Metric("chair", "chair_i", "CHAIR_i", -1),
-    Metric("chair", "recall", "recall", 1),
-    Metric("chair", "f1", "F1", 1),
-    Metric("chair", "length_words", "words", 0, percent=False),
-    Metric("pope", "accuracy", "accuracy", 1),
-    Metric("pope", "f1", "F1", 1),
-    Metric("pope", "yes_ratio", "yes", 0),
-    Metric("pope", "auc", "AUC", 1),
-)
-BY_KEY = {metric.key: metric for metric in METRICS}
 
 VERDICTS = {
     "better": "beats its control",
@@ -101,7 +33,7 @@ def text_report(results: Mapping[str, Any]) -> str:
     rows.append(["method", *(metric.heading for metric in metrics), "seconds"])
     changed = set(changed_methods(results))
     for method in results["methods"]:
-        rows.append([method["label"], *(_value(method, m) for m in metrics), number(_seconds(method), percent=False)])
+        rows.append([method["label"], *(_value(method, m) for m in metrics), number(seconds(method), percent=False)])
         if method["label"] not in changed:
             if "differences" in method:
                 rows.append(["  = none", *[""] * (len(metrics) + 1)])
@@ -151,7 +83,7 @@ def markdown_report(results: Mapping[str, Any]) -> str:
             [
                 f"`{method['describe']}`" if method["role"] != "control" else f"control `{method['describe']}`",
                 *cells,
-                number(_seconds(method), percent=False),
+                number(seconds(method), percent=False),
             ]
         )
     parts = ["# vlmfix evaluation", "", *(f"- {line}" for line in conditions(results)), ""]
@@ -192,16 +124,6 @@ CONTROLS_EXPLAINED = (
     "yes is the method's. *every head* and *other heads*: the same factor on all heads, and on those the method leaves "
     "alone. A method that does not beat its control only moves along the trade-off."
 )
-
-
-def used_metrics(results: Mapping[str, Any]) -> list[Metric]:
-    """The columns that this run has figures for."""
-    first = results["methods"][0]
-    return [
-        metric
-        for metric in METRICS
-        if metric.benchmark in first and any(_figure(method, metric) is not None for method in results["methods"])
-    ]
 
 
 def conditions(results: Mapping[str, Any]) -> list[str]:
@@ -284,17 +206,8 @@ def _group(metrics: Sequence[Metric], index: int) -> str:
     return metrics[index].benchmark.upper() if first else ""
 
 
-def _figure(method: Mapping[str, Any], metric: Metric) -> float | None:
-    part = method.get(metric.benchmark)
-    if part is None:
-        return None
-    summary = part["summary"] if metric.benchmark == "chair" else part["all"]["summary"]
-    value: float | None = summary.get(metric.name)
-    return value
-
-
 def _value(method: Mapping[str, Any], metric: Metric) -> str:
-    return number(_figure(method, metric), percent=metric.percent)
+    return number(figure(method, metric), percent=metric.percent)
 
 
 def _difference(difference: Mapping[str, Any] | None, metric: Metric) -> str:
@@ -303,14 +216,3 @@ def _difference(difference: Mapping[str, Any] | None, metric: Metric) -> str:
 
 def _interval(difference: Mapping[str, Any] | None, metric: Metric) -> str:
     return interval_cell(difference, percent=metric.percent)
-
-
-def _seconds(method: Mapping[str, Any]) -> float:
-    return math.fsum(method[b]["seconds"] for b in ("chair", "pope") if b in method)
-
-
-def changed_methods(results: Mapping[str, Any]) -> Iterable[str]:
-    """Labels of the methods that changed at least one answer."""
-    for method in results["methods"]:
-        if any(method.get(b, {}).get("changed", 0) for b in ("chair", "pope")):
-            yield method["label"]

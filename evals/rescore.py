@@ -15,7 +15,7 @@ from .data.coco import CocoData
 from .data.pope import load_questions
 from .metrics.chair import ChairMatcher, ground_truth, score_captions
 from .metrics.pope import PopeTable, score_answers, score_labels
-from .report import finite, number, plain_table
+from .tables import finite, number, plain_table
 from .tasks import parse_image_id
 
 _TEXT_KEYS = ("caption", "text", "answer", "ans")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .auc import paired_auc
+from .columns import BY_KEY, METRICS, Metric
 from .config import MethodSpec
 from .controls import early_stop_control, yes_bias_control
-from .intervals import CONFIDENCE, RESAMPLES, Interval
+from .differences import difference
+from .intervals import CONFIDENCE, RESAMPLES
 from .metrics.chair import ChairTable, score_captions
 from .metrics.pope import PopeTable, score_answers
 from .quality import correct_controls, correct_rows, interval_dict, length_matched, paired_answers, text_quality
-from .report import BY_KEY, METRICS, Metric, finite
 from .samples import Answer
-from .stats import CHAIR_STATISTICS, POPE_STATISTICS, paired_bootstrap
+from .tables import finite
 from .tasks import ChairTask, PopeTask, Tasks
 
 Answers = Mapping[tuple[str, int, str], Answer]
@@ -171,16 +171,6 @@ def _pope_part(task: PopeTask, table: PopeTable, answers: Answers, baseline: Ans
 
 def _defined(metric: Metric, tables: Any) -> bool:
     return metric.name != "auc" or all(table.score is not None for table in tables)
-
-
-def difference(metric: Metric, table: Any, other: Any, seed: int) -> Interval:
-    """Paired interval of ``table``'s figure minus ``other``'s, over resampled images."""
-    if metric.name == "auc":
-        return paired_auc(table, other, seed=seed)
-    statistics = CHAIR_STATISTICS if metric.benchmark == "chair" else POPE_STATISTICS
-    return paired_bootstrap(
-        statistics[metric.name], table, other, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE
-    )
 
 
 def _controls(

@@ -123,6 +123,18 @@ POPE_STATISTICS: Mapping[str, Statistic] = _by_name(
 )
 """Statistics of a ``PopeTable``, named as in its ``summary()``."""
 
+TEXT_STATISTICS: Mapping[str, Statistic] = _by_name(
+    ratio("repetition", lambda t: t.repetition, _one),
+    ratio("looping", lambda t: t.looping, _one),
+    ratio("truncation", lambda t: t.truncated, _one),
+)
+"""Statistics of a ``TextTable`` with recorded truncation, named as in its ``summary()``."""
+
+STATISTICS: Mapping[str, Mapping[str, Statistic]] = MappingProxyType(
+    {"chair": CHAIR_STATISTICS, "pope": POPE_STATISTICS, "text": TEXT_STATISTICS}
+)
+"""The statistics of each kind of table; a benchmark's name is that of ``columns.Metric.benchmark``."""
+
 
 def paired_bootstrap(
     statistic: Statistic,

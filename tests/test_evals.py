@@ -133,7 +133,7 @@ def test_results_schema(finished: Path) -> None:
         if method["label"] == "none":
             assert "differences" not in method
         else:
-            assert set(method["differences"]) == set(report.BY_KEY)
+            assert set(method["differences"]) == set(columns.BY_KEY)
             for interval in method["differences"].values():
                 assert (
                     set(interval) >= {"estimate", "low", "high", "n", "undefined", "p_value", "p_holm"}
@@ -175,7 +175,7 @@ def test_differences_are_method_minus_none(finished: Path) -> None:
     results = read(finished)
     none = results["methods"][0]
     for method in results["methods"][1:]:
-        for metric in report.METRICS:
+        for metric in columns.METRICS:
             part, own = (m[metric.benchmark] for m in (none, method))
             part, own = (p if metric.benchmark == "chair" else p["all"] for p in (part, own))
             expected = own["summary"][metric.name] - part["summary"][metric.name]
@@ -708,7 +708,7 @@ def test_controls_have_a_verdict_each(finished: Path) -> None:
 
 
 def verdict_of(control: dict[str, Any]) -> str:
-    better = report.BY_KEY[control["metric"]].better
+    better = columns.BY_KEY[control["metric"]].better
     low, high = sorted(better * control["difference"][end] for end in ("low", "high"))
     return "better" if low > 0 else "worse" if high < 0 else "same"
 
@@ -721,7 +721,7 @@ def test_verdict_follows_the_interval(shift: float, expected: str) -> None:
     blunt = [0.0] * 40
     a, b = {1.0: (sharp, blunt), 0.0: (sharp, sharp), -1.0: (blunt, sharp)}[shift]
     tables = [pope_table(scores, labels, images) for scores in (a, b)]
-    row = scoring.compare("m", "c", report.BY_KEY["pope.auc"], *tables, seed=0)
+    row = scoring.compare("m", "c", columns.BY_KEY["pope.auc"], *tables, seed=0)
     assert row["verdict"] == expected and row["difference"]["estimate"] == shift / 2
 
 
@@ -747,7 +747,7 @@ def small_results() -> dict[str, Any]:
         return {"estimate": estimate, "low": low, "high": high, "n": 100, "undefined": 0}
 
     zero = interval(0.0, 0.0, 0.0)
-    differences = {key: zero for key in report.BY_KEY} | {
+    differences = {key: zero for key in columns.BY_KEY} | {
         "chair.chair_s": interval(-0.1, -0.153, -0.047),
         "chair.chair_i": interval(-0.031, -0.062, 0.004),
         "chair.length_words": interval(0.5, 0.2, 0.8),
@@ -758,7 +758,7 @@ def small_results() -> dict[str, Any]:
         {"label": "vhr", "describe": "vhr alpha=1.3", "role": "method", "chair": chair(40, 34, 60, 3.5)}
         | {"pope": pope(0.812, 9), "differences": differences},
         {"label": "var", "describe": "var", "role": "method", "chair": chair(50, 40, 0, 3.1), "pope": pope(0.8, 0)}
-        | {"differences": dict.fromkeys(report.BY_KEY, zero)},
+        | {"differences": dict.fromkeys(columns.BY_KEY, zero)},
     ]
     control = {"method": "vhr", "control": "early stop", "matched": "recall 72.0, 72.1", "metric": "chair.chair_i"}
     control |= {"method_value": 0.17, "control_value": 0.19, "difference": interval(-0.02, -0.03, -0.01)}
@@ -824,8 +824,8 @@ def test_markdown_report_says_how_it_was_made() -> None:
 
 
 def test_numbers() -> None:
-    assert [report.number(v) for v in (0.5, math.nan, None)] == ["50.0", "-", "-"]
-    assert [report.signed(v) for v in (0.5, -0.5, 0.0, -0.0001, None)] == ["+50.0", "-50.0", "0.0", "0.0", "-"]
+    assert [tables.number(v) for v in (0.5, math.nan, None)] == ["50.0", "-", "-"]
+    assert [tables.signed(v) for v in (0.5, -0.5, 0.0, -0.0001, None)] == ["+50.0", "-50.0", "0.0", "0.0", "-"]
 
 
 # Real photographs

@@ -1,0 +1,84 @@
+"""The columns of a run's tables: which figures there are, and how to read them off ``results.json``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the result table.
+
+    Attributes:
+        benchmark: Key of the benchmark's part in a row of ``results.json``: ``"chair"``, ``"pope"``.
+        name: Key in the part's ``summary``, or in that of its split ``all``.
+        title: Column title.
+        better: 1 if more is better, -1 if less is, 0 if neither.
+        percent: Printed as percent; otherwise as it is.
+    """
+
+    benchmark: str
+    name: str
+    title: str
+    better: int
+    percent: bool = True
+
+    @property
+    def key(self) -> str:
+        """Key in a method's differences."""
+        return f"{self.benchmark}.{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """Title with an arrow towards the better values."""
+        return f"{self.title} {'↓ ↑'[self.better + 1]}".rstrip()
+
+
+METRICS = (
+    Metric("chair", "chair_s", "CHAIR_s", -1),
+    Metric("chair", "chair_i", "CHAIR_i", -1),
+    Metric("chair", "recall", "recall", 1),
+    Metric("chair", "f1", "F1", 1),
+    Metric("chair", "length_words", "words", 0, percent=False),
+    Metric("pope", "accuracy", "accuracy", 1),
+    Metric("pope", "f1", "F1", 1),
+    Metric("pope", "yes_ratio", "yes", 0),
+    Metric("pope", "auc", "AUC", 1),
+)
+BY_KEY = {metric.key: metric for metric in METRICS}
+BENCHMARKS = tuple(dict.fromkeys(metric.benchmark for metric in METRICS))
+
+
+def used_metrics(results: Mapping[str, Any]) -> list[Metric]:
+    """The columns that this run has figures for."""
+    first = results["methods"][0]
+    return [
+        metric
+        for metric in METRICS
+        if metric.benchmark in first and any(figure(method, metric) is not None for method in results["methods"])
+    ]
+
+
+def figure(method: Mapping[str, Any], metric: Metric) -> float | None:
+    """A row's figure of a metric; None where it has none."""
+    part = method.get(metric.benchmark)
+    if part is None:
+        return None
+    summary = part["summary"] if "summary" in part else part["all"]["summary"]
+    value: float | None = summary.get(metric.name)
+    return value
+
+
+def seconds(method: Mapping[str, Any]) -> float:
+    """Wall time of a row's answers in ``generate``."""
+    return math.fsum(method[b]["seconds"] for b in BENCHMARKS if b in method)
+
+
+def changed_methods(results: Mapping[str, Any]) -> Iterable[str]:
+    """Labels of the methods that changed at least one answer."""
+    for method in results["methods"]:
+        if any(method.get(b, {}).get("changed", 0) for b in BENCHMARKS):
+            yield method["label"]
