@@ -27,6 +27,7 @@ from vlmfix.evals import (
     answering,
     auc,
     cache,
+    columns,
     config,
     generate,
     models,
@@ -35,6 +36,7 @@ from vlmfix.evals import (
     runner,
     samples,
     scoring,
+    tables,
     tasks,
 )
 from vlmfix.evals.data.pope import PopeQuestion
@@ -720,8 +722,8 @@ def test_verdict_follows_the_interval(shift: float, expected: str) -> None:
     sharp = [1.0 if label else -1.0 for label in labels]
     blunt = [0.0] * 40
     a, b = {1.0: (sharp, blunt), 0.0: (sharp, sharp), -1.0: (blunt, sharp)}[shift]
-    tables = [pope_table(scores, labels, images) for scores in (a, b)]
-    row = scoring.compare("m", "c", columns.BY_KEY["pope.auc"], *tables, seed=0)
+    pair = [pope_table(scores, labels, images) for scores in (a, b)]
+    row = scoring.compare("m", "c", columns.BY_KEY["pope.auc"], *pair, seed=0)
     assert row["verdict"] == expected and row["difference"]["estimate"] == shift / 2
 
 
