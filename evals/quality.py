@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from .intervals import CONFIDENCE, RESAMPLES, Interval
 from .metrics.chair import ChairMatcher, ChairTable
 from .metrics.pope import PopeTable
-from .metrics.text_quality import match_by_mentions, match_by_words, score_texts
+from .metrics.text_quality import TextTable, match_by_mentions, match_by_words, score_texts
 from .significance import holm_by_name, mcnemar
-from .stats import CHAIR_STATISTICS, POPE_STATISTICS, Statistic, paired_bootstrap
+from .stats import CHAIR_STATISTICS, POPE_STATISTICS, TEXT_STATISTICS, Statistic, paired_bootstrap
 from .tables import finite, survives
 
 ALPHA = 1 - CONFIDENCE
@@ -34,6 +34,11 @@ def text_quality(captions: Mapping[int, str], truncated: Mapping[int, bool]) -> 
     """
     table = score_texts(captions, truncated)
     return {"counts": table.counts(), "summary": finite(table.summary())}
+
+
+def text_differences(table: TextTable, baseline: TextTable, seed: int) -> dict[str, Any]:
+    """Paired differences of a method's rates of repetition, loops and truncated captions to the baseline's."""
+    return {name: _difference(statistic, table, baseline, seed) for name, statistic in TEXT_STATISTICS.items()}
 
 
 def length_matched(
@@ -156,6 +161,8 @@ def _tests(row: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     for way, part in matched.items():
         for figure in ("chair_i", "chair_s"):
             yield f"chair.{way}.{figure}", part[figure]["difference"]
+    for figure, test in row.get("chair", {}).get("text_quality", {}).get("differences", {}).items():
+        yield f"chair.text.{figure}", test
     paired = row.get("pope", {}).get("paired", {})
     for name, test in paired.items():
         yield f"pope.{name}", test

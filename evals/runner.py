@@ -10,6 +10,8 @@ from typing import Any
 from .answering import generate_answers
 from .cache import AnswerLog, digest, read_records, write_json, write_text
 from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
+from .counting import image_digests
+from .counts import COUNTS, write_counts
 from .page import html_report
 from .planning import ANSWERS, AnswerPlan, EvalRun, check_folder, plan_run, write_config
 from .report import markdown_report, text_report
@@ -81,6 +83,8 @@ def evaluate(
 
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     resolved = config["resolved"] or {}
+    scores = score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed)
+    counts = scores.pop("counts")
     results = {
         "schema_version": SCHEMA_VERSION,
         "settings_digest": digest(run.settings),
@@ -91,13 +95,14 @@ def evaluate(
         "batch_size": run.batch_size,
         "notes": [*run.notes, *dict.fromkeys(note for part in resolved.values() for note in part["notes"])],
         "resolved": resolved,
-        **score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed),
+        **scores,
     }
+    write_counts(run.folder / COUNTS, results["settings_digest"], image_digests(run.tasks), counts)
     write_json(run.folder / "results.json", results)
     write_text(run.folder / "report.md", markdown_report(results))
     write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
     show(text_report(results))
-    show(f"written: {run.folder}/config.json answers.jsonl results.json report.md report.html")
+    show(f"written: {run.folder}/config.json answers.jsonl results.json counts.json report.md report.html")
     return results
 
 

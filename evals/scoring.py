@@ -8,16 +8,27 @@ from typing import Any
 from .columns import BY_KEY, METRICS, Metric
 from .config import MethodSpec
 from .controls import early_stop_control, yes_bias_control
+from .counting import count_run, invented_by_category, text_table
 from .differences import difference
 from .intervals import CONFIDENCE, RESAMPLES
 from .metrics.chair import ChairTable, score_captions
 from .metrics.pope import PopeTable, score_answers
-from .quality import correct_controls, correct_rows, interval_dict, length_matched, paired_answers, text_quality
+from .quality import (
+    correct_controls,
+    correct_rows,
+    interval_dict,
+    length_matched,
+    paired_answers,
+    text_differences,
+    text_quality,
+)
 from .samples import Answer
 from .tables import finite
 from .tasks import ChairTask, PopeTask, Tasks
 
 Answers = Mapping[tuple[str, int, str], Answer]
+#: Benchmark -> method label -> name of a control -> its table; filled while the controls are compared.
+ControlTables = dict[str, dict[str, dict[str, Any]]]
 
 
 def score_run(
@@ -40,10 +51,12 @@ def score_run(
         seed: Seed of the bootstrap.
 
     Returns:
-        The scores' part of ``results.json``: ``methods``, ``controls``, ``intervals`` and ``corrections``.
+        The scores' part of ``results.json``: ``methods``, ``controls``, ``intervals`` and ``corrections``; and
+        ``counts``, the benchmarks of ``counts.json``.
     """
     chair = {spec.label: _chair_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
     pope = {spec.label: _pope_table(tasks.pope, answers[spec.label]) for spec in methods} if tasks.pope else {}
+    text = {spec.label: text_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
     baseline = methods[0].label
     rows: list[dict[str, Any]] = []
     for spec in methods:
@@ -57,6 +70,9 @@ def score_run(
         if tasks.chair:
             row["chair"] = _chair_part(tasks.chair, chair[spec.label], answers[spec.label], answers[baseline])
             row["chair"]["text_quality"] = _quality_part(tasks.chair, spec.label, answers, chair, seed)
+            row["chair"]["invented"] = invented_by_category(chair[spec.label])
+            if spec.label != baseline:
+                row["chair"]["text_quality"]["differences"] = text_differences(text[spec.label], text[baseline], seed)
         if tasks.pope:
             row["pope"] = _pope_part(tasks.pope, pope[spec.label], answers[spec.label], answers[baseline])
             if spec.label != baseline:
@@ -75,7 +91,8 @@ def score_run(
         for metric in METRICS
         if metric.benchmark in row
     }
-    compared = _controls(tasks, methods, answers, chair, pope, decode, seed) if controls else []
+    kept: ControlTables = {}
+    compared = _controls(tasks, methods, answers, chair, pope, decode, seed, kept) if controls else []
     for control in compared:
         if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
             control["verdict"] = "unchanged"
@@ -90,6 +107,7 @@ def score_run(
             "method": "percentile bootstrap, paired",
         },
         "corrections": correct_rows(rows),
+        "counts": count_run(tasks, {"chair": chair, "pope": pope, "text": text}, kept),
     }
 
 
@@ -181,6 +199,7 @@ def _controls(
     pope: Mapping[str, PopeTable],
     decode: Callable[[list[int]], str],
     seed: int,
+    kept: ControlTables,
 ) -> list[dict[str, Any]]:
     """Each method against what needs no method: a shifted threshold, or other heads."""
     found: list[dict[str, Any]] = []
@@ -188,9 +207,9 @@ def _controls(
         if spec.role != "method":
             continue
         if tasks.chair is not None:
-            found += _early_stop(tasks.chair, spec, answers, chair, decode, seed)
+            found += _early_stop(tasks.chair, spec, answers, chair, decode, seed, kept)
         if tasks.pope is not None:
-            found += _yes_bias(spec, pope, seed, baseline=methods[0].label)
+            found += _yes_bias(spec, pope, seed, kept, baseline=methods[0].label)
         for control in methods:
             if control.parent == spec.label:
                 name = {"all": "every head", "unselected": "other heads"}[control.params["select"]]
@@ -235,6 +254,7 @@ def _early_stop(
     tables: Mapping[str, ChairTable],
     decode: Callable[[list[int]], str],
     seed: int,
+    kept: ControlTables,
 ) -> list[dict[str, Any]]:
     baseline = next(iter(tables))
     given = {s.image_id: answers[baseline][s.benchmark, s.image_id, s.question] for s in task.samples}
@@ -249,6 +269,7 @@ def _early_stop(
         task.truth,
         task.matcher,
     )
+    kept.setdefault("chair", {}).setdefault(spec.label, {})["early stop"] = control.table
     reached = control.table.summary()["recall"]
     matched = f"recall {100 * recall:.1f}, {100 * reached:.1f}"
     rows = [
@@ -258,11 +279,14 @@ def _early_stop(
     return [{**row, "bias": control.bias} for row in rows]
 
 
-def _yes_bias(spec: MethodSpec, tables: Mapping[str, PopeTable], seed: int, *, baseline: str) -> list[dict[str, Any]]:
+def _yes_bias(
+    spec: MethodSpec, tables: Mapping[str, PopeTable], seed: int, kept: ControlTables, *, baseline: str
+) -> list[dict[str, Any]]:
     if tables[baseline].score is None:
         return []
     ratio = tables[spec.label].summary()["yes_ratio"]
     control = yes_bias_control(tables[baseline], ratio)
+    kept.setdefault("pope", {}).setdefault(spec.label, {})["yes bias"] = control.table
     matched = f"yes {100 * ratio:.1f}, {100 * control.table.summary()['yes_ratio']:.1f}"
     row = compare(spec.label, "yes bias", BY_KEY["pope.accuracy"], tables[spec.label], control.table, seed, matched)
     return [{**row, "bias": control.bias}]

@@ -106,7 +106,7 @@ def assert_same_run(folder: Path, finished: Path) -> None:
 def test_run_writes_a_complete_folder(finished: Path) -> None:
     results = read(finished)
     assert {path.name for path in finished.iterdir()} == {
-        "answers.jsonl", "config.json", "report.html", "report.md", "results.json",
+        "answers.jsonl", "config.json", "counts.json", "report.html", "report.md", "results.json",
     }  # fmt: skip
     labels = [method["label"] for method in results["methods"]]
     assert labels == ["none", "vhr", "vhr/all", "vhr/unselected", "var"]
