@@ -59,28 +59,33 @@ def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: i
         for index, batch in enumerate(plan.batches):
             if not shard.owns(index):
                 continue
-            lacking = [
-                (spec, method, wanted)
-                for spec, method in methods
-                if (wanted := [plan.key(spec, s) not in log.records for s in batch]) and any(wanted)
-            ]
-            if not lacking:
-                continue
-            images = {path: load_image(path) for path in dict.fromkeys(s.path for s in batch)}
-            inputs = generator.encode([plan.prompts[s.question] for s in batch], [images[s.path] for s in batch])
-            benchmark = batch[0].benchmark
-            if bar.n == 0:  # The first pass through a model is slow for reasons that are no method's fault.
-                generator.generate(inputs, benchmark, 1)
-            for spec, method, wanted in lacking:
-                bar.set_description(f"{benchmark} {index + 1}/{len(plan.batches)} {spec.label}", refresh=False)
-                with vlmfix.patched(model, method):
-                    answers = generator.generate(inputs, benchmark, run.tasks.max_new_tokens(benchmark))
-                log.append(
-                    _record(plan.key(spec, sample), spec, sample, answer)
-                    for sample, answer, want in zip(batch, answers, wanted, strict=True)
-                    if want
-                )
-                bar.update(sum(wanted))
+            for turn in ([s for s in batch if s.second is None], [s for s in batch if s.second is not None]):
+                lacking = [
+                    (spec, method, wanted)
+                    for spec, method in methods
+                    if (wanted := [plan.key(spec, s, log.records) not in log.records for s in turn]) and any(wanted)
+                ]
+                if not lacking:
+                    continue
+                read = {path: load_image(path) for path in dict.fromkeys(s.path for s in turn) if path is not None}
+                images = [None if s.path is None else read[s.path] for s in turn]
+                first, encoded = turn[0], None
+                for spec, method, wanted in lacking:
+                    prompts = [str(plan.prompt(spec, s, log.records)) for s in turn]
+                    if prompts != encoded:  # A second turn holds the method's own first answer.
+                        inputs, encoded = generator.encode(prompts, images), prompts
+                    if bar.n == 0:  # The first pass through a model is slow for reasons that are no method's fault.
+                        generator.generate(inputs, first.records, 1)
+                    place = f"{first.benchmark} {index + 1}/{len(plan.batches)}"
+                    bar.set_description(f"{place} {spec.label}", refresh=False)
+                    with vlmfix.patched(model, method):
+                        answers = generator.generate(inputs, first.records, first.max_new_tokens)
+                    log.append(
+                        _record(str(plan.key(spec, sample, log.records)), spec, sample, answer)
+                        for sample, answer, want in zip(turn, answers, wanted, strict=True)
+                        if want
+                    )
+                    bar.update(sum(wanted))
 
 
 def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[str, Any]:
@@ -93,8 +98,10 @@ def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[
         "text": answer.text,
         "truncated": answer.truncated,
     }
-    if sample.benchmark == "chair":
+    if sample.second is not None:
+        record["second"] = sample.second
+    if sample.records == "gaps":
         record |= {"tokens": list(answer.tokens), "eos_gaps": list(answer.eos_gaps)}
-    else:
+    elif sample.records == "score":
         record["score"] = answer.score
     return {**record, "seconds": answer.seconds}

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cache import digest
 from .counts import Rows, benchmark_counts
 from .metrics.chair import ChairTable
-from .metrics.text_quality import TextTable, score_texts
-from .samples import Answer
-from .tasks import ChairTask, Tasks
+
+if TYPE_CHECKING:
+    from .tasks import Tasks
 
 Tables = Mapping[str, Mapping[str, Any]]
 Controls = Mapping[str, Mapping[str, Mapping[str, Any]]]
-
-
-def text_table(task: ChairTask, answers: Mapping[tuple[str, int, str], Answer]) -> TextTable:
-    """Repetition, truncation and endings of one method's captions."""
-    given = {s.image_id: answers[s.benchmark, s.image_id, s.question] for s in task.samples}
-    return score_texts({i: a.text for i, a in given.items()}, {i: a.truncated for i, a in given.items()})
 
 
 def invented_by_category(table: ChairTable) -> dict[str, int]:
@@ -30,7 +24,7 @@ def invented_by_category(table: ChairTable) -> dict[str, int]:
 
 def image_digests(tasks: Tasks) -> dict[int, str]:
     """Image id -> digest of its file, of every image of a run."""
-    return {sample.image_id: tasks.image_digests[sample.path] for sample in tasks.samples()}
+    return {sample.image_id: tasks.image_digests[sample.path] for sample in tasks.samples() if sample.path is not None}
 
 
 def count_run(tasks: Tasks, tables: Tables, controls: Controls) -> dict[str, Any]:
@@ -44,7 +38,7 @@ def count_run(tasks: Tasks, tables: Tables, controls: Controls) -> dict[str, Any
     return {
         name: benchmark_counts(by_label, rows_of(name, tasks, next(iter(by_label.values()))), controls.get(name))
         for name, by_label in tables.items()
-        if by_label
+        if all(table is not None for table in by_label.values())  # Answers that nobody has judged have no table.
     }
 
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from vlmfix.errors import VlmfixError
 
 from .models import answer_token_ids, end_token_ids
-from .samples import Answer
+from .samples import Answer, Records
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
 LARGEST_GAP = 9999.0
@@ -62,7 +62,7 @@ class PromptBuilder:
     Args:
         processor: A transformers processor.
         use_template: Wrap the question into the processor's chat template (one user turn: image, then text).
-            Otherwise the question must hold the processor's image placeholder itself.
+            Otherwise the question must hold the processor's image placeholder itself, and there is one turn only.
 
     Raises:
         VlmfixError: A template is wanted and the processor has none.
@@ -78,17 +78,29 @@ class PromptBuilder:
                 "--pope-prompt 'USER: <image>\\n{question} ASSISTANT:'"
             )
 
-    def __call__(self, question: str) -> str:
+    def __call__(self, question: str, *, image: bool = True, before: Sequence[tuple[str, str]] = ()) -> str:
         """The prompt text of one question.
 
+        Args:
+            question: What the user says.
+            image: Whether there is an image, which the first turn shows.
+            before: Earlier turns: what the user said, and what was answered.
+
         Raises:
-            VlmfixError: Without a template, when the text has no place for the image.
+            VlmfixError: Without a template, when the text has no place for the image, or there are earlier turns.
         """
         if self.use_template:
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            messages = [{"role": "user", "content": content}]
-            return str(self._processor.apply_chat_template(messages, add_generation_prompt=True))
+            messages: list[dict[str, Any]] = []
+            for said, answer in (*before, (question, "")):
+                content = [{"type": "image"}] if image and not messages else []
+                messages.append({"role": "user", "content": [*content, {"type": "text", "text": said}]})
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            return str(self._processor.apply_chat_template(messages[:-1], add_generation_prompt=True))
+        if before:
+            raise VlmfixError("a second turn needs the chat template; leave --no-chat-template out")
         image_token = getattr(self._processor, "image_token", None)
+        if not image:
+            return question.replace(f"{image_token}\n", "").replace(str(image_token), "") if image_token else question
         if image_token and image_token not in question:
             raise VlmfixError(f"the prompt {question!r} has no place for the image; put {image_token} where it belongs")
         return question
@@ -106,13 +118,14 @@ class Generator:
         self._yes_ids, self._no_ids = answers["yes"], answers["no"]
 
     def encode(self, prompts: Sequence[str], images: Sequence[Any]) -> Any:
-        """Left-padded model inputs on the model's device for prompts with one image each."""
+        """Left-padded model inputs on the model's device for prompts with one image each, or all without (None)."""
         bos = self.processor.tokenizer.bos_token
         # A chat template that already wrote the first token must not get a second one.
         special = not (bos and prompts[0].startswith(bos))
+        pictures = {} if images[0] is None else {"images": [[image] for image in images]}
         try:
             inputs = self.processor(
-                images=[[image] for image in images],
+                **pictures,
                 text=list(prompts),
                 padding=True,
                 add_special_tokens=special,
@@ -122,20 +135,22 @@ class Generator:
             raise VlmfixError(f"the processor rejects the prompt {prompts[0]!r}: {error}") from error
         return inputs.to(self.model.device, self.model.dtype)
 
-    def generate(self, inputs: Any, benchmark: str, max_new_tokens: int) -> list[Answer]:
+    def generate(self, inputs: Any, records: Records, max_new_tokens: int) -> list[Answer]:
         """Answer a batch.
 
         Args:
             inputs: From ``encode``.
-            benchmark: ``"chair"`` records end-token gaps, ``"pope"`` the yes-minus-no score.
+            records: What is noted beside the text (see ``Sample.records``).
             max_new_tokens: Limit of generated tokens per row.
 
         Raises:
             VlmfixError: The device ran out of memory.
         """
-        recorder = (
-            StepRecorder(self._end_ids) if benchmark == "chair" else StepRecorder((), self._yes_ids, self._no_ids)
-        )
+        recorder = {
+            "gaps": StepRecorder(self._end_ids),
+            "score": StepRecorder((), self._yes_ids, self._no_ids),
+            "text": StepRecorder(()),
+        }[records]
         start = time.perf_counter()
         try:
             output = self.model.generate(

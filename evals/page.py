@@ -16,9 +16,9 @@ from .report import conditions
 from .tables import number, signed
 
 if TYPE_CHECKING:
+    from .benchmarks.chair import ChairTask
     from .config import MethodSpec
     from .samples import Answer, Sample
-    from .tasks import ChairTask
 
     Answers = Mapping[tuple[str, int, str], Answer]
 
@@ -304,6 +304,7 @@ def _marked(task: ChairTask, sample: Sample, caption: str) -> str:
 
 
 def _thumbnail(sample: Sample) -> str:
+    assert sample.path is not None
     image = load_image(sample.path)
     image.thumbnail((440, 440))
     buffer = io.BytesIO()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
@@ -23,12 +25,15 @@ from .config import (
 )
 from .generate import PromptBuilder
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
-from .samples import Answer, Sample
+from .samples import Answer, Answers, Sample
 from .shards import Shard
 from .tasks import Tasks, make_tasks
 
 RUNS = Path("runs")
 ANSWERS = "answers.jsonl"
+
+#: Answers as the log keeps them, by key.
+Records = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
     methods = plan_methods(options, recipe) if methods is None else methods
     tasks = make_tasks(options)
     source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
-    PromptBuilder(source.processor, use_template=options.chat_template)(next(tasks.samples()).question)
+    first = next(tasks.samples())
+    PromptBuilder(source.processor, use_template=options.chat_template)(first.question, image=first.path is not None)
     device = resolve_device(options.device)
     settings = {
         "schema_version": SCHEMA_VERSION,
@@ -158,41 +164,65 @@ class AnswerPlan:
         """Compute every prompt, batch and key."""
         self.run = run
         builder = PromptBuilder(run.source.processor, use_template=run.options.chat_template)
-        self.prompts = {text: builder(text) for text in dict.fromkeys(s.question for s in run.tasks.samples())}
+        firsts = {_shape(sample): sample for sample in run.tasks.samples()}
+        self._builder = builder
+        self._prompts = {shape: builder(s.question, image=s.path is not None) for shape, s in firsts.items()}
         self.batches = list(self._batches())
         self._bases = {
-            (spec.label, benchmark): digest(
+            (spec.label, sample.benchmark, sample.max_new_tokens): ""
+            for spec in run.methods
+            for sample in run.tasks.samples()
+        }
+        for label, benchmark, limit in self._bases:
+            self._bases[label, benchmark, limit] = digest(
                 {
+                    "benchmark": benchmark,  # What is recorded beside the text depends on it.
                     "model": run.settings["model"],
-                    "method": dict(spec.params),
-                    "decoding": {**run.settings["decoding"], "max_new_tokens": run.tasks.max_new_tokens(benchmark)},
+                    "method": run.settings["methods"][label],
+                    "decoding": {**run.settings["decoding"], "max_new_tokens": limit},
                     "versions": run.settings["versions"],
                 }
             )
-            for spec in run.methods
-            for benchmark in run.options.benchmarks
-        }
 
     def _batches(self) -> Iterable[list[Sample]]:
+        """Batches of first turns, each with the second turns behind its own answers."""
         tokenizer = self.run.source.processor.tokenizer
-        length = {text: len(tokenizer(prompt)["input_ids"]) for text, prompt in self.prompts.items()}
-        for task in (self.run.tasks.chair, self.run.tasks.pope):
+        length = {shape: len(tokenizer(prompt)["input_ids"]) for shape, prompt in self._prompts.items()}
+        for task in self.run.tasks.tasks:
+            second = {sample.first: sample for sample in task.samples if sample.second is not None}
             # Prompts of one length need no padding; ids break ties so that the order is stable.
             samples = sorted(
-                task.samples if task is not None else (), key=lambda s: (length[s.question], s.image_id, s.question)
+                (sample for sample in task.samples if sample.second is None),
+                key=lambda s: (_kind(s), length[_shape(s)], s.image_id, s.question),
             )
-            for start in range(0, len(samples), self.run.batch_size):
-                yield samples[start : start + self.run.batch_size]
+            for _, alike in groupby(samples, _kind):
+                group = list(alike)
+                for start in range(0, len(group), self.run.batch_size):
+                    batch = group[start : start + self.run.batch_size]
+                    yield [*batch, *(second[sample] for sample in batch if sample in second)]
 
-    def key(self, spec: MethodSpec, sample: Sample) -> str:
-        """The key of one answer: everything that decides it."""
-        base = self._bases[spec.label, sample.benchmark]
-        return digest([base, self.prompts[sample.question], self.run.tasks.image_digests[sample.path]])
+    def prompt(self, spec: MethodSpec, sample: Sample, records: Records) -> str | None:
+        """What the processor reads; None if the answer that a second turn follows is not in the log."""
+        if sample.second is None:
+            return self._prompts[_shape(sample)]
+        before = records.get(str(self.key(spec, sample.first, records)))
+        if before is None:
+            return None
+        turns = ((sample.question, str(before["text"])),)
+        return self._builder(sample.second, image=sample.path is not None, before=turns)
+
+    def key(self, spec: MethodSpec, sample: Sample, records: Records = MappingProxyType({})) -> str | None:
+        """The key of one answer: everything that decides it; None where ``prompt`` is None."""
+        prompt = self.prompt(spec, sample, records)
+        if prompt is None:
+            return None
+        base = self._bases[spec.label, sample.benchmark, sample.max_new_tokens]
+        return digest([base, prompt, self.run.tasks.image_digests[sample.path] if sample.path is not None else None])
 
     def missing(self, log: AnswerLog) -> int:
         """Number of answers that are not in the log."""
         return sum(
-            self.key(spec, sample) not in log.records
+            self.key(spec, sample, log.records) not in log.records
             for spec in self.run.methods
             for sample in self.run.tasks.samples()
         )
@@ -200,22 +230,31 @@ class AnswerPlan:
     def missing_of(self, log: AnswerLog, shard: Shard) -> int:
         """Number of answers that are not in the log and that a process is to give."""
         return sum(
-            self.key(spec, sample) not in log.records
+            self.key(spec, sample, log.records) not in log.records
             for index, batch in enumerate(self.batches)
             if shard.owns(index)
             for spec in self.run.methods
             for sample in batch
         )
 
-    def answers(self, log: AnswerLog) -> dict[str, dict[tuple[str, int, str], Answer]]:
-        """All answers by method label and (benchmark, image id, question)."""
+    def answers(self, log: AnswerLog) -> dict[str, Answers]:
+        """All answers by method label and ``Sample.key``."""
         return {
             spec.label: {
-                (s.benchmark, s.image_id, s.question): _answer(log.records[self.key(spec, s)])
-                for s in self.run.tasks.samples()
+                s.key: _answer(log.records[str(self.key(spec, s, log.records))]) for s in self.run.tasks.samples()
             }
             for spec in self.run.methods
         }
+
+
+def _shape(sample: Sample) -> tuple[str, bool]:
+    """What a first turn's prompt depends on."""
+    return sample.question, sample.path is not None
+
+
+def _kind(sample: Sample) -> tuple[int, str, bool]:
+    """What the samples of a batch have in common."""
+    return sample.max_new_tokens, sample.records, sample.path is not None
 
 
 def _answer(record: dict[str, Any]) -> Answer:

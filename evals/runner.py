@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .answering import generate_answers
+from .benchmarks.base import safe_name
 from .cache import AnswerLog, digest, read_records, write_json, write_text
 from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
@@ -15,8 +16,11 @@ from .counts import COUNTS, write_counts
 from .page import html_report
 from .planning import ANSWERS, AnswerPlan, EvalRun, check_folder, plan_run, write_config
 from .report import markdown_report, text_report
+from .samples import Answers
 from .scoring import score_run
 from .shards import Shard, merge_parts
+
+EXPORT = "official"
 
 logger = logging.getLogger("vlmfix.evals")
 
@@ -98,12 +102,21 @@ def evaluate(
         **scores,
     }
     write_counts(run.folder / COUNTS, results["settings_digest"], image_digests(run.tasks), counts)
+    export_answers(run, answers)
     write_json(run.folder / "results.json", results)
     write_text(run.folder / "report.md", markdown_report(results))
     write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
     show(text_report(results))
-    show(f"written: {run.folder}/config.json answers.jsonl results.json counts.json report.md report.html")
+    show(f"written: {run.folder}/config.json answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
     return results
+
+
+def export_answers(run: EvalRun, answers: Mapping[str, Answers]) -> None:
+    """Write every method's answers in the benchmarks' own formats, to be scored by others."""
+    for spec in run.methods:
+        folder = run.folder / EXPORT / safe_name(spec.label)
+        for task in run.tasks.tasks:
+            task.export(folder, answers[spec.label])
 
 
 def answer_share(run: EvalRun, plan: AnswerPlan, known: Mapping[str, Mapping[str, Any]], shard: Shard) -> None:

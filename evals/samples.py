@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+#: What is noted beside the text: end-token gaps and tokens, the yes-minus-no score, or nothing.
+Records = Literal["gaps", "score", "text"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One thing to ask: an image and a question.
+    """One thing to ask: a question, about an image or about none.
 
     Attributes:
-        benchmark: ``"chair"`` or ``"pope"``.
-        image_id: COCO image id.
-        path: Image file.
+        benchmark: Name of its benchmark, such as ``"chair"`` or ``"pope"``.
+        image_id: COCO image id, or the number of the image within the benchmark; 0 without an image.
+        path: Image file, or None for a question without an image.
         question: What the user would type, without the chat template.
+        max_new_tokens: Limit of the answer's length.
+        records: What is noted beside the answer's text.
+        second: What the user says behind the model's own answer to ``question``; the sample's answer is the one to
+            that. None for a single turn.
     """
 
     benchmark: str
     image_id: int
-    path: Path
+    path: Path | None
     question: str
+    max_new_tokens: int = 16
+    records: Records = "score"
+    second: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What tells its answer from the others of a method."""
+        asked = self.question if self.second is None else f"{self.question}\n\n{self.second}"
+        return self.benchmark, self.image_id, asked
+
+    @property
+    def first(self) -> Sample:
+        """The sample of the first turn."""
+        return replace(self, second=None)
 
 
 @dataclass(frozen=True)
@@ -44,3 +67,7 @@ class Answer:
     eos_gaps: tuple[float, ...]
     score: float | None
     seconds: float
+
+
+#: A method's answers by ``Sample.key``.
+Answers = Mapping[tuple[str, int, str], Answer]

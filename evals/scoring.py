@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .benchmarks.chair import ChairTask
 from .columns import BY_KEY, METRICS, Metric
 from .config import MethodSpec
 from .controls import early_stop_control, yes_bias_control
-from .counting import count_run, invented_by_category, text_table
+from .counting import count_run
 from .differences import difference
 from .intervals import CONFIDENCE, RESAMPLES
-from .metrics.chair import ChairTable, score_captions
-from .metrics.pope import PopeTable, score_answers
-from .quality import (
-    correct_controls,
-    correct_rows,
-    interval_dict,
-    length_matched,
-    paired_answers,
-    text_differences,
-    text_quality,
-)
-from .samples import Answer
+from .quality import correct_controls, correct_rows, interval_dict
+from .samples import Answers
 from .tables import finite
-from .tasks import ChairTask, PopeTask, Tasks
+from .tasks import Tasks
 
-Answers = Mapping[tuple[str, int, str], Answer]
+#: Benchmark -> method label -> table.
+Tables = Mapping[str, Mapping[str, Any]]
+
 #: Benchmark -> method label -> name of a control -> its table; filled while the controls are compared.
 ControlTables = dict[str, dict[str, dict[str, Any]]]
+
+#: What a method is compared on with its head controls.
+HEAD_CONTROL_METRICS = ("chair.chair_i", "chair.f1", "pope.auc")
 
 
 def score_run(
@@ -54,9 +50,9 @@ def score_run(
         The scores' part of ``results.json``: ``methods``, ``controls``, ``intervals`` and ``corrections``; and
         ``counts``, the benchmarks of ``counts.json``.
     """
-    chair = {spec.label: _chair_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
-    pope = {spec.label: _pope_table(tasks.pope, answers[spec.label]) for spec in methods} if tasks.pope else {}
-    text = {spec.label: text_table(tasks.chair, answers[spec.label]) for spec in methods} if tasks.chair else {}
+    tables: dict[str, dict[str, Any]] = {
+        task.name: {spec.label: task.table(answers[spec.label]) for spec in methods} for task in tasks.tasks
+    }
     baseline = methods[0].label
     rows: list[dict[str, Any]] = []
     for spec in methods:
@@ -67,32 +63,18 @@ def score_run(
             "role": spec.role,
             "parent": spec.parent,
         }
-        if tasks.chair:
-            row["chair"] = _chair_part(tasks.chair, chair[spec.label], answers[spec.label], answers[baseline])
-            row["chair"]["text_quality"] = _quality_part(tasks.chair, spec.label, answers, chair, seed)
-            row["chair"]["invented"] = invented_by_category(chair[spec.label])
-            if spec.label != baseline:
-                row["chair"]["text_quality"]["differences"] = text_differences(text[spec.label], text[baseline], seed)
-        if tasks.pope:
-            row["pope"] = _pope_part(tasks.pope, pope[spec.label], answers[spec.label], answers[baseline])
-            if spec.label != baseline:
-                distinct = _distinct_questions(tasks.pope)
-                row["pope"]["paired"] = paired_answers(pope[spec.label], pope[baseline], distinct, seed)
+        for task in tasks.tasks:
+            row[task.name] = task.part(spec.label, tables[task.name], answers, seed)
         if spec.label != baseline:
             row["differences"] = {
-                metric.key: interval_dict(difference(metric, tables[spec.label], tables[baseline], seed))
+                metric.key: interval_dict(difference(metric, found[spec.label], found[baseline], seed))
                 for metric in METRICS
-                if (tables := chair if metric.benchmark == "chair" else pope) and _defined(metric, tables.values())
+                if (found := tables.get(metric.benchmark)) and _defined(metric, found.values())
             }
         rows.append(row)
-    changed = {
-        (str(row["label"]), metric.benchmark): row[metric.benchmark]["changed"]
-        for row in rows
-        for metric in METRICS
-        if metric.benchmark in row
-    }
+    changed = {(str(row["label"]), task.name): row[task.name]["changed"] for row in rows for task in tasks.tasks}
     kept: ControlTables = {}
-    compared = _controls(tasks, methods, answers, chair, pope, decode, seed, kept) if controls else []
+    compared = _controls(tasks, methods, answers, tables, decode, seed, kept) if controls else []
     for control in compared:
         if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
             control["verdict"] = "unchanged"
@@ -107,96 +89,25 @@ def score_run(
             "method": "percentile bootstrap, paired",
         },
         "corrections": correct_rows(rows),
-        "counts": count_run(tasks, {"chair": chair, "pope": pope, "text": text}, kept),
+        "counts": count_run(tasks, {**tables, **_text_tables(tasks, methods, answers)}, kept),
     }
 
 
-def _key(task: PopeTask, question: Any) -> tuple[str, int, str]:
-    return ("pope", question.image_id, task.prompt_text(question))
+def _text_tables(tasks: Tasks, methods: Sequence[MethodSpec], answers: Mapping[str, Answers]) -> Tables:
+    chair = tasks.chair
+    return {} if chair is None else {"text": {spec.label: chair.text_table(answers[spec.label]) for spec in methods}}
 
 
-def _chair_table(task: ChairTask, answers: Answers) -> ChairTable:
-    return score_captions(_captions(task, answers), task.truth, task.matcher)
-
-
-def _captions(task: ChairTask, answers: Answers) -> dict[int, str]:
-    return {s.image_id: answers[s.benchmark, s.image_id, s.question].text for s in task.samples}
-
-
-def _quality_part(
-    task: ChairTask, label: str, answers: Mapping[str, Answers], tables: Mapping[str, ChairTable], seed: int
-) -> dict[str, Any]:
-    baseline = next(iter(tables))
-    own, other = _captions(task, answers[label]), _captions(task, answers[baseline])
-    truncated = {s.image_id: answers[label][s.benchmark, s.image_id, s.question].truncated for s in task.samples}
-    part = text_quality(own, truncated)
-    if label != baseline:
-        pair = (tables[label], tables[baseline])
-        part["length_matched"] = length_matched((own, other), pair, task.truth, task.matcher, seed)
-    return part
-
-
-def _distinct_questions(task: PopeTask) -> list[int]:
-    """Rows of the first occurrence of every question: the splits share their positives, asked only once."""
-    first: dict[tuple[str, int, str], int] = {}
-    for row, question in enumerate(task.questions):
-        first.setdefault(_key(task, question), row)
-    return list(first.values())
-
-
-def _pope_table(task: PopeTask, answers: Answers) -> PopeTable:
-    given = [answers[_key(task, question)] for question in task.questions]
-    scores = [answer.score for answer in given if answer.score is not None]
-    # One missing score (a method that overflows, a vocabulary without a yes token) leaves the table without any.
-    return score_answers(
-        task.questions, [answer.text for answer in given], scores=scores if len(scores) == len(given) else None
-    )
-
-
-def _chair_part(task: ChairTask, table: ChairTable, answers: Answers, baseline: Answers) -> dict[str, Any]:
-    keys = [(s.benchmark, s.image_id, s.question) for s in task.samples]
-    return {
-        "counts": {**table.counts(), "words": int(table.words.sum())},
-        "summary": finite(table.summary()),
-        "truncated": sum(answers[key].truncated for key in keys),
-        "changed": sum(answers[key].tokens != baseline[key].tokens for key in keys),
-        "seconds": round(sum(answers[key].seconds for key in keys), 3),
-    }
-
-
-def _pope_part(task: PopeTask, table: PopeTable, answers: Answers, baseline: Answers) -> dict[str, Any]:
-    keys = [(s.benchmark, s.image_id, s.question) for s in task.samples]
-    splits = list(dict.fromkeys(question.split for question in task.questions))
-    part: dict[str, Any] = {
-        "parser": table.parser,
-        "splits": splits,
-        "asked": len(keys),
-        "changed": sum(
-            (answers[key].text, answers[key].score) != (baseline[key].text, baseline[key].score) for key in keys
-        ),
-        "seconds": round(sum(answers[key].seconds for key in keys), 3),
-        "all": {"counts": table.counts(), "summary": finite(table.summary())},
-    }
-    f1 = []
-    for split in splits:
-        questions = [question for question in task.questions if question.split == split]
-        own = _pope_table(PopeTask(tuple(questions), task.samples, task.prompt, task.max_new_tokens), answers)
-        part[split] = {"counts": own.counts(), "summary": finite(own.summary())}
-        f1.append(own.summary()["f1"])
-    part["mean_f1_of_splits"] = sum(f1) / len(f1)  # The figure LLaVA prints; the table's F1 pools all questions.
-    return part
-
-
-def _defined(metric: Metric, tables: Any) -> bool:
-    return metric.name != "auc" or all(table.score is not None for table in tables)
+def _defined(metric: Metric, tables: Iterable[Any]) -> bool:
+    """Whether every table has the figure: answers without a judge have no table, answers without scores no AUC."""
+    return all(table is not None and (metric.name != "auc" or table.score is not None) for table in tables)
 
 
 def _controls(
     tasks: Tasks,
     methods: Sequence[MethodSpec],
     answers: Mapping[str, Answers],
-    chair: Mapping[str, ChairTable],
-    pope: Mapping[str, PopeTable],
+    tables: Tables,
     decode: Callable[[list[int]], str],
     seed: int,
     kept: ControlTables,
@@ -207,20 +118,16 @@ def _controls(
         if spec.role != "method":
             continue
         if tasks.chair is not None:
-            found += _early_stop(tasks.chair, spec, answers, chair, decode, seed, kept)
+            found += _early_stop(tasks.chair, spec, answers, tables["chair"], decode, seed, kept)
         if tasks.pope is not None:
-            found += _yes_bias(spec, pope, seed, kept, baseline=methods[0].label)
+            found += _yes_bias(spec, tables["pope"], seed, kept, baseline=methods[0].label)
         for control in methods:
             if control.parent == spec.label:
                 name = {"all": "every head", "unselected": "other heads"}[control.params["select"]]
-                for metric in METRICS:
-                    tables = chair if metric.benchmark == "chair" else pope
-                    if (
-                        metric.key in ("chair.chair_i", "chair.f1", "pope.auc")
-                        and tables
-                        and _defined(metric, tables.values())
-                    ):
-                        found.append(compare(spec.label, name, metric, tables[spec.label], tables[control.label], seed))
+                for metric in (BY_KEY[key] for key in HEAD_CONTROL_METRICS):
+                    own = tables.get(metric.benchmark, {})
+                    if own and _defined(metric, own.values()):
+                        found.append(compare(spec.label, name, metric, own[spec.label], own[control.label], seed))
     return found
 
 
@@ -251,13 +158,13 @@ def _early_stop(
     task: ChairTask,
     spec: MethodSpec,
     answers: Mapping[str, Answers],
-    tables: Mapping[str, ChairTable],
+    tables: Mapping[str, Any],
     decode: Callable[[list[int]], str],
     seed: int,
     kept: ControlTables,
 ) -> list[dict[str, Any]]:
     baseline = next(iter(tables))
-    given = {s.image_id: answers[baseline][s.benchmark, s.image_id, s.question] for s in task.samples}
+    given = {sample.image_id: answers[baseline][sample.key] for sample in task.samples}
     recall = tables[spec.label].summary()["recall"]
     if not recall == recall:  # NaN: nothing to recall in these images.
         return []
@@ -280,7 +187,7 @@ def _early_stop(
 
 
 def _yes_bias(
-    spec: MethodSpec, tables: Mapping[str, PopeTable], seed: int, kept: ControlTables, *, baseline: str
+    spec: MethodSpec, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
 ) -> list[dict[str, Any]]:
     if tables[baseline].score is None:
         return []

@@ -12,7 +12,10 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from .cache import digest, file_digest
+from .benchmarks.base import Task
+from .benchmarks.chair import ChairTask
+from .benchmarks.pope import PopeTask
+from .cache import file_digest
 from .config import CHAIR_PROMPT, POPE_PROMPT, POPE_SPLITS, EvalOptions
 from .data.coco import CocoData, load_image
 from .data.pope import PopeQuestion, build_questions, load_questions
@@ -33,92 +36,39 @@ POPE_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class ChairTask:
-    """Images to caption and what is in them.
-
-    Attributes:
-        samples: One per image, by image id.
-        truth: Image id to its objects, in the matcher's mode.
-        matcher: Finds objects in captions.
-        max_new_tokens: Limit of the caption's length.
-    """
-
-    samples: tuple[Sample, ...]
-    truth: Mapping[int, frozenset[str]]
-    matcher: ChairMatcher
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class PopeTask:
-    """Questions to answer.
-
-    Attributes:
-        questions: Every question of every split, in file order.
-        samples: Each different (image, question) once: the splits share their positive questions.
-        prompt: Template with ``{question}``.
-        max_new_tokens: Limit of the answer's length.
-    """
-
-    questions: tuple[PopeQuestion, ...]
-    samples: tuple[Sample, ...]
-    prompt: str
-    max_new_tokens: int
-
-    def prompt_text(self, question: PopeQuestion) -> str:
-        """The sample's question text of a POPE question."""
-        return self.prompt.replace("{question}", question.text)
-
-
-@dataclass(frozen=True)
 class Tasks:
     """Everything a run asks.
 
     Attributes:
         description: One line on the data, for the report.
         notes: What the reader of the report must know about the choice of images.
-        chair: The captioning task, if wanted.
-        pope: The question task, if wanted.
+        tasks: The benchmarks, in the order in which they are asked.
         image_digests: SHA-256 of every image file, by path.
     """
 
     description: str
     notes: tuple[str, ...]
-    chair: ChairTask | None
-    pope: PopeTask | None
+    tasks: tuple[Task, ...]
     image_digests: Mapping[Path, str] = field(repr=False)
 
-    def samples(self) -> Iterator[Sample]:
-        """All samples, captions first."""
-        for task in (self.chair, self.pope):
-            yield from task.samples if task is not None else ()
+    @property
+    def chair(self) -> ChairTask | None:
+        """The captioning task, if wanted."""
+        return next((task for task in self.tasks if isinstance(task, ChairTask)), None)
 
-    def max_new_tokens(self, benchmark: str) -> int:
-        """Length limit of a benchmark's answers."""
-        task = self.chair if benchmark == "chair" else self.pope
-        assert task is not None
-        return task.max_new_tokens
+    @property
+    def pope(self) -> PopeTask | None:
+        """The POPE task, if wanted."""
+        return next((task for task in self.tasks if isinstance(task, PopeTask)), None)
+
+    def samples(self) -> Iterator[Sample]:
+        """All samples, task by task."""
+        for task in self.tasks:
+            yield from task.samples
 
     def settings(self) -> dict[str, Any]:
         """What identifies the questions and images, for ``config.json``."""
-        settings: dict[str, Any] = {}
-        if self.chair is not None:
-            settings["chair"] = {
-                "prompt": self.chair.samples[0].question,
-                "mode": self.chair.matcher.mode,
-                "max_new_tokens": self.chair.max_new_tokens,
-                "image_ids": [sample.image_id for sample in self.chair.samples],
-                "ground_truth": digest({str(i): sorted(objects) for i, objects in self.chair.truth.items()}),
-            }
-        if self.pope is not None:
-            asked = [[q.split, q.image_id, q.text, q.label] for q in self.pope.questions]
-            settings["pope"] = {
-                "prompt": self.pope.prompt,
-                "max_new_tokens": self.pope.max_new_tokens,
-                "image_ids": sorted({q.image_id for q in self.pope.questions}),
-                "questions": digest(asked),
-            }
-        return settings
+        return {task.name: task.settings() for task in self.tasks}
 
 
 def make_tasks(options: EvalOptions) -> Tasks:
@@ -135,14 +85,17 @@ def make_tasks(options: EvalOptions) -> Tasks:
     limits: dict[str, int | None] = dict.fromkeys(options.benchmarks, options.limit)
     if options.limit is None and wanted is None:
         limits |= TESTBED_IMAGES if options.data is None else COCO_IMAGES
-    chair = _chair_task(options, data, pool, limits["chair"], matcher) if "chair" in options.benchmarks else None
-    pope = _pope_task(options, data, pool, limits["pope"], notes) if "pope" in options.benchmarks else None
-    paths = {sample.path for task in (chair, pope) if task is not None for sample in task.samples}
+    tasks: list[Task] = []
+    if "chair" in options.benchmarks:
+        tasks.append(_chair_task(options, data, pool, limits["chair"], matcher))
+    if "pope" in options.benchmarks:
+        tasks.append(_pope_task(options, data, pool, limits["pope"], notes))
+    paths = {sample.path for task in tasks for sample in task.samples if sample.path is not None}
     digests = {}
     for path in sorted(paths):
         load_image(path)  # An unreadable file is found here, not hours into the run.
         digests[path] = file_digest(path)
-    return Tasks(description, tuple(notes), chair, pope, digests)
+    return Tasks(description, tuple(notes), tuple(tasks), digests)
 
 
 def _load_data(options: EvalOptions) -> tuple[CocoData, str]:
@@ -200,9 +153,9 @@ def _chair_task(
 ) -> ChairTask:
     ids = sorted(data.select(ids=pool, limit=limit, seed=options.seed))
     prompt = options.prompt or CHAIR_PROMPT
-    samples = tuple(Sample("chair", i, data.image(i).path, prompt) for i in ids)
-    default = TESTBED_CHAIR_NEW_TOKENS if options.model is None else CHAIR_NEW_TOKENS
-    return ChairTask(samples, ground_truth(data, ids, matcher), matcher, options.max_new_tokens or default)
+    limit_new = options.max_new_tokens or (TESTBED_CHAIR_NEW_TOKENS if options.model is None else CHAIR_NEW_TOKENS)
+    samples = tuple(Sample("chair", i, data.image(i).path, prompt, limit_new, "gaps") for i in ids)
+    return ChairTask(samples, ground_truth(data, ids, matcher), matcher, limit_new)
 
 
 def _pope_task(
@@ -214,11 +167,11 @@ def _pope_task(
         questions = _built_questions(options, data, pool, limit, notes)
     prompt = options.pope_prompt or POPE_PROMPT
     texts = dict.fromkeys((q.image_id, q.text) for q in questions)
+    limit_new = options.pope_max_new_tokens or min(options.max_new_tokens or POPE_NEW_TOKENS, POPE_NEW_TOKENS)
     samples = tuple(
-        Sample("pope", image_id, data.image(image_id).path, prompt.replace("{question}", text))
+        Sample("pope", image_id, data.image(image_id).path, prompt.replace("{question}", text), limit_new)
         for image_id, text in texts
     )
-    limit_new = options.pope_max_new_tokens or min(options.max_new_tokens or POPE_NEW_TOKENS, POPE_NEW_TOKENS)
     return PopeTask(tuple(questions), samples, prompt, limit_new)
 
 

@@ -40,7 +40,7 @@ from vlmfix.evals import (
     tasks,
 )
 from vlmfix.evals.data.pope import PopeQuestion
-from vlmfix.evals.metrics import text_quality
+from vlmfix.evals.metrics import pope, text_quality
 
 TOKENS = 12
 
@@ -106,7 +106,7 @@ def assert_same_run(folder: Path, finished: Path) -> None:
 def test_run_writes_a_complete_folder(finished: Path) -> None:
     results = read(finished)
     assert {path.name for path in finished.iterdir()} == {
-        "answers.jsonl", "config.json", "counts.json", "report.html", "report.md", "results.json",
+        "answers.jsonl", "config.json", "counts.json", "official", "report.html", "report.md", "results.json",
     }  # fmt: skip
     labels = [method["label"] for method in results["methods"]]
     assert labels == ["none", "vhr", "vhr/all", "vhr/unselected", "var"]
@@ -662,7 +662,7 @@ def pope_table(scores: list[float], labels: list[bool], images: list[int]) -> An
         PopeQuestion(str(i), image, "x.jpg", "dog", "?", label, "random")
         for i, (label, image) in enumerate(zip(labels, images, strict=True))
     ]
-    return scoring.score_answers(questions, ["yes"] * len(labels), scores=scores)
+    return pope.score_answers(questions, ["yes"] * len(labels), scores=scores)
 
 
 def test_paired_auc_against_counting_pairs() -> None:
@@ -694,7 +694,7 @@ def test_missing_score_leaves_no_auc(finished: Path) -> None:
     question = PopeQuestion("1", 1, "x.jpg", "dog", "?", True, "random")
     task = tasks.PopeTask((question,), (), "{question}", 4)
     answer = samples.Answer("yes", (), False, (), None, 0.0)
-    table = scoring._pope_table(task, {("pope", 1, "?"): answer})
+    table = task.table({("pope", 1, "?"): answer})
     assert table.score is None and "auc" not in table.summary()
 
 

@@ -1,0 +1,76 @@
+"""What every benchmark of a run has to offer."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..samples import Answer, Answers, Sample
+
+
+class Task(ABC):
+    """One benchmark of a run: what it asks, how its answers become figures, and the file format they are exchanged in.
+
+    A task's part of ``results.json`` holds its integer counts, ``summary`` (figure name -> value, see ``columns``),
+    ``changed`` (answers that differ from the baseline's) and ``seconds``. What it prints beside its columns:
+
+    - ``about``: one line on what was asked and how it was read;
+    - ``breakdown``: row name -> figure name -> value, a table per method;
+    - ``paired``: ``mcnemar`` of a method's yes/no answers against the baseline's.
+
+    Attributes:
+        name: Its name on the command line, and in ``results.json``.
+        samples: Everything it asks, each different question once.
+    """
+
+    name: ClassVar[str]
+    samples: tuple[Sample, ...]
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What identifies its questions and images, for ``config.json``."""
+
+    @abstractmethod
+    def table(self, answers: Answers) -> Any:
+        """Score one method's answers: a table with ``image_ids``, or None if they cannot be scored here."""
+
+    @abstractmethod
+    def part(self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
+        """A method's part of ``results.json``.
+
+        Args:
+            label: The method.
+            tables: Label to table, the baseline first.
+            answers: Label to answers.
+            seed: Of the bootstrap.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path, answers: Answers) -> None:
+        """Write one method's answers in the benchmark's own format, for its official scripts.
+
+        Args:
+            folder: The method's folder; it exists.
+            answers: Its answers.
+        """
+
+
+def effort(task: Task, answers: Answers, baseline: Answers) -> dict[str, Any]:
+    """``changed`` and ``seconds`` of a method's answers."""
+    keys = [sample.key for sample in task.samples]
+    return {
+        "changed": sum(_said(answers[key]) != _said(baseline[key]) for key in keys),
+        "seconds": round(sum(answers[key].seconds for key in keys), 3),
+    }
+
+
+def _said(answer: Answer) -> tuple[Any, ...]:
+    return answer.tokens, answer.text, answer.score
+
+
+def safe_name(label: str) -> str:
+    """A method's label as the name of a folder."""
+    return re.sub(r"[^\w.+-]", "-", label)
