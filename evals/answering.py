@@ -6,6 +6,7 @@ from typing import Any
 
 import vlmfix
 
+from .batches import Answerer, EncodedBatch
 from .cache import AnswerLog
 from .config import MethodSpec, runtime_info
 from .generate import Generator
@@ -39,6 +40,7 @@ def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: i
     from .data.coco import load_image
 
     generator = Generator(model, run.source.processor)
+    answerer = Answerer(generator)
     methods, resolved = [], {}
     for spec in run.methods:
         with vlmfix.patched(model, spec.build()):
@@ -72,14 +74,13 @@ def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: i
                 first, encoded = turn[0], None
                 for spec, method, wanted in lacking:
                     prompts = [str(plan.prompt(spec, s, log.records)) for s in turn]
-                    if prompts != encoded:  # A second turn holds the method's own first answer.
-                        inputs, encoded = generator.encode(prompts, images), prompts
+                    if encoded is None or prompts != encoded.prompts:  # A second turn holds the method's own answers.
+                        encoded = EncodedBatch(generator, prompts, images)
                     if bar.n == 0:  # The first pass through a model is slow for reasons that are no method's fault.
-                        generator.generate(inputs, first.records, 1)
+                        answerer.answer(encoded, methods[0][0].label, None, first.records, 1)
                     place = f"{first.benchmark} {index + 1}/{len(plan.batches)}"
                     bar.set_description(f"{place} {spec.label}", refresh=False)
-                    with vlmfix.patched(model, method):
-                        answers = generator.generate(inputs, first.records, first.max_new_tokens)
+                    answers = answerer.answer(encoded, spec.label, method, first.records, first.max_new_tokens)
                     log.append(
                         _record(str(plan.key(spec, sample, log.records)), spec, sample, answer)
                         for sample, answer, want in zip(turn, answers, wanted, strict=True)
@@ -104,4 +105,6 @@ def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[
         record |= {"tokens": list(answer.tokens), "eos_gaps": list(answer.eos_gaps)}
     elif sample.records == "score":
         record["score"] = answer.score
+    if answer.rows is not None:
+        record["rows"] = answer.rows
     return {**record, "seconds": answer.seconds}

@@ -118,13 +118,13 @@ class Generator:
         self._yes_ids, self._no_ids = answers["yes"], answers["no"]
 
     def encode(self, prompts: Sequence[str], images: Sequence[Any]) -> Any:
-        """Left-padded model inputs on the model's device for prompts with one image each, or all without (None)."""
+        """Left-padded model inputs on the CPU, for prompts with one image each, or all without (None)."""
         bos = self.processor.tokenizer.bos_token
         # A chat template that already wrote the first token must not get a second one.
         special = not (bos and prompts[0].startswith(bos))
         pictures = {} if images[0] is None else {"images": [[image] for image in images]}
         try:
-            inputs = self.processor(
+            return self.processor(
                 **pictures,
                 text=list(prompts),
                 padding=True,
@@ -133,7 +133,6 @@ class Generator:
             )
         except (ValueError, TypeError) as error:
             raise VlmfixError(f"the processor rejects the prompt {prompts[0]!r}: {error}") from error
-        return inputs.to(self.model.device, self.model.dtype)
 
     def generate(self, inputs: Any, records: Records, max_new_tokens: int) -> list[Answer]:
         """Answer a batch.
@@ -142,9 +141,6 @@ class Generator:
             inputs: From ``encode``.
             records: What is noted beside the text (see ``Sample.records``).
             max_new_tokens: Limit of generated tokens per row.
-
-        Raises:
-            VlmfixError: The device ran out of memory.
         """
         recorder = {
             "gaps": StepRecorder(self._end_ids),
@@ -152,16 +148,11 @@ class Generator:
             "text": StepRecorder(()),
         }[records]
         start = time.perf_counter()
-        try:
-            output = self.model.generate(
-                **inputs, **self.decoding(max_new_tokens), logits_processor=LogitsProcessorList([recorder])
-            )
-        except torch.OutOfMemoryError as error:
-            size = len(inputs["input_ids"])
-            raise VlmfixError(
-                f"out of memory with {size} samples in a batch; type --batch-size {max(1, size // 2)} "
-                "(the answers written so far are kept)"
-            ) from error
+        output = self.model.generate(
+            **inputs.to(self.model.device, self.model.dtype),
+            **self.decoding(max_new_tokens),
+            logits_processor=LogitsProcessorList([recorder]),
+        )
         # A decoder-only model repeats the prompt; an encoder-decoder model begins with one start token.
         start_token = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         rows = output[:, start_token:].tolist()

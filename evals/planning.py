@@ -257,6 +257,26 @@ def _kind(sample: Sample) -> tuple[int, str, bool]:
     return sample.max_new_tokens, sample.records, sample.path is not None
 
 
+def halved_batches(answers: Mapping[str, Mapping[tuple[str, int, str], Answer]]) -> list[dict[str, Any]]:
+    """What ran in smaller batches than planned, because memory was full.
+
+    Args:
+        answers: Method label to its answers by (benchmark, image id, question).
+
+    Returns:
+        One entry per method and benchmark: ``answers``, how many, and ``rows``, the smallest batch.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for label, given in answers.items():
+        for (benchmark, _, _), answer in given.items():
+            if answer.rows is not None:
+                rows.setdefault((label, benchmark), []).append(answer.rows)
+    return [
+        {"method": label, "benchmark": benchmark, "answers": len(found), "rows": min(found)}
+        for (label, benchmark), found in rows.items()
+    ]
+
+
 def _answer(record: dict[str, Any]) -> Answer:
     try:
         return Answer(
@@ -266,6 +286,7 @@ def _answer(record: dict[str, Any]) -> Answer:
             eos_gaps=tuple(record.get("eos_gaps", ())),
             score=record.get("score"),
             seconds=record["seconds"],
+            rows=record.get("rows"),
         )
     except KeyError as error:
         raise DataError(

@@ -14,7 +14,7 @@ from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
 from .counts import COUNTS, write_counts
 from .page import html_report
-from .planning import ANSWERS, AnswerPlan, EvalRun, check_folder, plan_run, write_config
+from .planning import ANSWERS, AnswerPlan, EvalRun, check_folder, halved_batches, plan_run, write_config
 from .report import markdown_report, text_report
 from .samples import Answers
 from .scoring import score_run
@@ -89,6 +89,13 @@ def evaluate(
     resolved = config["resolved"] or {}
     scores = score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed)
     counts = scores.pop("counts")
+    halved = halved_batches(answers)
+    notes = [*run.notes, *dict.fromkeys(note for part in resolved.values() for note in part["notes"])]
+    notes += [
+        f"memory was too small for batches of {run.batch_size}: {each['answers']} answers of {each['method']} to "
+        f"{each['benchmark']} came in smaller ones, down to {each['rows']}"
+        for each in halved
+    ]
     results = {
         "schema_version": SCHEMA_VERSION,
         "settings_digest": digest(run.settings),
@@ -97,7 +104,8 @@ def evaluate(
         "data": run.tasks.description,
         "settings": run.settings,
         "batch_size": run.batch_size,
-        "notes": [*run.notes, *dict.fromkeys(note for part in resolved.values() for note in part["notes"])],
+        "halved_batches": halved,
+        "notes": notes,
         "resolved": resolved,
         **scores,
     }

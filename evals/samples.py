@@ -59,6 +59,7 @@ class Answer:
         score: First-step log-odds of yes against no (logsumexp of the yes tokens minus that of the no tokens), None
             where not recorded or not finite.
         seconds: This answer's share of its batch's wall time in ``generate``.
+        rows: Size of the batch that gave it, where memory was too small for the planned one.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Answer:
     eos_gaps: tuple[float, ...]
     score: float | None
     seconds: float
+    rows: int | None = None
 
 
 #: A method's answers by ``Sample.key``.

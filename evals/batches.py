@@ -1,0 +1,130 @@
+"""Batches that fit into memory: one that does not is halved, and what did not fit is not tried again."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+import vlmfix
+from vlmfix.errors import VlmfixError
+
+from .generate import Generator
+from .samples import Answer, Records
+
+logger = logging.getLogger("vlmfix.evals")
+
+#: How devices without an error class of their own say that memory is full.
+_MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory", "CUDA error: out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device (or the CPU) has too little memory left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+class EncodedBatch:
+    """Prompts with one image each (or all without), and their model inputs, also of parts of the batch.
+
+    Attributes:
+        prompts: What the processor reads.
+    """
+
+    def __init__(self, generator: Generator, prompts: Sequence[str], images: Sequence[Any]) -> None:
+        """Encode nothing yet: a part that a batch was split into is padded to its own longest prompt."""
+        self.prompts = prompts
+        self._generator = generator
+        self._images = images
+        self._inputs: dict[tuple[int, int], Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def inputs(self, start: int, stop: int) -> Any:
+        """Model inputs of the rows from ``start`` to ``stop``, on the CPU; kept for the next method."""
+        if (start, stop) not in self._inputs:
+            self._inputs[start, stop] = self._generator.encode(self.prompts[start:stop], self._images[start:stop])
+        return self._inputs[start, stop]
+
+
+class Answerer:
+    """Answers batches, in halves where memory is too small for the whole.
+
+    What did not fit is remembered per method (some need more than others): a batch of as many rows or more, and as many
+    tokens or more, is halved without trying. So the parts that answer a batch do not depend on which batches were
+    answered before it, as long as memory decides by rows and tokens alone.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._too_large: dict[str, list[tuple[int, int]]] = {}
+
+    def answer(
+        self, batch: EncodedBatch, label: str, method: Any, records: Records, max_new_tokens: int
+    ) -> list[Answer]:
+        """Answer every row of a batch, in its order.
+
+        Args:
+            batch: What to answer.
+            label: Under which to remember what did not fit.
+            method: What to patch the model with; None leaves it alone.
+            records: What is noted beside the text (see ``Sample.records``).
+            max_new_tokens: Limit of generated tokens per row.
+
+        Raises:
+            VlmfixError: One row alone does not fit.
+        """
+        attempt = partial(self._attempt, batch, method, records, max_new_tokens)
+        return self._answer(batch, label, attempt, max_new_tokens, 0, len(batch))
+
+    def _answer(
+        self,
+        batch: EncodedBatch,
+        label: str,
+        attempt: Callable[[int, int], list[Answer] | None],
+        max_new_tokens: int,
+        start: int,
+        stop: int,
+    ) -> list[Answer]:
+        rows = stop - start
+        tokens = batch.inputs(start, stop)["input_ids"].shape[1] + max_new_tokens
+        if not any(rows >= known_rows and tokens >= known for known_rows, known in self._too_large.get(label, ())):
+            answers = attempt(start, stop)
+            if answers is not None:
+                return answers if rows == len(batch) else [dataclasses.replace(a, rows=rows) for a in answers]
+            # Out here the error is gone, and with it its frames, which held the tensors.
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._too_large.setdefault(label, []).append((rows, tokens))
+            if rows > 1:
+                logger.warning("%s: %d rows of %d tokens do not fit into memory; half as many", label, rows, tokens)
+        if rows == 1:
+            raise VlmfixError(
+                f"out of memory with a single sample ({label}, {tokens} tokens): free some memory, "
+                "or type --dtype float16, --device auto or a smaller --max-new-tokens; the answers written so far are "
+                "kept"
+            )
+        middle = start + (rows + 1) // 2
+        parts = ((start, middle), (middle, stop))
+        return [answer for part in parts for answer in self._answer(batch, label, attempt, max_new_tokens, *part)]
+
+    def _attempt(
+        self, batch: EncodedBatch, method: Any, records: Records, max_new_tokens: int, start: int, stop: int
+    ) -> list[Answer] | None:
+        """The answers of some rows, or None where memory was too small; the model is as before either way."""
+        model = self._generator.model
+        try:
+            with vlmfix.patched(model, method) if method is not None else nullcontext():
+                return self._generator.generate(batch.inputs(start, stop), records, max_new_tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
