@@ -29,6 +29,13 @@ def _statistics(anatomy: Anatomy) -> dict[str, Any]:
     return {"real": real, "hallucinated": hallucinated, "num_real": 10, "num_hallucinated": 10}
 
 
+def _ranking(anatomy: Anatomy) -> dict[str, Any]:
+    """A made-up ranking under which the first layers are sources and all layers targets."""
+    rates = [1.0 / (1 + layer) for layer in range(anatomy.num_layers)]
+    name = anatomy.model.config._name_or_path
+    return {"model": name, "rr_attn": rates, "rr_mlp": rates}
+
+
 PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "act": lambda anatomy: {"sink_threshold": 0.05, "min_rows": 2},
     "adaiat": lambda anatomy: {"statistics": _statistics(anatomy)},
@@ -36,6 +43,7 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "allpath": lambda anatomy: {"up_heads": _heads(anatomy, 0), "down_heads": _heads(anatomy, 1)},
     "cmai": lambda anatomy: {"experimental": True, "rho": 0.5},
     "fia": lambda anatomy: {"local_ratio": 0.5},
+    "iri": lambda anatomy: {"ranking": _ranking(anatomy)},
     "modality_balance": lambda anatomy: {"experimental": True},
     "spin": lambda anatomy: {"keep": 0.5},
     "var": _sinks,

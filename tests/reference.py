@@ -67,6 +67,12 @@ class Naive:
         """Edit the head outputs of a row; ``query`` ``[num_heads, d]``, ``keys`` ``[num_keys, num_kv_heads, d]``."""
         return heads
 
+    def block(
+        self, sequence: State, number: int, position: int, kind: str, added: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        """Edit what a row's ``"attention"`` or ``"mlp"`` block adds to the residual stream, ``[hidden_size]``."""
+        return added
+
 
 @dataclass(frozen=True)
 class VarSpec:
@@ -258,7 +264,11 @@ class Reference:
                 heads = [self._reinforce(row, chosen) for row in heads]
                 if compares and self.vhr.reinforce_noimg:
                     text_heads = [self._reinforce(row, chosen) for row in text_heads]
-            states = [self._leave(layer, x, row) for x, row in zip(states, heads, strict=True)]
+            edits = self.naive if has_image else ()
+            states = [
+                self._leave(layer, x, row, [(each, sequence, number, past + i, generated) for each in edits])
+                for i, (x, row) in enumerate(zip(states, heads, strict=True))
+            ]
             if compares:
                 text_states = [self._leave(layer, x, row) for x, row in zip(text_states, text_heads, strict=True)]
         final = [self.language_model.norm(x[None])[0] for x in states]
@@ -412,15 +422,27 @@ class Reference:
             return None
         return getattr(self.config, "sliding_window", None)
 
-    def _leave(self, layer: Any, x: torch.Tensor, heads: list[torch.Tensor]) -> torch.Tensor:
-        """Output projection, residual, MLP."""
-        attended = layer.self_attn.o_proj(torch.cat(heads))
-        if hasattr(layer, "pre_feedforward_layernorm"):  # Gemma2
-            x = x + layer.post_attention_layernorm(attended[None])[0]
-            inside = layer.mlp(layer.pre_feedforward_layernorm(x[None]))
-            return x + layer.post_feedforward_layernorm(inside)[0]
-        x = x + attended
-        return x + layer.mlp(layer.post_attention_layernorm(x[None]))[0]
+    def _leave(
+        self, layer: Any, x: torch.Tensor, heads: list[torch.Tensor], edits: Sequence[tuple[Any, ...]] = ()
+    ) -> torch.Tensor:
+        """Output projection, residual, MLP; methods edit what is added."""
+        has_norms_behind = hasattr(layer, "pre_feedforward_layernorm")  # Gemma2
+        added = layer.self_attn.o_proj(torch.cat(heads))
+        if has_norms_behind:
+            added = layer.post_attention_layernorm(added[None])[0]
+        x = x + _edited(added, "attention", edits)
+        norm = layer.pre_feedforward_layernorm if has_norms_behind else layer.post_attention_layernorm
+        added = layer.mlp(norm(x[None]))[0]
+        if has_norms_behind:
+            added = layer.post_feedforward_layernorm(added[None])[0]
+        return x + _edited(added, "mlp", edits)
+
+
+def _edited(added: torch.Tensor, kind: str, edits: Sequence[tuple[Any, ...]]) -> torch.Tensor:
+    for method, sequence, number, position, generated in edits:
+        if number in method.layers:
+            added = method.block(sequence, number, position, kind, added, generated)
+    return added
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

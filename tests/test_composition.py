@@ -47,7 +47,8 @@ def test_every_pair_composes(sinky: Any, first: str, second: str) -> None:
 
 
 def place(each: Method) -> int:
-    return (each.opens_mask, each.edits_scores, each.edits_weights, each.edits_heads).index(True)
+    attention = (each.opens_mask, each.edits_scores, each.edits_weights, each.edits_heads)
+    return (*attention, bool(each.edits_blocks)).index(True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.fia import FIA
     from vlmfix.methods.hgai import HGAI
     from vlmfix.methods.iat import IAT
+    from vlmfix.methods.iri import IRI
     from vlmfix.methods.mma import MMA
     from vlmfix.methods.modality_balance import ModalityBalance
     from vlmfix.methods.none import NoMethod
@@ -66,6 +67,7 @@ __all__ = [
     "FIA",
     "HGAI",
     "IAT",
+    "IRI",
     "MMA",
     "PAI",
     "SPIN",

@@ -69,7 +69,8 @@ class Status:
         prompts: Prompts (prefills) seen so far.
         prompts_without_image: Those among them without any image token: exact no-ops.
         decode_steps: Decode forwards so far.
-        edited: Per method, edited (sample, head, row) triples so far: the proof that it acts.
+        edited: Per method, edited (sample, head, row) triples so far, or (sample, block, row) triples where it edits
+            block outputs: the proof that it acts.
         notes: What to know about the methods on this model.
     """
 
@@ -92,7 +93,7 @@ class Status:
             f"{self.decode_steps} decode steps",
         ]
         for method, edited in zip(self.methods, self.edited, strict=True):
-            lines.append(f"  {method.name}: {edited} head rows edited")
+            lines.append(f"  {method.name}: {edited} {'block' if method.edits_blocks else 'head'} rows edited")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 

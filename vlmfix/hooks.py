@@ -30,6 +30,7 @@ from vlmfix.begin import (
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
 from vlmfix.prompt import begin_methods
+from vlmfix.residual import make_block_hooks
 from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, state_of
 from vlmfix.sites import Site, edits_text_only_stream, make_sites
 from vlmfix.text_only import encode_text_only, run_text_only
@@ -51,6 +52,7 @@ class Patch:
         self.methods = methods
         self.counters = Counters(len(methods))
         self.sites = make_sites(anatomy, methods)
+        self.block_hooks = make_block_hooks(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
         self.images = ImageFinder(anatomy)
         self.owner: Context | None = None
@@ -64,9 +66,11 @@ class Patch:
         self._cannot_tell_drafts = bool(active) and anatomy.encoder is None and "logits_to_keep" not in takes
         vision_layers = sorted({layer for method in active for layer in method.vision_layers})
         self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
+        self._needs_cache = [method.name for method in active if method.needs_cache]
         self._reorders = any(method.reorders for method in active)
         # The stock model may read only the rows whose logits are wanted there (Gemma 4).
-        self._edits_shared = bool(active) and any(getattr(s.module, "is_kv_shared_layer", False) for s in self.sites)
+        read = anatomy.sites if self.block_hooks else self.sites
+        self._edits_shared = bool(active) and any(getattr(s.module, "is_kv_shared_layer", False) for s in read)
 
     # Attach and restore.
 
@@ -95,6 +99,8 @@ class Patch:
                     self._handles.append(site.decoder_layer.register_forward_pre_hook(hook.before, with_kwargs=True))
                     if follows:
                         self._handles.append(site.decoder_layer.register_forward_hook(hook.after, with_kwargs=True))
+            for block_hooks in self.block_hooks:  # behind those, which may run a layer within a layer
+                self._handles += block_hooks.attach()
             _forget_compiled_code(self.anatomy.model)
         except BaseException:
             self.detach()
@@ -164,6 +170,11 @@ class Patch:
         self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int
     ) -> Run:
         past, state = self._continued(cache, state)
+        if self._needs_cache and cache is None and inputs.get("use_cache") is False:
+            raise UnsupportedFeatureError(
+                f"{self._needs_cache[0]} edits a prompt otherwise than the tokens generated behind it, and without a "
+                "cache every new token makes all of them a prompt. Leave use_cache on."
+            )
         input_ids = inputs.get("input_ids")
         image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module))
         # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.

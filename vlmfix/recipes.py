@@ -146,5 +146,6 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
 
 
 def _place_on_path(method: Method) -> int:
-    places = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
+    attention = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
+    places = (*attention, bool(method.edits_blocks))
     return places.index(True) if True in places else len(places)

@@ -73,6 +73,12 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
     return sites
 
 
+def acts_in_attention(method: Method) -> bool:
+    """Whether a method needs attention modules patched; those that edit only the outputs of blocks do not."""
+    in_attention = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
+    return any(in_attention) or method.reads_layer_input or not method.edits_blocks
+
+
 def edits_text_only_stream(methods: Sequence[Method]) -> bool:
     """Whether a method's edits also go into the image-free stream, which then advances layer by layer."""
     return any(method.text_only_stream == "edited" and not method.is_identity for method in methods)
@@ -83,7 +89,8 @@ def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool
         here = [
             (n, method)
             for n, method in enumerate(methods)
-            if found.layer_idx in method.layer_indices and (method.is_identity or found.kind in method.attention_kinds)
+            if found.layer_idx in method.layer_indices
+            and (method.is_identity or (acts_in_attention(method) and found.kind in method.attention_kinds))
         ]
         if not here and not everywhere:
             continue

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from vlmfix.anatomy import Anatomy, AttentionKind
+    from vlmfix.blocks import BlockKind
     from vlmfix.prompt import Prompt
+    from vlmfix.residual import Block
     from vlmfix.run import Layer
 
 LayerSpec = Sequence[int] | str | None
@@ -36,9 +38,10 @@ class Method:
     """Base class of all methods.
 
     A method stands at one or more places on the path of attention, overrides only their hooks and declares them in the
-    class attributes: the mask, the scores before the softmax, the weights behind it, the outputs of the heads. It never
-    keeps state: what it learns is returned from its hooks or stored in ``layer.learned`` (one layer) and
-    ``layer.shared`` (all layers) and lives on the sequence's cache.
+    class attributes: the mask, the scores before the softmax, the weights behind it, the outputs of the heads, and what
+    the blocks of a decoder layer add to the residual stream. It never keeps state: what it learns is returned from its
+    hooks or stored in ``layer.learned`` (one layer) and ``layer.shared`` (all layers) and lives on the sequence's
+    cache.
 
     Attributes:
         layers: Decoder layers to edit, see ``LayerSpec``. ``None`` is the method's own default.
@@ -51,6 +54,8 @@ class Method:
     edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False
     edits_heads: ClassVar[bool] = False
+    edits_blocks: ClassVar[tuple[BlockKind, ...]] = ()
+    """Which outputs of a decoder layer's blocks it edits, before they are added to the residual stream."""
     hides_keys: ClassVar[bool] = False
     """Whether :meth:`edit_scores` hides keys, by the lowest score there is; later edits do not see them."""
     reads_layer_input: ClassVar[bool] = False
@@ -61,6 +66,8 @@ class Method:
     """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
     needs_past: ClassVar[bool] = False
     """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
+    needs_cache: ClassVar[bool] = False
+    """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
@@ -105,12 +112,12 @@ class Method:
 
     @property
     def prompt_rows(self) -> PromptRows:
-        """The rows of a prompt whose scores or weights are up for edits."""
+        """The rows of a prompt whose scores, weights or block outputs are up for edits."""
         return "text"
 
     @property
     def edits_decode(self) -> bool:
-        """Whether scores or weights of generated tokens' rows are edited too."""
+        """Whether scores, weights or block outputs of generated tokens' rows are edited too."""
         return True
 
     @property
@@ -130,7 +137,9 @@ class Method:
         In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and ``layer.run.is_prefill``
         is never true.
         """
-        if self.opens_mask or self.reads_layer_input:  # image tokens must be tokens of the decoder's own stream
+        if (
+            self.opens_mask or self.reads_layer_input or self.edits_blocks
+        ):  # image tokens must be tokens of the decoder's own stream
             return ("joint",)
         if self.needs_text_keys:
             edits_attention = self.edits_scores or self.edits_weights
@@ -258,6 +267,20 @@ class Method:
 
     def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Apply what :meth:`edit_heads` froze in the prompt to further ``[batch, n, num_heads, head_dim]``."""
+        raise NotImplementedError
+
+    def edit_block(self, states: torch.Tensor, block: Block) -> torch.Tensor:
+        """Edit what a block of a decoder layer adds to the residual stream.
+
+        Args:
+            states: The rows of a forward from the first one that is up for edits to the last,
+                ``[batch, rows, hidden_size]``, in the model's dtype; must not be changed in place.
+            block: The block.
+
+        Returns:
+            The edited states, in any dtype. Rows that are not up for edits come back as they were, whatever is
+            returned for them.
+        """
         raise NotImplementedError
 
     # Recipes.

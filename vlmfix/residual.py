@@ -1,0 +1,183 @@
+"""Edits of the residual stream: hooks on the blocks of decoder layers, and a forward that records the stream.
+
+Blocks and the norms behind them take no keyword arguments, so the ``Run`` that reaches a decoder layer is laid down
+there for the hooks inside, per thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfix.attention import RUN_KWARG
+from vlmfix.blocks import BlockKind, ResidualBlocks, find_blocks
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.run import SHARED, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmfix.anatomy import Anatomy
+    from vlmfix.methods.base import Method
+
+
+class Block:
+    """What a method sees of one block of a decoder layer in one forward.
+
+    Attributes:
+        run: The forward.
+        layer_idx: The decoder layer's index.
+        kind: Which half of it.
+    """
+
+    __slots__ = ("_index", "kind", "layer_idx", "run")
+
+    def __init__(self, run: Run, layer_idx: int, kind: BlockKind, index: int) -> None:
+        self.run = run
+        self.layer_idx = layer_idx
+        self.kind = kind
+        self._index = index
+
+    @property
+    def shared(self) -> Any:
+        """What the method learned in this sequence (see ``Method.begin``), or ``None``."""
+        return self.run.state.learned.get((self._index, SHARED))
+
+    @property
+    def scratch(self) -> dict[Any, Any]:
+        """What the method keeps for later blocks of this forward; gone with the forward."""
+        notes: dict[Any, Any] = self.run.once(self._index, dict)
+        return notes
+
+
+class BlockHooks:
+    """Hooks on one decoder layer and its blocks, as bound methods: they follow ``copy.deepcopy(model)``."""
+
+    def __init__(self, blocks: ResidualBlocks, methods: Sequence[tuple[int, Method]]) -> None:
+        self.blocks = blocks
+        self.methods = tuple(methods)
+        self._runs: dict[int, weakref.ref[Run]] = {}
+        self._traced: Run | None = None
+
+    def attach(self) -> list[Any]:
+        """Register the hooks and return their handles."""
+        layer = self.blocks.decoder_layer
+        handles: list[Any] = [layer.register_forward_pre_hook(self.before, with_kwargs=True)]
+        edits: dict[BlockKind, Callable[..., Any]] = {"attention": self.after_attention, "mlp": self.after_mlp}
+        for kind, hook in edits.items():
+            if any(kind in method.edits_blocks for _, method in self.methods):
+                handles.append(self.blocks.module(kind).register_forward_hook(hook))
+        handles.append(layer.register_forward_hook(self.after))
+        return handles
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Lay the run down for the blocks."""
+        run = kwargs.get(RUN_KWARG, _MISSING)
+        if run is _MISSING:
+            raise UnsupportedFeatureError(
+                f"Decoder layer {self.blocks.layer_idx} of a patched model was reached without going through the "
+                "model's own forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
+                "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
+            )
+        is_edited = isinstance(run, Run) and run.state.any_image
+        if torch.compiler.is_compiling():  # one thread at a time traces, and compiled code keeps nothing
+            self._traced = run if is_edited else None
+        elif is_edited:
+            self._runs[threading.get_ident()] = weakref.ref(run)
+        else:
+            self._runs.pop(threading.get_ident(), None)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Take the run up again."""
+        if torch.compiler.is_compiling():
+            self._traced = None
+        else:
+            self._runs.pop(threading.get_ident(), None)
+
+    def after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Edit what the token mixer adds."""
+        return self._edit("attention", output)
+
+    def after_mlp(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Edit what the MLP adds."""
+        return self._edit("mlp", output)
+
+    def _run(self) -> Run | None:
+        if torch.compiler.is_compiling():
+            return self._traced
+        kept = self._runs.get(threading.get_ident())
+        return None if kept is None else kept()
+
+    def _edit(self, kind: BlockKind, output: Any) -> Any:
+        run = self._run()
+        if run is None:
+            return None
+        states = output[0] if isinstance(output, tuple) else output
+        rows = states.view(-1, run.q_len, states.shape[-1])
+        for index, method in self.methods:
+            if kind in method.edits_blocks:
+                rows = edit_rows(rows, run, method, Block(run, self.blocks.layer_idx, kind, index), index)
+        edited = rows.view(states.shape)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+
+def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, index: int) -> torch.Tensor:
+    """Let a method edit its rows of a block's output.
+
+    Args:
+        states: ``[batch, q_len, hidden_size]``.
+        run: The forward.
+        method: The method.
+        block: Its view of the block.
+        index: The method's number.
+
+    Returns:
+        The output with these rows replaced; ``states`` itself where there are none.
+    """
+    rows = run.rows(method.prompt_rows, method.edits_decode)
+    if rows.start >= rows.stop:
+        return states
+    before = states[:, rows.start : rows.stop]
+    after = method.edit_block(before, block)
+    if after is before:
+        return states
+    after = after.to(states.dtype)
+    if rows.mask is None:
+        run.edited[index].append(torch.ones_like(before[..., 0], dtype=torch.int64).sum())
+    else:
+        mask = rows.mask.to(states.device)
+        after = torch.where(mask[..., None], after, before)
+        run.edited[index].append(mask.sum())
+    if rows.stop - rows.start == states.shape[1]:
+        return after
+    return torch.cat([states[:, : rows.start], after, states[:, rows.stop :]], dim=1)
+
+
+def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[BlockHooks, ...]:
+    """Place bound methods on the blocks of a model's decoder layers.
+
+    Args:
+        anatomy: The model.
+        methods: Methods with their layers resolved, in the order of the path.
+
+    Returns:
+        Hooks for the layers in which one of them edits a block.
+
+    Raises:
+        UnsupportedModelError: A method edits blocks, and the model's layers are built otherwise than those known.
+    """
+    editing = [(n, each) for n, each in enumerate(methods) if each.edits_blocks and not each.is_identity]
+    if not editing:
+        return ()
+    placed = [
+        (blocks, [(n, m) for n, m in editing if blocks.layer_idx in m.layer_indices]) for blocks in find_blocks(anatomy)
+    ]
+    return tuple(BlockHooks(blocks, here) for blocks, here in placed if here)
+
+
+_MISSING = object()
+"""Marks a forward that did not pass through the patched model."""
