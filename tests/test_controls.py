@@ -1,12 +1,14 @@
 """The yes-bias and early-stop controls against brute force over all biases."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.controls import early_stop_control, stop_length, yes_bias_control
+from vlmfix.evals.controls import yes_bias_control
+from vlmfix.evals.early_stop import EarlyStop, early_stop_control, stop_length
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
 
@@ -199,3 +201,29 @@ def test_early_stop_errors():
     ]:
         with pytest.raises(DataError, match=message):
             early_stop_control(*changed(position, value))
+
+
+# The whole curve
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_curve_is_what_cutting_at_every_bias_gives(seed):
+    tokens, gaps, truth = random_captions(seed=seed)
+    points = EarlyStop(tokens, gaps, decode, truth, matcher).curve(10_000)
+    assert points[0].bias == 0.0 and [p.bias for p in points] == sorted({p.bias for p in points})
+    for point in points:
+        cut = {i: decode(ids[: stop_length(len(ids), gaps[i], point.bias)]) for i, ids in tokens.items()}
+        summary = score_captions(cut, truth, matcher).summary()
+        assert point.recall == pytest.approx(summary["recall"], abs=1e-12)
+        assert point.chair_i == pytest.approx(summary["chair_i"], abs=1e-12, nan_ok=True)
+    assert points[-1].recall == 0.0
+
+
+def test_a_thinned_curve_keeps_its_ends():
+    tokens, gaps, truth = random_captions()
+    stopper = EarlyStop(tokens, gaps, decode, truth, matcher)
+    whole, thin = stopper.curve(10_000), stopper.curve(8)
+    whole_biases, biases = ([point.bias for point in points] for points in (whole, thin))
+    assert len(thin) <= 10 < len(whole) and set(biases) < set(whole_biases)
+    assert (biases[0], biases[-1]) == (whole_biases[0], whole_biases[-1])
+    assert max(a.recall - b.recall for a, b in itertools.pairwise(thin)) < 0.3

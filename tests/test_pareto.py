@@ -1,0 +1,139 @@
+"""Who dominates whom, and the one word per method: by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vlmfix.evals.pareto import Point, front, pareto, pareto_rows
+from vlmfix.evals.verdicts import WORDS, verdict, verdict_legend
+
+
+def interval(estimate: float, low: float, high: float, p_holm: float = 0.01) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high, "n": 9, "p_value": p_holm, "p_holm": p_holm}
+
+
+SURE, NOTHING = interval(-0.1, -0.2, -0.05), interval(-0.1, -0.2, 0.05)
+
+
+# The front
+
+
+def test_dominated_is_at_least_as_good_in_all_and_better_in_one() -> None:
+    best = Point("best", 0.1, 0.9, 10.0)
+    for worse in (Point("w", 0.2, 0.9, 10.0), Point("w", 0.1, 0.8, 10.0), Point("w", 0.1, 0.9, 20.0)):
+        assert best.dominates(worse) and not worse.dominates(best)
+    for other in (best, Point("o", 0.05, 0.8, 10.0), Point("o", 0.2, 0.95, 10.0), Point("o", 0.2, 0.8, 5.0)):
+        assert not best.dominates(other)
+
+
+@pytest.mark.parametrize(("seconds", "tie"), [(10.0, True), (10.5, True), (9.5, True), (10.6, False), (9.4, False)])
+def test_seconds_within_five_percent_are_equal(seconds: float, tie: bool) -> None:
+    a, b = Point("a", 0.1, 0.9, 10.0), Point("b", 0.1, 0.9, seconds)
+    assert (a.dominates(b) or b.dominates(a)) == (not tie)
+    assert Point("c", 0.1, 0.95, seconds).dominates(a) == (tie or seconds < 10)
+
+
+def test_no_two_points_dominate_each_other_and_some_front_is_left() -> None:
+    """The tie of seconds is not transitive; domination stays free of cycles all the same."""
+    import random
+
+    rng = random.Random(0)
+    for _ in range(300):
+        points = [
+            Point(str(i), rng.randrange(3) / 10, rng.randrange(3) / 10, rng.choice([1.0, 1.04, 1.08, 1.2, 2.0]))
+            for i in range(6)
+        ]
+        assert not any(a.dominates(b) and b.dominates(a) for a in points for b in points)
+        assert any(not names for names in front(points).values())
+
+
+def method(label: str, chair_i: float, recall: float, seconds: float, **more: Any) -> dict[str, Any]:
+    part = {"summary": {"chair_i": chair_i, "recall": recall}, "seconds": seconds, "changed": 1}
+    return {"label": label, "describe": label, "role": "method", "chair": part, **more}
+
+
+def results() -> dict[str, Any]:
+    rows = [
+        method("none", 0.20, 0.80, 10.0) | {"role": "baseline"},
+        method("good", 0.10, 0.80, 10.2, differences={"chair.chair_i": SURE}),
+        method("slow", 0.10, 0.80, 20.0),
+        method("short", 0.15, 0.60, 10.0),
+    ]
+    curve = [{"bias": b, "recall": r, "chair_i": c} for b, r, c in ((0, 0.8, 0.2), (1, 0.7, 0.14), (2, 0.0, None))]
+    return {"methods": rows, "early_stop_curve": curve, "controls": []}
+
+
+def test_rows_of_a_run_and_its_early_stop_curve() -> None:
+    found = {row["label"]: row for row in pareto(results())}
+    assert [label for label, row in found.items() if row["front"]] == ["good"]
+    assert found["none"]["dominated_by"] == ["good"] and found["slow"]["dominated_by"] == ["good"]
+    assert found["short"]["dominated_by"] == ["good", "early stop"]
+    without = results()
+    without["methods"] = without["methods"][:1] + without["methods"][3:]
+    assert {r["label"]: r["dominated_by"] for r in pareto(without)} == {"none": [], "short": ["early stop"]}
+    del without["early_stop_curve"]
+    assert all(row["front"] for row in pareto(without)), "the point without a bias is none itself and no rival"
+
+
+def test_the_table_has_the_front_first_and_intervals_beside() -> None:
+    rows = pareto_rows(results())
+    assert [row[1] for row in rows] == ["method", "good", "slow", "short", "none"]
+    assert rows[1] == ["*", "good", "10.0", "-10.0*", "-20.0,-5.0", "80.0", "", "", "10.2", "1.02", ""]
+    assert rows[3][-1] == "good +1"
+    only = {**results(), "methods": results()["methods"][:1]}
+    assert pareto_rows(only) == [] and pareto({"methods": [{"label": "none"}]}) == []
+
+
+# The word
+
+
+def line(name: str, word: str, **more: Any) -> dict[str, Any]:
+    return {"method": "m", "control": name, "metric": "chair.chair_i", "verdict": word, "verdict_holm": word, **more}
+
+
+def run_of(lines: list[dict[str, Any]], *, changed: int = 1, **more: Any) -> dict[str, Any]:
+    return {"methods": [method("m", 0.1, 0.8, 1.0, **more) | {"chair": {"changed": changed}}], "controls": lines}
+
+
+@pytest.mark.parametrize(
+    ("lines", "differences", "expected"),
+    [
+        ([line("early stop", "better"), line("yes bias", "same")], {}, "better"),
+        ([line("early stop", "same"), line("yes bias", "worse")], {}, "worse"),
+        ([line("early stop", "better"), line("yes bias", "worse")], {}, "mixed"),
+        ([line("early stop", "same")], {"chair.chair_i": SURE}, "trade-off"),
+        ([line("early stop", "same")], {"chair.chair_i": NOTHING}, "unclear"),
+        ([line("early stop", "same")], {"chair.chair_i": interval(-0.1, -0.2, -0.05, p_holm=0.2)}, "unclear"),
+        ([line("early stop", "better", verdict_holm="same")], {}, "unclear"),
+        ([line("every head", "better"), line("early stop", "same")], {"chair.recall": SURE}, "trade-off"),
+        ([line("every head", "better")], {"chair.recall": SURE}, ""),
+    ],
+)
+def test_one_word(lines: list[dict[str, Any]], differences: dict[str, Any], expected: str) -> None:
+    made = run_of(lines, differences=differences)
+    assert verdict(made, made["methods"][0]) == expected
+    assert expected == "" or expected in WORDS
+
+
+def test_no_word_for_the_baseline_and_unchanged_rows_say_so() -> None:
+    made = run_of([line("early stop", "unchanged")], changed=0)
+    assert verdict(made, made["methods"][0]) == "unchanged"
+    assert verdict(made, {**made["methods"][0], "role": "baseline"}) == ""
+
+
+@pytest.mark.parametrize("figure", ["looping", "truncation"])
+def test_better_figures_of_captions_that_loop_are_no_merit(figure: str) -> None:
+    made = run_of([line("early stop", "better")])
+    quality = {"differences": {figure: interval(0.2, 0.1, 0.3)}}
+    made["methods"][0]["chair"] = {"changed": 1, "text_quality": quality}
+    assert verdict(made, made["methods"][0]) == "loops"
+    quality["differences"][figure] = interval(-0.2, -0.3, -0.1)
+    assert verdict(made, made["methods"][0]) == "better", "fewer loops are no fault"
+
+
+def test_the_legend_explains_the_words_in_use() -> None:
+    text = verdict_legend(word for word in ("better", "", "trade-off", "better"))
+    assert text.startswith("better: beats") and "trade-off: differs" in text and "loops" not in text
+    assert verdict_legend([""]) == ""
