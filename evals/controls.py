@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from .early_stop import early_stop_control as early_stop_control
 from .metrics.pope import PopeTable, score_logits
 
 

@@ -7,7 +7,20 @@ from typing import Any
 from .auc import paired_auc
 from .columns import Metric
 from .intervals import CONFIDENCE, RESAMPLES, Interval
+from .metrics.pope import auc
 from .stats import STATISTICS, paired_bootstrap
+
+
+def value(metric: Metric, table: Any) -> float:
+    """The figure of a whole table, NaN where it is not defined.
+
+    Args:
+        metric: The figure.
+        table: A benchmark's table, or one loaded from ``counts.json``.
+    """
+    if metric.name == "auc":
+        return auc(table.score, table.label)
+    return STATISTICS[metric.benchmark][metric.name].of(table)
 
 
 def difference(metric: Metric, table: Any, other: Any, seed: int) -> Interval:

@@ -173,18 +173,6 @@ def _running(
     yield bias, (int(now[0]), int(now[1]), int(now[2]))
 
 
-def early_stop_control(
-    token_ids: Mapping[int, Sequence[int]],
-    eos_gaps: Mapping[int, Sequence[float]],
-    decode: Callable[[list[int]], str],
-    target_recall: float,
-    ground_truth: Mapping[int, Collection[str]],
-    matcher: ChairMatcher,
-) -> EarlyStopControl:
-    """End the unpatched model's captions earlier until their recall is that of a method (see :class:`EarlyStop`)."""
-    return EarlyStop(token_ids, eos_gaps, decode, ground_truth, matcher).at(target_recall)
-
-
 def _cuts(num_tokens: int, eos_gaps: Sequence[float]) -> list[tuple[float, int]]:
     """All lengths a bias can cut a caption to, as (smallest such bias, length), bias rising and length falling."""
     cuts: list[tuple[float, int]] = []

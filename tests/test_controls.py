@@ -8,7 +8,7 @@ import pytest
 
 from vlmfix.errors import DataError
 from vlmfix.evals.controls import yes_bias_control
-from vlmfix.evals.early_stop import EarlyStop, early_stop_control, stop_length
+from vlmfix.evals.early_stop import EarlyStop, stop_length
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
 
@@ -94,6 +94,11 @@ def test_yes_bias_errors():
 
 
 # Early stop. A token id is an index into these words.
+
+
+def early_stop_control(tokens, gaps, decode, recall, truth, matcher):
+    return EarlyStop(tokens, gaps, decode, truth, matcher).at(recall)
+
 
 WORDS = ("a", "dog", "cat", "car", "cup", "chair", "and", "near", "bird", ".")
 

@@ -29,13 +29,13 @@ from vlmfix.evals import (
     cache,
     columns,
     config,
+    control_lines,
     generate,
     models,
     planning,
     report,
     runner,
     samples,
-    scoring,
     tables,
     tasks,
 )
@@ -723,7 +723,7 @@ def test_verdict_follows_the_interval(shift: float, expected: str) -> None:
     blunt = [0.0] * 40
     a, b = {1.0: (sharp, blunt), 0.0: (sharp, sharp), -1.0: (blunt, sharp)}[shift]
     pair = [pope_table(scores, labels, images) for scores in (a, b)]
-    row = scoring.compare("m", "c", columns.BY_KEY["pope.auc"], *pair, seed=0)
+    row = control_lines.compare("m", "c", columns.BY_KEY["pope.auc"], *pair, seed=0)
     assert row["verdict"] == expected and row["difference"]["estimate"] == shift / 2
 
 
@@ -791,9 +791,9 @@ POPE official parser, 600 questions (random 600) on 2 images; prompt '{question}
 NOTE strengths are the testbed's recipe
 
                CHAIR                                                 POPE
-method     CHAIR_s ↓  CHAIR_i ↓  recall ↑     F1 ↑      words  accuracy ↑     F1 ↑      yes    AUC ↑  seconds
+method     CHAIR_s ↓  CHAIR_i ↓  recall ↑     F1 ↑      words  accuracy ↑     F1 ↑      yes    AUC ↑  seconds  verdict
 none            50.0       20.0      72.0     81.8       12.3        80.0     84.7     46.0     95.0      5.0
-vhr             40.0       17.0      72.0     81.8       12.3        81.2     84.7     46.0     95.0      5.5
+vhr             40.0       17.0      72.0     81.8       12.3        81.2     84.7     46.0     95.0      5.5   better
   - none      -10.0*       -3.1       0.0      0.0      +0.5*       +1.2*      0.0      0.0      0.0
   95 %    -15.3,-4.7  -6.2,+0.4   0.0,0.0  0.0,0.0  +0.2,+0.8   +0.4,+2.0  0.0,0.0  0.0,0.0  0.0,0.0
 var             50.0       20.0      72.0     81.8       12.3        80.0     84.7     46.0     95.0      5.1
@@ -801,10 +801,19 @@ var             50.0       20.0      72.0     81.8       12.3        80.0     84
 
 - none: paired difference in points; 95 %: its interval over 2000 resamples of the images
 *: the interval excludes 0; = none: no answer changed
+verdict: better: beats a control that needs no method (early stop, yes bias), and loses to none
 vhr is vhr alpha=1.3
 
 method  control     matched               metric  method  control  difference       95 %  verdict
-vhr     early stop  recall 72.0, 72.1  CHAIR_i ↓    17.0     19.0       -2.0*  -3.0,-1.0  beats its control"""
+vhr     early stop  recall 72.0, 72.1  CHAIR_i ↓    17.0     19.0       -2.0*  -3.0,-1.0  beats its control
+
+front method  CHAIR_i ↓  - none       95 %  recall ↑  - none     95 %  seconds ↓  x none  dominated by
+*     vhr          17.0    -3.1  -6.2,+0.4      72.0     0.0  0.0,0.0        3.5    1.17
+*     none         20.0                         72.0                         3.0    1.00
+*     var          20.0     0.0    0.0,0.0      72.0     0.0  0.0,0.0        3.1    1.03
+
+front: no other row is at least as good in hallucination, recall and seconds and better in one (seconds within 5 % count
+  as equal); early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."""
 
 
 def test_table_snapshot() -> None:

@@ -1,0 +1,163 @@
+"""Each method of a run beside what needs no method: an earlier stop, a shifted threshold, other heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .benchmarks.chair import ChairTask
+from .columns import BY_KEY, Metric
+from .config import MethodSpec
+from .controls import yes_bias_control
+from .differences import difference, value
+from .early_stop import EarlyStop
+from .quality import interval_dict
+from .samples import Answers
+from .tables import finite
+
+#: Benchmark -> method label -> table.
+Tables = Mapping[str, Mapping[str, Any]]
+
+#: Benchmark -> method label -> name of a control -> its table; filled while the controls are compared.
+ControlTables = dict[str, dict[str, dict[str, Any]]]
+
+#: What a method is compared on with its early stop, its yes bias and its head controls.
+EARLY_STOP_METRICS = ("chair.chair_i", "chair.chair_s")
+YES_BIAS_METRICS = ("pope.accuracy",)
+HEAD_CONTROL_METRICS = ("chair.chair_i", "chair.f1", "pope.auc")
+HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
+
+
+def defined(metric: Metric, tables: Iterable[Any]) -> bool:
+    """Whether every table has the figure: answers without a judge have no table, answers without scores no AUC."""
+    return all(
+        table is not None and (metric.name != "auc" or getattr(table, "score", None) is not None) for table in tables
+    )
+
+
+def make_early_stop(task: ChairTask | None, answers: Answers, decode: Callable[[list[int]], str]) -> EarlyStop | None:
+    """The baseline's captions under every earlier stop; None without captions or without any object to recall.
+
+    Args:
+        task: What was captioned, if anything.
+        answers: The baseline's, with tokens and stop margins.
+        decode: Token ids to text.
+    """
+    if task is None or not any(task.truth[sample.image_id] for sample in task.samples):
+        return None
+    given = {sample.image_id: answers[sample.key] for sample in task.samples}
+    tokens = {i: answer.tokens for i, answer in given.items()}
+    return EarlyStop(tokens, {i: a.eos_gaps for i, a in given.items()}, decode, task.truth, task.matcher)
+
+
+def curve_points(early_stop: EarlyStop | None) -> list[dict[str, float | None]]:
+    """The early-stop curve for ``results.json``."""
+    if early_stop is None:
+        return []
+    return [finite({"bias": p.bias, "recall": p.recall, "chair_i": p.chair_i}) for p in early_stop.curve()]
+
+
+def control_lines(
+    methods: Sequence[MethodSpec], tables: Tables, early_stop: EarlyStop | None, seed: int, kept: ControlTables
+) -> list[dict[str, Any]]:
+    """The lines of the controls' table, without corrections.
+
+    Args:
+        methods: Rows, the baseline first.
+        tables: Benchmark to label to table.
+        early_stop: The baseline's captions, ended earlier.
+        seed: Of the bootstrap.
+        kept: Where the controls' tables go, for ``counts.json``.
+    """
+    found: list[dict[str, Any]] = []
+    for spec in methods:
+        if spec.role != "method":
+            continue
+        if early_stop is not None:
+            found += _early_stop(spec, tables["chair"], early_stop, seed, kept)
+        if "pope" in tables:
+            found += _yes_bias(spec, tables["pope"], seed, kept, baseline=methods[0].label)
+        for control in methods:
+            if control.parent == spec.label:
+                found += head_lines(spec.label, control.label, str(control.params["select"]), tables, seed)
+    return found
+
+
+def head_lines(label: str, control: str, select: str, tables: Tables, seed: int) -> list[dict[str, Any]]:
+    """A method against the same factor on other heads.
+
+    Args:
+        label: The method.
+        control: Label of the row with other heads.
+        select: Which heads that row scales.
+        tables: Benchmark to label to table.
+        seed: Of the bootstrap.
+    """
+    lines = []
+    for metric in (BY_KEY[key] for key in HEAD_CONTROL_METRICS):
+        own = tables.get(metric.benchmark, {})
+        if own and defined(metric, (own[label], own[control])):
+            lines.append(compare(label, HEAD_CONTROLS[select], metric, own[label], own[control], seed))
+    return lines
+
+
+def compare(
+    label: str, control: str, metric: Metric, table: Any, other: Any, seed: int, matched: str = ""
+) -> dict[str, Any]:
+    """One line of the controls: a method's figure, its control's, the paired difference and what follows from it."""
+    interval = difference(metric, table, other, seed)
+    if interval.low * metric.better > 0 and interval.high * metric.better > 0:
+        verdict = "better"
+    elif interval.low * metric.better < 0 and interval.high * metric.better < 0:
+        verdict = "worse"
+    else:
+        verdict = "same"
+    return {
+        "method": label,
+        "control": control,
+        "matched": matched,
+        "metric": metric.key,
+        **finite({"method_value": value(metric, table), "control_value": value(metric, other)}),
+        "difference": interval_dict(interval),
+        "verdict": verdict,
+    }
+
+
+def matched_on(name: str, table: Any, control: Any) -> str:
+    """What a control was matched on, of the method and of the control: recall, or the share of yes."""
+    word, key = {"early stop": ("recall", "chair.recall"), "yes bias": ("yes", "pope.yes_ratio")}[name]
+    own, reached = (100 * value(BY_KEY[key], each) for each in (table, control))
+    return f"{word} {own:.1f}, {reached:.1f}"
+
+
+def _early_stop(
+    spec: MethodSpec, tables: Mapping[str, Any], early_stop: EarlyStop, seed: int, kept: ControlTables
+) -> list[dict[str, Any]]:
+    table = tables[spec.label]
+    recall = value(BY_KEY["chair.recall"], table)
+    if math.isnan(recall):
+        return []
+    control = early_stop.at(recall)
+    kept.setdefault("chair", {}).setdefault(spec.label, {})["early stop"] = control.table
+    matched = matched_on("early stop", table, control.table)
+    rows = [
+        compare(spec.label, "early stop", BY_KEY[key], table, control.table, seed, matched)
+        for key in EARLY_STOP_METRICS
+    ]
+    return [{**row, "bias": control.bias} for row in rows]
+
+
+def _yes_bias(
+    spec: MethodSpec, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
+) -> list[dict[str, Any]]:
+    if tables[baseline].score is None:
+        return []
+    table = tables[spec.label]
+    control = yes_bias_control(tables[baseline], value(BY_KEY["pope.yes_ratio"], table))
+    kept.setdefault("pope", {}).setdefault(spec.label, {})["yes bias"] = control.table
+    matched = matched_on("yes bias", table, control.table)
+    rows = [
+        compare(spec.label, "yes bias", BY_KEY[key], table, control.table, seed, matched) for key in YES_BIAS_METRICS
+    ]
+    return [{**row, "bias": control.bias} for row in rows]
