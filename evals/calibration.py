@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from .data.pope import PopeQuestion
 from .generate import PromptBuilder
 from .metrics.chair import ChairMatcher
 from .models import find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from .records import read_ids
 from .samples import Sample
-from .tasks import Tasks, make_tasks, parse_image_id
+from .tasks import Tasks, make_tasks
 
 TESTBED_IMAGES = 40
 COCO_IMAGES = 500
@@ -165,12 +165,7 @@ def check_excluded(used: Sequence[int], files: Sequence[Path]) -> None:
         DataError: An image is listed, or a file cannot be read.
     """
     for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-            entries = json.loads(text) if text.lstrip().startswith("[") else text.split()
-        except (OSError, ValueError) as error:
-            raise DataError(f"--exclude {path}: expected a JSON list of image ids or one per line ({error})") from error
-        both = sorted({parse_image_id(entry, f"--exclude {path}") for entry in entries} & set(used))
+        both = sorted(set(read_ids(path, "--exclude")) & set(used))
         if both:
             raise DataError(
                 f"{len(both)} of the images are in --exclude {path} (first: {both[0]}), so methods would be evaluated "

@@ -1,195 +1,270 @@
-"""Score captions or answers that lie in a file, whoever generated them; no model is loaded."""
+"""CHAIR of captions that lie in a file, whoever generated them; no model is loaded.
+
+The file holds one caption per image (see :mod:`vlmfix.evals.records` for its forms): the image under ``image_id`` (an
+integer, ``COCO_val2014_000000002239.jpg`` or ``000000002239.jpg``), ``image``, ``image_path``, ...; the text under
+``caption``, ``text``, ``answer``, ``response``, .... A line that repeats an earlier one counts once; two different
+captions of one image are an error. Optional on all lines: ``truncated`` (true or false), or ``finish_reason`` ("length"
+where the token limit ended the caption), for the truncation rate. Without them there is the unfinished rate only: the
+share of captions that do not end in final punctuation (see :mod:`vlmfix.evals.metrics.text_quality`).
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import DataError
+import numpy as np
+
+from vlmfix.errors import DataError, UnsupportedFeatureError
 
 from .cache import write_json
 from .config import SCHEMA_VERSION
-from .data.coco import CocoData
-from .data.pope import load_questions
-from .metrics.chair import ChairMatcher, ground_truth, score_captions
-from .metrics.pope import PopeTable, score_answers, score_labels
-from .tables import finite, number, plain_table
-from .tasks import parse_image_id
+from .intervals import CONFIDENCE, RESAMPLES
+from .metrics.chair import ChairMatcher, ChairTable, score_captions
+from .metrics.text_quality import TextTable, score_texts
+from .quality import interval_dict, length_matched
+from .records import answer_of, image_id_of, read_rows
+from .stats import CHAIR_STATISTICS, paired_bootstrap
+from .tables import difference_cell, finite, interval_cell, number, plain_table
+from .truth import MODES, GroundTruth, ScoringMode, caption_mode, load_ground_truth
 
-_TEXT_KEYS = ("caption", "text", "answer", "ans")
+_FIGURES = ("chair_s", "chair_i", "recall", "precision", "f1")
+_COLUMNS = ("captions", "CHAIR_s", "CHAIR_i", "recall", "precision", "F1", "words", "tokens", "rep-4", "loops")
+_LEGEND = (
+    "words, tokens: mean per caption, split at spaces (POPE paper) and as in OPERA's script; rep-4: repeated runs of "
+    "four words;\nloops: captions with more than half of them repeated; unfinished: without final punctuation"
+)
 
 
-def score_chair_file(path: Path, data_dir: Path, *, mode: str = "original", out: Path | None = None) -> str:
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a file.
+
+    Attributes:
+        path: The file.
+        texts: Image id -> caption.
+        truncated: Image id -> whether the token limit ended it; None if the file does not say.
+        repeated: Lines left out because they repeat an earlier one.
+    """
+
+    path: Path
+    texts: Mapping[int, str]
+    truncated: Mapping[int, bool] | None
+    repeated: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A file's captions with their tables."""
+
+    captions: Captions
+    table: ChairTable
+    quality: TextTable
+
+    def result(self) -> dict[str, Any]:
+        """Counts and figures for JSON, the counts under the names of the official scripts' outputs."""
+        return {
+            "counts": self.table.counts(),
+            "summary": finite(self.table.summary()),
+            "text_quality": {"counts": self.quality.counts(), "summary": finite(self.quality.summary())},
+            "repeated_lines": self.captions.repeated,
+        }
+
+
+def read_captions(path: Path, *, text_key: str | None = None) -> Captions:
+    """Read one caption per image.
+
+    Args:
+        path: The file, as the module says.
+        text_key: Where the caption is, if not under a usual name.
+
+    Raises:
+        DataError: A line has no image id or no text, or an image has two different captions.
+    """
+    places: dict[int, str] = {}
+    texts: dict[int, str] = {}
+    flags: dict[int, bool | None] = {}
+    repeated = 0
+    for where, row in read_rows(path, what="caption file"):
+        image_id, text = image_id_of(row, where), answer_of(row, where, text_key)
+        if image_id in texts:
+            if texts[image_id] != text:
+                raise DataError(
+                    f"{where}: image {image_id} has a caption already, another one on {places[image_id]}; CHAIR takes "
+                    "one caption per image: leave one of the lines, or score the two sets one by one"
+                )
+            repeated += 1
+            continue
+        places[image_id], texts[image_id], flags[image_id] = where, text, _cut_off(row, where)
+    known = {i: flag for i, flag in flags.items() if flag is not None}
+    if known and len(known) < len(flags):
+        lacking = next(places[i] for i, flag in flags.items() if flag is None)
+        raise DataError(
+            f"{lacking}: expected 'truncated' or 'finish_reason' as on other lines: give it on all, or none"
+        )
+    return Captions(path, texts, known or None, repeated)
+
+
+def _cut_off(row: Mapping[str, Any], where: str) -> bool | None:
+    flag, reason = row.get("truncated"), row.get("finish_reason")
+    if flag is not None and not isinstance(flag, bool):
+        raise DataError(f"{where}: expected true or false in 'truncated', found {str(flag)[:40]!r}")
+    return flag if flag is not None else None if reason is None else reason == "length"
+
+
+def score_chair_file(
+    path: Path,
+    ground_truth: Path,
+    *,
+    mode: str = "original",
+    text_key: str | None = None,
+    baseline: Path | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+) -> str:
     """Score captions with CHAIR.
 
     Args:
-        path: JSON lines (or one JSON list) with ``image_id`` (integer, or a COCO file name) and ``caption``, ``text``
-            or ``answer``.
-        data_dir: COCO folder; only its annotation files are read.
-        mode: CHAIR's word normalisation, of captions and ground truth alike.
+        path: The captions, see :func:`read_captions`.
+        ground_truth: COCO folder (only its annotation files are read), or a file; see :mod:`vlmfix.evals.truth`.
+        mode: ``"original"``, ``"nltk"`` or ``"mixed"``, see :mod:`vlmfix.evals.truth`.
+        text_key: Where the text of a line is, if not under a usual name.
+        baseline: Captions of the same images to compare with: paired differences, and CHAIR at equal length.
         out: Where to write figures and integer counts as JSON, if anywhere.
+        seed: Seed of the bootstrap.
 
     Returns:
         A plain-text table.
 
     Raises:
-        DataError: A line has no image id or no text, an image occurs twice or has no annotation.
+        DataError: A file is missing or broken, the two files are not about the same images, or an image has no ground
+            truth.
+        UnsupportedFeatureError: The mode needs nltk, which is not installed.
     """
-    captions: dict[int, str] = {}
-    for where, row in read_rows(path):
-        name = row.get("image_id", row.get("image"))
-        if name is None:
-            raise DataError(f"{where}: expected 'image_id', found the keys {', '.join(row)}")
-        image_id = parse_image_id(name, where)
-        if image_id in captions:
-            raise DataError(f"{where}: image {image_id} has a caption already; CHAIR takes one caption per image")
-        captions[image_id] = text_of(row, where)
-    matcher = ChairMatcher(mode)  # type: ignore[arg-type]
-    data = CocoData.load(data_dir)
-    table = score_captions(captions, ground_truth(data, sorted(captions), matcher), matcher)
-    result = {"benchmark": "chair", "mode": mode, "counts": table.counts(), "summary": finite(table.summary())}
-    write_result(out, path, result)
-    summary = table.summary()
-    columns = ["captions", "CHAIR_s", "CHAIR_i", "recall", "precision", "F1", "words"]
-    names = ("chair_s", "chair_i", "recall", "precision", "f1")
-    row_text = [str(len(table)), *(number(summary[name]) for name in names), f"{summary['length_words']:.1f}"]
-    return f"CHAIR, {mode} mode, {path}\n" + plain_table([columns, row_text])
-
-
-def score_pope_file(path: Path, questions: Sequence[Path], *, parser: str = "official", out: Path | None = None) -> str:
-    """Score POPE answers.
-
-    Args:
-        path: JSON lines (or one JSON list) with ``answer``, ``text`` or ``caption``. Answers are matched to the
-            questions by ``question_id`` (with ``split`` or ``category`` where several files repeat ids), or by order
-            if no line has one. Without question files every line must carry its ``label``.
-        questions: POPE question files.
-        parser: Rule that reads yes or no, see ``metrics.pope.parse_answer``.
-        out: Where to write figures and integer counts as JSON, if anywhere.
-
-    Returns:
-        A plain-text table, one row per split.
-
-    Raises:
-        DataError: Questions and answers do not match.
-    """
-    rows = read_rows(path)
-    tables = _tables_from_questions(rows, questions, path, parser) if questions else _table_from_labels(rows, parser)
+    if mode not in MODES:
+        raise DataError(f"CHAIR is scored in mode {', '.join(MODES)}, not {mode!r}")
+    scoring: ScoringMode = mode  # type: ignore[assignment]
+    captions = read_captions(path, text_key=text_key)
+    other = None if baseline is None else read_captions(baseline, text_key=text_key)
+    if other is not None:
+        _check_same_images(captions, other)
+    matcher = ChairMatcher(caption_mode(scoring))
+    truth = load_ground_truth(ground_truth, sorted(captions.texts), scoring)
+    counter = matcher if matcher.exact_tokens else _token_counter()
+    own = _scored(captions, truth, matcher, counter)
     result = {
-        "benchmark": "pope",
-        "parser": parser,
-        "splits": {split: {"counts": t.counts(), "summary": finite(t.summary())} for split, t in tables.items()},
+        "benchmark": "chair",
+        "mode": mode,
+        "caption_mode": matcher.mode,
+        "ground_truth": {"mode": truth.mode, "source": truth.source},
+        **own.result(),
     }
+    text = _head(mode, matcher, truth, own)
+    if other is None:
+        table = plain_table(_rows(own))
+    else:
+        reference = _scored(other, truth, matcher, counter)
+        result["baseline"] = {
+            "file": str(baseline),
+            **reference.result(),
+            **_compared(own, reference, truth, matcher, seed),
+        }
+        table = f"{plain_table(_rows(own, reference, result['baseline']))}\n\n{_matched_table(result['baseline'])}"
+    if counter is None:
+        table += "\ntokens: not counted, " + _TOKENS_NEED
     write_result(out, path, result)
-    columns = ["split", "n", "accuracy", "precision", "recall", "F1", "yes", "unparsed"]
-    names = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-    lines = [columns]
-    for split, table in tables.items():
-        summary, counts = table.summary(), table.counts()
-        lines.append([split, str(counts["n"]), *(number(summary[n]) for n in names), str(counts["unparsed"])])
-    return f"POPE, parser {parser}, {path}\n" + plain_table(lines)
+    return f"{text}\n{table}\n{_LEGEND}"
 
 
-def _tables_from_questions(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], files: Sequence[Path], path: Path, parser: str
-) -> dict[str, PopeTable]:
-    questions = [question for file in files for question in load_questions(file)]
-    if all("question_id" in row for _, row in rows):
-        splits = {question.split for question in questions}
-        answers: dict[tuple[str, str], str] = {}
-        for where, row in rows:
-            split = str(row.get("split", row.get("category", next(iter(splits)) if len(splits) == 1 else "")))
-            if split not in splits:
-                raise DataError(
-                    f"{where}: the question files have the splits {', '.join(sorted(splits))}, and the line says "
-                    f"{split!r}; score one split at a time, or add 'split' to every line"
-                )
-            answers[split, str(row["question_id"])] = text_of(row, where)
-        lacking = [q for q in questions if (q.split, q.question_id) not in answers]
+_TOKENS_NEED = "which needs nltk: pip install 'vlmfix[nltk]' && python -m nltk.downloader punkt_tab"
+
+
+def _token_counter() -> ChairMatcher | None:
+    """Counts tokens as the official scripts do; no figure of mode ``original`` but the length in tokens needs it."""
+    try:
+        return ChairMatcher("original", tokenizer="punkt")
+    except (DataError, UnsupportedFeatureError):
+        return None
+
+
+def _scored(captions: Captions, truth: GroundTruth, matcher: ChairMatcher, counter: ChairMatcher | None) -> Scored:
+    table = score_captions(captions.texts, truth.objects, matcher, ground_truth_mode=truth.mode)
+    if table.tokens is None and counter is not None:
+        lengths = [len(counter.match(captions.texts[int(i)]).tokens) for i in table.image_ids]
+        table = dataclasses.replace(table, tokens=np.array(lengths, dtype=np.int64))
+    return Scored(captions, table, score_texts(captions.texts, captions.truncated))
+
+
+def _check_same_images(captions: Captions, other: Captions) -> None:
+    for own, theirs in ((captions, other), (other, captions)):
+        lacking = sorted(set(own.texts) - set(theirs.texts))
         if lacking:
             raise DataError(
-                f"{path} answers {len(questions) - len(lacking)} of {len(questions)} questions; the first without an "
-                f"answer is {lacking[0].split} question {lacking[0].question_id}"
+                f"{theirs.path} has no caption of {len(lacking)} images that {own.path} has one of (first: image "
+                f"{lacking[0]}); a paired comparison needs the same images in both: leave these out, or caption them"
             )
-        texts = [answers[q.split, q.question_id] for q in questions]
-    elif len(rows) != len(questions):
-        raise DataError(
-            f"{path} has {len(rows)} answers without question_id, the question files {len(questions)} questions"
+
+
+def _compared(own: Scored, reference: Scored, truth: GroundTruth, matcher: ChairMatcher, seed: int) -> dict[str, Any]:
+    differences = {
+        name: interval_dict(
+            paired_bootstrap(
+                statistic, own.table, reference.table, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE
+            )
         )
-    else:
-        texts = [text_of(row, where) for where, row in rows]
-    by_split: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        by_split.setdefault(question.split, []).append(index)
-    return {
-        split: score_answers([questions[i] for i in chosen], [texts[i] for i in chosen], parser=parser)  # type: ignore[arg-type]
-        for split, chosen in by_split.items()
+        for name, statistic in CHAIR_STATISTICS.items()
     }
+    texts = (own.captions.texts, reference.captions.texts)
+    matched = length_matched(texts, (own.table, reference.table), truth.objects, matcher, seed)
+    return {"differences": differences, "length_matched": matched, "confidence": CONFIDENCE}
 
 
-def _table_from_labels(rows: Sequence[tuple[str, Mapping[str, Any]]], parser: str) -> dict[str, PopeTable]:
-    known = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}
-    labels = []
-    for where, row in rows:
-        label = known.get(str(row.get("label")).strip().lower())
-        if label is None:
-            raise DataError(
-                f"{where}: without --questions every line needs a label (yes or no), found {row.get('label')!r}"
-            )
-        labels.append(label)
-    texts = [text_of(row, where) for where, row in rows]
-    return {"all": score_labels(labels, texts, image_ids=range(len(rows)), parser=parser)}  # type: ignore[arg-type]
+def _head(mode: str, matcher: ChairMatcher, truth: GroundTruth, own: Scored) -> str:
+    how = (
+        "captions and ground truth"
+        if matcher.mode == truth.mode
+        else f"captions {matcher.mode}, ground truth {truth.mode}"
+    )
+    lines = [f"CHAIR, mode {mode} ({how}), {own.captions.path}", f"ground truth: {truth.source}"]
+    if own.captions.repeated:
+        lines.append(f"{own.captions.repeated} lines repeat an earlier one word for word: counted once")
+    return "\n".join(lines)
 
 
-def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """JSON lines, or one JSON list, as (where, object) pairs; ``where`` names the file and line for messages.
-
-    Raises:
-        DataError: The file is missing, empty, or a line is no JSON object.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
-    rows = []
-    try:
-        entries = json.loads(text) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON lines or one JSON list ({error})") from error
-    if entries is not None:
-        rows = [(f"{path} entry {i}", entry) for i, entry in enumerate(entries, 1)]
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"{path} line {number}", json.loads(line)))
-                except ValueError as error:
-                    raise DataError(f"{path} line {number}: not JSON ({error})") from error
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, found {str(row)[:40]!r}")
-    if not rows:
-        raise DataError(f"{path} is empty; expected JSON lines")
+def _rows(own: Scored, reference: Scored | None = None, compared: Mapping[str, Any] | None = None) -> list[list[str]]:
+    scored = [own] if reference is None else [own, reference]
+    cut = any(each.captions.truncated is not None for each in scored)
+    rows = [["", *_COLUMNS, "unfinished", *(["cut off"] if cut else [])]]
+    for name, each in zip(("", "baseline") if reference is None else ("captions", "baseline"), scored, strict=False):
+        figures, quality = each.table.summary(), each.quality.summary()
+        cells = [str(len(each.table)), *(number(figures[key]) for key in _FIGURES)]
+        cells += [number(figures[key], percent=False) for key in ("length_words", "length_tokens")]
+        cells += [number(quality[key]) for key in ("repetition", "looping", "unfinished")]
+        rows.append([name, *cells, *([number(quality.get("truncation"))] if cut else [])])
+    if compared is not None:
+        found = compared["differences"]
+        shown = [(found[key], True) for key in _FIGURES] + [(found["length_words"], False)]
+        for name, cell in (("difference", difference_cell), ("95 %", interval_cell)):
+            cells = [cell(difference, percent=percent) for difference, percent in shown]
+            rows.append([name, "", *cells, *[""] * (len(rows[0]) - 2 - len(cells))])
     return rows
 
 
-def text_of(row: Mapping[str, Any], where: str, keys: Sequence[str] = _TEXT_KEYS) -> str:
-    """The text under the first of ``keys`` that the row has.
-
-    Raises:
-        DataError: It has none of them, or the first one holds null, a list or an object.
-    """
-    for key in keys:
-        if key in row:
-            value = row[key]
-            if value is None:
-                raise DataError(f"{where}: {key!r} is null; give the text, or an empty one if there is no answer")
-            if isinstance(value, list | dict):
-                raise DataError(f"{where}: expected text in {key!r}, found {str(value)[:40]!r}")
-            return str(value)
-    raise DataError(f"{where}: expected one of {', '.join(keys)}, found the keys {', '.join(row)}")
+def _matched_table(compared: Mapping[str, Any]) -> str:
+    rows = [
+        ["both cut to equal length", *(c for n in ("CHAIR_i", "CHAIR_s") for c in (n, "baseline", "diff.", "95 %"))]
+    ]
+    for name, title in (("words", "words: the shorter one's"), ("mentions", "mentions: as many as the fewer")):
+        part, cells = compared["length_matched"][name], []
+        for key in ("chair_i", "chair_s"):
+            found = part[key]
+            cells += [number(found["method_value"]), number(found["baseline_value"])]
+            cells += [difference_cell(found["difference"]), interval_cell(found["difference"])]
+        rows.append([title, *cells])
+    return plain_table(rows) + "\n*: the interval (bootstrap over images, paired) excludes zero"
 
 
 def write_result(out: Path | None, path: Path, result: Mapping[str, Any]) -> None:

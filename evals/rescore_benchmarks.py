@@ -17,7 +17,8 @@ from .data.mmhal import TYPES, MmhalItem, load_mmhal
 from .metrics import hallusionbench, mme, mmhal
 from .metrics.amber import score_responses
 from .metrics.amber_words import spacy_similarity
-from .rescore import read_rows, text_of, write_result
+from .records import read_rows, text_of
+from .rescore import write_result
 from .tables import finite, number, plain_table
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]

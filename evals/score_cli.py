@@ -7,6 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmfix.errors import VlmfixError
+
+#: Named here as well as in ``metrics.pope``, whose import takes too long for ``--help``.
+POPE_PARSERS = ("official", "official_raw", "opera", "vcd", "lmms", "vlmeval")
+
+_CHAIR_EPILOG = """\
+--ground-truth takes a COCO folder (instances_val2014.json, captions_val2014.json, also below annotations/), or JSON:
+  {"mode": "nltk", "objects": {"139": ["book", "chair"], ...}}    or {"139": [...]}, or lines of image_id, objects
+  {"categories": [...], "objects": {"139": [14, 15], ...}}        places in the list of categories
+nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
+  python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng
+"""
+
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
     """Add ``vlmfix score`` to the command line; the caller sets what runs it (see :func:`run`)."""
@@ -14,28 +27,8 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
         "score", help="score captions or answers in a file, without a model"
     )
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    chair = kinds.add_parser("chair", allow_abbrev=False, help="captions against COCO annotations")
-    chair.add_argument("file", type=Path, metavar="FILE", help="JSON lines with image_id and caption (or text, answer)")
-    chair.add_argument("--data", type=Path, required=True, metavar="DIR", help="COCO folder with the annotations")
-    chair.add_argument("--chair-mode", choices=("original", "nltk"), default="original", help="default: original")
-    chair.set_defaults(score=_score_chair)
-    pope = kinds.add_parser("pope", allow_abbrev=False, help="answers against POPE question files")
-    pope.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with answer (or text, caption), and question_id or the order of the questions",
-    )
-    pope.add_argument(
-        "--questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="POPE question files (default: labels in FILE)",
-    )
-    pope.add_argument("--parser", default="official", help="rule that reads yes or no (default: official)")
-    pope.set_defaults(score=_score_pope)
+    chair = _add_chair(kinds)
+    pope = _add_pope(kinds)
     amber = kinds.add_parser("amber", allow_abbrev=False, help="responses against AMBER's annotations")
     amber.add_argument("file", type=Path, metavar="FILE", help="JSON lines with id and response (or answer, text)")
     amber.add_argument(
@@ -85,6 +78,73 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_chair(kinds: Any) -> Any:
+    chair = kinds.add_parser(
+        "chair",
+        allow_abbrev=False,
+        help="captions against COCO annotations",
+        epilog=_CHAIR_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_file(chair, "--captions", "JSON lines with image_id and caption (or text, answer, response, ...)")
+    chair.add_argument(
+        "--ground-truth",
+        "--data",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="COCO folder with the annotations, or a file of objects per image",
+    )
+    chair.add_argument(
+        "--mode",
+        "--chair-mode",
+        choices=("original", "nltk", "mixed"),
+        default="original",
+        help="word matching of captions and ground truth; mixed: captions nltk, ground truth original, as in OPERA's "
+        "table (default: original)",
+    )
+    _add_comparison(chair, "captions of the same images")
+    chair.set_defaults(score=_score_chair)
+    return chair
+
+
+def _add_pope(kinds: Any) -> Any:
+    pope = kinds.add_parser("pope", allow_abbrev=False, help="answers against POPE question files")
+    _add_file(pope, "--answers", "JSON lines with answer (or text, ...), and question_id or the order of the questions")
+    pope.add_argument(
+        "--questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="POPE question files (default: labels beside the answers)",
+    )
+    pope.add_argument("--parser", choices=POPE_PARSERS, default="official", help="reads yes or no (default: official)")
+    pope.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
+    pope.add_argument("--by-order", action="store_true", help="answers are in the order of the questions, ids or not")
+    _add_comparison(pope, "answers to the same questions")
+    pope.set_defaults(score=_score_pope)
+    return pope
+
+
+def _add_file(parser: Any, flag: str, text: str) -> None:
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help=f"the same as {flag} FILE")
+    parser.add_argument(flag, dest="named_file", type=Path, metavar="FILE", help=text)
+
+
+def _add_comparison(parser: Any, text: str) -> None:
+    parser.add_argument("--text-key", metavar="KEY", help="key of the model's text, if it has no usual name")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{text}, to compare with (paired)")
+
+
+def _file(options: argparse.Namespace, flag: str) -> Path:
+    given = [path for path in (options.file, options.named_file) if path is not None]
+    if len(given) != 1:
+        raise VlmfixError(f"expected one file to score, found {len(given)}; type {flag} FILE")
+    path: Path = given[0]
+    return path
+
+
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Score the file as asked and show the table."""
     show(options.score(options))
@@ -93,13 +153,29 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
 def _score_chair(options: argparse.Namespace) -> str:
     from .rescore import score_chair_file
 
-    return score_chair_file(options.file, options.data, mode=options.chair_mode, out=options.out)
+    return score_chair_file(
+        _file(options, "--captions"),
+        options.ground_truth,
+        mode=options.mode,
+        text_key=options.text_key,
+        baseline=options.baseline,
+        out=options.out,
+    )
 
 
 def _score_pope(options: argparse.Namespace) -> str:
-    from .rescore import score_pope_file
+    from .rescore_pope import score_pope_file
 
-    return score_pope_file(options.file, options.questions, parser=options.parser, out=options.out)
+    return score_pope_file(
+        _file(options, "--answers"),
+        options.questions,
+        parser=options.parser,
+        text_key=options.text_key,
+        scores=options.scores,
+        by_order=options.by_order,
+        baseline=options.baseline,
+        out=options.out,
+    )
 
 
 def _score_amber(options: argparse.Namespace) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from .config import CHAIR_PROMPT, POPE_PROMPT, POPE_SPLITS, EvalOptions
 from .data.coco import CocoData, load_image
 from .data.pope import PopeQuestion, build_questions, load_questions
 from .metrics.chair import ChairMatcher, ground_truth
+from .records import read_ids
 from .samples import Sample
 
 logger = logging.getLogger("vlmfix.evals")
@@ -80,7 +80,7 @@ def make_tasks(options: EvalOptions) -> Tasks:
     data, description = _load_data(options)
     matcher = ChairMatcher(options.chair_mode)  # type: ignore[arg-type]
     notes: list[str] = []
-    wanted = _read_ids(options.ids) if options.ids is not None else None
+    wanted = read_ids(options.ids, "--ids") if options.ids is not None else None
     pool = list(wanted) if wanted is not None else _present(data, notes)
     limits: dict[str, int | None] = dict.fromkeys(options.benchmarks, options.limit)
     if options.limit is None and wanted is None:
@@ -105,34 +105,6 @@ def _load_data(options: EvalOptions) -> tuple[CocoData, str]:
 
     folder = prepare(options.split, options.limit or max(TESTBED_IMAGES.values()))  # type: ignore[arg-type]
     return CocoData.load(folder), f"testbed scenes, split {options.split}"
-
-
-def _read_ids(path: Path) -> list[int]:
-    """Image ids from a file: a JSON list, or whitespace-separated; integers, or COCO file names."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read --ids {path}: {error.strerror}") from error
-    try:
-        entries = json.loads(text) if text.lstrip().startswith("[") else text.split()
-    except ValueError as error:
-        raise DataError(f"--ids {path}: expected a JSON list or one id per line ({error})") from error
-    ids = [parse_image_id(entry, f"--ids {path}") for entry in entries]
-    if not ids:
-        raise DataError(f"--ids {path} names no image; expected one id per line or a JSON list")
-    return sorted(set(ids))
-
-
-def parse_image_id(value: Any, source: str) -> int:
-    """A COCO image id from an integer, its digits, or a file name such as ``COCO_val2014_000000002239.jpg``.
-
-    Raises:
-        DataError: The value holds no id; the message names ``source``.
-    """
-    stem = Path(str(value)).stem.rpartition("_")[2]
-    if isinstance(value, bool) or not stem.isdigit():
-        raise DataError(f"{source}: {value!r} is no image id; expected an integer or a COCO file name")
-    return int(stem)
 
 
 def _present(data: CocoData, notes: list[str]) -> list[int]:
@@ -179,7 +151,7 @@ def _given_questions(options: EvalOptions, limit: int | None) -> list[PopeQuesti
     questions = [question for path in options.pope_questions for question in load_questions(path)]
     ids = sorted({question.image_id for question in questions})
     if options.ids is not None:
-        ids = sorted(set(ids) & set(_read_ids(options.ids)))
+        ids = sorted(set(ids) & set(read_ids(options.ids, "--ids")))
     if limit is not None and limit < len(ids):
         ids = random.Random(options.seed).sample(ids, limit)
     kept = [question for question in questions if question.image_id in set(ids)]

@@ -139,8 +139,9 @@ def test_score_chair(name: str, text: str, coco: Path, tmp_path: Path, capsys: p
     first = next(names[a["category_id"]] for a in objects["annotations"] if a["image_id"] == 10)
     captions = [f"A {first} and an elephant.", "Nothing.", "A giraffe, a giraffe."]
     path = write_lines(tmp_path / "x.jsonl", [{name: i, text: t} for i, t in zip(ids, captions, strict=True)])
-    assert main(["score", "chair", str(path), "--data", str(coco), "--out", str(tmp_path / "o.json")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["3", "66.7", "75.0"]
+    words = ["score", "chair", "--captions", str(path), "--ground-truth", str(coco), "--mode", "original"]
+    assert main([*words, "--out", str(tmp_path / "o.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[3].split()[:3] == ["3", "66.7", "75.0"]
     counts = json.loads((tmp_path / "o.json").read_text())["counts"]
     expected = {"captions": 3, "hallucinated_captions": 2, "mentions": 4, "hallucinated_mentions": 3}
     assert counts.items() >= {**expected, "recalled_gt_objects": 1, "generated_distinct": 3}.items()
@@ -206,7 +207,7 @@ def test_score_pope_by_order_and_by_id(tmp_path: Path, capsys: pytest.CaptureFix
     by_id = [{"question_id": i, "answer": text} for i, text in ((3, "no."), (1, "Yes"), (2, "No"))]
     assert score_pope(tmp_path, by_id) == 0
     assert json.loads((tmp_path / "o.json").read_text())["splits"]["random"]["counts"] == expected
-    assert capsys.readouterr().out.splitlines()[-1].split() == "random 3 66.7 100.0 50.0 66.7 33.3 0".split()
+    assert capsys.readouterr().out.splitlines()[-1].split() == "random 3 66.7 100.0 50.0 66.7 33.3 50.0 0".split()
 
 
 def test_scoring_needs_no_torch(tmp_path: Path) -> None:

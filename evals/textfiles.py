@@ -1,0 +1,98 @@
+"""Text and JSON files that people hand in: every error names the file, the line and the remedy.
+
+Text is UTF-8 (with or without a byte-order mark), plain or gzipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import DataError
+
+_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+
+
+def read_text(path: Path, *, what: str = "file", remedy: str = "check the path") -> str:
+    """The text of a file, unpacked if it is gzipped.
+
+    Args:
+        path: The file.
+        what: What it is, for messages ("annotation file").
+        remedy: What to do if it is missing or damaged ("download it again").
+
+    Raises:
+        DataError: It is missing, a folder, unreadable, damaged, or no UTF-8; the message names file, line and remedy.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {what} {path}: {remedy}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, expected a {what}: give the file in it") from error
+    except OSError as error:
+        raise DataError(f"cannot read {what} {path} ({error.strerror or error}): {remedy}") from error
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{what} {path} is a damaged gzip file ({error}): {remedy}") from error
+    if data[:1] == b"\x80" or data[:4] == b"PK\x03\x04":
+        kind, advice = ("pickle", "write its content as JSON") if data[:1] == b"\x80" else ("zip archive", "unpack it")
+        raise DataError(f"{what} {path} is a {kind}, which is not read: {advice}")
+    return _decoded(data, path, what)
+
+
+def _decoded(data: bytes, path: Path, what: str) -> str:
+    mark = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    if mark is None and b"\x00" in data[:1000]:
+        mark = "UTF-16"
+    if mark is not None:
+        raise DataError(
+            f"{what} {path} line 1: expected UTF-8, found what looks like {mark}; type "
+            f"`iconv -f {mark} -t UTF-8 {path} > utf8.json` and give that file"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{what} {path} line {line}: byte 0x{data[error.start]:02x} is no UTF-8; if the file is Latin-1, type "
+            f"`iconv -f LATIN1 -t UTF-8 {path} > utf8.json` and give that file"
+        ) from error
+
+
+def read_json(path: Path, *, what: str = "file", remedy: str = "write it again") -> Any:
+    """The value of a file that is one JSON document; arguments and errors as of :func:`read_text`."""
+    text = read_text(path, what=what, remedy=remedy)
+    if not text.strip():
+        raise DataError(f"{what} {path} is empty: {remedy}")
+    return parse_json(text, path, what, remedy)
+
+
+def parse_json(text: str, path: Path, what: str, remedy: str) -> Any:
+    """The value of a JSON document, the text of ``path``; errors as of :func:`read_text`."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError(f"{what} {path} line 1: JSON nested too deeply: {remedy}") from error
+    except json.JSONDecodeError as error:
+        raise broken_json(error, text, path, what, remedy) from error
+    except ValueError as error:  # A number of thousands of digits.
+        raise DataError(f"{what} {path}: not JSON ({error}): {remedy}") from error
+
+
+def broken_json(error: json.JSONDecodeError, text: str, path: Path, what: str, remedy: str) -> DataError:
+    """What is said of a document that cannot be parsed."""
+    place = f"{what} {path} line {error.lineno}: not readable JSON ({error.msg}, column {error.colno})"
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return DataError(f"{place}, the file seems cut off: {remedy}")
+    return DataError(f"{place}: {remedy}")
