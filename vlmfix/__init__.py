@@ -95,6 +95,7 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "probes",
     "save_recipe",
     "status",
     "unpatch",
@@ -102,8 +103,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return import_module("vlmfix.methods")
+    if name in ("methods", "probes"):
+        return import_module(f"vlmfix.{name}")
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
     else:

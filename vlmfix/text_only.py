@@ -93,35 +93,23 @@ def _with_hidden_states(
     return args, {**kwargs, "hidden_states": hidden_states}
 
 
-@torch.no_grad()
-def run_text_only(
-    anatomy: Anatomy,
-    sites: Sequence[Site],
-    state: SequenceState,
-    inputs: dict[str, Any],
-    embeds: torch.Tensor | None = None,
-) -> TextOnlyRun | None:
-    """Run the prompts of a batch without their image tokens.
+def text_only_inputs(
+    anatomy: Anatomy, state: SequenceState, inputs: dict[str, Any], embeds: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a forward over the prompts of a batch without their image tokens.
 
     Kept are all other tokens, in order, with contiguous positions from 0; rows are left-padded to one length. Where no
     token stands for an image (Idefics), all tokens are kept and none of them sees the image.
 
     Args:
         anatomy: The model.
-        sites: The patched sites.
         state: The sequences so far, the new prompt included.
         inputs: The arguments of the prompt's forward.
         embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
 
-    Returns:
-        The recorded stream, or ``None`` when no method at these sites asks for it.
-
     Raises:
         UnsupportedFeatureError: The text is not known, or a prompt has none.
     """
-    stream = _stream(sites)
-    if stream is None:
-        return None
     input_ids, length = state.input_ids, state.image_mask.shape[1]
     is_known = input_ids is not None and not bool((input_ids < 0).any())
     if not is_known and (embeds is None or embeds.shape[1] < length):
@@ -145,13 +133,43 @@ def run_text_only(
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-    with _positions_kept(anatomy):
+    return text
+
+
+@torch.no_grad()
+def run_text_only(
+    anatomy: Anatomy,
+    sites: Sequence[Site],
+    state: SequenceState,
+    inputs: dict[str, Any],
+    embeds: torch.Tensor | None = None,
+) -> TextOnlyRun | None:
+    """Run the prompts of a batch without their image tokens, see ``text_only_inputs``.
+
+    Args:
+        anatomy: The model.
+        sites: The patched sites.
+        state: The sequences so far, the new prompt included.
+        inputs: The arguments of the prompt's forward.
+        embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
+
+    Returns:
+        The recorded stream, or ``None`` when no method at these sites asks for it.
+
+    Raises:
+        UnsupportedFeatureError: The text is not known, or a prompt has none.
+    """
+    stream = _stream(sites)
+    if stream is None:
+        return None
+    text = text_only_inputs(anatomy, state, inputs, embeds)
+    with positions_kept(anatomy):
         anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
     return stream
 
 
 @contextmanager
-def _positions_kept(anatomy: Anatomy) -> Iterator[None]:
+def positions_kept(anatomy: Anatomy) -> Iterator[None]:
     """Keep what older Qwen-VL and GLM-V models remember of the last prompt's positions on the model itself."""
     owners = [module for module in dict.fromkeys([anatomy.model, anatomy.inner]) if "rope_deltas" in vars(module)]
     kept = [vars(module)["rope_deltas"] for module in owners]

@@ -152,23 +152,32 @@ def open_session(
     processor = _find_processor(model, anatomy, processor)
     tokenizer = processor.tokenizer
     padding, pad_token = tokenizer.padding_side, tokenizer.pad_token
-    training = [(module, module.training) for module in anatomy.model.modules()]
-    # Qwen's models keep positions of the last prompt beside their weights.
-    kept = [(m, m.rope_deltas) for m in anatomy.model.modules() if "rope_deltas" in vars(m)]
     try:
         tokenizer.padding_side = "left"  # the last row is each sample's last token
         if pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        anatomy.model.eval()
-        yield Session(anatomy, processor, prompt or _make_prompt(processor), mentions, batch_size, max_new_tokens)
+        with left_as_found(anatomy.model):
+            yield Session(anatomy, processor, prompt or _make_prompt(processor), mentions, batch_size, max_new_tokens)
     finally:
         tokenizer.padding_side = padding
         if pad_token is None:
             tokenizer.pad_token = None
+
+
+@contextmanager
+def left_as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and leave it as it was found, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    # Qwen's models keep positions of the last prompt beside their weights.
+    kept = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        model.eval()
+        yield
+    finally:
         for module, was_training in training:
             module.training = was_training
         for module, deltas in kept:
-            module.rope_deltas = deltas
+            vars(module)["rope_deltas"] = deltas
 
 
 def _find_processor(model: object, anatomy: Anatomy, processor: Any) -> Any:

@@ -163,7 +163,18 @@ def find_sinks(hidden_states: torch.Tensor, sink_dims: Sequence[int], threshold:
     Returns:
         Bool ``[...]``.
     """
+    peak, rms = _peak_and_rms(hidden_states, sink_dims)
+    is_sink: torch.Tensor = peak >= threshold * rms
+    return is_sink
+
+
+def sink_values(hidden_states: torch.Tensor, sink_dims: Sequence[int]) -> torch.Tensor:
+    """Return phi, how extreme hidden states ``[..., hidden_size]`` are in the sink dimensions: fp32 ``[...]``."""
+    peak, rms = _peak_and_rms(hidden_states, sink_dims)
+    return peak / rms
+
+
+def _peak_and_rms(hidden_states: torch.Tensor, sink_dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32) / math.sqrt(hidden_states.shape[-1])
     peak = hidden_states[..., list(sink_dims)].abs().amax(-1).float()
-    is_sink: torch.Tensor = peak >= threshold * (rms.square() + 1e-6).sqrt()
-    return is_sink
+    return peak, (rms.square() + 1e-6).sqrt()

@@ -108,6 +108,23 @@ class VHR(Method):
         return (divergent if self.select == "divergent" else ~divergent) & has_image
 
 
+def vision_divergence(with_image: torch.Tensor, without_image: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """Return VHD, how far head outputs move when the image is taken away (eq. 4, Euclidean).
+
+    Args:
+        with_image: Head outputs, ``[..., num_heads, head_dim]``, fp32.
+        without_image: The same from the image-free pass.
+        eps: Machine epsilon of the outputs. A head whose outputs differ by no more than a few roundings does not see
+            the image: its divergence counts as 0.
+
+    Returns:
+        fp32 ``[..., num_heads]``.
+    """
+    divergence: torch.Tensor = torch.linalg.vector_norm(with_image - without_image, dim=-1)
+    rounding = 4 * eps * torch.linalg.vector_norm(without_image, dim=-1)
+    return divergence.masked_fill(divergence <= rounding, 0.0)
+
+
 def divergent_heads(
     with_image: torch.Tensor, without_image: torch.Tensor, outliers: bool = True, eps: float = 0.0
 ) -> torch.Tensor:
@@ -117,15 +134,12 @@ def divergent_heads(
         with_image: Head outputs at the last position, ``[batch, num_heads, head_dim]``, fp32.
         without_image: The same from the image-free pass.
         outliers: Whether to drop heads that surge when the image is removed.
-        eps: Machine epsilon of the outputs. A head whose outputs differ by no more than a few roundings does not see
-            the image: its divergence counts as 0.
+        eps: See ``vision_divergence``.
 
     Returns:
         Bool ``[batch, num_heads]``, at most half of the heads.
     """
-    divergence = torch.linalg.vector_norm(with_image - without_image, dim=-1)
-    rounding = 4 * eps * torch.linalg.vector_norm(without_image, dim=-1)
-    divergence = divergence.masked_fill(divergence <= rounding, 0.0)
+    divergence = vision_divergence(with_image, without_image, eps)
     if outliers and divergence.shape[1] > 1:
         surge = without_image.square().sum(-1)
         outlier = _above_one_std(divergence) & _above_one_std(surge)

@@ -1,0 +1,50 @@
+"""Instruments: what a model looks at, which heads depend on the image, and what happens when a path is cut.
+
+Every probe takes a model (patched or not) and the inputs of ``model.generate``, leaves the model as it was, and returns
+a small frozen result with ``plot()`` and ``to_json()``. On a patched model the patch stays active and the result names
+it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmfix.probes.divergence import HeadDivergence, head_divergence
+    from vlmfix.probes.image_attention import ImageAttention, attention_to_image
+    from vlmfix.probes.knockouts import Knockout, knockout
+    from vlmfix.probes.result import ProbeResult
+    from vlmfix.probes.sink_maps import Sinks, sinks
+
+_HOMES = {
+    "HeadDivergence": "divergence",
+    "head_divergence": "divergence",
+    "ImageAttention": "image_attention",
+    "attention_to_image": "image_attention",
+    "Knockout": "knockouts",
+    "knockout": "knockouts",
+    "ProbeResult": "result",
+    "Sinks": "sink_maps",
+    "sinks": "sink_maps",
+}
+
+__all__ = [
+    "HeadDivergence",
+    "ImageAttention",
+    "Knockout",
+    "ProbeResult",
+    "Sinks",
+    "attention_to_image",
+    "head_divergence",
+    "knockout",
+    "sinks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlmfix.probes' has no attribute {name!r}")
+    value = getattr(import_module(f"vlmfix.probes.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

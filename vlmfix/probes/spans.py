@@ -1,0 +1,112 @@
+"""Named sets of a prompt's tokens: image, question, last, and the image tokens of boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from vlmfix.anatomy import Anatomy
+from vlmfix.errors import MethodError
+
+Spans = Mapping[str, torch.Tensor]
+"""Sets of tokens by name, each bool ``[batch, length]``."""
+
+Boxes = Sequence[Sequence[tuple[float, float, float, float]]]
+"""Per sample, boxes ``(left, top, right, bottom)`` in parts of the image, 0 to 1."""
+
+
+def find_spans(
+    anatomy: Anatomy,
+    inputs: Mapping[str, Any],
+    *,
+    boxes: Boxes | None = None,
+    grid: tuple[int, int] | None = None,
+    more: Spans | None = None,
+) -> dict[str, torch.Tensor]:
+    """Find the named sets of the tokens of a batch of left-padded prompts.
+
+    Args:
+        anatomy: The model.
+        inputs: The processor's output.
+        boxes: Boxes of an object; every image token whose cell a box touches is one of ``object``.
+        grid: Rows and columns of the image's tokens. Default: a square.
+        more: Further sets.
+
+    Returns:
+        ``image``, ``behind`` (all behind the last image token), ``question`` (those but the last), ``last``, ``text``
+        (all but the image); with boxes ``object`` and ``other``; and ``more``. No set holds padding.
+
+    Raises:
+        MethodError: Boxes or sets that do not fit the batch, or image tokens that fill no such grid.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & valid
+    behind = valid & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
+    last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
+    found = {
+        "image": image,
+        "question": behind & ~last,
+        "last": last,
+        "text": valid & ~image,
+        "behind": behind,
+    }
+    if boxes is not None:
+        found["object"] = _inside(image, boxes, grid)
+        found["other"] = image & ~found["object"]
+    for name, span in (more or {}).items():
+        if name in found or span.shape != ids.shape or span.dtype != torch.bool:
+            raise MethodError(
+                f"spans[{name!r}] must be a new name for a bool tensor {tuple(ids.shape)}, got {span.dtype} "
+                f"{tuple(span.shape)}; taken names: {', '.join(found)}."
+            )
+        found[name] = span.to(ids.device) & valid
+    return found
+
+
+def is_subset(inner: torch.Tensor, outer: torch.Tensor) -> bool:
+    """Whether every token of one set is one of another."""
+    return not bool((inner & ~outer).any())
+
+
+def cells_of(box: Sequence[float], rows: int, columns: int) -> list[int]:
+    """Return the cells of a grid that a box ``(left, top, right, bottom)`` in parts of the image touches.
+
+    Raises:
+        MethodError: The box is empty or lies outside the image.
+    """
+    left, top, right, bottom = box
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise MethodError(f"A box is (left, top, right, bottom) in parts of the image, 0 to 1; got {tuple(box)}.")
+    return [
+        row * columns + column
+        for row in range(rows)
+        for column in range(columns)
+        if left * columns < column + 1 and right * columns > column and top * rows < row + 1 and bottom * rows > row
+    ]
+
+
+def square(num_image_tokens: int) -> tuple[int, int] | None:
+    """Return the square grid of so many tokens, or ``None``."""
+    side = round(num_image_tokens**0.5)
+    return (side, side) if side * side == num_image_tokens and side else None
+
+
+def _inside(image: torch.Tensor, boxes: Boxes, grid: tuple[int, int] | None) -> torch.Tensor:
+    if len(boxes) != len(image):
+        raise MethodError(f"boxes must hold one list for each of {len(image)} samples, got {len(boxes)}.")
+    inside = torch.zeros_like(image)
+    for sample, listed in enumerate(boxes):
+        positions = image[sample].nonzero()[:, 0]
+        shape = grid or square(len(positions))
+        if shape is None or shape[0] * shape[1] != len(positions):
+            raise MethodError(
+                f"The {len(positions)} image tokens of sample {sample} fill no grid of {shape or 'a square'}. Pass "
+                "grid=(rows, columns), or for images in several tiles the tokens themselves: spans={'object': mask}."
+            )
+        cells = sorted({cell for box in listed for cell in cells_of(box, *shape)})
+        inside[sample, positions[cells]] = True
+    return inside
