@@ -56,7 +56,8 @@ class Knockout(ProbeResult):
         known = self.change[..., self.counted]
         if known.shape[-1] < 2:
             return torch.full(known.shape[:2], float("nan"))
-        return known.std(-1) / known.shape[-1] ** 0.5
+        error: torch.Tensor = known.std(-1) / known.shape[-1] ** 0.5
+        return error
 
     def plot(self, ax: Any = None, **options: Any) -> Any:
         """Draw one curve per pair over the layer a window is centred on, with its standard error."""
