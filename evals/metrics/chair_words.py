@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 
+from .nltk_words import FastTagger, FastTokenizer
+
 ChairMode = Literal["original", "nltk"]
 Tokenizer = Literal["regex", "punkt"]
 Words = Callable[[str], list[str]]
@@ -88,12 +90,7 @@ def punkt_tokens() -> Words:
         sentences = nltk.tokenize.PunktTokenizer("english")
     except LookupError as error:
         raise DataError(f"nltk does not find the data punkt_tab: {_NLTK_DATA_HINT}") from error
-    words = nltk.tokenize.NLTKWordTokenizer()
-
-    def tokenize(text: str) -> list[str]:
-        return [token for sentence in sentences.tokenize(text) for token in words.tokenize(sentence)]
-
-    return tokenize
+    return FastTokenizer(sentences, nltk.tokenize.NLTKWordTokenizer())
 
 
 def singulars(tokens: list[str]) -> list[str]:
@@ -116,11 +113,13 @@ def tagged_lemmas() -> Callable[[list[str]], list[str]]:
         raise DataError(f"nltk does not find the data averaged_perceptron_tagger_eng: {_NLTK_DATA_HINT}") from error
     table = _lemma_table()
     part_of_speech = {"J": "a", "V": "v", "R": "r"}
+    fast = FastTagger(tagger.model.weights, tagger.tagdict, tagger.classes)
 
     def lemmas(tokens: list[str]) -> list[str]:
+        tags = fast.tag(tokens, table.__contains__)
         return [
-            table[token].get(part_of_speech.get(tag[:1], "n"), token) if token in table else token
-            for token, tag in tagger.tag(tokens)
+            table[token].get(part_of_speech.get((tag or "")[:1], "n"), token) if token in table else token
+            for token, tag in zip(tokens, tags, strict=True)
         ]
 
     return lemmas
