@@ -12,8 +12,8 @@ FREE_CONTROLS = ("early stop", "yes bias")
 """The controls that need no method."""
 
 WORDS = {
-    "better": "beats a control that needs no method (early stop, yes bias), and loses to none",
-    "worse": "loses to such a control, and beats none",
+    "better": "beats a control that needs no method (early stop, yes bias) and loses to neither",
+    "worse": "loses to such a control and beats neither",
     "mixed": "beats one and loses to another",
     "trade-off": "differs from none, and is not told apart from these controls",
     "unclear": "nothing is told apart, neither from none nor from the controls",

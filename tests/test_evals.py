@@ -801,7 +801,7 @@ var             50.0       20.0      72.0     81.8       12.3        80.0     84
 
 - none: paired difference in points; 95 %: its interval over 2000 resamples of the images
 *: the interval excludes 0; = none: no answer changed
-verdict: better: beats a control that needs no method (early stop, yes bias), and loses to none
+verdict: better: beats a control that needs no method (early stop, yes bias) and loses to neither
 vhr is vhr alpha=1.3
 
 method  control     matched               metric  method  control  difference       95 %  verdict
