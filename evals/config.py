@@ -272,17 +272,20 @@ def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     """One line per setting in which two runs differ, nested names joined by dots."""
     return [
         f"{name}: {_clip(old_value)} in the folder, {_clip(new_value)} now"
-        for name, old_value, new_value in _differences(old, new, "")
+        for name, old_value, new_value in setting_differences(old, new)
     ]
 
 
-def _differences(old: Any, new: Any, name: str) -> Iterable[tuple[str, Any, Any]]:
+def setting_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """Dotted name, old value and new value of every setting in which two runs differ; ``"nothing"`` for none."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
-            yield from _differences(old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else key)
+            yield from setting_differences(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else key
+            )
     elif _is_list(old) and _is_list(new) and len(old) == len(new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(a, b, f"{name}[{index}]")
+            yield from setting_differences(a, b, f"{name}[{index}]")
     elif old != new:
         yield name, old, new
 

@@ -23,6 +23,7 @@ from .cache import canonical_json, write_text
 
 COUNTS = "counts.json"
 SCHEMA_VERSION = 1
+_SCORE_NOISE = 1e-3
 _KINDS = {"b": "bool", "i": "int", "u": "int", "f": "float"}
 _DTYPES: Mapping[str, Any] = {"bool": np.bool_, "int": np.int64, "float": np.float64}
 
@@ -75,9 +76,18 @@ class ItemTable:
         )
 
     def differs(self, other: ItemTable) -> bool:
-        """Whether any column that both have differs between them; rows must be in the same order."""
+        """Whether any column that both have differs between them; rows must be in the same order.
+
+        Scores may differ by what another batch does to their last digits.
+        """
         shared = self.columns.keys() & other.columns.keys()
-        return any(not np.array_equal(self.columns[name], other.columns[name], equal_nan=True) for name in shared)
+        return any(_differ(self.columns[name], other.columns[name]) for name in shared)
+
+
+def _differ(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    if "f" in (a.dtype.kind, b.dtype.kind):
+        return not np.allclose(a, b, rtol=0, atol=_SCORE_NOISE, equal_nan=True)
+    return not np.array_equal(a, b)
 
 
 @dataclass(frozen=True)
@@ -235,6 +245,11 @@ def load_run(folder: Path) -> RunCounts:
 
 
 def _read_object(path: Path, folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file; expected a run folder of vlmfix eval. Two files of answers are compared by vlmfix "
+            "score BENCHMARK FILE --baseline FILE"
+        )
     if not folder.is_dir():
         raise DataError(f"no such run folder: {folder}; expected what vlmfix eval wrote (--out DIR, or runs/...)")
     if not path.is_file():

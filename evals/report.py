@@ -44,7 +44,7 @@ def _wrapped(lines: Iterable[str]) -> list[str]:
 def markdown_report(results: Mapping[str, Any]) -> str:
     """``report.md``: everything a reader needs to judge and repeat the run."""
     parts = ["# vlmfix evaluation", "", *(f"- {line}" for line in conditions(results)), ""]
-    parts += [markdown_main(results), "", *(line for text in legend(results) for line in (text.lstrip("- "), ""))]
+    parts += [markdown_main(results), "", *(line for text in markdown_legend(results) for line in (text, ""))]
     if results.get("controls"):
         parts += ["## Controls", "", CONTROLS_EXPLAINED, "", markdown_table(control_rows(results)), ""]
     front = pareto_rows(results)
@@ -102,6 +102,15 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
             f"{len(pope['image_ids'])} images; prompt {pope['prompt']!r}"
         )
     return lines
+
+
+def markdown_legend(results: Mapping[str, Any]) -> list[str]:
+    """How to read the table in Markdown, where differences and intervals stand in one cell with the figure."""
+    resamples, reference = results["intervals"]["resamples"], results.get("reference", "none")
+    below = (
+        f"Below each figure: the paired difference to `{reference}` in points, and its 95 % interval over {resamples}"
+    )
+    return [f"{below} resamples of the images.", *legend(results)[1:]]
 
 
 def legend(results: Mapping[str, Any]) -> list[str]:

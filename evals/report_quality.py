@@ -59,7 +59,10 @@ def answers_rows(results: Mapping[str, Any]) -> Rows:
     methods = [m for m in results["methods"] if "pope" in m]
     if not any("paired" in m["pope"] for m in methods):
         return []
-    rows = [["POPE", "MCC ↑", "- none", "95 %", "questions", "only method", "only none", "p", "p (Holm)"]]
+    reference = results.get("reference", "none")
+    rows = [
+        ["POPE", "MCC ↑", f"- {reference}", "95 %", "questions", "only method", f"only {reference}", "p", "p (Holm)"]
+    ]
     for method in methods:
         part = method["pope"]
         row = [method["label"], number(part["all"]["summary"]["mcc"])]
@@ -67,7 +70,7 @@ def answers_rows(results: Mapping[str, Any]) -> Rows:
         if paired is None:
             rows.append([*row, *[""] * 7])
         elif not part["changed"]:
-            rows.append([*row, "= none", *[""] * 6])
+            rows.append([*row, f"= {reference}", *[""] * 6])
         else:
             test = paired["mcnemar"]
             counts = [str(test[name]) for name in ("questions", "only_method", "only_baseline")]

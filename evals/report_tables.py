@@ -110,7 +110,9 @@ def long_heading(metric: Metric) -> str:
 
 
 def _markdown_name(method: Mapping[str, Any]) -> str:
-    name = f"`{method['describe']}`" if "run" not in method else f"`{method['label']}` {method['describe']}"
+    name = f"`{method['describe']}`"
+    if "run" in method and method["describe"] != method["label"]:
+        name = f"`{method['label']}` {method['describe']}"
     return f"control {name}" if method["role"] == "control" else name
 
 

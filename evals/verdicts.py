@@ -28,8 +28,10 @@ def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
 
     Args:
         results: The content of ``results.json``, or what ``vlmfix compare`` writes.
-        method: One of its ``methods``.
+        method: One of its ``methods``; one that carries its word (``verdict``) keeps it.
     """
+    if "verdict" in method:
+        return str(method["verdict"])
     lines = [
         line
         for line in results.get("controls", ())

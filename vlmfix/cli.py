@@ -12,6 +12,7 @@ import vlmfix
 from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.cli import add_eval
+from vlmfix.evals.compare_cli import add_compare
 from vlmfix.evals.power import add_power
 from vlmfix.evals.score_cli import add_score
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add_score(verbs).set_defaults(run=_score)
     add_calibrate(verbs).set_defaults(run=_calibrate)
     add_power(verbs).set_defaults(run=_power)
+    add_compare(verbs).set_defaults(run=_compare)
     return parser
 
 
@@ -105,6 +107,13 @@ def _calibrate(options: argparse.Namespace) -> None:
     from vlmfix.calibration.cli import run
 
     run(options, show=_show)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.compare_report import run
+
+    _show(run(options))
 
 
 def _power(options: argparse.Namespace) -> None:
