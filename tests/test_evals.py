@@ -454,7 +454,7 @@ def test_answers_without_configuration_are_refused(words: Any, finished: Path, t
         (["--batch-size", "-1"], "--batch-size must be at least 1"),
         (["--pope-prompt", "yes or no?"], "{question}"),
         (["--no-chat-template"], "no place for the image"),
-        (["--ids", "missing.txt"], "cannot read --ids missing.txt"),
+        (["--ids", "missing.txt"], "--ids file missing.txt"),
         (["--data", "nowhere"], "nowhere"),
         (["--pope-questions", "missing.json"], "missing.json"),
     ],
