@@ -47,11 +47,15 @@ class HandMade:
         self.learned = known.pop("learned", None)
         self.shared = known.pop("shared", None)
         self.site = SimpleNamespace(layer_idx=1)
+        self.heads = None
 
     def keys(self, name: str, like: torch.Tensor) -> torch.Tensor:
         return torch.tensor([[j in self.columns[name] for j in range(self.num_keys)]])
 
     def constant(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+    def per_keys(self, make: Callable[[], Any], like: torch.Tensor) -> Any:
         return make()
 
 

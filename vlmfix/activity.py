@@ -35,9 +35,11 @@ class Counters:
         else:
             totals[self.DECODE_STEPS].add_(1)
         for index, counts in enumerate(run.edited):
-            if counts:
-                edited = torch.stack([count.to(counts[0].device) for count in counts]).sum()
-                self._on(edited.device)[self.NUM_FORWARD_COUNTS + index].add_(edited)
+            alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[torch.Tensor]] = {}
+            for count in counts:
+                alike.setdefault((count.device, count.dtype, count.shape), []).append(count)
+            for group in alike.values():
+                self._on(group[0].device)[self.NUM_FORWARD_COUNTS + index].add_(torch.stack(group).sum())
 
     def _on(self, device: torch.device) -> torch.Tensor:
         if device not in self._totals:

@@ -20,6 +20,7 @@ from vlmfix.errors import UnsupportedFeatureError
 if TYPE_CHECKING:
     from torch import nn
 
+    from vlmfix.openings import Opening
     from vlmfix.run import Run
     from vlmfix.sites import Site
 
@@ -43,18 +44,6 @@ class _Missing:
 _MISSING = _Missing()
 
 
-class Opening(NamedTuple):
-    """Pairs of query and key that the causal mask hides and a method opens.
-
-    Attributes:
-        pairs: Bool ``[batch, 1, q_len, keys]``.
-        bias: Added to their scores; 0 as if they had never been hidden.
-    """
-
-    pairs: torch.Tensor
-    bias: float
-
-
 class AttentionCall(NamedTuple):
     """The arguments of one attention call.
 
@@ -67,6 +56,8 @@ class AttentionCall(NamedTuple):
         attention_mask: What the stock model made for its own kernel, or ``None`` for causal.
         kwargs: Everything else.
         openings: Pairs opened by methods; the explicit rows see them, the base kernel does not.
+        heads: The query heads in hand, where a call holds only some of its layer's; ``None`` for all.
+        head_index: The same on the call's device, int64.
     """
 
     site: Site
@@ -77,6 +68,8 @@ class AttentionCall(NamedTuple):
     attention_mask: Any
     kwargs: dict[str, Any]
     openings: tuple[Opening, ...] = ()
+    heads: tuple[int, ...] | None = None
+    head_index: torch.Tensor | None = None
 
     def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model's own kernel: ``[batch, q_len, num_heads, value_dim]`` and its weights, if it returns them."""
@@ -85,6 +78,30 @@ class AttentionCall(NamedTuple):
             module, self.query, self.key, self.value, self.attention_mask, **self.kwargs
         )
         return output
+
+    def of_heads(self, heads: tuple[int, ...], head_index: torch.Tensor, key_index: torch.Tensor) -> AttentionCall:
+        """Return the call of some query heads alone, each with its own copy of its key head.
+
+        Args:
+            heads: The query heads.
+            head_index: The same, int64 on the call's device.
+            key_index: The key heads they share, int64 on the call's device.
+        """
+        num_heads, mask, kwargs = self.query.shape[1], self.attention_mask, self.kwargs
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == num_heads > 1:
+            mask = mask.index_select(1, head_index)
+        bias = kwargs.get("position_bias")
+        if bias is not None and bias.shape[1] == num_heads > 1:
+            kwargs = {**kwargs, "position_bias": bias.index_select(1, head_index)}
+        return self._replace(
+            query=self.query.index_select(1, head_index),
+            key=self.key.index_select(1, key_index),
+            value=self.value.index_select(1, key_index),
+            attention_mask=mask,
+            kwargs=kwargs,
+            heads=heads,
+            head_index=head_index,
+        )
 
     def row_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``."""
@@ -183,7 +200,8 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
         power = 2.0 ** math.floor(math.log2(scaling))  # exact, unlike the scaling itself
         query, scaling = query * power, scaling / power
     scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
-    scores = _ungrouped(scores, stop - start).float() * scaling
+    scores = _ungrouped(scores, stop - start).float()
+    scores = scores * scaling if scores.requires_grad else scores.mul_(scaling)
     softcap = kwargs.get("softcap")
     if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
         scores = torch.tanh(scores / softcap) * softcap
@@ -194,7 +212,7 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
         bias, allowed = allowed, allowed > torch.finfo(allowed.dtype).min / 2
         scores = scores + bias.masked_fill(~allowed, 0.0)
     for opening in call.openings:
-        pairs = opening.pairs[:, :, start:stop, : scores.shape[-1]]
+        pairs = opening.pairs(start, stop)[..., : scores.shape[-1]]
         if allowed is not None:
             newly = pairs & ~allowed
             scores = scores + opening.bias * newly
@@ -217,9 +235,13 @@ def visible_keys(call: AttentionCall, start: int, stop: int) -> torch.Tensor | N
 
 
 def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the keys each row sees; a row that sees none is spread evenly, as by the stock kernels' masks."""
+    """Softmax over the keys each row sees; a row that sees none is spread evenly, as by the stock kernels' masks.
+
+    Overwrites the scores of hidden keys, which mean nothing, unless autograd needs them.
+    """
     if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~allowed, lowest) if scores.requires_grad else scores.masked_fill_(~allowed, lowest)
     return torch.softmax(scores, dim=-1)
 
 
@@ -242,7 +264,7 @@ def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor
         bias = torch.zeros_like(bias).masked_fill(~allowed, torch.finfo(query.dtype).min)
     bias = bias.expand(query.shape[0], -1, stop - start, key.shape[2])
     for opening in call.openings:
-        pairs = opening.pairs[:, :, start:stop, : key.shape[2]]
+        pairs = opening.pairs(start, stop)[..., : key.shape[2]]
         bias = torch.where(pairs & (bias <= torch.finfo(bias.dtype).min / 2), opening.bias, bias)
     outputs = F.scaled_dot_product_attention(
         query,

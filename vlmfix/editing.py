@@ -1,6 +1,7 @@
 """Attention with edits: what the methods of a layer do to it, in the order of the path (mask, scores, weights, heads).
 
-The base kernel computes all rows. Softmax is written out for the rows a method asks for, and written over its result.
+The base kernel computes all rows. Softmax is written out for the rows and heads a method asks for, and written over its
+result.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from vlmfix.attention import (
     AttentionCall,
-    Opening,
     explicit_attention,
     explicit_scores,
     masked_softmax,
     opened_attention,
-    visible_keys,
     weighted_values,
 )
+from vlmfix.openings import Opening
 
 if TYPE_CHECKING:
     from vlmfix.methods.base import Method
@@ -36,19 +35,35 @@ def attend(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, tor
     if not run.state.any_image:
         return call.base()
     if run.is_prefill and site.masks:
-        call = call._replace(openings=tuple(_opening(method, run.layer(site, n), call) for n, method in site.masks))
-    edits = [(method, run.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
-    edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
-    if not run.is_prefill and any(method.edits_decode for method, _ in edits):
-        # The base kernel would compute the same rows a second time.
-        attn_weights, _ = _edited_weights(run, call, 0, run.q_len, edits, observe=True)
-        head_outputs, weights = explicit_attention(call, attn_weights)
-    elif edits or call.openings:
-        head_outputs, weights = _over_base(run, call, edits)
+        call = call._replace(openings=tuple(Opening(method, run.layer(site, n).at(call)) for n, method in site.masks))
+    if site.scores or site.weights:
+        head_outputs, weights = _with_edits(run, site, call)
+    elif call.openings:
+        head_outputs, weights = _over_base(run, call, call, [])
     else:
         head_outputs, weights = call.base()
     for index, method in site.heads:
         head_outputs = method.edit_heads(head_outputs, run.layer(site, index).at(call))
+    return head_outputs, weights
+
+
+def _with_edits(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Edit scores and weights of the heads that the methods of a site ask for."""
+    part = call
+    heads = site.written_heads
+    if heads is not None and len(heads) < call.key.shape[1]:  # else copies of the keys would be more than there are
+        part = call.of_heads(heads, *run.head_index(site, call))
+    edits = [(method, run.layer(site, n).at(part)) for n, method in (*site.scores, *site.weights)]
+    edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
+    if run.is_prefill or not any(method.edits_decode for method, _ in edits):
+        return _over_base(run, call, part, edits) if edits or call.openings else call.base()
+    attn_weights, _ = _edited_weights(run, part, 0, run.q_len, edits, observe=True)
+    if part.head_index is None:  # the base kernel would compute the same rows a second time
+        return explicit_attention(call, attn_weights)
+    head_outputs, weights = _base(call)
+    head_outputs.index_copy_(2, part.head_index, weighted_values(part, attn_weights))
+    if weights is not None:
+        weights[..., : attn_weights.shape[-1]].index_copy_(1, part.head_index, attn_weights.to(weights.dtype))
     return head_outputs, weights
 
 
@@ -60,30 +75,27 @@ def _observes(method: Method, layer: Layer) -> bool:
     return method.observed_rows != "none" and method.observes_at(layer)
 
 
-def _opening(method: Method, layer: Layer, call: AttentionCall) -> Opening:
-    """Align a method's opened pairs ``[batch, q_len, q_len]`` with the keys of a call."""
-    pairs, bias = method.open_mask(layer)
-    run, num_keys = layer.run, call.key.shape[2]
-    offset, past = run.key_offset(layer.site, num_keys), run.past
-    assert isinstance(offset, int)
-    assert isinstance(past, int)
-    left = past - offset
-    aligned = F.pad(pairs, (left, num_keys - left - pairs.shape[2])).to(call.query.device)
-    visible = visible_keys(call, 0, call.query.shape[2])
-    if visible is None:
-        newly = torch.zeros_like(aligned)
-    else:
-        newly = aligned & ~F.pad(visible, (0, num_keys - visible.shape[3])).all(1)
-    layer.count(newly.any(2).sum() * call.query.shape[1])
-    return Opening(aligned[:, None], bias)
-
-
-def _over_base(run: Run, call: AttentionCall, edits: Edits) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk."""
+def _base(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the base kernel; its result may be written over."""
     head_outputs, weights = call.base()
     if head_outputs.requires_grad:  # autograd keeps what the kernel returned
         head_outputs = head_outputs.clone()
         weights = None if weights is None else weights.clone()
+    return head_outputs, weights
+
+
+def _over_base(
+    run: Run, call: AttentionCall, part: AttentionCall, edits: Edits
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk.
+
+    Args:
+        run: The forward.
+        call: The attention call.
+        part: The same for the heads to be written out.
+        edits: Those of scores and weights.
+    """
+    head_outputs, weights = _base(call)
     if call.openings:
         _write_opened_rows(run, call, head_outputs, weights)
     wanted = [_rows(run, method) for method, _ in edits]
@@ -91,43 +103,59 @@ def _over_base(run: Run, call: AttentionCall, edits: Edits) -> tuple[torch.Tenso
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
         return head_outputs, weights
-    chunks = list(call.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
+    chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     observe_first = len(chunks) > 1 and bool(observed)
     if observe_first and not run.finished:
         for number, (method, layer) in enumerate(edits):
             if _observes(method, layer):
                 for start, stop in chunks:
-                    show = (method, layer.at(call, run.rows(method.observed_rows).part(start, stop)))
+                    show = (method, layer.at(part, run.rows(method.observed_rows).part(start, stop)))
                     with torch.no_grad():
-                        _edited_weights(run, call, start, stop, edits[:number], show_to=show)
+                        _edited_weights(run, part, start, stop, edits[:number], show_to=show)
     for start, stop in chunks:
-        attn_weights, edited = _edited_weights(run, call, start, stop, edits, observe=not observe_first)
-        rows = head_outputs[:, start:stop]
-        new_rows = weighted_values(call, attn_weights)
-        head_outputs[:, start:stop] = torch.where(edited.transpose(1, 2)[..., None], new_rows, rows)
-        if weights is not None:
-            _write_weights(weights, attn_weights, start, edited)
+        attn_weights, edited = _edited_weights(run, part, start, stop, edits, observe=not observe_first)
+        if edited is not None:
+            _write_heads(head_outputs[:, start:stop], weighted_values(part, attn_weights), edited, part.head_index)
+            if weights is not None:
+                _write_weights(weights[:, :, start:stop], attn_weights, edited, part.head_index)
     return head_outputs, weights
 
 
 def _write_opened_rows(run: Run, call: AttentionCall, head_outputs: torch.Tensor, weights: torch.Tensor | None) -> None:
-    opened = torch.stack([opening.pairs.any(3)[:, 0] for opening in call.openings]).any(0)  # [batch, q_len]
-    for start, stop in call.row_chunks(0, run.image_stop):
-        rows = head_outputs[:, start:stop]
-        mask = opened[:, start:stop]
+    chunks = list(call.row_chunks(0, run.image_stop))
+    for start, stop in chunks:
+        opened = torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
         if weights is None:
             new_rows = opened_attention(call, start, stop)
         else:
             attn_weights = masked_softmax(*explicit_scores(call, start, stop))
             new_rows = weighted_values(call, attn_weights)
-            _write_weights(weights, attn_weights, start, mask[:, None])
-        head_outputs[:, start:stop] = torch.where(mask[..., None, None], new_rows, rows)
+            _write_weights(weights[:, :, start:stop], attn_weights, opened, None)
+        _write_heads(head_outputs[:, start:stop], new_rows, opened, None)
+    for opening in call.openings:
+        opening.count(call, chunks)
 
 
-def _write_weights(weights: torch.Tensor, attn_weights: torch.Tensor, start: int, edited: torch.Tensor) -> None:
-    rows, known = attn_weights.shape[2:]
-    stock = weights[:, :, start : start + rows, :known]
-    weights[:, :, start : start + rows, :known] = torch.where(edited[..., None], attn_weights.to(stock.dtype), stock)
+def _write_heads(
+    rows: torch.Tensor, new_rows: torch.Tensor, edited: torch.Tensor, head_index: torch.Tensor | None
+) -> None:
+    """Write new head outputs ``[batch, rows, heads, d]`` over those ``edited``, bool ``[batch, heads or 1, rows]``."""
+    edited = edited.transpose(1, 2)[..., None]
+    if head_index is None:
+        rows.copy_(torch.where(edited, new_rows, rows))
+    else:
+        rows.index_copy_(2, head_index, torch.where(edited, new_rows, rows.index_select(2, head_index)))
+
+
+def _write_weights(
+    rows: torch.Tensor, attn_weights: torch.Tensor, edited: torch.Tensor, head_index: torch.Tensor | None
+) -> None:
+    """Write new weights ``[batch, heads, rows, keys]`` over those ``edited``, bool ``[batch, heads or 1, rows]``."""
+    stock, new = rows[..., : attn_weights.shape[-1]], attn_weights.to(rows.dtype)
+    if head_index is None:
+        stock.copy_(torch.where(edited[..., None], new, stock))
+    else:
+        stock.index_copy_(1, head_index, torch.where(edited[..., None], new, stock.index_select(1, head_index)))
 
 
 def _edited_weights(
@@ -139,7 +167,7 @@ def _edited_weights(
     *,
     observe: bool = False,
     show_to: tuple[Method, Layer] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write out the weights of some rows, edited.
 
     Args:
@@ -152,12 +180,13 @@ def _edited_weights(
         show_to: A method that sees the result; nothing is counted then.
 
     Returns:
-        fp32 ``[batch, num_heads, rows, keys]``, and which rows some method edited, ``[batch, num_heads, rows]``.
+        fp32 ``[batch, num_heads, rows, keys]``, and which rows some method edited, ``[batch, num_heads, rows]``
+        (``None`` without any method).
     """
     scores, allowed = explicit_scores(call, start, stop)
     states, is_softmaxed = scores, False
-    every_key = scores.new_ones((1, 1, 1, 1), dtype=torch.bool)
-    selected = scores.new_zeros(scores.shape[:3], dtype=torch.bool)
+    every_key = run.every_key(scores.device)
+    selected: torch.Tensor | None = None
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
@@ -183,8 +212,8 @@ def _edited_weights(
             shown = states > torch.finfo(states.dtype).min / 2
             allowed = shown if allowed is None else allowed & shown
         if show_to is None:
-            here.count(edited.sum())
-        selected = selected | edited
+            here.count(edited.sum() if run.is_prefill else edited)
+        selected = edited if selected is None else selected | edited
     attn_weights = states if is_softmaxed else masked_softmax(states, allowed)
     if show_to is not None:
         method, layer = show_to

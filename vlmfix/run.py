@@ -29,6 +29,9 @@ STATE_ATTRIBUTE = "_vlmfix"
 SHARED = -1
 """In the keys of what was learned: not one site's, but the method's in all of them."""
 
+HEAD_INDEX = -1
+"""In the keys of constants: no method's, but the indices of a site's heads."""
+
 
 @dataclass
 class SequenceState:
@@ -165,6 +168,8 @@ class Run:
         self._rows: dict[tuple[str, bool], Rows] = {}
         self._keys: dict[tuple[str, str, bool, int, torch.device], torch.Tensor] = {}
         self._once: dict[int, Any] = {}
+        self._per_keys: dict[tuple[int, str, bool, int, torch.device], Any] = {}
+        self._every_key: dict[torch.device, torch.Tensor] = {}
 
     @property
     def image_mask(self) -> torch.Tensor:
@@ -283,6 +288,29 @@ class Run:
             self._once[index] = make()
         return self._once[index]
 
+    def per_keys(self, index: int, site: Site, like: torch.Tensor, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned when method number ``index`` first asked at keys of this number and kind."""
+        key = (index, site.kind, site.is_sliding, like.shape[-1], like.device)
+        if key not in self._per_keys:
+            self._per_keys[key] = make()
+        return self._per_keys[key]
+
+    def every_key(self, device: torch.device) -> torch.Tensor:
+        """Say that every row sees every key: bool ``[1, 1, 1, 1]``."""
+        if device not in self._every_key:
+            self._every_key[device] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+        return self._every_key[device]
+
+    def head_index(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the written heads of a site and the key heads they share, int64 on the call's device."""
+        key = (HEAD_INDEX, site.index)
+        if key not in self.state.constants:
+            assert site.written_heads is not None
+            index = torch.tensor(site.written_heads, device=call.query.device)
+            self.state.constants[key] = (index, index // (call.query.shape[1] // call.key.shape[1]))
+        found: tuple[torch.Tensor, torch.Tensor] = self.state.constants[key]
+        return found
+
     def layer(self, site: Site, index: int) -> Layer:
         """What method number ``index`` sees at a site."""
         return Layer(self, site, index)
@@ -357,6 +385,11 @@ class Layer:
         return Layer(self.run, self.site, self._index, call, rows)
 
     @property
+    def heads(self) -> tuple[int, ...] | None:
+        """The query heads in hand, in order; ``None`` for all of them."""
+        return None if self.call is None else self.call.heads
+
+    @property
     def learned(self) -> Any:
         """What the method learned here in this sequence, or ``None``."""
         return self.run.state.learned.get((self._index, self.site.index))
@@ -385,6 +418,15 @@ class Layer:
     def once(self, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned when this method first asked in this forward, in any layer."""
         return self.run.once(self._index, make)
+
+    def per_keys(self, make: Callable[[], Any], like: torch.Tensor) -> Any:
+        """Return what ``make`` returned when this method first asked in this forward in a layer with keys as these.
+
+        Args:
+            make: Makes what depends on the keys alone, and not on the layer.
+            like: A tensor ``[batch, ..., keys]``.
+        """
+        return self.run.per_keys(self._index, self.site, like, make)
 
     def text_only_heads(self) -> torch.Tensor:
         """Head outputs of the image-free pass at its last position, ``[batch, num_heads, head_dim]``."""
@@ -423,7 +465,7 @@ class Layer:
         return attn_weights
 
     def count(self, edited: torch.Tensor) -> None:
-        """Count edited (sample, head, row) triples: a 0-d integer tensor, added up without waiting for the device."""
+        """Count edited (sample, head, row) triples: integer or bool of any shape, added up after the forward."""
         self.run.edited[self._index].append(edited)
 
 

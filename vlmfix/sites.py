@@ -31,6 +31,7 @@ class Site:
         scores: Those that edit attention scores here.
         weights: Those that edit (or observe) attention weights here.
         heads: Those that edit head outputs here.
+        written_heads: The query heads whose scores or weights any of them edits or observes; ``None`` for all.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Site:
     scores: tuple[tuple[int, Method], ...]
     weights: tuple[tuple[int, Method], ...]
     heads: tuple[tuple[int, Method], ...]
+    written_heads: tuple[int, ...] | None
 
 
 def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Site, ...]:
@@ -109,7 +111,20 @@ def _make_sites(anatomy: Anatomy, methods: Sequence[Method], *, everywhere: bool
             scores=tuple((number, method) for number, method in active if method.edits_scores),
             weights=tuple((number, method) for number, method in active if method.edits_weights),
             heads=tuple((number, method) for number, method in active if method.edits_heads),
+            written_heads=_written_heads([method for _, method in active], found.layer_idx),
         )
+
+
+def _written_heads(methods: Sequence[Method], layer_idx: int) -> tuple[int, ...] | None:
+    """Which heads the methods of a layer need together; whether each acts in a forward makes no difference."""
+    heads: set[int] = set()
+    for method in methods:
+        if method.edits_scores or method.edits_weights:
+            mine = method.heads_in(layer_idx)
+            if mine is None:
+                return None
+            heads.update(mine)
+    return tuple(sorted(heads)) or None
 
 
 def _is_sliding(text_config: Any, site: AttentionSite) -> bool:

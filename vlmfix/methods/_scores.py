@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vlmfix.methods.base import Method, PromptRows
+from vlmfix.run import Layer
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,38 @@ class RaisesImageScores(Method):
         return "last" if self.edit_prompt else "none"
 
 
-def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add ``gain_j |s_j|`` to the scores: never lowers one.
+def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Add ``gain_j |s_j|`` to the scores, in place where autograd does not mind: never lowers one.
 
     Args:
         scores: ``[batch, num_heads, rows, keys]``.
-        gain: fp32 ``[batch, keys]``, >= 0.
+        gain: fp32 ``[batch, 1, 1, keys]``, >= 0.
+    """
+    if scores.requires_grad:
+        return torch.addcmul(scores, scores.abs(), gain)
+    return scores.addcmul_(scores.abs(), gain)
+
+
+def raise_keys(
+    scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raise the scores of a layer by gains that all layers with the same keys share.
+
+    Args:
+        scores: ``[batch, num_heads, rows, keys]``.
+        layer: The layer.
+        make_gain: Returns the gains, fp32 ``[batch, keys]``, >= 0.
 
     Returns:
         The scores and which rows have a raised key, bool ``[batch, num_heads, rows]``.
     """
-    edited = (gain > 0).any(1)[:, None, None].expand(scores.shape[:3])
-    return scores + scores.abs() * gain[:, None, None], edited
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        gain = make_gain()[:, None, None]
+        return gain, (gain > 0).any(3)
+
+    gain, edited = layer.per_keys(make, scores)
+    return raise_scores(scores, gain), edited.expand(scores.shape[:3])
 
 
 def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

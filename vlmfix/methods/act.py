@@ -11,7 +11,7 @@ import torch
 
 from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.methods._columns import ColumnMeans
-from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, listed_heads
+from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, listed_heads
 from vlmfix.run import Layer
 
 
@@ -103,6 +103,10 @@ class ACT(Method):
         """Resolve layers; with a list of heads, those that have some."""
         return bind_heads(self, super().bind(anatomy), self.heads, anatomy)
 
+    def heads_in(self, layer_idx: int) -> tuple[int, ...] | None:
+        """Those of the list, if there is one."""
+        return None if self.heads is None else heads_of(self.heads, layer_idx)
+
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say when heads were not searched."""
         if self.heads is None and not self.is_identity:
@@ -124,27 +128,42 @@ class ACT(Method):
 
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
-        heads = layer.constant(lambda: listed_heads(self.heads, layer, attn_weights))
-        means: ColumnMeans = layer.learned
-        is_sink = self.find_sinks(means, attn_weights, layer)
-        sink_mass = (attn_weights * is_sink).sum(-1)
+        heads = layer.constant(lambda: self._others(layer, attn_weights))
+        is_sink = self.find_sinks(layer.learned, layer)
+        if heads is not None:
+            is_sink = is_sink & heads[:, None, None]
         recipients = ~is_sink
         if self.recipients == "image":
             recipients = recipients & layer.keys("image", attn_weights)[:, None, None]
-        rest = (attn_weights * recipients).sum(-1)
-        edited = (sink_mass > 0) & (rest >= 1e-6) & heads[:, None]
-        gain = 1 + (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
-        scaled = torch.where(is_sink, self.beta, torch.where(recipients, gain[..., None], 1.0))
-        return torch.where(edited[..., None], attn_weights * scaled, attn_weights), edited
+        groups = torch.stack([is_sink, recipients], dim=-1).to(attn_weights.dtype)
+        # Rows that share their sinks are summed up, and scaled, by one product.
+        rows = attn_weights if groups.shape[2] == 1 else attn_weights[..., None, :]
+        sink_mass, rest = (rows @ groups.squeeze(2)).unbind(-1)
+        if groups.shape[2] > 1:
+            sink_mass, rest = sink_mass[..., 0], rest[..., 0]
+        edited = (sink_mass > 0) & (rest >= 1e-6)
+        gain = (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
+        change = torch.stack([torch.full_like(gain, self.beta - 1), gain], dim=-1) * edited[..., None]
+        if groups.shape[2] == 1:
+            factor = 1 + change @ groups[:, :, 0].transpose(-1, -2)
+        else:
+            factor = 1 + (groups @ change[..., None])[..., 0]
+        return attn_weights * factor if attn_weights.requires_grad else attn_weights.mul_(factor), edited
 
-    def find_sinks(self, means: ColumnMeans, attn_weights: torch.Tensor, layer: Layer) -> torch.Tensor:
+    def _others(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
+        """Which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
+        if self.heads is None or layer.heads == self.heads_in(layer.site.layer_idx):
+            return None
+        return listed_heads(self.heads, layer, attn_weights)
+
+    def find_sinks(self, means: ColumnMeans, layer: Layer) -> torch.Tensor:
         """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
-        sums, counts, tokens = means.at_rows(layer, attn_weights.shape[-1])
+        sums, tokens = means.at_rows(layer)
+        sums, counts = sums[:, :-1], sums[:, -1:]
         threshold = self._threshold()
         assert threshold is not None
         limit, is_relative = threshold
-        tau = limit / tokens[:, None, :, None] if is_relative else torch.full_like(tokens, limit)[:, None, :, None]
-        enough = counts >= self.min_rows
-        is_sink = (sums > tau * counts[:, None]) & enough[:, None]
-        result: torch.Tensor = is_sink & ~layer.keys("first", attn_weights)[:, None, None]
+        least = counts * (limit / tokens[:, None, :, None]) if is_relative else counts * limit
+        can_be = layer.per_keys(lambda: ~layer.keys("first", counts)[:, None, None], counts) & (counts >= self.min_rows)
+        result: torch.Tensor = (sums > least) & can_be
         return result

@@ -13,7 +13,7 @@ from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
 from vlmfix.methods._fixed_heads import scale_heads
 from vlmfix.methods._head_lists import HALLUCINATION_HEADS, shape_of
-from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, listed_heads
+from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, listed_heads
 from vlmfix.run import Layer
 
 
@@ -85,6 +85,10 @@ class ADHH(Method):
                 )
             bound = dataclasses.replace(bound, heads=known[1])
         return bind_heads(self, bound, bound.heads, anatomy)
+
+    def heads_in(self, layer_idx: int) -> tuple[int, ...] | None:
+        """Those of the list, if there is one."""
+        return None if self.heads is None else heads_of(self.heads, layer_idx)
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say whose list is in use."""

@@ -180,12 +180,23 @@ class Method:
         """
         raise NotImplementedError
 
-    def open_mask(self, layer: Layer) -> tuple[torch.Tensor, float]:
-        """Let rows of a prompt see keys that the causal mask hides.
+    def heads_in(self, layer_idx: int) -> Sequence[int] | None:
+        """Which query heads' scores or weights it edits or observes in a layer; ``None`` for all.
+
+        Its hooks may then be given these heads alone, with or without others: ``layer.heads`` says which.
+        """
+        return None
+
+    @property
+    def mask_bias(self) -> float:
+        """The bias on the scores of pairs opened by :meth:`open_mask`; 0 as if they had never been closed."""
+        return 0.0
+
+    def open_mask(self, layer: Layer, start: int, stop: int) -> torch.Tensor:
+        """Let the rows ``start..stop - 1`` of a prompt see keys that the causal mask hides.
 
         Returns:
-            Bool ``[batch, q_len, q_len]``, the (query, key) pairs to open where they are closed, and the bias on their
-            scores (0: as if never closed).
+            Bool ``[batch, stop - start, q_len]``: the (query, key) pairs to open where they are closed.
         """
         raise NotImplementedError
 
@@ -331,7 +342,7 @@ def bind_heads(method: M, bound: M, heads: HeadSpec, anatomy: Anatomy) -> M:
 
 
 def listed_heads(heads: HeadSpec, layer: Layer, like: torch.Tensor) -> torch.Tensor:
-    """Return which heads of a layer are in a list (``None``: all): bool ``[num_heads]`` on the device of ``like``.
+    """Return which heads in hand are in a list (``None``: all): bool ``[num_heads]`` on the device of ``like``.
 
     Args:
         heads: (layer, head) pairs.
@@ -340,9 +351,14 @@ def listed_heads(heads: HeadSpec, layer: Layer, like: torch.Tensor) -> torch.Ten
     """
     import torch
 
-    num_heads = like.shape[1]
-    here = range(num_heads) if heads is None else [head for at, head in heads if at == layer.site.layer_idx]
-    return torch.tensor([head in here for head in range(num_heads)], device=like.device)
+    in_hand = range(like.shape[1]) if layer.heads is None else layer.heads
+    here = in_hand if heads is None else heads_of(heads, layer.site.layer_idx)
+    return torch.tensor([head in here for head in in_hand], device=like.device)
+
+
+def heads_of(heads: Sequence[Sequence[int]], layer_idx: int) -> tuple[int, ...]:
+    """Return the heads of one layer in a list of (layer, head) pairs, in order."""
+    return tuple(sorted({head for at, head in heads if at == layer_idx}))
 
 
 def layers_by_depth(first: int, last: int, depth: int, num_layers: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods._scores import raise_scores
+from vlmfix.methods._scores import raise_keys
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
 
@@ -93,8 +93,12 @@ class FIA(Method):
         """Raise the chosen columns of ``[batch, num_heads, rows, keys]``."""
         if not isinstance(layer.shared, torch.Tensor):
             layer.shared = self._gains(layer.shared)
-        gain = layer.visible_keys(layer.shared.to(scores.device), scores.shape[-1])
-        return raise_scores(scores, F.pad(gain, (0, scores.shape[-1] - gain.shape[1])))
+
+        def gain() -> torch.Tensor:
+            known = layer.visible_keys(layer.shared.to(scores.device), scores.shape[-1])
+            return F.pad(known, (0, scores.shape[-1] - known.shape[1]))
+
+        return raise_keys(scores, layer, gain)
 
     def _gains(self, prompt: Prompt) -> torch.Tensor:
         """Gains of all tokens so far, fp32 ``[batch, prompt]``; images of earlier turns keep theirs."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from vlmfix.methods._generated import RaisesGeneratedText
-from vlmfix.methods._scores import raise_scores
+from vlmfix.methods._scores import raise_keys
 from vlmfix.run import Layer
 
 
@@ -36,4 +36,4 @@ class IAT(RaisesGeneratedText):
         self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Raise the generated columns of ``[batch, num_heads, rows, keys]``."""
-        return raise_scores(scores, self.alpha * layer.keys("generated", scores).float())
+        return raise_keys(scores, layer, lambda: self.alpha * layer.keys("generated", scores).float())

@@ -64,11 +64,19 @@ class MMA(Method):
         """Say what the method was made for."""
         return ("mma: the paper trains with this mask; without training it is an experiment",)
 
-    def open_mask(self, layer: Layer) -> tuple[torch.Tensor, float]:
-        """Open (image token, later question token) pairs: bool ``[batch, q_len, q_len]``, and ``log(gamma)``."""
-        return layer.once(lambda: self._pairs(layer)), math.log(self.gamma)
+    @property
+    def mask_bias(self) -> float:
+        """``log(gamma)``."""
+        return math.log(self.gamma)
 
-    def _pairs(self, layer: Layer) -> torch.Tensor:
+    def open_mask(self, layer: Layer, start: int, stop: int) -> torch.Tensor:
+        """Open (image token, later question token) pairs: bool ``[batch, stop - start, q_len]``."""
+        image, text = layer.once(lambda: self._tokens(layer))
+        pairs: torch.Tensor = image[:, start:stop, None] & text[:, None, :]
+        return pairs.triu(1 + start)
+
+    def _tokens(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens are image tokens, and which belong to the question: bool ``[batch, q_len]``."""
         run = layer.run
         image, valid = run.image_mask[:, -run.prompt_len :], run.valid_mask[:, -run.prompt_len :]
         text = valid & ~image
@@ -76,4 +84,4 @@ class MMA(Method):
             text &= image.flip(1).cumsum(1).flip(1) == 0  # no image follows
         drafted = run.q_len - run.prompt_len
         image, text = (torch.nn.functional.pad(mask, (0, drafted)) for mask in (image, text))
-        return (image[:, :, None] & text[:, None, :]).triu(1)
+        return image, text

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._scores import RaisesImageScores, raise_scores
+from vlmfix.methods._scores import RaisesImageScores, raise_keys
 from vlmfix.run import Layer
 
 
@@ -39,4 +39,4 @@ class PAI(RaisesImageScores):
         self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Raise the image columns of ``[batch, num_heads, rows, keys]``."""
-        return raise_scores(scores, self.alpha * layer.keys("image", scores).float())
+        return raise_keys(scores, layer, lambda: self.alpha * layer.keys("image", scores).float())

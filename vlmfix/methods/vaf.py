@@ -10,7 +10,7 @@ import torch
 
 from vlmfix.anatomy import Anatomy
 from vlmfix.methods._scores import visible
-from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, layers_by_depth, listed_heads
+from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, layers_by_depth, listed_heads
 from vlmfix.run import Layer
 
 
@@ -74,6 +74,11 @@ class VAF(Method):
     def bind(self, anatomy: Anatomy) -> VAF:
         """Resolve layers; with a list of heads, those that have some."""
         return bind_heads(self, super().bind(anatomy), self._listed(), anatomy)
+
+    def heads_in(self, layer_idx: int) -> tuple[int, ...] | None:
+        """Those of the list, if there is one."""
+        heads = self._listed()
+        return None if heads is None else heads_of(heads, layer_idx)
 
     def _listed(self) -> HeadSpec:
         return None if isinstance(self.heads, str) else self.heads
