@@ -11,6 +11,7 @@ _EPILOG = """\
 examples:
   vlmfix eval                                      none, VHR and VAR on the embedded testbed, under 3 minutes on 2 cores
   vlmfix eval --method vhr --set alpha=1.5 --limit 100
+  vlmfix eval --method all --limit 100             every method the model takes, and which are worth having
   vlmfix eval --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 500 --dtype float16
                                                    COCO_DIR: instances_val2014.json, captions_val2014.json, val2014/
 
@@ -36,7 +37,7 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="NAME",
-        help="methods, or recipe files (default: vhr var; see 'vlmfix methods')",
+        help="methods, recipe files, or all: whatever the model takes as it comes (default: vhr var)",
     )
     what.add_argument(
         "--set",

@@ -130,7 +130,7 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
     names = list(dict.fromkeys(options.methods or ("vhr", "var")))
     if "none" in names:
         names.remove("none")
-    known = {entry["method"]: dict(entry) for entry in (recipe or {}).get("methods", [])}
+    known = recipe_entries(recipe)
     wanted: dict[str, dict[str, Any]] = {}
     for name in names:
         label, params = _from_file(name) if name.endswith(".json") else (name, {**known.get(name, {}), "method": name})
@@ -148,6 +148,11 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
                 params = _full({**spec.params, "select": select})
                 specs.append(MethodSpec(f"{name}/{select}", params, "control", name))
     return specs
+
+
+def recipe_entries(recipe: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The testbed recipe's parameters by method; empty without a recipe."""
+    return {entry["method"]: dict(entry) for entry in (recipe or {}).get("methods", [])}
 
 
 def _from_file(path: str) -> tuple[str, dict[str, Any]]:

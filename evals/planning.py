@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +20,11 @@ from .config import (
     differing_settings,
     load_recipe,
     plan_methods,
+    recipe_entries,
     run_name,
     versions,
 )
+from .every_method import expand_all, skipped_notes
 from .generate import PromptBuilder
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
 from .samples import Answer, Answers, Sample
@@ -92,9 +94,12 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
             notes.append(
                 f"method strengths are the testbed's recipe, chosen on {recipe.get('chosen_on', 'unknown data')}"
             )
-    methods = plan_methods(options, recipe) if methods is None else methods
-    tasks = make_tasks(options)
     source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
+    if methods is None:
+        names, skipped = expand_all(options.methods, source.config, recipe_entries(recipe))
+        methods = plan_methods(replace(options, methods=names), recipe)
+        notes += skipped_notes(skipped)
+    tasks = make_tasks(options)
     first = next(tasks.samples())
     PromptBuilder(source.processor, use_template=options.chat_template)(first.question, image=first.path is not None)
     device = resolve_device(options.device)
