@@ -1,6 +1,6 @@
 """Parameters under which every method has something to do in a tiny random model.
 
-A new method that acts by default needs no entry. ``layers=":"`` goes without saying.
+A new method that acts by default needs no entry. ``layers=":"`` goes without saying where a method acts in layers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlmfix.anatomy import Anatomy, analyse
+from vlmfix.recipes import method_class
 
 
 def _sinks(anatomy: Anatomy) -> dict[str, Any]:
@@ -43,10 +44,12 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "allpath": lambda anatomy: {"up_heads": _heads(anatomy, 0), "down_heads": _heads(anatomy, 1)},
     "cmai": lambda anatomy: {"experimental": True, "rho": 0.5},
     "fia": lambda anatomy: {"local_ratio": 0.5},
+    "ifg": lambda anatomy: {"alpha": 1.0, "beta": 0.0},
     "iri": lambda anatomy: {"ranking": _ranking(anatomy)},
     "modality_balance": lambda anatomy: {"experimental": True},
     "spin": lambda anatomy: {"keep": 0.5},
     "var": _sinks,
+    "vcd": lambda anatomy: {"beta": 0.0},
 }
 """By method's name, as functions of the model."""
 
@@ -54,4 +57,5 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
 def parameters_of(method: str, model: object) -> dict[str, Any]:
     """The parameters a method is tested with on a model."""
     make = PARAMETERS.get(method)
-    return {"layers": ":", **({} if make is None else make(analyse(model)))}
+    layers = {} if method_class(method).replaces_logits else {"layers": ":"}
+    return {**layers, **({} if make is None else make(analyse(model)))}

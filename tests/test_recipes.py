@@ -29,6 +29,7 @@ EXAMPLES = [
 
 def test_methods_lists_one_method_per_file() -> None:
     files = {path.stem for path in Path(vlmfix.__file__).parent.glob("methods/[a-z]*.py")} - {"base"}
+    files |= {path.stem for path in Path(vlmfix.__file__).parent.glob("decoding/[a-z]*.py")} - {"base", "engine"}
     found = vlmfix.methods()
     assert set(found) == files
     assert all(method.name == name and method.summary for name, method in found.items())
@@ -102,8 +103,8 @@ def test_a_missing_recipe_file(tiny: Any) -> None:
 
 
 def test_the_message_of_an_unknown_method_lists_the_known(tiny: Any) -> None:
-    with pytest.raises(vlmfix.MethodError, match=r"mma, .*none, .*var, vhr"):
-        vlmfix.patch(tiny, "vcd")
+    with pytest.raises(vlmfix.MethodError, match=r"mma, .*none, .*var, .*vhr"):
+        vlmfix.patch(tiny, "unheard_of")
 
 
 def test_the_message_of_an_unknown_parameter_lists_the_known(tiny: Any) -> None:

@@ -28,6 +28,24 @@ def test_a_padded_batch_agrees_with_the_formula(build: Any, kind: str, case: tup
         assert (each.pixels is None) == bool((logits[row] - stock[row]).abs().max() < 1e-4), "the edit must be visible"
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("case", naive.cases("DECODING_CASES").values(), ids=naive.cases("DECODING_CASES").keys())
+def test_two_branches_of_a_padded_batch_agree_with_the_formula(
+    build: Any, kind: str, case: tuple[str, dict[str, Any], Any]
+) -> None:
+    name, parameters, formula = case
+    model = build(kind)
+    stock = generate(model, collate(RAGGED), 5)[1]
+    expected = [formula.generate(model, each.ids, each.pixels, 5, [PAD, IMAGE]) for each in RAGGED]
+    vlmfix.patch(model, name, **parameters)
+    ids, logits = generate(model, collate(RAGGED), 5)
+    for row, (each, (answer, steps)) in enumerate(zip(RAGGED, expected, strict=True)):
+        assert ids[row, -5:].tolist() == answer
+        torch.testing.assert_close(logits[row], steps, atol=1e-5, rtol=1e-5)
+        is_stock = torch.allclose(logits[row], stock[row], atol=1e-4)
+        assert is_stock == (each.pixels is None), "the contrast must be visible"
+
+
 def test_every_method_has_a_formula() -> None:
     in_reference = {"none", "var", "vhr"}
     assert set(vlmfix.methods()) == set(naive.names()) | in_reference

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vlmfix.calibration.api import calibrate
     from vlmfix.calibration.result import Calibration
     from vlmfix.calibration.samples import CalibrationSample
+    from vlmfix.decoding.ifg import IFG
+    from vlmfix.decoding.vcd import VCD
     from vlmfix.methods.act import ACT
     from vlmfix.methods.adaiat import AdaIAT
     from vlmfix.methods.adaptvis import AdaptVis
@@ -67,12 +69,14 @@ __all__ = [
     "FIA",
     "HGAI",
     "IAT",
+    "IFG",
     "IRI",
     "MMA",
     "PAI",
     "SPIN",
     "VAF",
     "VAR",
+    "VCD",
     "VHR",
     "AdaIAT",
     "AdaptVis",
@@ -114,7 +118,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _method_class(name: str) -> Any:
-    """Return a method's class by its own name: every file in ``vlmfix/methods`` has one."""
+    """Return a method's class by its own name: every file with a method has one."""
     if name[:1].isupper():
         from vlmfix.recipes import all_methods
 

@@ -41,6 +41,10 @@ class Counters:
             for group in alike.values():
                 self._on(group[0].device)[self.NUM_FORWARD_COUNTS + index].add_(torch.stack(group).sum())
 
+    def count(self, index: int, edited: torch.Tensor) -> None:
+        """Add a 0-d integer tensor to what method number ``index`` has edited."""
+        self._on(edited.device)[self.NUM_FORWARD_COUNTS + index].add_(edited)
+
     def _on(self, device: torch.device) -> torch.Tensor:
         if device not in self._totals:
             with torch.inference_mode(False):
@@ -71,8 +75,8 @@ class Status:
         prompts: Prompts (prefills) seen so far.
         prompts_without_image: Those among them without any image token: exact no-ops.
         decode_steps: Decode forwards so far.
-        edited: Per method, edited (sample, head, row) triples so far, or (sample, block, row) triples where it edits
-            block outputs: the proof that it acts.
+        edited: Per method, edited (sample, head, row) triples so far, (sample, block, row) triples where it edits block
+            outputs, next tokens where it replaces their logits: the proof that it acts.
         notes: What to know about the methods on this model.
     """
 
@@ -95,7 +99,7 @@ class Status:
             f"{self.decode_steps} decode steps",
         ]
         for method, edited in zip(self.methods, self.edited, strict=True):
-            lines.append(f"  {method.name}: {edited} {'block' if method.edits_blocks else 'head'} rows edited")
+            lines.append(f"  {method.name}: {edited} {method.counts} edited")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 

@@ -95,6 +95,7 @@ def begin_prompt(
         all_images=len(with_image) == batch,
         learned=learned,
         decoded=decoded,
+        branch=None if known is None else known.branch,
     )
     run = Run(
         state,
@@ -184,8 +185,11 @@ class ReorderWithState:
 
     def __call__(self, beam_idx: torch.Tensor) -> None:
         """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
-        type(self.cache).reorder_cache(self.cache, beam_idx)
         state = state_of(self.cache)
+        if state is not None and state.branch is not None:
+            state.branch.reorder(self.cache, beam_idx)
+        else:
+            type(self.cache).reorder_cache(self.cache, beam_idx)
         if state is not None:
             state.reorder(beam_idx)
 

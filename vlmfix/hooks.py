@@ -27,6 +27,10 @@ from vlmfix.begin import (
     num_drafted,
     parameter_names,
 )
+from vlmfix.decoding._branch import PairRun
+from vlmfix.decoding._images import ENCODES, RAW_IMAGES_KWARG, KeepImages
+from vlmfix.decoding.base import DecodingMethod
+from vlmfix.decoding.engine import TwoBranches
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
 from vlmfix.prompt import begin_methods
@@ -67,7 +71,15 @@ class Patch:
         vision_layers = sorted({layer for method in active for layer in method.vision_layers})
         self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
         self._needs_cache = [method.name for method in active if method.needs_cache]
-        self._reorders = any(method.reorders for method in active)
+        self.branches = next(
+            (
+                TwoBranches(anatomy, method, number, self.counters)
+                for number, method in enumerate(methods)
+                if isinstance(method, DecodingMethod) and not method.is_identity
+            ),
+            None,
+        )
+        self._reorders = self.branches is not None or any(method.reorders for method in active)
         # The stock model may read only the rows whose logits are wanted there (Gemma 4).
         read = anatomy.sites if self.block_hooks else self.sites
         self._edits_shared = bool(active) and any(getattr(s.module, "is_kv_shared_layer", False) for s in read)
@@ -87,7 +99,11 @@ class Patch:
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
             for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
                 model.__dict__[_PAGED] = _refuse_paged
-            if self._cannot_tell_drafts:
+            if self.branches is not None:
+                self.anatomy.model.__dict__[_DRAFTS] = _refuse_drafts_of_branches
+                if hasattr(type(self.anatomy.model), ENCODES):
+                    self.anatomy.model.__dict__[ENCODES] = KeepImages(self.anatomy.model)
+            elif self._cannot_tell_drafts:
                 self.anatomy.language_model.__dict__[_DRAFTS] = _refuse_drafts
             self._handles += self.images.attach()
             if self.vision is not None:
@@ -114,6 +130,7 @@ class Patch:
         for model in (self.anatomy.model, self.anatomy.language_model):
             model.__dict__.pop(_PAGED, None)
             model.__dict__.pop(_DRAFTS, None)
+            model.__dict__.pop(ENCODES, None)
         for site in self.sites:
             if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
                 site.module.config = site.base_config
@@ -125,8 +142,12 @@ class Patch:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add the ``Run`` of this forward to its keyword arguments, unless the caller (or an outer hook) chose one."""
+        raw = None
+        if RAW_IMAGES_KWARG in kwargs:
+            kwargs = dict(kwargs)
+            raw = kwargs.pop(RAW_IMAGES_KWARG)
         if RUN_KWARG in kwargs:
-            return None
+            return None if raw is None else (args, kwargs)
         inputs = {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
         cache = inputs.get("past_key_values")
         state = state_of(cache)
@@ -147,6 +168,10 @@ class Patch:
             run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
         else:
             run = self._begin_prompt(module, cache, state, inputs, drafted)
+        if self.branches is not None and module is self.anatomy.model:
+            chosen, kwargs = self.branches.begin(run, inputs, kwargs, raw)
+            if isinstance(chosen, PairRun):
+                return (), {**kwargs, RUN_KWARG: chosen}
         rows = every_row(kwargs, tokens) if self._edits_shared and run.state.any_image else {}
         return args, {**kwargs, **rows, RUN_KWARG: run}
 
@@ -256,11 +281,16 @@ class Patch:
                 f"{describe(self.methods)}. Start with an empty cache."
             )
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Settle what was learned; keep the state on a cache the model made itself."""
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Settle what was learned, keep the state on a cache the model made itself, run the other branch."""
         run = kwargs.get(RUN_KWARG)
-        if not isinstance(run, Run) or run.finished:
-            return
+        if isinstance(run, Run) and not run.finished:
+            self._settle(run, output)
+        if self.branches is None or module is not self.anatomy.model or not isinstance(run, (Run, PairRun)):
+            return None
+        return self.branches.finish(run, output)
+
+    def _settle(self, run: Run, output: Any) -> None:
         run.finish()
         if run.begins:
             parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
@@ -324,6 +354,14 @@ def _refuse_drafts(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedFeatureError(
         "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
         "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
+    )
+
+
+def _refuse_drafts_of_branches(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for ``_get_candidate_generator`` under a method that defines the logits of the next token only."""
+    raise UnsupportedFeatureError(
+        "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only. Leave "
+        "assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
     )
 
 

@@ -55,7 +55,7 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
             check_placement(each, anatomy)
         bound = tuple(each.bind(anatomy) for each in wanted)
         new = Patch(anatomy, bound)
-        if not new.sites and not new.block_hooks:
+        if not new.sites and not new.block_hooks and not any(each.replaces_logits for each in bound):
             raise MethodError(
                 f"{describe(bound)} touches no attention layer of this model (the attention it acts in is in layers "
                 f"{layers_with(bound, anatomy)}). Choose others with layers=..."

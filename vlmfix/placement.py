@@ -28,7 +28,7 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
         MethodError: None of the model's kinds of attention is one the method acts in, or it edits an image-free pass
             that cannot be followed; the message says why.
     """
-    if method.is_identity:
+    if method.is_identity or method.replaces_logits:
         return
     model = type(anatomy.model).__name__
     if method.text_only_stream == "edited" and anatomy.encoder is not None:

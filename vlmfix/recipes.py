@@ -18,10 +18,23 @@ if TYPE_CHECKING:
     from vlmfix.anatomy import Anatomy
 
 
+PACKAGES = ("methods", "decoding")
+"""The packages that hold one method per file; files that hold none are ``base``, ``engine`` and those with a ``_``."""
+
+
 def method_names() -> tuple[str, ...]:
-    """Return the short names of all methods: those of the files in ``vlmfix/methods``."""
-    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")]))
-    return tuple(sorted(name for name in files if name != "base" and not name.startswith("_")))
+    """Return the short names of all methods: those of the files in ``vlmfix/methods`` and ``vlmfix/decoding``."""
+    return tuple(sorted(_packages()))
+
+
+def _packages() -> dict[str, str]:
+    """Return the package of every method by its name."""
+    return {
+        module.name: package
+        for package in PACKAGES
+        for module in pkgutil.iter_modules([str(Path(__file__).parent / package)])
+        if module.name not in ("base", "engine") and not module.name.startswith("_")
+    }
 
 
 def all_methods() -> dict[str, type[Method]]:
@@ -35,12 +48,13 @@ def method_class(name: str) -> type[Method]:
     Raises:
         MethodError: There is no such method.
     """
-    if name not in method_names():
+    package = _packages().get(name)
+    if package is None:
         raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(method_names())}.")
-    for found in vars(import_module(f"vlmfix.methods.{name}")).values():
+    for found in vars(import_module(f"vlmfix.{package}.{name}")).values():
         if isinstance(found, type) and issubclass(found, Method) and found.name == name:
             return found
-    raise AssertionError(f"vlmfix/methods/{name}.py defines no method named {name!r}")
+    raise AssertionError(f"vlmfix/{package}/{name}.py defines no method named {name!r}")
 
 
 def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
@@ -142,10 +156,16 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise MethodError(f"{', '.join(sorted(repeated))} is given twice. Each method can be applied once.")
+    decoding = [method.name for method in chosen if method.replaces_logits]
+    if len(decoding) > 1:
+        raise MethodError(
+            f"{' and '.join(decoding)} both decide on the next token, each against a branch of its own, and no order "
+            "of them is defined. Choose one; methods that edit attention can go with it."
+        )
     return tuple(sorted(chosen, key=_place_on_path))
 
 
 def _place_on_path(method: Method) -> int:
     attention = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
-    places = (*attention, bool(method.edits_blocks))
+    places = (*attention, bool(method.edits_blocks), method.replaces_logits)
     return places.index(True) if True in places else len(places)

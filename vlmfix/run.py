@@ -19,6 +19,7 @@ from vlmfix.editing import attend
 
 if TYPE_CHECKING:
     from vlmfix.activity import Counters
+    from vlmfix.decoding._branch import Branch, Pending
     from vlmfix.methods.base import Method, PromptRows
     from vlmfix.sites import Site
     from vlmfix.text_only import TextOnlyRun
@@ -51,6 +52,7 @@ class SequenceState:
         in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
         constants: Tensors that methods made once, by (method index, site index).
+        branch: The other branch of a decoding method.
     """
 
     methods: tuple[Method, ...]
@@ -65,6 +67,7 @@ class SequenceState:
     in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[tuple[int, int], Any] = field(default_factory=dict)
+    branch: Branch | None = None
 
     def cropped(self, length: int) -> SequenceState:
         """Return the state of the first ``length`` tokens, fewer than the prompt has."""
@@ -140,6 +143,7 @@ class Run:
         prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
         text_only: The image-free pass over the same prompt, when a method needs one.
         begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
+        pending: What a decoding method does once the forward is over.
     """
 
     def __init__(
@@ -162,6 +166,7 @@ class Run:
         self.prompt_len = prompt_len
         self.text_only = text_only
         self.begins = is_prefill
+        self.pending: Pending | None = None
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
         self.finished = False
         self._first_rows = first_rows or {}

@@ -68,6 +68,8 @@ class Method:
     """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
     needs_cache: ClassVar[bool] = False
     """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
+    replaces_logits: ClassVar[bool] = False
+    """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
@@ -99,6 +101,11 @@ class Method:
 
     def validate(self) -> None:
         """Raise ``MethodError`` for a parameter out of range."""
+
+    @property
+    def counts(self) -> str:
+        """What ``vlmfix.status`` counts of it."""
+        return "block rows" if self.edits_blocks else "head rows"
 
     @property
     def is_identity(self) -> bool:

@@ -1,0 +1,136 @@
+"""Caches of two branches: both in the rows of one, so that a step is one forward; or each by itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether a cache's layers hold nothing but keys and values by row and position."""
+    layers: list[Any] = getattr(cache, "layers", None) or []
+    return bool(layers) and not getattr(cache, "offloading", False) and all(type(layer) in _PLAIN for layer in layers)
+
+
+def is_filled(layer: Any) -> bool:
+    """Whether a layer of a cache holds keys (layers that share those of others never do)."""
+    return layer.keys is not None and layer.keys.numel() > 0
+
+
+def with_new_layers(cache: Any) -> Any:
+    """Return a copy of a cache whose layers are copies: the tensors are shared until a layer replaces its own."""
+    copied = copy.copy(cache)
+    copied.__dict__ = {name: value for name, value in vars(cache).items() if name not in ("_vlmfix", "reorder_cache")}
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def length_of_layer(layer: Any, length: int) -> int:
+    """How many keys a layer holds of a sequence of ``length`` tokens."""
+    return length if type(layer) is DynamicLayer else min(length, int(layer.sliding_window) - 1)
+
+
+def copy_columns(empty: Any, filled: Any, columns: torch.Tensor) -> bool:
+    """Copy positions ``columns`` ``[rows, n]`` into an empty cache; say whether that could be done.
+
+    Row ``i`` is copied from the first of the rows of ``filled`` that belong to it, when beams have repeated it. A
+    sliding layer that has dropped some positions cannot give them.
+    """
+    count = columns.shape[1]
+    if not (is_plain(empty) and is_plain(filled)) or not count:
+        return False
+    for to, layer in zip(empty.layers, filled.layers, strict=True):
+        if is_filled(layer) and (layer.keys.shape[2] != filled.get_seq_length() or length_of_layer(to, count) < count):
+            return False
+    for to, layer in zip(empty.layers, filled.layers, strict=True):
+        if is_filled(layer):
+            index = columns.to(layer.keys.device)[:, None, :, None]
+            states = [each[:: each.shape[0] // columns.shape[0]] for each in (layer.keys, layer.values)]
+            to.update(*(each.gather(2, index.expand(-1, each.shape[1], -1, each.shape[3])) for each in states))
+    return True
+
+
+class PairedCache:
+    """The caches of two branches as one of twice the rows: first the model's own, then the other's.
+
+    The shorter branch is padded on the left. What the user holds, the model's own cache, is shown a view of its rows.
+
+    Attributes:
+        cache: The cache of ``2 * batch`` rows.
+        padding: Empty columns before the model's own branch and before the other.
+    """
+
+    def __init__(self, own: Any, other: Any) -> None:
+        lengths = (own.get_seq_length(), other.get_seq_length())
+        self.length = max(lengths)
+        self.padding = (self.length - lengths[0], self.length - lengths[1])
+        self.cache = with_new_layers(own)
+        for layer, mine, theirs in zip(self.cache.layers, own.layers, other.layers, strict=True):
+            if not is_filled(mine):
+                continue
+            size = length_of_layer(layer, self.length)
+            for name in ("keys", "values"):
+                parts = [getattr(each, name) for each in (mine, theirs)]
+                padded = [F.pad(part, (0, 0, size - part.shape[2], 0)) for part in parts]
+                setattr(layer, name, torch.cat(padded))
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = self.length
+
+    @staticmethod
+    def fits(own: Any, other: Any) -> bool:
+        """Whether two caches can be paired."""
+        if not (is_plain(own) and is_plain(other)):
+            return False
+        lengths = own.get_seq_length(), other.get_seq_length()
+        return all(
+            is_filled(mine) == is_filled(theirs)
+            and (not is_filled(mine) or (mine.keys.shape[:2] == theirs.keys.shape[:2] and type(mine) is type(theirs)))
+            for mine, theirs in zip(own.layers, other.layers, strict=True)
+        ) and all(
+            layer.keys.shape[2] == length_of_layer(layer, length)  # else it holds no tokens but image features
+            for cache, length in zip((own, other), lengths, strict=True)
+            for layer in cache.layers
+            if is_filled(layer)
+        )
+
+    @property
+    def own_length(self) -> int:
+        """Tokens of the model's own branch."""
+        return int(self.cache.get_seq_length()) - int(self.padding[0])
+
+    def show(self, own: Any) -> None:
+        """Let the model's own cache show its rows: views, which its next update replaces."""
+        self._show(own, 0)
+
+    def other(self) -> Any:
+        """Return a cache of the other branch by itself: views, which its next update replaces."""
+        cache = with_new_layers(self.cache)
+        self._show(cache, 1)
+        return cache
+
+    def _show(self, cache: Any, branch: int) -> None:
+        length = int(self.cache.get_seq_length()) - self.padding[branch]
+        for layer, both in zip(cache.layers, self.cache.layers, strict=True):
+            if not is_filled(both):
+                continue
+            batch, size = both.keys.shape[0] // 2, length_of_layer(both, length)
+            rows = slice(branch * batch, (branch + 1) * batch)
+            layer.keys, layer.values = both.keys[rows, :, -size:], both.values[rows, :, -size:]
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = length
+
+    def reorder(self, beams: torch.Tensor) -> None:
+        """Let row ``i`` of both branches continue row ``beams[i]``."""
+        self.cache.reorder_cache(torch.cat([beams, beams + beams.shape[0]]))
+
+    def crop(self, own_length: int) -> None:
+        """Follow a crop of the model's own cache."""
+        extra = self.own_length - own_length
+        if extra:
+            self.cache.crop(-extra)

@@ -1,0 +1,163 @@
+"""The contract of methods that contrast two branches of one answer, and the contrast itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+from vlmfix.errors import MethodError
+from vlmfix.methods.base import Method
+
+if TYPE_CHECKING:
+    from vlmfix.anatomy import Anatomy
+
+
+class OtherTokens(NamedTuple):
+    """The prompt of the other branch, of one sample.
+
+    Attributes:
+        ids: Its tokens.
+        sources: Per token, its place in the sample's own tokens, or -1 for a token that is new.
+        is_swapped: Whether the sample's own prompt is the one to contrast against.
+    """
+
+    ids: tuple[int, ...]
+    sources: tuple[int, ...]
+    is_swapped: bool = False
+
+
+@dataclass(frozen=True)
+class DecodingMethod(Method):
+    """Base class of methods that replace the logits of the next token by a contrast of two branches.
+
+    The engine (``vlmfix.decoding.engine``) runs the other branch beside the model's own: the same answer behind a
+    prompt with another image (:meth:`other_images`) or with other tokens (:meth:`other_tokens`).
+
+    Attributes:
+        layers: Must stay ``None``: it acts on logits, not in layers.
+    """
+
+    replaces_logits: ClassVar[bool] = True
+    changes_image: ClassVar[bool] = False
+    """Whether the other branch has another image: the same tokens, at the same positions."""
+    removes_image: ClassVar[bool] = False
+    """Whether the other branch has no image."""
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(self.layers is None, "layers", "left out: the method acts on logits, not in layers")
+
+    @property
+    def counts(self) -> str:
+        """What ``vlmfix.status`` counts of it."""
+        return "next tokens"
+
+    @property
+    def uses_branch(self) -> bool:
+        """Whether the other branch is needed at all."""
+        return True
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether a prompt must come in one forward: its last row is contrasted."""
+        return True
+
+    def bind(self, anatomy: Anatomy) -> DecodingMethod:
+        """Check that the other branch can be run in this model.
+
+        Raises:
+            MethodError: An encoder reads the prompt, or ``generate`` hands merged embeddings to a model inside.
+        """
+        if anatomy.encoder is not None or anatomy.language_model is not anatomy.model:
+            raise MethodError(
+                f"{self.name} does not act in {type(anatomy.model).__name__}: what reads the prompt there is not the "
+                "forward that gives the logits, so no second branch can be run beside it. Choose a method that edits "
+                "attention; vlmfix.methods() lists them."
+            )
+        return self
+
+    def other_images(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
+        """Make the other branch's images.
+
+        Args:
+            name: The argument's name (``"pixel_values"``).
+            images: What the processor gave: ``[..., channels, height, width]``, or flattened patches ``[..., size]``.
+            per_image: Where flattened patches of several images follow each other: how many each has.
+
+        Returns:
+            A new tensor of the same shape and dtype.
+        """
+        raise NotImplementedError
+
+    def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens | None:
+        """Make the other branch's prompt of one sample.
+
+        Args:
+            ids: The tokens, without padding.
+            is_image: Which of them stand for an image.
+
+        Returns:
+            The other prompt; ``None`` leaves the sample alone.
+        """
+        raise NotImplementedError
+
+    def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Combine the logits of two branches for the next token, both fp32 ``[batch, vocab]``."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict ``{"method": name, **parameters}``."""
+        found = super().to_dict()
+        del found["layers"]
+        return found
+
+
+@dataclass(frozen=True)
+class Contrast(DecodingMethod):
+    """``(1 + alpha) l - alpha l'`` over tokens that ``l`` finds plausible; base class.
+
+    Attributes:
+        alpha: Strength of the contrast, >= 0; 0 takes the model's own logits.
+        beta: Plausibility cut, in [0, 1]: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing, 1
+            leaves only the most likely one.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.1
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        super().validate()
+        self.require(0 <= self.alpha < float("inf"), "alpha", "a finite number >= 0 (0: no contrast)")
+        self.require(0 <= self.beta <= 1, "beta", "between 0 (no cut) and 1 (only the most likely token is left)")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` and ``beta`` are 0."""
+        return self.alpha == 0 and self.beta == 0
+
+    @property
+    def uses_branch(self) -> bool:
+        """Not for the cut alone."""
+        return self.alpha != 0
+
+    def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Contrast and cut fp32 ``[batch, vocab]``."""
+        return cut(contrast(logits, other, self.alpha), logits, self.beta)
+
+
+def contrast(logits: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``(1 + alpha) l - alpha l'``; where either is infinite, ``l``, so that nothing becomes NaN."""
+    difference = torch.where(logits.isfinite() & other.isfinite(), logits - other, 0.0)
+    return logits + alpha * difference
+
+
+def cut(contrasted: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:
+    """Remove (minus infinity) tokens with ``l < max l + ln(beta)``; the most likely ones always stay."""
+    if beta == 0:
+        return contrasted
+    return contrasted.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(beta), -torch.inf)

@@ -1,0 +1,80 @@
+"""IFG: image-free guidance, the contrast of LACING (Zhao et al., EMNLP 2025, arXiv 2411.14279) without its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from vlmfix.decoding._images import each_image
+from vlmfix.decoding.base import Contrast
+from vlmfix.errors import UnsupportedFeatureError
+
+STAND_INS = ("mean", "blank", "blurred")
+
+
+@dataclass(frozen=True)
+class IFG(Contrast):
+    """Contrast the answer with that to a stand-in for the image: ``(1 + alpha) l - alpha l'``.
+
+    The same as ``l' + s (l - l')`` with ``s = 1 + alpha``, apart from the cut: only tokens with
+    ``l >= max l + ln(beta)`` may be chosen. LACING learns a "soft image" to contrast with; a stand-in of the same size,
+    with the same number of image tokens at the same positions, takes its place here, which no publication measures.
+
+    Attributes:
+        alpha: Strength of the contrast, >= 0. Default: the released code's.
+        beta: Plausibility cut, in [0, 1]. Default: the released code's.
+        stand_in: ``"mean"``: the image's own mean colour (of flattened patches: its mean patch). ``"blank"``: zeros,
+            which is the processor's mean colour. ``"blurred"``: the image without detail, averaged over ``blur`` of its
+            side and interpolated.
+        blur: Width of the blur as a fraction of the image's shorter side, in (0, 1].
+    """
+
+    name: ClassVar[str] = "ifg"
+    paper: ClassVar[str] = "arXiv 2411.14279"
+    summary: ClassVar[str] = "contrasts the answer with that to a stand-in for the image"
+    changes_image: ClassVar[bool] = True
+
+    alpha: float = 0.5
+    stand_in: str = "mean"
+    blur: float = 0.25
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        super().validate()
+        self.require(self.stand_in in STAND_INS, "stand_in", f"one of {', '.join(STAND_INS)}")
+        self.require(0 < self.blur <= 1, "blur", "above 0 and at most 1")
+
+    def other_images(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
+        """Replace every image.
+
+        Raises:
+            UnsupportedFeatureError: Flattened patches cannot be blurred.
+        """
+        if self.stand_in == "blank":
+            return torch.zeros_like(images)
+        if self.stand_in == "mean":
+            return each_image(images, per_image, _mean)
+        if images.dim() < 4:
+            raise UnsupportedFeatureError(
+                f"ifg can blur pictures, and this model's {name} are flattened patches, {tuple(images.shape)}. Choose "
+                "stand_in='mean'."
+            )
+        return each_image(images, None, self._blurred)
+
+    def _blurred(self, image: torch.Tensor) -> torch.Tensor:
+        """Average ``[channels, height, width]`` over blocks and interpolate between their centres."""
+        height, width = image.shape[-2:]
+        block = max(1, round(self.blur * min(height, width)))
+        size = (max(1, round(height / block)), max(1, round(width / block)))
+        coarse = F.adaptive_avg_pool2d(image.float()[None], size)
+        return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0].to(image.dtype)
+
+
+def _mean(image: torch.Tensor) -> torch.Tensor:
+    """The mean colour of ``[channels, height, width]``, or the mean patch of ``[patches, size]``."""
+    dims = (1, 2) if image.dim() == 3 else (0,)
+    return image.float().mean(dims, keepdim=True).to(image.dtype).expand_as(image).clone()
