@@ -42,6 +42,11 @@ def file_digest(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or leave the old one untouched (see ``write_bytes``)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file or leave the old one untouched (temporary file, fsync, ``os.replace``).
 
     Raises:
@@ -51,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

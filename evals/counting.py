@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .cache import digest
-from .counts import Rows, benchmark_counts
+from .counts import ItemTable, Rows, benchmark_counts
 from .metrics.chair import ChairTable
 
 if TYPE_CHECKING:
@@ -59,5 +59,9 @@ def rows_of(name: str, tasks: Tasks, table: Any) -> Rows:
             items=[q.text for q in questions],
             truth=["yes" if q.label else "no" for q in questions],
         )
+    if isinstance(table, ItemTable):
+        labels = table.columns.get("label")
+        told = [] if labels is None else ["yes" if label else "no" for label in labels.tolist()]
+        return Rows(splits=table.splits, items=table.items, truth=told)
     names = getattr(table, "question_ids", None)
     return Rows() if names is None else Rows(items=[str(n) for n in names])

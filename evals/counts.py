@@ -109,7 +109,7 @@ def table_columns(table: Any) -> dict[str, NDArray[Any]]:
     """Every column of numbers or truth values of a table: its fields and properties [n], the image ids aside."""
     names = [field.name for field in dataclasses.fields(table)]
     names += [name for name, value in vars(type(table)).items() if isinstance(value, property)]
-    found: dict[str, NDArray[Any]] = {}
+    found: dict[str, NDArray[Any]] = dict(table.columns) if isinstance(table, ItemTable) else {}
     for name in dict.fromkeys(names):
         value = getattr(table, name)
         if name != "image_ids" and isinstance(value, np.ndarray) and value.shape == (len(table.image_ids),):

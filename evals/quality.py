@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .columns import BENCHMARKS
 from .intervals import CONFIDENCE, RESAMPLES, Interval
 from .metrics.chair import ChairMatcher, ChairTable
 from .metrics.pope import PopeTable
@@ -163,9 +164,9 @@ def _tests(row: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"chair.{way}.{figure}", part[figure]["difference"]
     for figure, test in row.get("chair", {}).get("text_quality", {}).get("differences", {}).items():
         yield f"chair.text.{figure}", test
-    paired = row.get("pope", {}).get("paired", {})
-    for name, test in paired.items():
-        yield f"pope.{name}", test
+    for benchmark in BENCHMARKS:
+        for name, test in row.get(benchmark, {}).get("paired", {}).items():
+            yield f"{benchmark}.{name}", test
 
 
 def _correct(family: Mapping[str, dict[str, Any]]) -> None:

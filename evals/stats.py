@@ -5,88 +5,29 @@ resample the images, and recompute the figure from the resampled sums. One matri
 not questions, are resampled, because the answers about one image are not independent.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vlmfix.errors import DataError
 
+from .benchmark_stats import BENCHMARK_STATISTICS
 from .intervals import CONFIDENCE, RESAMPLES, FloatArray, Interval, percentile_interval
+from .statistic import Statistic as Statistic  # Re-exported: who compares needs these with the figures.
+from .statistic import Table as Table
+from .statistic import by_name, divide, one
+from .statistic import columns as columns
+from .statistic import ratio as ratio
 
 _CHUNK = 4_000_000  # resampling weights held at once (32 MB)
 
 
-class Table(Protocol):
-    """One row per caption or question; ``image_ids`` int64 [n] is the image of each row."""
-
-    @property
-    def image_ids(self) -> NDArray[np.int64]:
-        """The image of each row."""
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A figure that depends on a table only through sums of columns.
-
-    Attributes:
-        name: Its name in the table's ``summary()``.
-        columns: Table -> float64 [n, k], one row per caption or question.
-        value: Sums float64 [..., k] -> the figure, float64 [...].
-    """
-
-    name: str
-    columns: Callable[[Any], FloatArray]
-    value: Callable[[FloatArray], FloatArray]
-
-    def of(self, table: Table) -> float:
-        """The figure of a whole table."""
-        return float(self.value(self.columns(table).sum(axis=0)))
-
-
-def columns(*parts: ArrayLike) -> FloatArray:
-    """Stack columns [n] to float64 [n, k]."""
-    return np.column_stack([np.asarray(part, dtype=np.float64) for part in parts])
-
-
-def ratio(
-    name: str,
-    numerator: Callable[[Any], ArrayLike],
-    denominator: Callable[[Any], ArrayLike],
-    *,
-    empty: float = math.nan,
-) -> Statistic:
-    """The statistic sum(numerator) / sum(denominator).
-
-    Args:
-        name: Its name.
-        numerator: Table -> [n].
-        denominator: Table -> [n].
-        empty: Its value where the denominator sums to zero.
-    """
-    return Statistic(
-        name,
-        lambda table: columns(numerator(table), denominator(table)),
-        lambda s: _divide(s[..., 0], s[..., 1], empty),
-    )
-
-
-def _divide(numerator: FloatArray, denominator: FloatArray, empty: float) -> FloatArray:
-    zero = denominator == 0
-    return np.where(zero, empty, numerator / np.where(zero, 1.0, denominator))
-
-
-def _one(table: Table) -> FloatArray:
-    return np.ones(len(table.image_ids))
-
-
 def _mcc(sums: FloatArray) -> FloatArray:
     tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
-    return _divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
+    return divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
 
 
 def _confusion(table: Any) -> FloatArray:
@@ -94,22 +35,18 @@ def _confusion(table: Any) -> FloatArray:
     return columns(yes & table.label, yes & ~table.label, no & ~table.label, no & table.label)
 
 
-def _by_name(*statistics: Statistic) -> Mapping[str, Statistic]:
-    return MappingProxyType({statistic.name: statistic for statistic in statistics})
-
-
-CHAIR_STATISTICS: Mapping[str, Statistic] = _by_name(
-    ratio("chair_s", lambda t: t.hallucinated > 0, _one),
+CHAIR_STATISTICS: Mapping[str, Statistic] = by_name(
+    ratio("chair_s", lambda t: t.hallucinated > 0, one),
     ratio("chair_i", lambda t: t.hallucinated, lambda t: t.mentions),
     ratio("recall", lambda t: t.recalled, lambda t: t.gt_objects),
     ratio("precision", lambda t: t.recalled, lambda t: t.distinct),
     ratio("f1", lambda t: 2 * t.recalled, lambda t: t.gt_objects + t.distinct),
-    ratio("length_words", lambda t: t.words, _one),
+    ratio("length_words", lambda t: t.words, one),
 )
 """Statistics of a ``ChairTable``, named as in its ``summary()``."""
 
-POPE_STATISTICS: Mapping[str, Statistic] = _by_name(
-    ratio("accuracy", lambda t: t.correct, _one),
+POPE_STATISTICS: Mapping[str, Statistic] = by_name(
+    ratio("accuracy", lambda t: t.correct, one),
     ratio("precision", lambda t: (t.prediction == 1) & t.label, lambda t: t.prediction == 1, empty=0.0),
     ratio("recall", lambda t: (t.prediction == 1) & t.label, lambda t: t.label, empty=0.0),
     ratio(
@@ -118,20 +55,20 @@ POPE_STATISTICS: Mapping[str, Statistic] = _by_name(
         lambda t: (t.prediction == 1).astype(int) + t.label,
         empty=0.0,
     ),
-    ratio("yes_ratio", lambda t: t.prediction == 1, _one),
+    ratio("yes_ratio", lambda t: t.prediction == 1, one),
     Statistic("mcc", _confusion, _mcc),
 )
 """Statistics of a ``PopeTable``, named as in its ``summary()``."""
 
-TEXT_STATISTICS: Mapping[str, Statistic] = _by_name(
-    ratio("repetition", lambda t: t.repetition, _one),
-    ratio("looping", lambda t: t.looping, _one),
-    ratio("truncation", lambda t: t.truncated, _one),
+TEXT_STATISTICS: Mapping[str, Statistic] = by_name(
+    ratio("repetition", lambda t: t.repetition, one),
+    ratio("looping", lambda t: t.looping, one),
+    ratio("truncation", lambda t: t.truncated, one),
 )
 """Statistics of a ``TextTable`` with recorded truncation, named as in its ``summary()``."""
 
 STATISTICS: Mapping[str, Mapping[str, Statistic]] = MappingProxyType(
-    {"chair": CHAIR_STATISTICS, "pope": POPE_STATISTICS, "text": TEXT_STATISTICS}
+    {"chair": CHAIR_STATISTICS, "pope": POPE_STATISTICS, "text": TEXT_STATISTICS, **BENCHMARK_STATISTICS}
 )
 """The statistics of each kind of table; a benchmark's name is that of ``columns.Metric.benchmark``."""
 

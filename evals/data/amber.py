@@ -90,7 +90,7 @@ def load_amber(folder: Path | str) -> AmberData:
                 f"{path} entry {number}: {unknown[0]!r} has no row in relation.json: take both files from one release"
             )
         items[item.id] = item
-    return AmberData(items, association, frozenset(_text(root / "safe_words.txt").splitlines()) - {""})
+    return AmberData(items, association, frozenset(read_text(root / "safe_words.txt").splitlines()) - {""})
 
 
 def _association(path: Path) -> dict[str, tuple[str, ...]]:
@@ -126,12 +126,17 @@ def _is_words(value: Any) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}): download it again from junyangwang0410/AMBER") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a file, or the one with ``.gz`` behind its name.
+
+    Raises:
+        DataError: it is missing or cannot be read.
+    """
     packed = path.with_name(path.name + ".gz")
     try:
         raw = path.read_bytes() if path.exists() or not packed.exists() else gzip.decompress(packed.read_bytes())

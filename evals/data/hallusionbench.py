@@ -4,6 +4,7 @@ The file is ``HallusionBench.json`` of tianyi-lab/HallusionBench (BSD-3-Clause).
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +86,29 @@ def load_hallusionbench(path: Path | str) -> list[HallusionQuestion]:
         raise DataError(f"{path} is no JSON file ({error}): {_SOURCE}") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected a JSON list of questions: {_SOURCE}")
+    return read_questions([(f"{path} entry {number}", row) for number, row in enumerate(rows, 1)])
+
+
+def read_questions(rows: Iterable[tuple[str, Any]]) -> list[HallusionQuestion]:
+    """Read questions from rows with the fields of ``HallusionBench.json``, each with its place for messages.
+
+    Raises:
+        DataError: a row is incomplete, or a question occurs twice.
+    """
     seen: dict[tuple[str, ...], int] = {}
     questions = []
-    for number, row in enumerate(rows, 1):
-        question = _question(row, f"{path} entry {number}")
+    for number, (where, row) in enumerate(rows, 1):
+        question = _question(row, where)
         first = seen.setdefault(question.key, number)
         if first != number:
-            raise DataError(f"{path} entry {number}: the same question as entry {first}: make the ids unique")
+            raise DataError(f"{where}: the same question as entry {first}: make the ids unique")
         questions.append(question)
     return questions
 
 
 def _question(row: Any, where: str) -> HallusionQuestion:
     fields = (*KEY_FIELDS, "visual_input", "question", "gt_answer_details", "gt_answer")
-    if not isinstance(row, dict) or not all(name in row for name in fields):
+    if not isinstance(row, Mapping) or not all(name in row for name in fields):
         raise DataError(f"{where}: expected an object with {', '.join(fields)}, found {str(row)[:60]!r}")
     category, visual, label = str(row["category"]), str(row["visual_input"]), str(row["gt_answer"])
     for name, value, known in (

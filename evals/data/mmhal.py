@@ -4,6 +4,7 @@ The file is ``response_template.json`` of the data set MMHal-Bench (Apache-2.0).
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def load_mmhal(path: Path | str) -> list[MmhalItem]:
     Raises:
         DataError: the file is missing or broken, an entry is incomplete or out of order, or a question occurs twice.
     """
+    return read_items([(f"{path} entry {number}", row) for number, row in enumerate(load_sources(path), 1)])
+
+
+def load_sources(path: Path | str) -> list[Any]:
+    """The entries of the template as they are, in file order.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
     path = Path(path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -52,13 +62,22 @@ def load_mmhal(path: Path | str) -> list[MmhalItem]:
         raise DataError(f"{path} is no JSON file ({error}): {_SOURCE}") from error
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected a JSON list of questions: {_SOURCE}")
+    return rows
+
+
+def read_items(rows: Iterable[tuple[str, Any]]) -> list[MmhalItem]:
+    """Read questions from rows with the fields of the template, in its order, each with its place for messages.
+
+    Raises:
+        DataError: a row is incomplete or out of order, or a question occurs twice.
+    """
     items: list[MmhalItem] = []
     seen: dict[tuple[str, str], int] = {}
-    for number, row in enumerate(rows, 1):
-        item = _item(row, number, f"{path} entry {number}")
+    for number, (where, row) in enumerate(rows, 1):
+        item = _item(row, number, where)
         first = seen.setdefault((item.image_id, item.question), number)
         if first != number:
-            raise DataError(f"{path} entry {number}: the same question as entry {first}: {_SOURCE}")
+            raise DataError(f"{where}: the same question as entry {first}: {_SOURCE}")
         items.append(item)
     return items
 
