@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+#: As in ``config.BENCHMARKS``, which is not imported before the verb runs.
+BENCHMARKS = ("chair", "pope", "sycophancy", "amber", "mme", "hallusionbench", "mmhal", "custom")
+
 _EPILOG = """\
 examples:
   vlmfix eval                                      none, VHR and VAR on the embedded testbed, under 3 minutes on 2 cores
@@ -14,6 +17,10 @@ examples:
   vlmfix eval --method all --limit 100             every method the model takes, and which are worth having
   vlmfix eval --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 500 --dtype float16
                                                    COCO_DIR: instances_val2014.json, captions_val2014.json, val2014/
+  vlmfix eval --benchmark sycophancy               POPE's questions with hints and doubts
+  vlmfix eval --model ... --benchmark amber mme --benchmark-data amber=AMBER_DIR mme=MME_DIR
+  vlmfix eval --model ... --benchmark custom --benchmark-data custom=questions.jsonl
+                                                   lines of {"image": ..., "question": ..., "answer": ...}
 
 An interrupted run goes on when the same command is typed again. Every run evaluates 'none' on the same images.
 """
@@ -23,8 +30,8 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "eval",
-        help="evaluate methods against 'none' on CHAIR and POPE",
-        description="Evaluate methods against 'none' on CHAIR and POPE, greedy decoding, with paired 95 %% intervals.",
+        help="evaluate methods against 'none' on CHAIR, POPE and other benchmarks",
+        description="Evaluate methods against 'none', greedy decoding, with paired 95 %% intervals.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -50,9 +57,10 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
     what.add_argument(
         "--benchmark",
         nargs="+",
-        choices=("chair", "pope"),
+        choices=BENCHMARKS,
         default=["chair", "pope"],
-        help="benchmarks (default: both)",
+        metavar="NAME",
+        help=f"benchmarks: {', '.join(BENCHMARKS)} (default: chair pope)",
     )
     what.add_argument(
         "--controls",
@@ -85,6 +93,15 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         help="official POPE files (default: built by the published rule)",
     )
     data.add_argument(
+        "--benchmark-data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="the benchmark's own folder (amber, mme, hallusionbench, mmhal), a file of questions (custom), or "
+        "datasets:PATH_OR_ID[#SPLIT] for the datasets library",
+    )
+    data.add_argument(
         "--chair-mode",
         choices=("original", "nltk"),
         default="original",
@@ -98,6 +115,14 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
     )
     asking.add_argument(
+        "--benchmark-prompt",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=TEXT",
+        help="prompt of another benchmark's questions, with {question}",
+    )
+    asking.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -106,7 +131,17 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
     asking.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, else 512)"
     )
-    asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of POPE answers (default: 16)")
+    asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of yes/no answers (default: 16)")
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
+        "--judge",
+        metavar="COMMAND",
+        help="rates MMHal-Bench: reads a prompt, writes a judgement with 'Rating: N' (default: not scored)",
+    )
+    scoring.add_argument("--judge-name", metavar="NAME", help="name of the judge in the report (default: the command)")
+    scoring.add_argument(
+        "--spacy", metavar="MODEL", help="word similarity of AMBER, officially en_core_web_lg (default: exact words)"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
     machine.add_argument(
@@ -163,6 +198,11 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
             pope_questions=tuple(options.pope_questions),
             chair_mode=options.chair_mode,
             controls=options.controls,
+            benchmark_data=tuple(options.benchmark_data),
+            benchmark_prompts=tuple(options.benchmark_prompt),
+            judge=options.judge,
+            judge_name=options.judge_name,
+            spacy=options.spacy,
             command=options.command,
         ),
         show=show,

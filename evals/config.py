@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,15 @@ from typing import Any
 import vlmfix
 from vlmfix.errors import DataError, MethodError, VlmfixError
 
+from .benchmarks.source import parse_assignments
 from .cache import digest
 
 SCHEMA_VERSION = 1
-BENCHMARKS = ("chair", "pope")
+#: Those whose questions are made from COCO annotations (or the testbed's), and those that bring their own.
+COCO_BENCHMARKS = ("chair", "pope", "sycophancy")
+OWN_BENCHMARKS = ("amber", "mme", "hallusionbench", "mmhal", "custom")
+BENCHMARKS = (*COCO_BENCHMARKS, *OWN_BENCHMARKS)
+DEFAULT_BENCHMARKS = ("chair", "pope")
 POPE_SPLITS = ("random", "popular", "adversarial")
 CHAIR_PROMPT = "Please describe this image in detail."
 POPE_PROMPT = "{question}\nAnswer the question using a single word or phrase."
@@ -26,12 +31,17 @@ POPE_PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """The options of ``vlmfix eval``, as typed; None means that the run chooses (see ``vlmfix eval --help``)."""
+    """The options of ``vlmfix eval``, as typed; None means that the run chooses (see ``vlmfix eval --help``).
+
+    From Python ``judge`` may be a function from a prompt to a judgement; ``judge_name`` then names it.
+    """
 
     model: str | None = None
     methods: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
-    benchmarks: tuple[str, ...] = BENCHMARKS
+    benchmarks: tuple[str, ...] = DEFAULT_BENCHMARKS
+    benchmark_data: tuple[str, ...] = ()
+    benchmark_prompts: tuple[str, ...] = ()
     data: Path | None = None
     split: str = "heldout"
     ids: Path | None = None
@@ -51,6 +61,9 @@ class EvalOptions:
     pope_questions: tuple[Path, ...] = ()
     chair_mode: str = "original"
     controls: bool = True
+    judge: str | Callable[[str], str] | None = None
+    judge_name: str | None = None
+    spacy: str | None = None
     command: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -62,8 +75,27 @@ class EvalOptions:
         unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
         if unknown or not self.benchmarks:
             raise VlmfixError(f"unknown --benchmark {unknown}; choose from {', '.join(BENCHMARKS)}")
+        for name in self.benchmarks:
+            if name in OWN_BENCHMARKS and name not in self.data_of:
+                raise VlmfixError(f"--benchmark {name} needs its data; type --benchmark-data {name}=PATH")
+        lacking = [name for name, text in self.prompt_of.items() if "{question}" not in text]
+        if lacking:
+            raise VlmfixError(f"--benchmark-prompt {lacking[0]} needs the placeholder {{question}} in its text")
+        if callable(self.judge) and self.judge_name is None:
+            raise VlmfixError("give judge_name=... with a judge: the figures depend on who judges")
         if self.pope_prompt is not None and "{question}" not in self.pope_prompt:
             raise VlmfixError(f"--pope-prompt needs the placeholder {{question}}, got {self.pope_prompt!r}")
+
+    @property
+    def data_of(self) -> dict[str, str]:
+        """Benchmark to where its data are."""
+        return parse_assignments("--benchmark-data", self.benchmark_data, OWN_BENCHMARKS)
+
+    @property
+    def prompt_of(self) -> dict[str, str]:
+        """Benchmark to its prompt."""
+        known = (*OWN_BENCHMARKS, "sycophancy")
+        return parse_assignments("--benchmark-prompt", self.benchmark_prompts, known)
 
     @property
     def command_line(self) -> str:

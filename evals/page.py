@@ -88,7 +88,7 @@ def html_report(
 
 
 def _heading(metric: Metric) -> str:
-    return metric.heading if metric.benchmark == "chair" else f"POPE {metric.heading}"
+    return metric.heading if metric.benchmark == "chair" else f"{metric.benchmark.upper()} {metric.heading}"
 
 
 def _colour(results_or_methods: Sequence[Any], label: str) -> str:
@@ -106,7 +106,7 @@ def _figure(row: Mapping[str, Any], metric: Metric) -> float | None:
     part = row.get(metric.benchmark)
     if part is None:
         return None
-    summary = part["summary"] if metric.benchmark == "chair" else part["all"]["summary"]
+    summary = part["summary"] if "summary" in part else part["all"]["summary"]
     value: float | None = summary.get(metric.name)
     return value
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from .pareto import LEGEND as PARETO_LEGEND
 from .pareto import pareto_rows
+from .report_benchmarks import PAIRED_LEGEND, about_lines, breakdowns, paired_rows
 from .report_quality import ANSWERS_LEGEND, QUALITY_LEGEND, answers_rows, caption_rows, quality_rows, split_rows
 from .report_tables import CONTROLS_EXPLAINED, control_rows, controls_text, main_table, markdown_main, pareto_text
 from .tables import fitting_table, markdown_table
@@ -18,10 +19,18 @@ TERMINAL_WIDTH = 120
 
 def text_report(results: Mapping[str, Any]) -> str:
     """What ``vlmfix eval`` ends with: conditions, one table, the controls; at most 120 columns wide."""
-    head = [line if len(line) <= TERMINAL_WIDTH else line[: TERMINAL_WIDTH - 3] + "..." for line in conditions(results)]
+    about = set(about_lines(results))
+    head = _wrapped(
+        line if len(line) <= TERMINAL_WIDTH or line in about else line[: TERMINAL_WIDTH - 3] + "..."
+        for line in conditions(results)
+    )
     head += [f"NOTE {note}" for note in results["notes"]]
     parts = [*head, "", main_table(results, TERMINAL_WIDTH), "", *_wrapped(legend(results))]
-    for more, explained in ((quality_rows(results), QUALITY_LEGEND), (answers_rows(results), ANSWERS_LEGEND)):
+    for more, explained in (
+        (quality_rows(results), QUALITY_LEGEND),
+        (answers_rows(results), ANSWERS_LEGEND),
+        (paired_rows(results), PAIRED_LEGEND),
+    ):
         if more:
             parts += [
                 "",
@@ -63,6 +72,11 @@ def markdown_report(results: Mapping[str, Any]) -> str:
     answers = answers_rows(results)
     if answers:
         parts += ["## Paired answers", "", *ANSWERS_LEGEND, "", markdown_table(answers), ""]
+    paired = paired_rows(results)
+    if paired:
+        parts += ["## Paired answers, other benchmarks", "", *PAIRED_LEGEND, "", markdown_table(paired), ""]
+    for name, rows in breakdowns(results):
+        parts += [f"## {name.upper()} by part", "", markdown_table(rows), ""]
     if results["notes"]:
         parts += ["## Notes", "", *(f"- {note}" for note in results["notes"]), ""]
     parts += [
@@ -101,7 +115,7 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
             f"POPE {part['parser']} parser, {part['all']['counts']['n']} questions ({sizes}) on "
             f"{len(pope['image_ids'])} images; prompt {pope['prompt']!r}"
         )
-    return lines
+    return [*lines, *about_lines(results)]
 
 
 def markdown_legend(results: Mapping[str, Any]) -> list[str]:

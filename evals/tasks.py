@@ -13,9 +13,20 @@ from vlmfix.errors import DataError
 
 from .benchmarks.base import Task
 from .benchmarks.chair import ChairTask
+from .benchmarks.make import make_own
 from .benchmarks.pope import PopeTask
+from .benchmarks.sycophancy import SPLIT as SYCOPHANCY_SPLIT
+from .benchmarks.sycophancy import SycophancyTask
 from .cache import file_digest
-from .config import CHAIR_PROMPT, POPE_PROMPT, POPE_SPLITS, EvalOptions
+from .config import (
+    BENCHMARKS,
+    CHAIR_PROMPT,
+    COCO_BENCHMARKS,
+    OWN_BENCHMARKS,
+    POPE_PROMPT,
+    POPE_SPLITS,
+    EvalOptions,
+)
 from .data.coco import CocoData, load_image
 from .data.pope import PopeQuestion, build_questions, load_questions
 from .metrics.chair import ChairMatcher, ground_truth
@@ -25,9 +36,9 @@ from .samples import Sample
 logger = logging.getLogger("vlmfix.evals")
 
 #: Images per benchmark of a run that names no limit: the testbed's run fits into three minutes on two cores (a POPE
-#: image costs ten answers, a caption one), COCO's follow the papers.
-TESTBED_IMAGES = {"chair": 400, "pope": 200}
-COCO_IMAGES = {"chair": 500, "pope": 500}
+#: image costs ten answers, one of sycophancy 24, a caption one), COCO's follow the papers.
+TESTBED_IMAGES = {"chair": 400, "pope": 200, "sycophancy": 100}
+COCO_IMAGES = {"chair": 500, "pope": 500, "sycophancy": 500}
 MIN_POPE_OBJECTS = 3
 CHAIR_NEW_TOKENS = 512
 #: The testbed's captions have about 40 tokens; a method that breaks its text shows as truncated captions.
@@ -77,12 +88,32 @@ def make_tasks(options: EvalOptions) -> Tasks:
     Raises:
         DataError: A file is missing, corrupt or empty, or an id has no annotation; the message names it.
     """
+    notes: list[str] = []
+    wanted = [name for name in BENCHMARKS if name in options.benchmarks]
+    descriptions, tasks = [], []
+    if set(wanted) & set(COCO_BENCHMARKS):
+        found, description = _coco_tasks(options, notes)
+        tasks += found
+        descriptions.append(description)
+    for name in wanted:
+        if name in OWN_BENCHMARKS:
+            tasks.append(make_own(name, options))
+            descriptions.append(f"{name} from {options.data_of[name]}")
+    paths = {sample.path for task in tasks for sample in task.samples if sample.path is not None}
+    digests = {}
+    for path in sorted(paths):
+        load_image(path)  # An unreadable file is found here, not hours into the run.
+        digests[path] = file_digest(path)
+    return Tasks("; ".join(descriptions), tuple(notes), tuple(tasks), digests)
+
+
+def _coco_tasks(options: EvalOptions, notes: list[str]) -> tuple[list[Task], str]:
+    """The tasks whose questions are made from COCO annotations, and a line on the data."""
     data, description = _load_data(options)
     matcher = ChairMatcher(options.chair_mode)  # type: ignore[arg-type]
-    notes: list[str] = []
     wanted = read_ids(options.ids, "--ids") if options.ids is not None else None
     pool = list(wanted) if wanted is not None else _present(data, notes)
-    limits: dict[str, int | None] = dict.fromkeys(options.benchmarks, options.limit)
+    limits: dict[str, int | None] = dict.fromkeys(COCO_BENCHMARKS, options.limit)
     if options.limit is None and wanted is None:
         limits |= TESTBED_IMAGES if options.data is None else COCO_IMAGES
     tasks: list[Task] = []
@@ -90,12 +121,9 @@ def make_tasks(options: EvalOptions) -> Tasks:
         tasks.append(_chair_task(options, data, pool, limits["chair"], matcher))
     if "pope" in options.benchmarks:
         tasks.append(_pope_task(options, data, pool, limits["pope"], notes))
-    paths = {sample.path for task in tasks for sample in task.samples if sample.path is not None}
-    digests = {}
-    for path in sorted(paths):
-        load_image(path)  # An unreadable file is found here, not hours into the run.
-        digests[path] = file_digest(path)
-    return Tasks(description, tuple(notes), tuple(tasks), digests)
+    if "sycophancy" in options.benchmarks:
+        tasks.append(_sycophancy_task(options, data, pool, limits["sycophancy"], notes))
+    return tasks, description
 
 
 def _load_data(options: EvalOptions) -> tuple[CocoData, str]:
@@ -139,12 +167,40 @@ def _pope_task(
         questions = _built_questions(options, data, pool, limit, notes)
     prompt = options.pope_prompt or POPE_PROMPT
     texts = dict.fromkeys((q.image_id, q.text) for q in questions)
-    limit_new = options.pope_max_new_tokens or min(options.max_new_tokens or POPE_NEW_TOKENS, POPE_NEW_TOKENS)
+    limit_new = _answer_limit(options)
     samples = tuple(
         Sample("pope", image_id, data.image(image_id).path, prompt.replace("{question}", text), limit_new)
         for image_id, text in texts
     )
     return PopeTask(tuple(questions), samples, prompt, limit_new)
+
+
+def _sycophancy_task(
+    options: EvalOptions, data: CocoData, pool: Sequence[int], limit: int | None, notes: list[str]
+) -> SycophancyTask:
+    if options.pope_questions:
+        questions = _given_questions(options, limit)
+    else:
+        built = _built_questions(options, data, pool, limit, [])
+        questions = [question for question in built if question.split == SYCOPHANCY_SPLIT]
+    if options.model is None:
+        notes.append(
+            "the testbed never learned what a hint or a second turn means (it answers alike whichever answer is "
+            "suggested): its sycophancy shows the mechanics, not a result"
+        )
+    if not options.chat_template:
+        notes.append("sycophancy leaves the challenge out: a second turn needs the chat template")
+    return SycophancyTask.make(
+        questions,
+        {question.image_id: data.image(question.image_id).path for question in questions},
+        prompt=options.prompt_of.get("sycophancy") or options.pope_prompt or POPE_PROMPT,
+        max_new_tokens=_answer_limit(options),
+        turns=options.chat_template,
+    )
+
+
+def _answer_limit(options: EvalOptions) -> int:
+    return options.pope_max_new_tokens or min(options.max_new_tokens or POPE_NEW_TOKENS, POPE_NEW_TOKENS)
 
 
 def _given_questions(options: EvalOptions, limit: int | None) -> list[PopeQuestion]:

@@ -13,7 +13,7 @@ from ..cache import digest, file_digest
 from ..data.questions import CustomQuestion, read_questions
 from ..metrics.free_answers import contains, is_exact
 from ..metrics.pope import is_unparsed, parse_answer
-from ..rows import read_rows
+from ..records import read_rows
 from ..samples import Answers, Sample
 from .scored import Scored, distinct, texts, write_lines, yes_no
 from .scored_task import ScoredTask
@@ -35,7 +35,9 @@ def load_questions(where: str) -> list[CustomQuestion]:
     if is_dataset(where):
         return read_questions((place, row, row_image(row, place)) for place, row in dataset_rows(where))
     path = Path(where)
-    return read_questions((place, row, row_image(row, place, path.parent)) for place, row in read_rows(path))
+    return read_questions(
+        (place, row, row_image(row, place, path.parent)) for place, row in read_rows(path, what="file of questions")
+    )
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class CustomTask(ScoredTask):
         closed = sum(q.label is not None for q in self.asked)
         images = len({q.path for q in self.asked if q.path is not None})
         return (
-            f"questions of one's own: {closed} yes/no (official POPE parser), {len(self.asked) - closed} free (equal to "
-            f"a right answer, or containing one, articles and punctuation aside), on {images} images"
+            f"questions of one's own: {closed} yes/no (official POPE parser), {len(self.asked) - closed} free "
+            f"(equal to a right answer, or containing one, articles and punctuation aside), on {images} images"
         )
 
     def counts(self, table: Scored) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class CustomTask(ScoredTask):
         return np.flatnonzero(table.questions)
 
     def export(self, folder: Path, answers: Answers) -> None:
-        """``custom.jsonl``: the lines as they were, the answer that is right under ``label``, the model's as ``answer``."""
+        """``custom.jsonl``: the lines as they were, the right answer under ``label``, the model's as ``answer``."""
         rows = [
             {"image": q.image or None, **q.row, "label": q.row["answer"], "answer": text}
             for q, text in zip(self.asked, texts(self.each, answers), strict=True)

@@ -39,8 +39,12 @@ class Judge:
     ask: Callable[[str], str] = field(compare=False)
 
     @classmethod
-    def of_command(cls, command: str) -> Judge:
+    def of_command(cls, command: str, name: str | None = None) -> Judge:
         """A command that reads the prompt from its standard input and writes the judgement.
+
+        Args:
+            command: The command line.
+            name: Of the judge; default the command.
 
         Raises:
             VlmfixError: The command is empty.
@@ -60,7 +64,7 @@ class Judge:
                 ) from error
             return done.stdout
 
-        return cls(command, ask)
+        return cls(name or command, ask)
 
     def judge(self, prompt: str) -> str:
         """The judgement of a prompt; each is asked for once and kept in the cache folder."""

@@ -57,7 +57,8 @@ class ScoredTask(Task):
         }
         if table is None:
             return part
-        part |= {"counts": self.counts(table), "summary": finite(table.summary()), "breakdown": self.breakdown(table)}
+        breakdown = {row: finite(figures) for row, figures in self.breakdown(table).items()}
+        part |= {"counts": self.counts(table), "summary": finite(table.summary()), "breakdown": breakdown}
         rows = self.questions(table)
         if label != baseline and len(rows):
             part["paired"] = paired_answers(table.take(rows), tables[baseline].take(rows), range(len(rows)), seed)

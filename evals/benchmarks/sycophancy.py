@@ -119,14 +119,15 @@ class SycophancyTask(ScoredTask):
         images = len({q.image_id for q in self.asked})
         return (
             f"sycophancy: {len(self.asked)} questions on {images} images, each {', '.join(self.each)}; official POPE "
-            f"parser; hint {self.wording.hint!r}, doubt {self.wording.challenge!r} (templates of ours); gives up: right "
-            "answers that become wrong under the wrong hint, and when doubted"
+            f"parser; hint {self.wording.hint!r}, doubt {self.wording.challenge!r} (templates of ours); gives up: "
+            "right answers that become wrong under the wrong hint, and when doubted"
         )
 
     def counts(self, table: Scored) -> dict[str, Any]:
         """Counts per condition, and the unparsed answers of all."""
         native: SycophancyTable = table.native
-        return {**native.counts(), "unparsed": int(native.unparsed.sum())}
+        counts: dict[str, Any] = {condition: found for condition, found in native.counts().items()}
+        return {**counts, "unparsed": int(native.unparsed.sum())}
 
     def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
         """Figures per condition, in percent."""
@@ -144,7 +145,7 @@ class SycophancyTask(ScoredTask):
         }
 
     def export(self, folder: Path, answers: Answers) -> None:
-        """``sycophancy.jsonl``: each question, what the user said, and the answer, per condition; no format is official."""
+        """``sycophancy.jsonl``: each question, what the user said, and the answer, per condition (our format)."""
         rows = [
             {
                 "image_id": question.image_id,
