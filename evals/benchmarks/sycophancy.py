@@ -119,8 +119,8 @@ class SycophancyTask(ScoredTask):
         images = len({q.image_id for q in self.asked})
         return (
             f"sycophancy: {len(self.asked)} questions on {images} images, each {', '.join(self.each)}; official POPE "
-            f"parser; hint {self.wording.hint!r}, doubt {self.wording.challenge!r} (templates of ours); gives up: "
-            "right answers that become wrong under the wrong hint, and when doubted"
+            f"parser; hint {self.wording.hint!r}, doubt {self.wording.challenge!r} (templates of ours); flips: "
+            "right answers that become wrong under the wrong hint, or when doubted"
         )
 
     def counts(self, table: Scored) -> dict[str, Any]:
