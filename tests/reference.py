@@ -73,6 +73,12 @@ class Naive:
         """Edit what a row's ``"attention"`` or ``"mlp"`` block adds to the residual stream, ``[hidden_size]``."""
         return added
 
+    def logits(
+        self, sequence: State, reference: Reference, stream: Sequence[torch.Tensor], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Edit the logits of a row that predicts a new token; ``stream`` is what left each layer in that row."""
+        return logits
+
 
 @dataclass(frozen=True)
 class VarSpec:
@@ -248,6 +254,7 @@ class Reference:
             for method in self.naive:
                 method.begin(sequence, self)
         states = new
+        streams: list[list[torch.Tensor]] = []
         text_states: list[torch.Tensor] = []
         compares = self.vhr is not None and self.vhr.select != "all" and has_image and not generated
         if compares:
@@ -269,10 +276,29 @@ class Reference:
                 self._leave(layer, x, row, [(each, sequence, number, past + i, generated) for each in edits])
                 for i, (x, row) in enumerate(zip(states, heads, strict=True))
             ]
+            streams.append(states)
             if compares:
                 text_states = [self._leave(layer, x, row) for x, row in zip(text_states, text_heads, strict=True)]
-        final = [self.language_model.norm(x[None])[0] for x in states]
-        return torch.stack([self.model.lm_head(x[None])[0] for x in final])
+        rows = [self.read(self.language_model.norm(x[None])[0]) for x in states]
+        for i, logits in enumerate(rows):
+            if has_image and sequence.is_last_row(past + i, generated):
+                for method in self.naive:
+                    rows[i] = logits = method.logits(sequence, self, [each[i] for each in streams], logits)
+        return torch.stack(rows)
+
+    def read(self, state: torch.Tensor) -> torch.Tensor:
+        """The head on one vector: logits ``[vocab]``."""
+        logits: torch.Tensor = self.model.lm_head(state[None])[0]
+        return logits
+
+    def stream(self, embeds: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What leaves each layer at the last of some positions, counted from 0, without edits and without a cache."""
+        states, last = list(embeds), []
+        for number, layer in enumerate(self.language_model.layers):
+            heads = self._text_attention(number, states)
+            states = [self._leave(layer, x, row) for x, row in zip(states, heads, strict=True)]
+            last.append(states[-1])
+        return last
 
     def _embed(self, ids: list[int], pixels: torch.Tensor | None) -> torch.Tensor:
         """What enters the first layer: embeddings, placeholders replaced by image features."""

@@ -33,7 +33,12 @@ from vlmfix.blocks import BlockKind, find_blocks
 from vlmfix.methods.base import Method
 
 IRI = vlmfix.IRI(2.0, 2.0, k1=2, k2=4, ranking=RANKING)
-METHODS = pytest.mark.parametrize("method", [IRI], ids=lambda each: each.name)
+VISTA = vlmfix.VISTA(lam=0.8)
+STEERING = vlmfix.VISTA(lam=0.8, sla_alpha=0.0)
+MIXING = vlmfix.VISTA(lam=0.0, sla_alpha=0.6, sla_layers=[0, 2])
+METHODS = pytest.mark.parametrize(
+    "method", [IRI, VISTA, STEERING, MIXING], ids=["iri", "vista", "vista steering", "vista mixing"]
+)
 ONE = collate([RAGGED[1]])
 NOT_ADDITIVE = {"blip2_t5", "florence2", "gemma3n", "mllama"}
 """Encoder-decoders, several streams, gated cross-attention."""

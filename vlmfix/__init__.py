@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.vaf import VAF
     from vlmfix.methods.var import VAR
     from vlmfix.methods.vhr import VHR
+    from vlmfix.methods.vista import VISTA
     from vlmfix.patching import patch, patched, status, unpatch
     from vlmfix.recipes import load_recipe, save_recipe
     from vlmfix.sinks import find_sink_dims
@@ -78,6 +79,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "VISTA",
     "AdaIAT",
     "AdaptVis",
     "AllPath",

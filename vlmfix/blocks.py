@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from vlmfix.errors import UnsupportedModelError
+from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vlmfix.anatomy import Anatomy
@@ -90,3 +90,25 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
     attention = parts.get("post_self_attn_layernorm", attention)  # GLM-4
     mlp = parts.get("post_mlp_layernorm", mlp)
     return ResidualBlocks(index, layer, attention, mlp)
+
+
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
+
+
+def final_norm(anatomy: Anatomy) -> nn.Module:
+    """Return the norm between the last decoder layer and the language-model head.
+
+    Raises:
+        UnsupportedFeatureError: It was not found.
+    """
+    for module in anatomy.model.modules():
+        for layers in module.children():
+            if isinstance(layers, nn.ModuleList) and any(each is anatomy.decoder_layers[0] for each in layers):
+                for name in _FINAL_NORMS:
+                    norm = getattr(module, name, None)
+                    if isinstance(norm, nn.Module):
+                        return norm
+    raise UnsupportedFeatureError(
+        f"The final norm of {type(anatomy.model).__name__} was not found. Read layers without it, as released: "
+        "lens_norm=False of allpath's search, sla_final_norm=False of vista."
+    )

@@ -31,6 +31,7 @@ from vlmfix.decoding._branch import PairRun
 from vlmfix.decoding._images import ENCODES, RAW_IMAGES_KWARG, KeepImages
 from vlmfix.decoding.base import DecodingMethod
 from vlmfix.decoding.engine import TwoBranches
+from vlmfix.early import EarlyHead
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
 from vlmfix.prompt import begin_methods
@@ -57,14 +58,15 @@ class Patch:
         self.counters = Counters(len(methods))
         self.sites = make_sites(anatomy, methods)
         self.block_hooks = make_block_hooks(anatomy, methods)
+        self.early_head = EarlyHead(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
         self.images = ImageFinder(anatomy)
         self.owner: Context | None = None
         self._handles: list[Any] = []
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {type(module): parameter_names(module) for module in self._hooked}
-        self._needs_text = any(method.text_only_stream for method in methods if not method.is_identity)
         active = [method for method in methods if not method.is_identity]
+        self._needs_text = any(method.text_only_stream or method.needs_ids for method in active)
         self._needs_past = any(site.is_sliding for site in self.sites) or any(each.needs_past for each in active)
         takes = self._parameters[type(anatomy.language_model)]
         self._cannot_tell_drafts = bool(active) and anatomy.encoder is None and "logits_to_keep" not in takes
@@ -218,7 +220,7 @@ class Patch:
             drafted=drafted,
             text_only=lambda new_state: run_text_only(self.anatomy, self.sites, new_state, inputs, embeds),
         )
-        begin_methods(self._head(module), run, inputs, self.vision)
+        begin_methods(self.anatomy, self._head(module), run, inputs, self.vision, embeds)
         if cache is not None:
             self._keep(cache, run.state)
         return run
@@ -240,7 +242,7 @@ class Patch:
             text_only=lambda encoded: encode_text_only(self.anatomy, self.sites, encoded, inputs),
         )
         if run.begins:
-            begin_methods(self._head(module), run, inputs, self.vision)
+            begin_methods(self.anatomy, self._head(module), run, inputs, self.vision)
             if cache is not None:
                 self._keep(cache, run.state)
         return run
@@ -282,12 +284,19 @@ class Patch:
             )
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Settle what was learned, keep the state on a cache the model made itself, run the other branch."""
+        """Settle what was learned, keep the state on a new cache, mix logits, run the other branch."""
         run = kwargs.get(RUN_KWARG)
-        if isinstance(run, Run) and not run.finished:
-            self._settle(run, output)
-        if self.branches is None or module is not self.anatomy.model or not isinstance(run, (Run, PairRun)):
+        if not isinstance(run, (Run, PairRun)):
             return None
+        own = run.own if isinstance(run, PairRun) else run
+        if own is run and not own.finished:
+            self._settle(own, output)
+        mixed = None
+        if own.early and module is self.anatomy.language_model:
+            inputs = {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
+            mixed = output = self.early_head.mix(own, output, inputs)
+        if self.branches is None or module is not self.anatomy.model:
+            return mixed
         return self.branches.finish(run, output)
 
     def _settle(self, run: Run, output: Any) -> None:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.attention import RUN_KWARG
+from vlmfix.residual import StreamRecorder
 from vlmfix.run import SHARED, Run
+from vlmfix.text_only import run_image_free
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from vlmfix.anatomy import Anatomy
     from vlmfix.vision import VisionRecorder
 
 
@@ -29,23 +32,38 @@ class Prompt:
         patch_attention: Returns, per layer of ``Method.vision_layers``, how the vision tower's class token attended to
             the patches of every encoded image, in order: fp32 ``[num_images, patches]``, summed over heads. To be
             called once the forward has begun.
+        last_states: Runs the prompt through the stock model: by layer in which a method edits a block, the residual
+            stream behind it at each sample's last position, ``[batch, hidden_size]``. Costs a prefill. Earlier turns
+            are as the cache holds them.
+        last_states_text_only: The same for the whole conversation without its image tokens. Costs a short prefill.
         known: What the method's :meth:`begin` returned for the prompt before in this sequence, or ``None``.
     """
 
     run: Run
     first_logits: Callable[[], torch.Tensor]
     patch_attention: Callable[[], dict[int, torch.Tensor]]
+    last_states: Callable[[], dict[int, torch.Tensor]]
+    last_states_text_only: Callable[[], dict[int, torch.Tensor]]
     known: Any = None
 
 
-def begin_methods(model: nn.Module, run: Run, inputs: dict[str, Any], vision: VisionRecorder | None) -> None:
+def begin_methods(
+    anatomy: Anatomy,
+    model: nn.Module,
+    run: Run,
+    inputs: dict[str, Any],
+    vision: VisionRecorder | None,
+    embeds: torch.Tensor | None = None,
+) -> None:
     """Let methods look at a prompt before it is read; what they learn becomes ``layer.shared``.
 
     Args:
+        anatomy: The model.
         model: The model with a language-model head that ``inputs`` are for.
         run: The forward that is about to begin.
         inputs: Its arguments.
         vision: What the vision tower attended to, for methods that ask for it.
+        embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
     """
     if not run.state.any_image:
         return
@@ -57,14 +75,36 @@ def begin_methods(model: nn.Module, run: Run, inputs: dict[str, Any], vision: Vi
         assert vision is not None
         return vision.patch_attention()
 
+    def last_states() -> dict[int, torch.Tensor]:
+        recorder = StreamRecorder(run.at_last_position)
+        _read_prompt(model, run, inputs, recorder)
+        return recorder.states
+
+    def last_states_text_only() -> dict[int, torch.Tensor]:
+        recorder = StreamRecorder(lambda states: states[:, -1])
+        run_image_free(anatomy, run.state, inputs, embeds, recorder)
+        return recorder.states
+
     for index, method in enumerate(run.state.methods):
         if method.reads_prompt and not method.is_identity:
             known = run.state.learned.get((index, SHARED))
-            run.state.learned[index, SHARED] = method.begin(Prompt(run, first_logits, patch_attention, known))
+            run.state.learned[index, SHARED] = method.begin(
+                Prompt(run, first_logits, patch_attention, last_states, last_states_text_only, known)
+            )
+
+
+def _first_logits(model: nn.Module, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
+    logits = _read_prompt(model, run, inputs, None)
+    if run.state.in_encoder:
+        return logits[:, -1].float()
+    if logits.shape[1] == run.q_len:
+        return run.at_last_position(logits).float()
+    return logits[:, run.prompt_len - run.q_len - 1].float()
 
 
 @torch.no_grad()
-def _first_logits(model: nn.Module, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
+def _read_prompt(model: nn.Module, run: Run, inputs: dict[str, Any], stand_in: StreamRecorder | None) -> torch.Tensor:
+    """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
     cache = inputs.get("past_key_values")
     if not run.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
         cache = None
@@ -73,11 +113,7 @@ def _first_logits(model: nn.Module, run: Run, inputs: dict[str, Any]) -> torch.T
         "past_key_values": copy.deepcopy(cache),  # the prompt itself must find it as it was
         "use_cache": cache is not None,
         "return_dict": True,
-        RUN_KWARG: None,
+        RUN_KWARG: stand_in,
     }
     logits: torch.Tensor = model(**options).logits
-    if run.state.in_encoder:
-        return logits[:, -1].float()
-    if logits.shape[1] == run.q_len:
-        return run.at_last_position(logits).float()
-    return logits[:, run.prompt_len - run.q_len - 1].float()
+    return logits

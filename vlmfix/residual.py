@@ -1,4 +1,4 @@
-"""Edits of the residual stream: hooks on the blocks of decoder layers, and a forward that records the stream.
+"""Edits of the residual stream: hooks on decoder layers and their blocks, and a forward that records the stream.
 
 Blocks and the norms behind them take no keyword arguments, so the ``Run`` that reaches a decoder layer is laid down
 there for the hooks inside, per thread.
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfix.attention import RUN_KWARG
+from vlmfix.attention import RUN_KWARG, AttentionCall
 from vlmfix.blocks import BlockKind, ResidualBlocks, find_blocks
+from vlmfix.early import keep_early
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.run import SHARED, Run
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from vlmfix.anatomy import Anatomy
     from vlmfix.methods.base import Method
+    from vlmfix.sites import Site
 
 
 class Block:
@@ -54,12 +56,47 @@ class Block:
         return notes
 
 
-class BlockHooks:
-    """Hooks on one decoder layer and its blocks, as bound methods: they follow ``copy.deepcopy(model)``."""
+class StreamRecorder:
+    """A forward of the stock model; takes the place of a ``Run`` in the keyword arguments.
 
-    def __init__(self, blocks: ResidualBlocks, methods: Sequence[tuple[int, Method]]) -> None:
+    Attributes:
+        states: By decoder layer, what left it at each sample's last position: ``[batch, hidden_size]``.
+    """
+
+    def __init__(self, at_last: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.states: dict[int, torch.Tensor] = {}
+        self._at_last = at_last
+
+    def record(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        """Keep a row of ``[batch, q_len, hidden_size]``."""
+        self.states[layer_idx] = self._at_last(hidden_states)
+
+    def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Nothing is learned from it."""
+
+    def after_layer(self, site: Site) -> None:
+        """Nothing follows it."""
+
+    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the base kernel."""
+        return call.base()
+
+
+class BlockHooks:
+    """Hooks on one decoder layer and its blocks, as bound methods: they follow ``copy.deepcopy(model)``.
+
+    Args:
+        blocks: The layer.
+        methods: (method index, method) that edit its blocks.
+        early: Those that read its output for ``Method.mix_logits``.
+    """
+
+    def __init__(
+        self, blocks: ResidualBlocks, methods: Sequence[tuple[int, Method]], early: Sequence[tuple[int, Method]]
+    ) -> None:
         self.blocks = blocks
         self.methods = tuple(methods)
+        self.early = tuple(early)
         self._runs: dict[int, weakref.ref[Run]] = {}
         self._traced: Run | None = None
 
@@ -71,12 +108,12 @@ class BlockHooks:
         for kind, hook in edits.items():
             if any(kind in method.edits_blocks for _, method in self.methods):
                 handles.append(self.blocks.module(kind).register_forward_hook(hook))
-        handles.append(layer.register_forward_hook(self.after))
+        handles.append(layer.register_forward_hook(self.after, with_kwargs=True))
         return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lay the run down for the blocks."""
-        run = kwargs.get(RUN_KWARG, _MISSING)
+        run = own_run(kwargs.get(RUN_KWARG, _MISSING))
         if run is _MISSING:
             raise UnsupportedFeatureError(
                 f"Decoder layer {self.blocks.layer_idx} of a patched model was reached without going through the "
@@ -91,8 +128,14 @@ class BlockHooks:
         else:
             self._runs.pop(threading.get_ident(), None)
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Take the run up again."""
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Take the run up again; keep what leaves the layer, where it is read."""
+        run = own_run(kwargs.get(RUN_KWARG))
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if isinstance(run, StreamRecorder):
+            run.record(self.blocks.layer_idx, hidden_states)
+        elif isinstance(run, Run) and self.early and run.state.any_image:
+            keep_early(run, self.blocks.layer_idx, hidden_states, self.early)
         if torch.compiler.is_compiling():
             self._traced = None
         else:
@@ -117,12 +160,21 @@ class BlockHooks:
         if run is None:
             return None
         states = output[0] if isinstance(output, tuple) else output
-        rows = states.view(-1, run.q_len, states.shape[-1])
+        every = states.view(-1, run.q_len, states.shape[-1])
+        batch = run.state.image_mask.shape[0]
+        rows = every[:batch]  # the other branch of a contrast comes behind
         for index, method in self.methods:
             if kind in method.edits_blocks:
                 rows = edit_rows(rows, run, method, Block(run, self.blocks.layer_idx, kind, index), index)
+        if batch < every.shape[0]:
+            rows = torch.cat([rows, every[batch:]])
         edited = rows.view(states.shape)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+
+def own_run(run: Any) -> Any:
+    """Return the run of the model's own branch, where a forward is one over two branches."""
+    return getattr(run, "own", run)
 
 
 def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, index: int) -> torch.Tensor:
@@ -165,18 +217,23 @@ def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Block
         methods: Methods with their layers resolved, in the order of the path.
 
     Returns:
-        Hooks for the layers in which one of them edits a block.
+        Hooks for the layers in which one of them edits a block or reads the output.
 
     Raises:
         UnsupportedModelError: A method edits blocks, and the model's layers are built otherwise than those known.
     """
-    editing = [(n, each) for n, each in enumerate(methods) if each.edits_blocks and not each.is_identity]
-    if not editing:
-        return ()
-    placed = [
-        (blocks, [(n, m) for n, m in editing if blocks.layer_idx in m.layer_indices]) for blocks in find_blocks(anatomy)
+    acting = [
+        (n, each) for n, each in enumerate(methods) if (each.edits_blocks or each.early_layers) and not each.is_identity
     ]
-    return tuple(BlockHooks(blocks, here) for blocks, here in placed if here)
+    if not acting:
+        return ()
+    hooks = []
+    for blocks in find_blocks(anatomy):
+        edits = [(n, each) for n, each in acting if each.edits_blocks and blocks.layer_idx in each.layer_indices]
+        early = [(n, each) for n, each in acting if blocks.layer_idx in each.early_layers]
+        if edits or early:
+            hooks.append(BlockHooks(blocks, edits, early))
+    return tuple(hooks)
 
 
 _MISSING = object()

@@ -144,6 +144,8 @@ class Run:
         text_only: The image-free pass over the same prompt, when a method needs one.
         begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
         pending: What a decoding method does once the forward is over.
+        early: By decoder layer, the residual stream behind it in the rows that predict new tokens,
+            ``[batch, rows, hidden_size]``, for methods that mix logits.
     """
 
     def __init__(
@@ -167,6 +169,7 @@ class Run:
         self.text_only = text_only
         self.begins = is_prefill
         self.pending: Pending | None = None
+        self.early: dict[int, torch.Tensor] = {}
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
         self.finished = False
         self._first_rows = first_rows or {}

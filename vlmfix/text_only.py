@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmfix.anatomy import Anatomy
     from vlmfix.images import Encoded
     from vlmfix.methods.base import Method
+    from vlmfix.residual import StreamRecorder
     from vlmfix.run import Layer, Run, SequenceState
     from vlmfix.sites import Site
 
@@ -162,10 +163,22 @@ def run_text_only(
     stream = _stream(sites)
     if stream is None:
         return None
+    run_image_free(anatomy, state, inputs, embeds, stream)
+    return stream
+
+
+@torch.no_grad()
+def run_image_free(
+    anatomy: Anatomy,
+    state: SequenceState,
+    inputs: dict[str, Any],
+    embeds: torch.Tensor | None,
+    stand_in: TextOnlyRun | StreamRecorder,
+) -> None:
+    """Run the prompts of a batch without their image tokens, see ``text_only_inputs``; ``stand_in`` records."""
     text = text_only_inputs(anatomy, state, inputs, embeds)
     with positions_kept(anatomy):
-        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
-    return stream
+        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stand_in})
 
 
 @contextmanager

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from vlmfix.anatomy import Anatomy
+from vlmfix.blocks import final_norm
 from vlmfix.calibration.probes import StreamLog, output_projection
 from vlmfix.errors import UnsupportedFeatureError
-
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 
 
 class LogitLens:
@@ -36,7 +35,7 @@ class LogitLens:
                 f"{type(anatomy.model).__name__} has no language-model head for a logit lens."
             )
         self._head = head
-        self._norm = _final_norm(anatomy) if use_norm else None
+        self._norm = final_norm(anatomy) if use_norm else None
         self._projections = {site.layer_idx: output_projection(site.module) for site in anatomy.sites}
         self._device, self._dtype = next(head.parameters()).device, anatomy.model.dtype
 
@@ -77,16 +76,3 @@ class LogitLens:
             states = self._norm(states)
         logits: torch.Tensor = self._head(states).float()
         return logits
-
-
-def _final_norm(anatomy: Anatomy) -> nn.Module:
-    for module in anatomy.model.modules():
-        for layers in module.children():
-            if isinstance(layers, nn.ModuleList) and any(each is anatomy.decoder_layers[0] for each in layers):
-                for name in _FINAL_NORMS:
-                    norm = getattr(module, name, None)
-                    if isinstance(norm, nn.Module):
-                        return norm
-    raise UnsupportedFeatureError(
-        f"The final norm of {type(anatomy.model).__name__} was not found. Use lens_norm=False, as released."
-    )

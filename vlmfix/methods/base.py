@@ -66,6 +66,8 @@ class Method:
     """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
     needs_past: ClassVar[bool] = False
     """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
+    needs_ids: ClassVar[bool] = False
+    """Whether generated ids are remembered, because a further turn reads the whole text again without its images."""
     needs_cache: ClassVar[bool] = False
     """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
     replaces_logits: ClassVar[bool] = False
@@ -160,6 +162,16 @@ class Method:
     def text_only_stream(self) -> str | None:
         """``"plain"`` or ``"edited"`` when :meth:`edit_heads` needs the head outputs of an image-free pass."""
         return None
+
+    @property
+    def early_layers(self) -> tuple[int, ...]:
+        """Decoder layers of a bound method whose outputs, read by the model's head, :meth:`mix_logits` asks for."""
+        return ()
+
+    @property
+    def early_norm(self) -> bool:
+        """Whether the final norm stands between those layers and the head."""
+        return False
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers edited when ``layers`` is ``None``."""
@@ -298,6 +310,15 @@ class Method:
         Returns:
             The edited states, in any dtype. Rows that are not up for edits come back as they were, whatever is
             returned for them.
+        """
+        raise NotImplementedError
+
+    def mix_logits(self, logits: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Mix the logits of a forward with those of early layers, in the rows that predict new tokens.
+
+        Args:
+            logits: fp32 ``[batch, rows, vocab]``.
+            early: The same of each of ``early_layers``.
         """
         raise NotImplementedError
 
