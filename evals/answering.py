@@ -16,20 +16,23 @@ from .samples import Answer, Sample
 from .shards import Shard
 
 
-def generate_answers(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, shard: Shard) -> None:
+def generate_answers(
+    run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, shard: Shard, model: Any = None
+) -> None:
     """Load the model and generate every answer the log lacks; each batch is answered by all methods in turn.
 
-    With several processes, those of this one's batches.
+    With several processes, those of this one's batches. A model that is loaded already is used as it is.
 
     Raises:
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
     """
-    model = load_model(
-        run.source,
-        dtype=run.settings["model"]["dtype"],
-        device=shard.device(run.device),
-        attn_implementation=run.options.attn_implementation,
-    )
+    if model is None:
+        model = load_model(
+            run.source,
+            dtype=run.settings["model"]["dtype"],
+            device=shard.device(run.device),
+            attn_implementation=run.options.attn_implementation,
+        )
     with fitting_threads(model):
         _generate_missing(run, plan, log, missing, model, shard)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import DataError, MethodError
+from vlmfix.errors import DataError
 
-from .config import EvalOptions, _parse_value
+from .config import EvalOptions, parse_settings
 from .data.pope import PopeQuestion
 from .generate import PromptBuilder
 from .metrics.chair import ChairMatcher
@@ -49,11 +49,7 @@ class CalibrateOptions:
         Raises:
             MethodError: One is no ``key=value``.
         """
-        pairs = [setting.partition("=") for setting in self.settings]
-        for key, separator, text in pairs:
-            if not separator or not key:
-                raise MethodError(f"--set expects key=value, got {key + text!r}")
-        return {key: _parse_value(text) for key, _, text in pairs}
+        return parse_settings(self.settings)
 
     @property
     def asks(self) -> bool:

@@ -64,6 +64,7 @@ class EvalOptions:
     judge: str | Callable[[str], str] | None = None
     judge_name: str | None = None
     spacy: str | None = None
+    verb: str = field(default="eval", compare=False)
     command: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -100,12 +101,12 @@ class EvalOptions:
     @property
     def command_line(self) -> str:
         """The command that repeats this run."""
-        return shlex.join(["vlmfix", "eval", *self.command])
+        return shlex.join(["vlmfix", self.verb, *self.command])
 
     @property
     def resume_line(self) -> str:
         """The command that goes on with this run: ``--no-resume`` would throw its answers away."""
-        return shlex.join(["vlmfix", "eval", *(word for word in self.command if word != "--no-resume")])
+        return shlex.join(["vlmfix", self.verb, *(word for word in self.command if word != "--no-resume")])
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) 
             offered = "; ".join(f"{name}: {', '.join(parameters[name])}" for name in (targets or wanted))
             raise MethodError(f"--set {setting}: no parameter {parameter!r}; parameters are {offered or 'none'}")
         for name in targets:
-            wanted[name][parameter] = _parse_value(text)
+            wanted[name][parameter] = parse_value(text)
 
 
 def _parameters(name: str) -> tuple[str, ...]:
@@ -236,7 +237,21 @@ def _parameters(name: str) -> tuple[str, ...]:
     return tuple(field.name for field in fields(method_class(name)))
 
 
-def _parse_value(text: str) -> Any:
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` texts as a dictionary; values are JSON, or text.
+
+    Raises:
+        MethodError: One is no ``key=value``.
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for key, separator, text in pairs:
+        if not separator or not key:
+            raise MethodError(f"--set expects key=value, got {key + text!r}")
+    return {key: parse_value(text) for key, _, text in pairs}
+
+
+def parse_value(text: str) -> Any:
+    """A value as typed: JSON, or else text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -123,8 +123,18 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
     return EvalRun(options, tuple(methods), source, tasks, settings, device, batch_size, folder, (*notes, *tasks.notes))
 
 
-def check_folder(run: EvalRun) -> None:
+def with_methods(run: EvalRun, methods: Sequence[MethodSpec]) -> EvalRun:
+    """The same run with other rows, the baseline first."""
+    params = {spec.label: dict(spec.params) for spec in methods}
+    return replace(run, methods=tuple(methods), settings={**run.settings, "methods": params})
+
+
+def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
     """Make sure that what the run folder holds belongs to this run.
+
+    Args:
+        run: The run.
+        any_methods: Whether it may have been with other rows.
 
     Raises:
         VlmfixError: It holds the run of another configuration (the message lists what differs), or is not a run folder.
@@ -142,7 +152,7 @@ def check_folder(run: EvalRun) -> None:
             raise DataError(
                 f"{config} is not the configuration of a run ({error}); choose --out DIR or --no-resume"
             ) from error
-        differing = differing_settings(old, run.settings)
+        differing = differing_settings({**old, "methods": run.settings["methods"]} if any_methods else old, run.settings)
         if differing:
             raise VlmfixError(
                 f"{run.folder} holds a run with other settings; choose another folder with --out DIR, or type "

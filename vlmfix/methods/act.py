@@ -13,6 +13,7 @@ from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.methods._columns import ColumnMeans
 from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, listed_heads
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ACT(Method):
     name: ClassVar[str] = "act"
     paper: ClassVar[str] = "arXiv 2406.15765"
     summary: ClassVar[str] = "shrinks attention sinks behind the first token, in selected heads"
+    search_space: ClassVar[Space] = {"beta": Range(0.1, 0.9)}
     edits_weights: ClassVar[bool] = True
     reorders: ClassVar[bool] = True
     needs_past: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods._generated import RaisesGeneratedText
 from vlmfix.methods._statistics import HeadStatistics
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class AdaIAT(RaisesGeneratedText):
     name: ClassVar[str] = "adaiat"
     paper: ClassVar[str] = "arXiv 2603.04908"
     summary: ClassVar[str] = "raises attention to the text generated so far, gated per layer, scaled per head"
+    search_space: ClassVar[Space] = {"alpha": Range(0.5, 12.0), "beta": Range(0.1, 1.0)}
     edits_weights: ClassVar[bool] = True
 
     alpha: float = 6.0

@@ -14,6 +14,7 @@ from vlmfix.methods._scores import visible
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.prompt import Prompt
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class AdaptVis(Method):
     name: ClassVar[str] = "adaptvis"
     paper: ClassVar[str] = "arXiv 2503.01773"
     summary: ClassVar[str] = "sharpens or smooths the image's scores in the prompt's last row, by confidence"
+    search_space: ClassVar[Space] = {"threshold": Range(0.1, 0.9), "low": Range(0.3, 1.0), "high": Range(1.0, 2.0)}
     edits_scores: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
 

@@ -15,6 +15,7 @@ from vlmfix.methods._fixed_heads import scale_heads
 from vlmfix.methods._head_lists import HALLUCINATION_HEADS, shape_of
 from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, listed_heads
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ADHH(Method):
         "ICLR 2025, Understanding and Mitigating Hallucination in LVLMs via Modular Attribution and Intervention"
     )
     summary: ClassVar[str] = "deactivates listed heads in rows where they lean on the text behind the image"
+    search_space: ClassVar[Space] = {"tau": Range(0.1, 1.0)}
     edits_weights: ClassVar[bool] = True
     edits_heads: ClassVar[bool] = True
 

@@ -13,6 +13,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods._fixed_heads import scale_heads
 from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class AllPath(Method):
     name: ClassVar[str] = "allpath"
     paper: ClassVar[str] = "arXiv 2511.17254"
     summary: ClassVar[str] = "scales good heads up and bad heads down, by lists made offline"
+    search_space: ClassVar[Space] = {"up": Range(1.0, 3.0), "down": Range(0.0, 1.0)}
     edits_heads: ClassVar[bool] = True
     needs_text_keys: ClassVar[bool] = False
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from vlmfix.errors import MethodError
+from vlmfix.space import Space
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,8 @@ class Method:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    search_space: ClassVar[Space] = {}
+    """Parameters that ``vlmfix tune`` searches, and between what."""
     opens_mask: ClassVar[bool] = False
     edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False

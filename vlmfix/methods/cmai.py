@@ -15,6 +15,7 @@ from vlmfix.methods._focus import Focus
 from vlmfix.methods._scores import log_mass, visible
 from vlmfix.methods.base import PromptRows
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class CMAI(ExperimentalMethod):
     name: ClassVar[str] = "cmai"
     paper: ClassVar[str] = "arXiv 2411.15453 (abstract)"
     summary: ClassVar[str] = "hides image tokens that a text token's context does not look at (experimental)"
+    search_space: ClassVar[Space] = {"rho": Range(0.5, 1.0)}
     caveat: ClassVar[str] = "our reading of a paper known by its abstract alone, not a reproduction"
     edits_scores: ClassVar[bool] = True
     hides_keys: ClassVar[bool] = True

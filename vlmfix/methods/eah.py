@@ -10,6 +10,7 @@ import torch
 from vlmfix.anatomy import Anatomy
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 class Columns(NamedTuple):
@@ -47,6 +48,7 @@ class EAH(Method):
     name: ClassVar[str] = "eah"
     paper: ClassVar[str] = "arXiv 2411.09968"
     summary: ClassVar[str] = "copies the map of the head with the most image sinks to all heads of a shallow layer"
+    search_space: ClassVar[Space] = {"threshold": Range(0.0005, 0.02, log=True)}
     edits_weights: ClassVar[bool] = True
 
     threshold: float | Literal["auto"] = 0.002

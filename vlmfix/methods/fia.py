@@ -13,6 +13,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods._scores import raise_keys
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 if TYPE_CHECKING:
     from vlmfix.prompt import Prompt
@@ -45,6 +46,7 @@ class FIA(Method):
     name: ClassVar[str] = "fia"
     paper: ClassVar[str] = "arXiv 2501.12206"
     summary: ClassVar[str] = "raises the scores of image tokens the vision tower's class token looks at"
+    search_space: ClassVar[Space] = {"alpha": Range(0.05, 1.0), "beta": Range(0.05, 0.8)}
     edits_scores: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
     vision_layers: ClassVar[tuple[int, ...]] = (_FIRST, _PENULTIMATE)

@@ -10,6 +10,7 @@ import torch
 from vlmfix.methods._scores import RaisesImageScores, visible
 from vlmfix.methods.base import layers_by_depth
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class HGAI(RaisesImageScores):
     name: ClassVar[str] = "hgai"
     paper: ClassVar[str] = "arXiv 2411.16724"
     summary: ClassVar[str] = "raises the image's scores by a boost shared between the heads of middle layers"
+    search_space: ClassVar[Space] = {"alpha": Range(0.05, 0.8)}
 
     alpha: float = 0.5
 

@@ -10,6 +10,7 @@ import torch
 from vlmfix.methods._generated import RaisesGeneratedText
 from vlmfix.methods._scores import raise_keys
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class IAT(RaisesGeneratedText):
     name: ClassVar[str] = "iat"
     paper: ClassVar[str] = "arXiv 2603.04908"
     summary: ClassVar[str] = "raises the scores of the text generated so far"
+    search_space: ClassVar[Space] = {"alpha": Range(0.1, 1.5)}
     edits_scores: ClassVar[bool] = True
 
     alpha: float = 0.8

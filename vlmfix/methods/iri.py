@@ -16,6 +16,7 @@ from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
 from vlmfix.methods._ranking import LayerRanking, how_to_rank
 from vlmfix.methods.base import Method, PromptRows
+from vlmfix.space import Range, Space
 
 if TYPE_CHECKING:
     from vlmfix.blocks import BlockKind
@@ -73,6 +74,7 @@ class IRI(Method):
     name: ClassVar[str] = "iri"
     paper: ClassVar[str] = "arXiv 2511.05923"
     summary: ClassVar[str] = "adds block outputs that carry the object to those of later layers, at the last position"
+    search_space: ClassVar[Space] = {"lambda_a": Range(0.02, 0.5), "lambda_m": Range(0.02, 0.4)}
     edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("attention", "mlp")
     needs_cache: ClassVar[bool] = True
 

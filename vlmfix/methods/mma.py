@@ -11,6 +11,7 @@ import torch
 from vlmfix.anatomy import Anatomy
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MMA(Method):
     name: ClassVar[str] = "mma"
     paper: ClassVar[str] = "arXiv 2503.02597"
     summary: ClassVar[str] = "lets image tokens see the question behind them"
+    search_space: ClassVar[Space] = {"gamma": Range(0.05, 1.0)}
     opens_mask: ClassVar[bool] = True
 
     gamma: float = 1.0

@@ -10,6 +10,7 @@ import torch
 from vlmfix.methods._experimental import ExperimentalMethod
 from vlmfix.methods._scores import log_mass, visible
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ModalityBalance(ExperimentalMethod):
     name: ClassVar[str] = "modality_balance"
     paper: ClassVar[str] = "none (after arXiv 2411.14279)"
     summary: ClassVar[str] = "moves each row's attention to the image towards one half (experimental)"
+    search_space: ClassVar[Space] = {"tau": Range(0.05, 1.0)}
     caveat: ClassVar[str] = "a hypothesis of ours, not a published method"
     edits_scores: ClassVar[bool] = True
 

@@ -9,6 +9,7 @@ import torch
 
 from vlmfix.methods._scores import RaisesImageScores, raise_keys
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PAI(RaisesImageScores):
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "arXiv 2407.21771"
     summary: ClassVar[str] = "raises the image's scores in the row that predicts the next token"
+    search_space: ClassVar[Space] = {"alpha": Range(0.05, 0.8)}
 
     alpha: float = 0.2
 

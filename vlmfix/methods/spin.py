@@ -12,6 +12,7 @@ from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.attention import explicit_scores, masked_softmax, visible_keys
 from vlmfix.methods.base import Method, PromptRows
 from vlmfix.run import Layer, Rows
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class SPIN(Method):
     name: ClassVar[str] = "spin"
     paper: ClassVar[str] = "arXiv 2505.16411"
     summary: ClassVar[str] = "shrinks the heads that look least at the image, chosen per token"
+    search_space: ClassVar[Space] = {"keep": Range(0.5, 1.0), "suppress": Range(0.0, 1.0)}
     edits_heads: ClassVar[bool] = True
 
     keep: float = 0.95

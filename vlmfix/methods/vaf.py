@@ -12,6 +12,7 @@ from vlmfix.anatomy import Anatomy
 from vlmfix.methods._scores import visible
 from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, layers_by_depth, listed_heads
 from vlmfix.run import Layer
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class VAF(Method):
     name: ClassVar[str] = "vaf"
     paper: ClassVar[str] = "arXiv 2503.13107"
     summary: ClassVar[str] = "multiplies the scores of the image up and those of the tokens before it down"
+    search_space: ClassVar[Space] = {"enhance": Range(1.0, 1.5), "suppress": Range(0.7, 1.0)}
     edits_scores: ClassVar[bool] = True
 
     enhance: float = 1.15

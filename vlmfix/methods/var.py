@@ -13,6 +13,7 @@ import torch
 from vlmfix.anatomy import Anatomy
 from vlmfix.methods.base import Method
 from vlmfix.run import Layer, extend_mask
+from vlmfix.space import Range, Space
 
 
 @dataclass
@@ -57,6 +58,11 @@ class VAR(Method):
     name: ClassVar[str] = "var"
     paper: ClassVar[str] = "arXiv 2503.03321"
     summary: ClassVar[str] = "moves attention from sinks to the rest of the image, in rows that look at the image"
+    search_space: ClassVar[Space] = {
+        "recycle": Range(0.1, 1.0),
+        "nonsink_ratio": Range(0.2, 1.0),
+        "image_mass": Range(0.05, 0.5),
+    }
     edits_weights: ClassVar[bool] = True
     reads_layer_input: ClassVar[bool] = True
 

@@ -10,6 +10,7 @@ import torch
 from vlmfix.anatomy import AttentionKind
 from vlmfix.methods.base import Method
 from vlmfix.run import Layer
+from vlmfix.space import Choice, Range, Space
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class VHR(Method):
     name: ClassVar[str] = "vhr"
     paper: ClassVar[str] = "arXiv 2412.13949"
     summary: ClassVar[str] = "scales the heads that depend most on the image, chosen per prompt"
+    search_space: ClassVar[Space] = {"alpha": Range(1.05, 3.0), "layers": Choice((None, "0:"))}
     edits_heads: ClassVar[bool] = True
 
     alpha: float = 2.0
