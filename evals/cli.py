@@ -68,29 +68,12 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         default=True,
         help="early-stop and yes-bias controls, and VHR's head controls (default: on)",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="DIR", help="COCO folder (default: the testbed's scenes)")
+    data = add_data(parser, limit="number of images per benchmark, drawn by seed (default: 500; testbed 400, POPE 200)")
     data.add_argument(
         "--split",
         choices=("heldout", "heldout2", "calibration"),
         default="heldout",
         help="testbed scenes; strengths were chosen on calibration (default: heldout)",
-    )
-    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
-    data.add_argument(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="number of images per benchmark, drawn by seed (default: 500; on the testbed 400, 200 for POPE)",
-    )
-    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
-    data.add_argument(
-        "--pope-questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="official POPE files (default: built by the published rule)",
     )
     data.add_argument(
         "--benchmark-data",
@@ -101,19 +84,7 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         help="the benchmark's own folder (amber, mme, hallusionbench, mmhal), a file of questions (custom), or "
         "datasets:PATH_OR_ID[#SPLIT] for the datasets library",
     )
-    data.add_argument(
-        "--chair-mode",
-        choices=("original", "nltk"),
-        default="original",
-        help="word normalisation of CHAIR (default: original)",
-    )
-    asking = parser.add_argument_group("prompts and decoding")
-    asking.add_argument(
-        "--prompt", metavar="TEXT", help="captioning prompt (default: Please describe this image in detail.)"
-    )
-    asking.add_argument(
-        "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
-    )
+    asking = add_prompts(parser)
     asking.add_argument(
         "--benchmark-prompt",
         nargs="+",
@@ -121,6 +92,61 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=TEXT",
         help="prompt of another benchmark's questions, with {question}",
+    )
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument(
+        "--judge",
+        metavar="COMMAND",
+        help="rates MMHal-Bench: reads a prompt, writes a judgement with 'Rating: N' (default: not scored)",
+    )
+    scoring.add_argument("--judge-name", metavar="NAME", help="name of the judge in the report (default: the command)")
+    scoring.add_argument(
+        "--spacy", metavar="MODEL", help="word similarity of AMBER, officially en_core_web_lg (default: exact words)"
+    )
+    add_machine(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-SETTINGS)")
+    output.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the answers an earlier, interrupted run left in the folder (default: on)",
+    )
+    return parser
+
+
+def add_data(parser: argparse.ArgumentParser, *, limit: str) -> Any:
+    """Add the options that choose images and questions; ``limit`` explains ``--limit``."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, metavar="DIR", help="COCO folder (default: the testbed's scenes)")
+    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
+    data.add_argument("--limit", type=int, metavar="N", help=limit)
+    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
+    data.add_argument(
+        "--pope-questions",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="official POPE files (default: built by the published rule)",
+    )
+    data.add_argument(
+        "--chair-mode",
+        choices=("original", "nltk"),
+        default="original",
+        help="word normalisation of CHAIR (default: original)",
+    )
+    return data
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> Any:
+    """Add the options on prompts and decoding."""
+    asking = parser.add_argument_group("prompts and decoding")
+    asking.add_argument(
+        "--prompt", metavar="TEXT", help="captioning prompt (default: Please describe this image in detail.)"
+    )
+    asking.add_argument(
+        "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
     )
     asking.add_argument(
         "--chat-template",
@@ -132,16 +158,11 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, else 512)"
     )
     asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of yes/no answers (default: 16)")
-    scoring = parser.add_argument_group("scoring")
-    scoring.add_argument(
-        "--judge",
-        metavar="COMMAND",
-        help="rates MMHal-Bench: reads a prompt, writes a judgement with 'Rating: N' (default: not scored)",
-    )
-    scoring.add_argument("--judge-name", metavar="NAME", help="name of the judge in the report (default: the command)")
-    scoring.add_argument(
-        "--spacy", metavar="MODEL", help="word similarity of AMBER, officially en_core_web_lg (default: exact words)"
-    )
+    return asking
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options on device and batch."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
     machine.add_argument(
@@ -157,15 +178,6 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
     machine.add_argument(
         "--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa or eager"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-SETTINGS)")
-    output.add_argument(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep the answers an earlier, interrupted run left in the folder (default: on)",
-    )
-    return parser
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -107,6 +108,16 @@ class EvalOptions:
     def resume_line(self) -> str:
         """The command that goes on with this run: ``--no-resume`` would throw its answers away."""
         return shlex.join(["vlmfix", self.verb, *(word for word in self.command if word != "--no-resume")])
+
+
+def eval_options(typed: Namespace) -> EvalOptions:
+    """The options of a verb that has some of those of ``vlmfix eval``, under the same names."""
+    names = {field.name for field in fields(EvalOptions)} & set(vars(typed))
+    values: dict[str, Any] = {name: getattr(typed, name) for name in names}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if "benchmark" in vars(typed):
+        values["benchmarks"] = tuple(dict.fromkeys(typed.benchmark))
+    return EvalOptions(**values)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,9 @@ def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
             raise DataError(
                 f"{config} is not the configuration of a run ({error}); choose --out DIR or --no-resume"
             ) from error
-        differing = differing_settings({**old, "methods": run.settings["methods"]} if any_methods else old, run.settings)
+        differing = differing_settings(
+            {**old, "methods": run.settings["methods"]} if any_methods else old, run.settings
+        )
         if differing:
             raise VlmfixError(
                 f"{run.folder} holds a run with other settings; choose another folder with --out DIR, or type "

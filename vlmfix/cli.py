@@ -15,6 +15,7 @@ from vlmfix.evals.cli import add_eval
 from vlmfix.evals.compare_cli import add_compare
 from vlmfix.evals.power import add_power
 from vlmfix.evals.score_cli import add_score
+from vlmfix.evals.tuning.cli import add_tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     add_score(verbs).set_defaults(run=_score)
     add_calibrate(verbs).set_defaults(run=_calibrate)
+    add_tune(verbs).set_defaults(run=_tune)
     add_power(verbs).set_defaults(run=_power)
     add_compare(verbs).set_defaults(run=_compare)
     return parser
@@ -114,6 +116,13 @@ def _compare(options: argparse.Namespace) -> None:
     from vlmfix.evals.compare_report import run
 
     _show(run(options))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.tuning.cli import run
+
+    run(options, show=_show)
 
 
 def _power(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cli import add_data, add_machine, add_prompts, run_options
+from ..cli import add_data, add_machine, add_prompts
 
 _EPILOG = """\
 examples:
@@ -63,7 +63,7 @@ def add_tune(verbs: Any) -> argparse.ArgumentParser:
     add_machine(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD-tuned.json)")
-    output.add_argument("--run", type=Path, metavar="DIR", help="folder of both runs (default: runs/tune-METHOD)")
+    output.add_argument("--folder", type=Path, metavar="DIR", help="folder of both runs (default: runs/tune-METHOD)")
     output.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what DIR holds (default: on)"
     )
@@ -72,6 +72,7 @@ def add_tune(verbs: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Tune as asked."""
+    from ..config import eval_options
     from .command import TuneOptions, tune
 
     tune(
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
             confirm=options.confirm,
             confirm_ids=options.confirm_ids,
             out=options.out,
-            run=replace(run_options(options), verb="tune", out=options.run),
+            run=replace(eval_options(options), verb="tune", out=options.folder),
         ),
         show,
     )

@@ -13,7 +13,7 @@ from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_na
 
 from ..answering import generate_answers
 from ..cache import AnswerLog, write_json
-from ..config import EvalOptions, method_specs, parse_settings, run_name
+from ..config import EvalOptions, method_specs, parse_settings
 from ..models import load_model
 from ..planning import ANSWERS, RUNS, AnswerPlan, EvalRun, check_folder, plan_run, with_methods, write_config
 from ..runner import evaluate
@@ -162,7 +162,9 @@ def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Cal
             if not loaded:
                 loaded.append(_load(run))
             generate_answers(run, plan, log, missing, Shard.here(), model=loaded[0])
-        return goal_of(score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0])
+        return goal_of(
+            score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0]
+        )
 
     check_folder(base, any_methods=True)
     with AnswerLog(base.folder / ANSWERS, keep=base.options.resume) as log:

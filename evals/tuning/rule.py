@@ -53,7 +53,7 @@ def goal_of(row: Mapping[str, Any]) -> Goal:
 
 def _known(value: float | None) -> float:
     if value is None:
-        raise VlmfixError("these captions name no object, or the images show none: CHAIR is undefined; give more images")
+        raise VlmfixError("these captions name no object, or these images show none: give more images with --limit N")
     return value
 
 

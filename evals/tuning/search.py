@@ -55,7 +55,7 @@ def space_of(method: Method, fixed: Collection[str], ranges: Collection[str]) ->
 
 def _parse_range(text: str, values: str) -> Range | Choice:
     low, colon, high = values.partition(":")
-    if not colon:
+    if not colon or "," in values:
         return Choice(tuple(parse_value(value) for value in values.split(",")))
     try:
         bounds = Range(float(low), float(high))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,9 @@ def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Calibrate as asked."""
     from vlmfix.evals.calibration import CalibrateOptions, calibrate_command
-    from vlmfix.evals.config import EvalOptions
+    from vlmfix.evals.config import eval_options
 
-    run = EvalOptions(
-        model=options.model,
-        data=options.data,
-        ids=options.ids,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-        prompt=options.prompt,
-        pope_prompt=options.pope_prompt,
-        chat_template=options.chat_template,
-    )
+    run = replace(eval_options(options), out=None)  # Here --out is the recipe.
     calibrate_command(
         CalibrateOptions(options.method, tuple(options.set), tuple(options.exclude), options.out, run), show
     )
