@@ -231,11 +231,9 @@ def test_a_second_run_generates_nothing_and_chooses_the_same(tuned, capsys):
 
 def test_nothing_is_written_when_no_setting_helps(tuned, tmp_path, capsys):
     # With factor 1 the method is the identity: nothing can be lower than none.
-    code = main(
-        ["tune", "--method", "vhr", "--limit", "8", "--confirm", "6", "--budget", "2", "--max-new-tokens", "24"]
-        + ["--set", "alpha=1.0", "--range", "outliers=true,false", "--folder", str(tmp_path / "run")]
-        + ["--out", str(tmp_path / "vhr.json")]
-    )
+    options = ["--method", "vhr", "--limit", "8", "--confirm", "6", "--budget", "2", "--max-new-tokens", "24"]
+    options += ["--set", "alpha=1.0", "--range", "outliers=true,false", "--folder", str(tmp_path / "run")]
+    code = main(["tune", *options, "--out", str(tmp_path / "vhr.json")])
     assert code != 0 and not (tmp_path / "vhr.json").exists()
     assert "none of 2 settings lowers CHAIR_i" in capsys.readouterr().err
 

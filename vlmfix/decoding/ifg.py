@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from vlmfix.decoding._images import each_image
 from vlmfix.decoding.base import Contrast
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.space import Range, Space
 
 STAND_INS = ("mean", "blank", "blurred")
 
@@ -36,6 +37,7 @@ class IFG(Contrast):
     name: ClassVar[str] = "ifg"
     paper: ClassVar[str] = "arXiv 2411.14279"
     summary: ClassVar[str] = "contrasts the answer with that to a stand-in for the image"
+    search_space: ClassVar[Space] = {"alpha": Range(0.05, 2.0), "beta": Range(0.02, 0.9)}
     changes_image: ClassVar[bool] = True
 
     alpha: float = 0.5

@@ -11,6 +11,7 @@ import torch
 
 from vlmfix.decoding._images import each_image
 from vlmfix.decoding.base import Contrast
+from vlmfix.space import Choice, Range, Space
 
 STEPS = 1000
 """Steps of the diffusion process whose noise is used."""
@@ -38,6 +39,11 @@ class VCD(Contrast):
     name: ClassVar[str] = "vcd"
     paper: ClassVar[str] = "arXiv 2311.16922"
     summary: ClassVar[str] = "contrasts the answer with that to a noised image"
+    search_space: ClassVar[Space] = {
+        "alpha": Range(0.05, 2.0),
+        "beta": Range(0.02, 0.9),
+        "noise_step": Choice((500, 300, 700, 900)),
+    }
     changes_image: ClassVar[bool] = True
 
     beta: float = 0.2
