@@ -76,7 +76,10 @@ def test_a_declared_space_is_one_the_method_takes(name):
         for value in ends:
             assert method_from_dict({"method": name, **needs, key: value}).to_dict()[key] == value
         default = known[key]
-        assert default in space.values if isinstance(space, Choice) else space.low <= default <= space.high
+        if isinstance(space, Choice):
+            assert default in space.values
+        else:
+            assert default is None or space.low <= default <= space.high
 
 
 def test_what_is_fixed_is_not_searched_and_the_users_range_replaces_the_declared_one():

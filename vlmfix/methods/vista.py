@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from vlmfix.anatomy import Anatomy
 from vlmfix.methods.base import LayerSpec, Method, PromptRows, resolve_layers
+from vlmfix.space import Range, Space
 
 if TYPE_CHECKING:
     from vlmfix.blocks import BlockKind
@@ -60,6 +61,7 @@ class VISTA(Method):
     name: ClassVar[str] = "vista"
     paper: ClassVar[str] = "arXiv 2502.03628"
     summary: ClassVar[str] = "turns MLP outputs towards what the image adds to the stream; mixes in early logits"
+    search_space: ClassVar[Space] = {"lam": Range(0.005, 0.3, log=True), "sla_alpha": Range(0.0, 0.5)}
     edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("mlp",)
     reads_prompt: ClassVar[bool] = True
     needs_ids: ClassVar[bool] = True
