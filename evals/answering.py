@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import vlmfix
@@ -9,19 +11,38 @@ import vlmfix
 from .batches import Answerer, EncodedBatch
 from .cache import AnswerLog
 from .config import MethodSpec, runtime_info
+from .data.coco import load_image
+from .features import ImageFeatures
 from .generate import Generator
 from .models import fitting_threads, load_model
 from .planning import AnswerPlan, EvalRun, write_config
+from .progress import Progress
 from .samples import Answer, Sample
-from .shards import Shard
+from .shards import Elsewhere, Shard
 
 
 def generate_answers(
-    run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, shard: Shard, model: Any = None
+    run: EvalRun,
+    plan: AnswerPlan,
+    log: AnswerLog,
+    missing: int,
+    shard: Shard,
+    model: Any = None,
+    *,
+    show: Callable[[str], None] | None = None,
 ) -> None:
     """Load the model and generate every answer the log lacks; each batch is answered by all methods in turn.
 
-    With several processes, those of this one's batches. A model that is loaded already is used as it is.
+    With several processes, those of this one's batches.
+
+    Args:
+        run: What to run.
+        plan: Its batches and keys.
+        log: What is there, and where answers go.
+        missing: Answers to come, those of all processes.
+        shard: This process's place.
+        model: The model, if it is loaded already; it is used as it is.
+        show: Takes lines on the progress; None shows none.
 
     Raises:
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
@@ -34,62 +55,88 @@ def generate_answers(
             attn_implementation=run.options.attn_implementation,
         )
     with fitting_threads(model):
-        _generate_missing(run, plan, log, missing, model, shard)
+        share = _Share(run, plan, log, model)
+        if shard.is_main:
+            share.describe()
+        with Progress(missing, say=show, elsewhere=Elsewhere(run.folder, shard)) as progress:
+            for index, batch in enumerate(plan.batches):
+                if shard.owns(index):
+                    share.answer(batch, f"{index + 1}/{len(plan.batches)}", progress)
+        if shard.is_main:
+            share.describe()
 
 
-def _generate_missing(run: EvalRun, plan: AnswerPlan, log: AnswerLog, missing: int, model: Any, shard: Shard) -> None:
-    from tqdm import tqdm
+@dataclass(frozen=True)
+class _Row:
+    """A method of the run, and the same bound to the model: layers and sinks are looked up once, not in every batch."""
 
-    from .data.coco import load_image
+    spec: MethodSpec
+    method: Any
 
-    generator = Generator(model, run.source.processor)
-    answerer = Answerer(generator)
-    methods, resolved = [], {}
-    for spec in run.methods:
-        with vlmfix.patched(model, spec.build()):
-            status = vlmfix.status(model)
-        assert status is not None
-        # The bound method: layers and sink dimensions are resolved once, not in every batch.
-        methods.append((spec, status.methods[0]))
-        resolved[spec.label] = {"params": status.methods[0].to_dict(), "layers": status.layers, "notes": status.notes}
-    info = {
-        **runtime_info(run.options, run.batch_size, model),
-        "generation_config": model.generation_config.to_diff_dict(),
-    }
-    if shard.is_main:
-        write_config(run, runtime=info, resolved=resolved)
-    with tqdm(
-        total=missing, unit="answer", disable=None if shard.is_main else True, smoothing=0.1, dynamic_ncols=True
-    ) as bar:
-        for index, batch in enumerate(plan.batches):
-            if not shard.owns(index):
-                continue
-            for turn in ([s for s in batch if s.second is None], [s for s in batch if s.second is not None]):
-                lacking = [
-                    (spec, method, wanted)
-                    for spec, method in methods
-                    if (wanted := [plan.key(spec, s, log.records) not in log.records for s in turn]) and any(wanted)
-                ]
-                if not lacking:
-                    continue
-                read = {path: load_image(path) for path in dict.fromkeys(s.path for s in turn) if path is not None}
-                images = [None if s.path is None else read[s.path] for s in turn]
-                first, encoded = turn[0], None
-                for spec, method, wanted in lacking:
-                    prompts = [str(plan.prompt(spec, s, log.records)) for s in turn]
-                    if encoded is None or prompts != encoded.prompts:  # A second turn holds the method's own answers.
-                        encoded = EncodedBatch(generator, prompts, images)
-                    if bar.n == 0:  # The first pass through a model is slow for reasons that are no method's fault.
-                        answerer.answer(encoded, methods[0][0].label, None, first.records, 1)
-                    place = f"{first.benchmark} {index + 1}/{len(plan.batches)}"
-                    bar.set_description(f"{place} {spec.label}", refresh=False)
-                    answers = answerer.answer(encoded, spec.label, method, first.records, first.max_new_tokens)
-                    log.append(
-                        _record(str(plan.key(spec, sample, log.records)), spec, sample, answer)
-                        for sample, answer, want in zip(turn, answers, wanted, strict=True)
-                        if want
-                    )
-                    bar.update(sum(wanted))
+
+class _Share:
+    """What this process answers, with one model."""
+
+    def __init__(self, run: EvalRun, plan: AnswerPlan, log: AnswerLog, model: Any) -> None:
+        self._run, self._plan, self._log = run, plan, log
+        self._generator = Generator(model, run.source.processor)
+        self._features = ImageFeatures(model) if run.options.reuse_images else None
+        self._answerer = Answerer(self._generator, self._features)
+        self._rows: list[_Row] = []
+        self._resolved: dict[str, Any] = {}
+        for spec in run.methods:
+            with vlmfix.patched(model, spec.build()):
+                status = vlmfix.status(model)
+            assert status is not None
+            method = status.methods[0]
+            self._rows.append(_Row(spec, method))
+            self._resolved[spec.label] = {"params": method.to_dict(), "layers": status.layers, "notes": status.notes}
+
+    def describe(self) -> None:
+        """Write ``config.json`` with what is known of the model and the machine."""
+        model = self._generator.model
+        runtime = {
+            **runtime_info(self._run.options, self._run.batch_size, model),
+            "image_features": {"reused": False} if self._features is None else self._features.summary(),
+            "generation_config": model.generation_config.to_diff_dict(),
+        }
+        write_config(self._run, runtime=runtime, resolved=self._resolved)
+
+    def answer(self, batch: Sequence[Sample], place: str, progress: Progress) -> None:
+        """Answer what the log lacks of a batch: first turns, then second ones, which follow a method's own answers."""
+        for turn in ([s for s in batch if s.second is None], [s for s in batch if s.second is not None]):
+            lacking = [(row, wanted) for row in self._rows if any(wanted := self._wanted(row.spec, turn))]
+            if lacking:
+                self._answer_turn(turn, lacking, place, progress)
+
+    def _wanted(self, spec: MethodSpec, samples: Sequence[Sample]) -> list[bool]:
+        known = self._log.records
+        return [self._plan.key(spec, sample, known) not in known for sample in samples]
+
+    def _answer_turn(
+        self, turn: Sequence[Sample], lacking: Sequence[tuple[_Row, list[bool]]], place: str, progress: Progress
+    ) -> None:
+        plan, log, first = self._plan, self._log, turn[0]
+        read = {path: load_image(path) for path in dict.fromkeys(s.path for s in turn) if path is not None}
+        images = [None if sample.path is None else read[sample.path] for sample in turn]
+        if self._features is not None:
+            self._features.forget(len(turn))
+        encoded = None
+        for row, wanted in lacking:
+            prompts = [str(plan.prompt(row.spec, sample, log.records)) for sample in turn]
+            if encoded is None or prompts != encoded.prompts:
+                encoded = EncodedBatch(self._generator, prompts, images)
+            if not progress.done:  # The first pass through a model is slow for reasons that are no method's fault.
+                self._answerer.answer(encoded, self._rows[0].spec.label, None, first.records, 1)
+            what = f"{first.benchmark} {place} {row.spec.label}"
+            progress.begin(what)
+            answers = self._answerer.answer(encoded, row.spec.label, row.method, first.records, first.max_new_tokens)
+            log.append(
+                _record(str(plan.key(row.spec, sample, log.records)), row.spec, sample, answer)
+                for sample, answer, want in zip(turn, answers, wanted, strict=True)
+                if want
+            )
+            progress.add(sum(wanted), what)
 
 
 def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[str, Any]:

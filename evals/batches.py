@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import vlmfix
 from vlmfix.errors import VlmfixError
 
+from .features import ImageFeatures
 from .generate import Generator
 from .samples import Answer, Records
 
@@ -63,8 +64,10 @@ class Answerer:
     answered before it, as long as memory decides by rows and tokens alone.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, features: ImageFeatures | None = None) -> None:
+        """Answer with ``generator``, and with ``features`` encode every image of a batch once."""
         self._generator = generator
+        self._features = features
         self._too_large: dict[str, list[tuple[int, int]]] = {}
 
     def answer(
@@ -101,6 +104,8 @@ class Answerer:
             if answers is not None:
                 return answers if rows == len(batch) else [dataclasses.replace(a, rows=rows) for a in answers]
             # Out here the error is gone, and with it its frames, which held the tensors.
+            if self._features is not None:
+                self._features.forget()
             gc.collect()
             torch.cuda.empty_cache()
             self._too_large.setdefault(label, []).append((rows, tokens))
@@ -120,10 +125,18 @@ class Answerer:
         self, batch: EncodedBatch, method: Any, records: Records, max_new_tokens: int, start: int, stop: int
     ) -> list[Answer] | None:
         """The answers of some rows, or None where memory was too small; the model is as before either way."""
-        model = self._generator.model
+        inputs = batch.inputs(start, stop)
         try:
-            with vlmfix.patched(model, method) if method is not None else nullcontext():
-                return self._generator.generate(batch.inputs(start, stop), records, max_new_tokens)
+            with ExitStack() as stack:
+                if method is not None:
+                    stack.enter_context(vlmfix.patched(self._generator.model, method))
+                if self._features is None:
+                    return self._generator.generate(inputs, records, max_new_tokens)
+                stack.enter_context(self._features.reused())
+                self._features.saved = 0.0
+                answers = self._generator.generate(inputs, records, max_new_tokens)
+                saved = self._features.saved / len(answers)
+                return [dataclasses.replace(a, seconds=round(a.seconds + saved, 6)) for a in answers]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

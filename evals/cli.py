@@ -103,7 +103,12 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
     scoring.add_argument(
         "--spacy", metavar="MODEL", help="word similarity of AMBER, officially en_core_web_lg (default: exact words)"
     )
-    add_machine(parser)
+    add_machine(parser).add_argument(
+        "--reuse-images",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="encode an image once for its questions and for all methods; answers are the same (default: on)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/MODEL-SETTINGS)")
     output.add_argument(
@@ -161,8 +166,8 @@ def add_prompts(parser: argparse.ArgumentParser) -> Any:
     return asking
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add the options on device and batch."""
+def add_machine(parser: argparse.ArgumentParser) -> Any:
+    """Add the options on device and batch, and return their group."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
     machine.add_argument(
@@ -178,6 +183,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa or eager"
     )
+    return machine
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
@@ -215,6 +221,7 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
             judge=options.judge,
             judge_name=options.judge_name,
             spacy=options.spacy,
+            reuse_images=options.reuse_images,
             command=options.command,
         ),
         show=show,

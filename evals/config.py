@@ -65,6 +65,7 @@ class EvalOptions:
     judge: str | Callable[[str], str] | None = None
     judge_name: str | None = None
     spacy: str | None = None
+    reuse_images: bool = True
     verb: str = field(default="eval", compare=False)
     command: tuple[str, ...] = field(default=(), compare=False)
 

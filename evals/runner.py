@@ -69,11 +69,11 @@ def evaluate(
         if missing or shard.world > 1:
             try:
                 if shard.world == 1:
-                    generate_answers(run, plan, log, missing, shard)
+                    generate_answers(run, plan, log, missing, shard, show=show)
                 else:
                     show(f"{shard.world} processes share the batches")
                     shard.wait()
-                    answer_share(run, plan, log.records, shard)
+                    answer_share(run, plan, log.records, shard, missing=missing, show=show)
             except KeyboardInterrupt as error:
                 raise EvalInterrupted(
                     f"interrupted: {run.total - plan.missing(log)} of {run.total} answers are kept in {run.folder}; "
@@ -127,13 +127,30 @@ def export_answers(run: EvalRun, answers: Mapping[str, Answers]) -> None:
             task.export(folder, answers[spec.label])
 
 
-def answer_share(run: EvalRun, plan: AnswerPlan, known: Mapping[str, Mapping[str, Any]], shard: Shard) -> None:
-    """Answer this process's batches into a file of its own, and wait for the others."""
+def answer_share(
+    run: EvalRun,
+    plan: AnswerPlan,
+    known: Mapping[str, Mapping[str, Any]],
+    shard: Shard,
+    *,
+    missing: int = 0,
+    show: Callable[[str], None] | None = None,
+) -> None:
+    """Answer this process's batches into a file of its own, and wait for the others.
+
+    Args:
+        run: What to run.
+        plan: Its batches and keys.
+        known: Answers that were there before.
+        shard: This process's place.
+        missing: Answers that all processes are to give, for the progress.
+        show: Takes lines on the progress; None shows none.
+    """
     with AnswerLog(shard.part(run.folder), known=known) as part:
-        missing = plan.missing_of(part, shard)
+        mine = plan.missing_of(part, shard)
         shard.wait()  # everybody knows by now what was there before
-        if missing:
-            generate_answers(run, plan, part, missing, shard)
+        if mine:
+            generate_answers(run, plan, part, missing, shard, show=show)
     shard.wait()
 
 

@@ -58,7 +58,8 @@ class Answer:
             model ended. Empty where not recorded.
         score: First-step log-odds of yes against no (logsumexp of the yes tokens minus that of the no tokens), None
             where not recorded or not finite.
-        seconds: This answer's share of its batch's wall time in ``generate``.
+        seconds: This answer's share of its batch's wall time in ``generate``, the encoding of its image counted as if
+            features were not reused.
         rows: Size of the batch that gave it, where memory was too small for the planned one.
     """
 

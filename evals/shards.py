@@ -1,13 +1,18 @@
 """One run on several processes: each answers its share of the batches into a file of its own, the first one merges.
 
-Started by ``accelerate launch -m vlmfix.evals ...`` or ``torchrun``, which say in the environment who is who.
+Started by ``accelerate launch -m vlmfix.evals ...``, ``torchrun`` or ``mpirun``, which say in the environment who is
+who. On processors, ``accelerate launch --multi_gpu --num_processes N`` starts N processes; with ``--cpu`` it starts one
+(accelerate leaves several to MPI).
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+from vlmfix.errors import VlmfixError
 
 from .cache import AnswerLog
 
@@ -31,10 +36,12 @@ class Shard:
     @classmethod
     def here(cls) -> Shard:
         """Read the place from the environment; without one, the only process."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        world = _from_environment("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
         if world == 1:
             return cls()
-        return cls(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")))
+        rank = _from_environment("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+        local = _from_environment("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", default=0)
+        return cls(rank, world, local)
 
     @property
     def is_main(self) -> bool:
@@ -53,12 +60,47 @@ class Shard:
         """The file this process writes to while others write to theirs."""
         return folder / f"answers.part-{self.rank}.jsonl"
 
+    def others(self, folder: Path) -> list[Path]:
+        """The files of the other processes."""
+        return [folder / f"answers.part-{rank}.jsonl" for rank in range(self.world) if rank != self.rank]
+
     def wait(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has come here, for days if need be: shares take different times."""
         if self.world > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            PartialState(timeout=timedelta(days=7)).wait_for_everyone()
+
+
+def _from_environment(*names: str, default: int | None = None) -> int:
+    """The first of these variables that is set (torch's name, then those of MPI's implementations).
+
+    Raises:
+        VlmfixError: None is, and there is no default.
+    """
+    for name in names:
+        if name in os.environ:
+            return int(os.environ[name])
+    if default is None:
+        raise VlmfixError(f"several processes, but none of {', '.join(names)} says which this is; start with torchrun")
+    return default
+
+
+class Elsewhere:
+    """Counts the answers that other processes of the run have written so far."""
+
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self._files = {} if shard.world == 1 else {path: (0, 0) for path in shard.others(folder)}
+
+    def __call__(self) -> int:
+        """Read what is new in their files, and return the number of answers in all."""
+        for path, (offset, lines) in self._files.items():
+            if path.is_file():
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    new = file.read()
+                self._files[path] = (offset + len(new), lines + new.count(b"\n"))
+        return sum(lines for _, lines in self._files.values())
 
 
 def merge_parts(folder: Path, log: AnswerLog, *, keep: bool = True) -> None:

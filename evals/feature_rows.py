@@ -1,0 +1,108 @@
+"""Rows of image features: which images of a batch are the same, and nested features picked and compared by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import ModelOutput
+
+_STATES = ("last_hidden_state", "hidden_states", "attentions")
+
+
+class OtherLayout(Exception):
+    """Features that are not one row, or one entry, per image."""
+
+
+def positions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Per row, its place among the rows that differ in one of the tensors."""
+    sums = torch.stack([each.flatten(1).sum(1, dtype=torch.float64) for each in tensors], dim=1).tolist()
+    seen: dict[tuple[float, ...], list[int]] = {}  # rows of equal sums, which are few, are compared
+    firsts: list[int] = []
+    positions = []
+    for row, key in enumerate(map(tuple, sums)):
+        for place in seen.setdefault(key, []):
+            if all(torch.equal(each[row], each[firsts[place]]) for each in tensors):
+                positions.append(place)
+                break
+        else:
+            seen[key].append(len(firsts))
+            positions.append(len(firsts))
+            firsts.append(row)
+    return positions
+
+
+def rows_of(values: Any, rows: Sequence[int]) -> Any:
+    """The arguments of some rows only."""
+    if isinstance(values, dict):
+        return {name: rows_of(value, rows) for name, value in values.items()}
+    if isinstance(values, tuple):
+        return tuple(rows_of(value, rows) for value in values)
+    return values[list(rows)] if isinstance(values, torch.Tensor) else values
+
+
+def without_states(output: Any) -> Any:
+    """The features without the states they were made from, which are many times as large and which no model reads."""
+    if getattr(output, "pooler_output", None) is None:
+        return output
+    return _changed(output, lambda name, value: None if name in _STATES else value)
+
+
+def _changed(output: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy of a transformers output; some carry attributes that are no fields of their class."""
+    values = {name: change(name, value) for name, value in vars(output).items()}
+    fields = [field.name for field in dataclasses.fields(output)]
+    copied = type(output)(**{name: values.pop(name) for name in fields if name in values})
+    for name, value in values.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a nested value."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (ModelOutput, list, tuple)):
+        for each in vars(value).values() if isinstance(value, ModelOutput) else value:
+            yield from tensors_of(each)
+
+
+def picked(output: Any, rows: list[int] | None) -> Any:
+    """Features for every row of a batch, in containers of their own: a model may fill in more.
+
+    Raises:
+        OtherLayout: They are not one per row.
+    """
+    if isinstance(output, ModelOutput):
+        return _changed(output, lambda _, value: picked(value, rows))
+    if isinstance(output, torch.Tensor):
+        if rows is None:
+            return output
+        if not output.dim() or len(output) != max(rows) + 1:
+            raise OtherLayout
+        return output[rows]
+    if isinstance(output, (list, tuple)):
+        if rows is None:
+            return type(output)(output)
+        if len(output) != max(rows) + 1 or not all(isinstance(each, torch.Tensor) for each in output):
+            raise OtherLayout
+        return type(output)(output[row] for row in rows)
+    return output
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two nested values are equal to the bit."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
+        return left is right or (alike and torch.equal(left, right))
+    if isinstance(left, ModelOutput):
+        return same_bits(vars(left), vars(right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_bits, left, right))
+    return bool(left == right)
