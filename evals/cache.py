@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -134,19 +134,17 @@ class AnswerLog:
     def _read(self) -> None:
         data = self.path.read_bytes()
         complete = data.rfind(b"\n") + 1
+        for key, record in _parsed(data[:complete], self.path):
+            self.records.setdefault(key, record)
         if complete < len(data):
+            if not data[complete:].lstrip().startswith(b"{"):  # No answer is torn here: this is some other file.
+                number, found = data[:complete].count(b"\n") + 1, data[complete : complete + 20]
+                raise DataError(
+                    f"{self.path} line {number}: expected an answer of a run, found {found!r}; move the file away, or "
+                    "choose --out DIR"
+                )
             logger.warning("%s: dropped a torn last line (%d bytes)", self.path, len(data) - complete)
             os.truncate(self.path, complete)
-        for number, line in enumerate(data[:complete].splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                key = record["key"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(
-                    f"{self.path} line {number}: expected a JSON object with a 'key', found {line[:60]!r}; "
-                    "repair or delete that line, or start afresh with --no-resume"
-                ) from error
-            self.records.setdefault(key, record)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write answers whose key is not there yet, one line each, and flush them to the disk.
@@ -183,12 +181,31 @@ class AnswerLog:
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a log that another process holds: its complete lines, by key."""
+    """Read a log that another process holds: its complete lines, by key.
+
+    Raises:
+        DataError: A complete line is not an answer.
+    """
     if not path.is_file():
         return {}
     data = path.read_bytes()
-    records = (json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines())
-    return {record["key"]: record for record in records}
+    return dict(_parsed(data[: data.rfind(b"\n") + 1], path))
+
+
+def _parsed(data: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))  # bytes would be read as UTF-16 too
+            key = record["key"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            found = line if len(line) <= 60 else line[:60] + b"..."
+            raise DataError(
+                f"{path} line {number}: expected a JSON object with a 'key', found {found!r}; repair or delete that "
+                "line, or start afresh with --no-resume"
+            ) from error
+        if not isinstance(key, str):
+            raise DataError(f"{path} line {number}: expected text in 'key', found {str(key)[:40]!r}; delete that line")
+        yield key, record
 
 
 def canonical_line(record: Mapping[str, Any]) -> str:

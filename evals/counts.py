@@ -8,7 +8,6 @@ what is loaded here as they read the table itself.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
+from vlmfix.textfiles import read_json
 
 from .cache import canonical_json, write_text
 
@@ -257,10 +257,7 @@ def _read_object(path: Path, folder: Path) -> dict[str, Any]:
             f"{folder} is no finished run: expected {path.name} in it. Type the vlmfix eval command that began it "
             "again, or name another folder"
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"cannot read {path} ({error}); score the run again with its vlmfix eval command") from error
+    found = read_json(path, what="result file", remedy="score the run again with its vlmfix eval command")
     if not isinstance(found, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
+from vlmfix.textfiles import read_json
 
 from .cache import AnswerLog, digest, write_json
 from .config import (
@@ -147,7 +148,10 @@ def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
         return
     if config.is_file():
         try:
-            old = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            remedy = "choose --out DIR or --no-resume"
+            old = dict(read_json(config, what="configuration of a run", remedy=remedy)["settings"])
+        except DataError:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{config} is not the configuration of a run ({error}); choose --out DIR or --no-resume"

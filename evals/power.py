@@ -21,7 +21,6 @@ With m methods to compare, Holm's first step tests at alpha / m; ``methods`` doe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from textwrap import wrap
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
+from vlmfix.textfiles import read_json
 
 from .tables import number, plain_table
 
@@ -160,7 +160,7 @@ def read_pilot(folder: Path) -> Pilot:
     """
     path = folder / "results.json" if folder.is_dir() else folder
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(path, what="results of a run", remedy="type: vlmfix eval --limit 50")
         confidence = results["intervals"]["confidence"]
         intervals = {
             method["label"]: {key: method["differences"][key] for key in FIGURES if key in method["differences"]}
@@ -171,7 +171,9 @@ def read_pilot(folder: Path) -> Pilot:
             label: {key: deviation_of_interval(interval, confidence) for key, interval in figures.items()}
             for label, figures in intervals.items()
         }
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} holds no results of a finished run ({type(error).__name__}: {error}); type: vlmfix eval --limit 50"
         ) from error

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
-
-from .textfiles import broken_json, parse_json, read_text
+from vlmfix.textfiles import broken_json, parse_json, read_text
 
 Records = Sequence[tuple[str, Mapping[str, Any]]]
 """Pairs of a place for messages ("FILE line 3") and a JSON object."""
@@ -122,7 +121,7 @@ def _listed(text: str, path: Path, what: str, remedy: str) -> Iterator[tuple[str
             number += 1
             line, counted = line + text.count("\n", counted, position), position
             value, end = decoder.raw_decode(text, position)
-            yield f"{path} line {line} (entry {number})", value
+            yield f"{path} line {line}, entry {number}", value
             position = _skip(text, end)
             if text[position : position + 1] == "]":
                 break
@@ -247,10 +246,10 @@ def read_ids(path: Path, flag: str) -> list[int]:
     remedy = "write one image id per line, or a JSON list of them"
     text = read_text(path, what=f"{flag} file", remedy=remedy)
     if text.lstrip().startswith("["):
-        entries = list(_listed(text, path, flag, remedy))
+        entries = _listed(text, path, flag, remedy)
     else:
         lines = enumerate(text.split("\n"), 1)
-        entries = [(f"{path} line {number}", word) for number, line in lines for word in line.split()]
+        entries = ((f"{path} line {number}", word) for number, line in lines for word in line.split())
     ids = sorted({parse_image_id(entry, f"{flag} {where}") for where, entry in entries})
     if not ids:
         raise DataError(f"{flag} {path} names no image: {remedy}")

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vlmfix.errors import DataError
+from vlmfix.textfiles import parse_json, read_text
 
 from .data.coco import CocoData
 from .metrics.chair import ChairMatcher, ground_truth
 from .metrics.chair_words import ChairMode, objects_by_word
 from .records import image_id_of, parse_image_id, read_rows
-from .textfiles import parse_json, read_text
 
 ScoringMode = Literal["original", "nltk", "mixed"]
 MODES: tuple[ScoringMode, ...] = get_args(ScoringMode)

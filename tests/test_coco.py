@@ -163,8 +163,8 @@ def break_file(root, kind, text):
     ("text", "message"),
     [
         ("", "is empty"),
-        ('{"images": [', "is not readable JSON"),
-        ("\x00\x01", "is not readable JSON"),
+        ('{"images": [', "line 1: not readable JSON .*cut off"),
+        ("\x00\x01", "line 1: expected UTF-8"),
         ("{}", "has no entries under"),
         ("[]", "has no entries under"),
         ('{"images": [], "annotations": [], "categories": []}', "has no entries under"),
@@ -182,7 +182,7 @@ def test_corrupt_annotation_files(tmp_path, kind, text, message):
 def test_bytes_that_are_no_text(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "annotations" / "instances_val2014.json").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(DataError, match="is not readable JSON"):
+    with pytest.raises(DataError, match=r"expected UTF-8.*iconv"):
         CocoData.load(tmp_path)
 
 

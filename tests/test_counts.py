@@ -80,11 +80,11 @@ def broken(folder: Path) -> dict[str, Any]:
     ("damage", "message"),
     [
         (lambda f: (f / "results.json").unlink(), "no finished run: expected results.json"),
-        (lambda f: (f / "results.json").write_text("{"), "cannot read .*results.json"),
+        (lambda f: (f / "results.json").write_text("{"), r"results\.json line 1: not readable JSON"),
         (lambda f: (f / "results.json").write_text("[]"), "expected a JSON object, found list"),
         (lambda f: (f / "results.json").write_text("{}"), "expected 'methods'"),
         (lambda f: (f / counts.COUNTS).unlink(), r"no counts.json .*Score it again.*vlmfix eval --out x"),
-        (lambda f: (f / counts.COUNTS).write_bytes(b"\xff\xfe"), "cannot read .*counts.json"),
+        (lambda f: (f / counts.COUNTS).write_bytes(b"\xff\xfe"), r"counts\.json line 1: expected UTF-8"),
         (lambda f: (f / counts.COUNTS).write_text("{}"), "another run"),
         (
             lambda f: (f / counts.COUNTS).write_text(json.dumps(broken(f) | {"benchmarks": {"pope": {}}})),

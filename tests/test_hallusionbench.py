@@ -164,7 +164,7 @@ def test_load_questions(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (5, "entry 2: expected an object"),
+        (5, "entry 2: expected a JSON object"),
         ({"category": "VD"}, "entry 2: expected an object"),
         (entry(QUESTIONS[0], category="VX"), "entry 2: expected category VD or VS, found 'VX'"),
         (entry(QUESTIONS[0], gt_answer="yes"), "entry 2: expected gt_answer 0 or 1"),
@@ -182,7 +182,7 @@ def test_broken_files(tmp_path):
     path = tmp_path / "HallusionBench.json"
     with pytest.raises(DataError, match="tianyi-lab/HallusionBench"):
         load_hallusionbench(path)
-    for text, message in (("[{", "no JSON file"), ("{}", "expected a JSON list"), ("[]", "expected a JSON list")):
+    for text, message in (("[{", "not readable JSON"), ("{}", "line 1: expected an object"), ("[]", "an empty list")):
         path.write_text(text)
         with pytest.raises(DataError, match=message):
             load_hallusionbench(path)

@@ -173,7 +173,7 @@ def test_score_mismatch(tmp_path, capsys, change, message):
     [
         ("a.jpg\tIs it so?\tYes\n", "count.txt line 1: expected four columns"),
         ("a.jpg\tIs it so?\tYes\tNo\n\na.jpg\tIs it?\tTrue\tNo\n", "count.txt line 3: expected the label"),
-        ("", "no answer belongs"),
+        ("", "count.txt is empty"),
     ],
 )
 def test_broken_results(tmp_path, capsys, text, message):
@@ -187,4 +187,4 @@ def test_missing_results(tmp_path, capsys):
     assert "existence.txt" in capsys.readouterr().err
     (tmp_path / "count.txt").write_bytes(b"\xff\xfe\xff")
     assert score(tmp_path, tmp_path) == 2
-    assert "cannot read" in capsys.readouterr().err
+    assert "UTF-16" in capsys.readouterr().err

@@ -103,8 +103,8 @@ def test_load_template(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({}, "expected a JSON list"),
-        ([5], "entry 1: expected an object"),
+        ({}, "line 1: expected an object"),
+        ([5], "entry 1: expected a JSON object"),
         ([{"question": "?"}], "entry 1: expected an object"),
         ([entry(ITEMS[1])], "entry 1: expected a question of type 'attribute', found 'adversarial'"),
         ([entry(ITEMS[0], image_content="Cat")], "image_content to be a list"),
@@ -121,7 +121,7 @@ def test_missing_template(tmp_path):
     with pytest.raises(DataError, match="MMHal-Bench"):
         load_mmhal(tmp_path / "response_template.json")
     (tmp_path / "response_template.json").write_text("[{")
-    with pytest.raises(DataError, match="no JSON file"):
+    with pytest.raises(DataError, match="not readable JSON"):
         load_mmhal(tmp_path / "response_template.json")
 
 

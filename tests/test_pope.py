@@ -213,7 +213,7 @@ def test_questions_on_other_image_sets(tmp_path, name, image, image_id):
         ([row(1, text="What is this?")], "What is this"),
         ([row(1, image="photo.jpg")], "photo.jpg"),
         ([row(1, label="maybe")], "maybe"),
-        ([row(1), row(1)], "id 1 twice"),
+        ([row(1), row(1)], "line 2: the question id 1 is used already"),
         ([], "empty"),
     ],
 )

@@ -103,9 +103,9 @@ def test_rows_know_their_line(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('[\n {"a": 1},\n {"a":\n  2}, {"a": 3}\n]\n')
     assert [where.removeprefix(str(path)) for where, _ in read_rows(path)] == [
-        " line 2 (entry 1)",
-        " line 3 (entry 2)",
-        " line 4 (entry 3)",
+        " line 2, entry 1",
+        " line 3, entry 2",
+        " line 4, entry 3",
     ]
     path.write_text('\n{"a": 1}\n\n{"a": 2}')
     assert [where.removeprefix(str(path)) for where, _ in read_rows(path)] == [" line 2", " line 4"]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.calibration.result import Calibration
-from vlmfix.errors import MethodError
+from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.base import Method
+from vlmfix.textfiles import read_json
 
 if TYPE_CHECKING:
     from vlmfix.anatomy import Anatomy
@@ -96,10 +97,13 @@ def load_recipe(path: str | Path) -> tuple[Method, ...]:
         MethodError: The file is missing or is no recipe.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(Path(path), what="recipe file", remedy="write it again, or give another")
+    except DataError as error:
         raise MethodError(f"Cannot read the recipe {path}: {error}.") from error
-    return _methods_of(data, str(path))
+    try:
+        return _methods_of(data, str(path))
+    except MethodError as error:
+        raise MethodError(f"Cannot read the recipe {path}: {error}") from error
 
 
 def _methods_of(data: Any, source: str) -> tuple[Method, ...]:

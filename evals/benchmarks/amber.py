@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from vlmfix.errors import DataError
 
 from ..cache import digest
-from ..data.amber import AmberData, AmberItem, load_amber, read_text
+from ..data.amber import AmberData, AmberItem, load_amber, read_json
 from ..metrics.amber import AmberTable, score_responses
 from ..metrics.amber_words import spacy_similarity, tagged_nouns
 from ..metrics.pope import parse_answer
@@ -64,7 +63,7 @@ def load_queries(where: str) -> tuple[AmberData, list[AmberQuery]]:
     data = load_amber(root)
     path = find_file(root, ["query_all.json", "query/query_all.json"], "queries")
     try:
-        rows = json.loads(read_text(path))
+        rows = read_json(path)
         asked = {int(row["id"]): (str(row["image"]), str(row["query"])) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected a JSON list of objects with id, image and query ({error!r})") from error

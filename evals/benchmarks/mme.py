@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vlmfix.errors import DataError
+from vlmfix.textfiles import read_text
 
 from ..cache import digest, write_text
 from ..data.mme import TASKS, MmeAnswer, parse_label
@@ -76,10 +77,7 @@ def _from_folder(folder: Path) -> Sequence[MmeQuestion]:
 
 
 def _pair(file: Path, task: str, path: Path) -> list[MmeQuestion]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
+    lines = read_text(file, what="MME question file", remedy="unpack the task again").splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -4,17 +4,21 @@ The folder is ``data/`` of junyangwang0410/AMBER (Apache-2.0): ``annotations.jso
 ``safe_words.txt``, each also read with ``.gz`` behind its name.
 """
 
-import gzip
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vlmfix import textfiles
 from vlmfix.errors import DataError
 
 AmberTask = Literal["generative", "existence", "state", "number", "action", "relation"]
 TASKS: tuple[AmberTask, ...] = get_args(AmberTask)
+
+_REMEDY = (
+    "give the folder data/ of junyangwang0410/AMBER, with annotations.json, relation.json and safe_words.txt as they "
+    "were released"
+)
 
 _TASK_OF_TYPE: Mapping[str, AmberTask] = {
     "generative": "generative",
@@ -76,7 +80,7 @@ def load_amber(folder: Path | str) -> AmberData:
     root = Path(folder)
     association = _association(root / "relation.json")
     path = root / "annotations.json"
-    rows = _json(path)
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: expected a JSON list of AMBER items: download it again from junyangwang0410/AMBER")
     items: dict[int, AmberItem] = {}
@@ -90,11 +94,12 @@ def load_amber(folder: Path | str) -> AmberData:
                 f"{path} entry {number}: {unknown[0]!r} has no row in relation.json: take both files from one release"
             )
         items[item.id] = item
-    return AmberData(items, association, frozenset(read_text(root / "safe_words.txt").splitlines()) - {""})
+    safe = textfiles.read_text(_packed(root / "safe_words.txt"), what="AMBER file", remedy=_REMEDY)
+    return AmberData(items, association, frozenset(safe.splitlines()) - {""})
 
 
 def _association(path: Path) -> dict[str, tuple[str, ...]]:
-    raw = _json(path)
+    raw = read_json(path)
     if not isinstance(raw, dict) or not all(_is_words(words) for words in raw.values()):
         raise DataError(f"{path}: expected an object that maps each word to a list of words")
     return {name: tuple(words) for name, words in raw.items()}
@@ -124,27 +129,15 @@ def _is_words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}): download it again from junyangwang0410/AMBER") from error
-
-
-def read_text(path: Path) -> str:
-    """Read a file, or the one with ``.gz`` behind its name.
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, or of the one with ``.gz`` behind its name.
 
     Raises:
         DataError: it is missing or cannot be read.
     """
+    return textfiles.read_json(_packed(path), what="AMBER file", remedy=_REMEDY)
+
+
+def _packed(path: Path) -> Path:
     packed = path.with_name(path.name + ".gz")
-    try:
-        raw = path.read_bytes() if path.exists() or not packed.exists() else gzip.decompress(packed.read_bytes())
-        return raw.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"there is no {path}: give the folder data/ of junyangwang0410/AMBER, with annotations.json, relation.json "
-            "and safe_words.txt"
-        ) from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): download it again from junyangwang0410/AMBER") from error
+    return packed if packed.exists() and not path.exists() else path

@@ -12,7 +12,6 @@ An image's file name is the one its annotation gives, below the image folder.
 import contextlib
 import io
 import itertools
-import json
 import logging
 import os
 import random
@@ -25,6 +24,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from vlmfix.errors import DataError
+from vlmfix.textfiles import read_json
 
 _LOGGER = logging.getLogger("vlmfix.evals.data.coco")
 
@@ -69,11 +69,13 @@ class CocoData:
         split: Name of the split that was read ("val2014", "sample", ...).
         image_dir: Folder of the images.
         image_ids: All annotated image ids, sorted.
+        source: The file of the instance annotations, for messages.
     """
 
     split: str
     image_dir: Path
     image_ids: tuple[int, ...]
+    source: Path
     _files: Mapping[int, str] = field(repr=False)
     _objects: Mapping[int, frozenset[str]] = field(repr=False)
     _captions: Mapping[int, tuple[str, ...]] | None = field(repr=False)
@@ -97,10 +99,10 @@ class CocoData:
         image_dir = _find_images(root, split)
         path = annotation_dir / f"instances_{split}.json"
         coco = _read(path, ("images", "annotations", "categories"))
-        files = {_integer(i, path): str(_value(image, "file_name", path)) for i, image in coco.imgs.items()}
+        files = {_integer(i, path): _text(image, "file_name", path) for i, image in coco.imgs.items()}
         objects = _objects_by_image(coco, files, path)
         texts = _captions_by_image(annotation_dir / f"captions_{split}.json") if captions else None
-        return cls(split, image_dir, tuple(sorted(files)), files, objects, texts)
+        return cls(split, image_dir, tuple(sorted(files)), path, files, objects, texts)
 
     def image(self, image_id: int) -> ImageRecord:
         """The image of an id.
@@ -238,13 +240,7 @@ def _find_images(root: Path, split: str) -> Path:
 
 def _read(path: Path, keys: Sequence[str]) -> Any:
     """An indexed pycocotools object of one annotation file, checked for the ways such files are broken."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no annotation file {path}: unpack the COCO annotations there") from error
-    except (ValueError, OSError) as error:
-        kind = "is empty" if path.is_file() and path.stat().st_size == 0 else f"is not readable JSON ({error})"
-        raise DataError(f"annotation file {path} {kind}: download it again") from error
+    data = read_json(path, what="annotation file", remedy="download it again and unpack it there")
     for key in keys:
         rows = data.get(key) if isinstance(data, dict) else None
         if not isinstance(rows, list) or not rows:
@@ -263,13 +259,15 @@ def _read(path: Path, keys: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress with print
             coco.createIndex()
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise DataError(f"annotation file {path} has an annotation without {error}: download it again") from error
+    except TypeError as error:  # An id that is a list or an object.
+        raise DataError(f"annotation file {path} has an id of a wrong type ({error}): download it again") from error
     return coco
 
 
 def _integer(value: Any, path: Path) -> int:
-    if not isinstance(value, int):
+    if type(value) is not int:
         raise DataError(f"annotation file {path} has the image id {value!r}: expected an integer, download it again")
     return value
 
@@ -283,21 +281,35 @@ def _value(row: Any, key: str, path: Path) -> Any:
         ) from None
 
 
+def _text(row: Any, key: str, path: Path) -> str:
+    value = _value(row, key, path)
+    if not isinstance(value, str):
+        raise DataError(
+            f"annotation file {path}, entry with id {row.get('id')}: expected text under {key!r}, found "
+            f"{str(value)[:40]!r}: download it again"
+        )
+    return value
+
+
 def _objects_by_image(coco: Any, files: Mapping[int, str], path: Path) -> dict[int, frozenset[str]]:
-    names = {i: str(_value(category, "name", path)) for i, category in coco.cats.items()}
+    names = {i: _text(category, "name", path) for i, category in coco.cats.items()}
     objects: dict[int, frozenset[str]] = {}
     for image_id, annotations in coco.imgToAnns.items():
-        unknown = {a["category_id"] for a in annotations} - names.keys()
-        if image_id not in files or unknown:
-            what = f"category {min(unknown)}" if unknown else f"image {image_id}"
-            raise DataError(f"annotation file {path} annotates {what}, which it does not list: download it again")
+        broken = next((a for a in annotations if a["category_id"] not in names), None)
+        if image_id not in files or broken is not None:
+            what = f"image {image_id}" if broken is None else f"category {broken['category_id']}"
+            which = (broken or annotations[0])["id"]
+            raise DataError(
+                f"annotation file {path} annotates {what} (annotation {which}), which it does not list: download it "
+                "again, or list it"
+            )
         objects[image_id] = frozenset(names[a["category_id"]] for a in annotations)
     return objects
 
 
 def _captions_by_image(path: Path) -> dict[int, tuple[str, ...]]:
     coco = _read(path, ("annotations",))
-    return {i: tuple(str(_value(a, "caption", path)) for a in annotations) for i, annotations in coco.imgToAnns.items()}
+    return {i: tuple(_text(a, "caption", path) for a in annotations) for i, annotations in coco.imgToAnns.items()}
 
 
 def _files_below(folder: Path, names: Iterable[str]) -> set[str]:

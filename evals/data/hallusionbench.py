@@ -3,13 +3,14 @@
 The file is ``HallusionBench.json`` of tianyi-lab/HallusionBench (BSD-3-Clause).
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+
+from ..records import read_rows
 
 #: The fields that tell a question from all others.
 KEY_FIELDS = ("category", "subcategory", "set_id", "figure_id", "question_id")
@@ -77,16 +78,7 @@ def load_hallusionbench(path: Path | str) -> list[HallusionQuestion]:
         DataError: the file is missing or broken, an entry is incomplete, or a question occurs twice. The message names
             file and entry.
     """
-    path = Path(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no HallusionBench file {path}: {_SOURCE}") from error
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError.
-        raise DataError(f"{path} is no JSON file ({error}): {_SOURCE}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a JSON list of questions: {_SOURCE}")
-    return read_questions([(f"{path} entry {number}", row) for number, row in enumerate(rows, 1)])
+    return read_questions(read_rows(Path(path), what="HallusionBench file", remedy=_SOURCE))
 
 
 def read_questions(rows: Iterable[tuple[str, Any]]) -> list[HallusionQuestion]:
@@ -109,7 +101,7 @@ def read_questions(rows: Iterable[tuple[str, Any]]) -> list[HallusionQuestion]:
 def _question(row: Any, where: str) -> HallusionQuestion:
     fields = (*KEY_FIELDS, "visual_input", "question", "gt_answer_details", "gt_answer")
     if not isinstance(row, Mapping) or not all(name in row for name in fields):
-        raise DataError(f"{where}: expected an object with {', '.join(fields)}, found {str(row)[:60]!r}")
+        raise DataError(f"{where}: expected an object with {', '.join(fields)}, found {str(row)[:60]!r}: {_SOURCE}")
     category, visual, label = str(row["category"]), str(row["visual_input"]), str(row["gt_answer"])
     for name, value, known in (
         ("category", category, ("VD", "VS")),

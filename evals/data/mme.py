@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vlmfix.errors import DataError
+from vlmfix.textfiles import read_text
 
 MmeTask = Literal["existence", "count", "position", "color"]
 TASKS: tuple[MmeTask, ...] = get_args(MmeTask)
@@ -67,10 +68,7 @@ def load_results(folder: Path | str) -> list[MmeAnswer]:
 
 
 def _answers(path: Path) -> list[MmeAnswer]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    lines = read_text(path, what="MME results file", remedy="write it again with the official tool").split("\n")
     answers = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -83,4 +81,6 @@ def _answers(path: Path) -> list[MmeAnswer]:
             )
         image, question, label, answer = columns
         answers.append(MmeAnswer(path.stem, image, question, parse_label(label, where), answer))
+    if not answers:
+        raise DataError(f"{path} is empty: expected lines of {_COLUMNS}, separated by tabs")
     return answers

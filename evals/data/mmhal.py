@@ -3,13 +3,14 @@
 The file is ``response_template.json`` of the data set MMHal-Bench (Apache-2.0).
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+
+from ..records import read_rows
 
 #: The types in the official order; an item's type is its index modulo eight.
 TYPES = ("attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other")
@@ -44,7 +45,7 @@ def load_mmhal(path: Path | str) -> list[MmhalItem]:
     Raises:
         DataError: the file is missing or broken, an entry is incomplete or out of order, or a question occurs twice.
     """
-    return read_items([(f"{path} entry {number}", row) for number, row in enumerate(load_sources(path), 1)])
+    return read_items(read_rows(Path(path), what="MMHal-Bench file", remedy=_SOURCE))
 
 
 def load_sources(path: Path | str) -> list[Any]:
@@ -53,16 +54,7 @@ def load_sources(path: Path | str) -> list[Any]:
     Raises:
         DataError: the file is missing or broken.
     """
-    path = Path(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no MMHal-Bench file {path}: {_SOURCE}") from error
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError.
-        raise DataError(f"{path} is no JSON file ({error}): {_SOURCE}") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: expected a JSON list of questions: {_SOURCE}")
-    return rows
+    return [row for _, row in read_rows(Path(path), what="MMHal-Bench file", remedy=_SOURCE)]
 
 
 def read_items(rows: Iterable[tuple[str, Any]]) -> list[MmhalItem]:
@@ -84,7 +76,7 @@ def read_items(rows: Iterable[tuple[str, Any]]) -> list[MmhalItem]:
 
 def _item(row: Any, number: int, where: str) -> MmhalItem:
     if not isinstance(row, dict) or not all(name in row for name in _FIELDS):
-        raise DataError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {str(row)[:60]!r}")
+        raise DataError(f"{where}: expected an object with {', '.join(_FIELDS)}, found {str(row)[:60]!r}: {_SOURCE}")
     kind = TYPES[(number - 1) % len(TYPES)]
     if row["question_type"] != kind:
         raise DataError(

@@ -5,7 +5,6 @@ at random (``random``), as the most frequent object (``popular``) or as the obje
 the positive (``adversarial``).
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -16,12 +15,18 @@ from typing import Any, Literal, get_args
 
 from vlmfix.errors import DataError
 
+from ..records import read_rows
+
 PopeSplit = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[PopeSplit, ...] = get_args(PopeSplit)
 
 # The first release replaced every "a" of the template before a vowel, hence "imange".
 _QUESTION = re.compile(r"\s*Is there an? (?P<object>.+?) in the im(?:an|a)ge\?", re.IGNORECASE)
 _IMAGE_ID = re.compile(r"(\d+)\.\w+$")
+_REMEDY = (
+    "download coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from RUCAIBox/POPE, or "
+    "write one JSON object with question_id, image, text and label per line"
+)
 
 
 @dataclass(frozen=True)
@@ -57,40 +62,28 @@ def load_questions(path: Path | str) -> list[PopeQuestion]:
             names the line.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"there is no POPE question file {path}: download "
-            "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from RUCAIBox/POPE"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"POPE question file {path} cannot be read ({error}): expected one JSON object per line"
-        ) from error
     split = next((name for name in SPLITS if name in path.stem), path.stem)
-    questions = [_question(line, split, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise DataError(f"POPE question file {path} is empty: download it again")
-    twice = [key for key, count in Counter((q.split, q.question_id) for q in questions).items() if count > 1]
-    if twice:
-        raise DataError(f"POPE question file {path} uses the question id {twice[0][1]} twice: make the ids unique")
+    questions: list[PopeQuestion] = []
+    places: dict[tuple[str, str], str] = {}
+    for where, row in read_rows(path, what="POPE question file", remedy=_REMEDY):
+        question = _question(row, split, where)
+        first = places.setdefault((question.split, question.question_id), where)
+        if first is not where:
+            raise DataError(
+                f"{where}: the question id {question.question_id} is used already, on {first}: make the ids unique"
+            )
+        questions.append(question)
     return questions
 
 
-def _question(line: str, split: str, where: str) -> PopeQuestion:
-    try:
-        row: dict[str, Any] = json.loads(line)
-        number, image, text, label = (
-            row["question_id"],
-            str(row["image"]),
-            str(row["text"]),
-            str(row["label"]).strip().lower(),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+def _question(row: Mapping[str, Any], split: str, where: str) -> PopeQuestion:
+    fields = ("question_id", "image", "text", "label")
+    if not all(isinstance(row.get(name), str | int) for name in fields):
         raise DataError(
-            f"{where}: expected JSON with question_id, image, text and label, found {line[:80]!r} ({error!r})"
-        ) from error
+            f"{where}: expected question_id, image, text and label, found {str(dict(row))[:80]!r}: {_REMEDY}"
+        )
+    number, image, text, label = (str(row[name]) for name in fields)
+    label = label.strip().lower()
     asked, image_number = _QUESTION.match(text), _IMAGE_ID.search(image)
     if asked is None:
         raise DataError(f"{where}: expected 'Is there a ... in the image?', found {text!r}")
@@ -102,7 +95,7 @@ def _question(line: str, split: str, where: str) -> PopeQuestion:
     if label not in ("yes", "no"):
         raise DataError(f"{where}: expected the label yes or no, found {label!r}")
     return PopeQuestion(
-        str(number), int(image_number[1]), image, asked["object"], text, label == "yes", str(row.get("category", split))
+        number, int(image_number[1]), image, asked["object"], text, label == "yes", str(row.get("category", split))
     )
 
 

@@ -157,7 +157,10 @@ def ground_truth(coco: Annotations, image_ids: Iterable[int], matcher: ChairMatc
     truth: dict[int, frozenset[str]] = {}
     for image_id in image_ids:
         named = {node for caption in coco.captions(image_id) for node in matcher.match(caption).nodes}
-        truth[image_id] = frozenset(named | {matcher.node(name) for name in coco.objects(image_id)})
+        try:
+            truth[image_id] = frozenset(named | {matcher.node(name) for name in coco.objects(image_id)})
+        except DataError as error:
+            raise DataError(f"{getattr(coco, 'source', 'the annotations')}, image {image_id}: {error}") from error
     return truth
 
 

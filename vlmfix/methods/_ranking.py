@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.anatomy import Anatomy
-from vlmfix.errors import MethodError
+from vlmfix.errors import DataError, MethodError
+from vlmfix.textfiles import read_json
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,8 +92,8 @@ class LayerRanking:
             MethodError: The file is missing or holds something else.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_json(Path(path), what="ranking file", remedy="write it again, or give another")
+        except DataError as error:
             raise MethodError(f"Cannot read the ranking {path}: {error}.") from error
         if not isinstance(data, dict):
             raise MethodError(f"{path} holds no ranking: expected a JSON object.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmfix.errors import MethodError
+from vlmfix.errors import DataError, MethodError
+from vlmfix.textfiles import read_json
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -99,8 +99,8 @@ class HeadStatistics:
             MethodError: The file is missing or holds something else.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data = read_json(Path(path), what="statistics file", remedy="write it again, or give another")
+        except DataError as error:
             raise MethodError(f"Cannot read the statistics {path}: {error}.") from error
         if not isinstance(data, dict):
             raise MethodError(f"{path} holds no statistics: expected a JSON object.")
