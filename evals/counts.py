@@ -221,10 +221,7 @@ def load_run(folder: Path) -> RunCounts:
         DataError: It is no finished run folder, a file is broken, or the run was scored before counts were kept; the
             message says what to type.
     """
-    results = _read_object(folder / "results.json", folder)
-    for key in ("methods", "settings", "settings_digest", "command"):
-        if key not in results:
-            raise DataError(f"{folder / 'results.json'} is not that of a run: expected {key!r} in it")
+    results = load_results(folder)
     path = folder / COUNTS
     if not path.is_file():
         raise DataError(
@@ -242,6 +239,19 @@ def load_run(folder: Path) -> RunCounts:
             f"{path} is broken ({type(error).__name__}: {error}); score the run again: {results['command']}"
         ) from error
     return RunCounts(folder, results, images, benchmarks)
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """Read a run folder's ``results.json``.
+
+    Raises:
+        DataError: It is no finished run folder, or the file is broken.
+    """
+    results = _read_object(folder / "results.json", folder)
+    for key in ("methods", "settings", "settings_digest", "command"):
+        if key not in results:
+            raise DataError(f"{folder / 'results.json'} is not that of a run: expected {key!r} in it")
+    return results
 
 
 def _read_object(path: Path, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Hallucination against recall against seconds: which rows of a run are worth having.
 
 A row is dominated if another one is at least as good in all three and better in one. Hallucination and recall are
-ratios of counts and compared exactly; seconds are wall times of one run, and those within five percent of each other
-count as equal. The early-stop control (``none``'s own captions, ended earlier: :mod:`vlmfix.evals.early_stop`) takes
-part with every point of its curve, at the seconds of ``none``: what a bias on the end token gives for nothing dominates
-too.
+ratios of counts and compared exactly. Seconds go by the median over batches of a row's time as a multiple of the
+baseline's in the same batch; those within five percent of each other count as equal. Rows that changed no answer are
+the baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
+:mod:`vlmfix.evals.early_stop`) takes part with every point of its curve, at the seconds of ``none``: what a bias on the
+end token gives for nothing dominates too.
 
 All of it goes by point estimates: a row may be on the front by chance. The intervals stand beside it.
 """
@@ -24,8 +25,9 @@ SECONDS_TIE = 0.05
 EARLY_STOP = "early stop"
 
 LEGEND = (
-    "front: no other row is at least as good in hallucination, recall and seconds and better in one (seconds within "
-    "5 % count as equal); early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."
+    "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "
+    "none's in the same batch, median and quartiles over batches; within 5 % count as equal. early stop: none's "
+    "captions, ended earlier. It goes by point estimates: mind the intervals."
 )
 
 
@@ -37,7 +39,7 @@ class Point:
         label: Of the row.
         hallucination: 0 to 1, less is better.
         recall: 0 to 1, more is better.
-        seconds: Wall time, less is better.
+        seconds: Time as a multiple of the baseline's, less is better.
     """
 
     label: str
@@ -71,6 +73,11 @@ def front(points: Sequence[Point], rivals: Sequence[Point] = ()) -> dict[str, li
     }
 
 
+def flat_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (recall, hallucination) pairs that no other one beats in both, by rising recall: the line in the plots."""
+    return sorted({(x, y) for x, y in points if not any((u >= x and v <= y) and (u, v) != (x, y) for u, v in points)})
+
+
 def axes(results: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
     """Hallucination and recall of the first benchmark of a run that has both; None if there is none."""
     for keys in AXES:
@@ -93,8 +100,10 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     points = []
     for row in results["methods"]:
         values = [figure(row, metric) for metric in chosen]
-        if values[0] is not None and values[1] is not None:
-            points.append(Point(row["label"], values[0], values[1], row[benchmark]["seconds"]))
+        part = row.get(benchmark, {})
+        copy = "differences" in row and not part.get("changed", 1)
+        if values[0] is not None and values[1] is not None and not copy:
+            points.append(Point(row["label"], values[0], values[1], relative_seconds(results, row, benchmark)))
     rivals = [
         Point(EARLY_STOP, point["chair_i"], point["recall"], points[0].seconds)
         for point in results.get("early_stop_curve", ())
@@ -106,7 +115,7 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "label": point.label,
             "hallucination": point.hallucination,
             "recall": point.recall,
-            "seconds": point.seconds,
+            "relative_seconds": point.seconds,
             "front": not dominated[point.label],
             "dominated_by": dominated[point.label],
         }
@@ -114,8 +123,17 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def relative_seconds(results: Mapping[str, Any], row: Mapping[str, Any], benchmark: str) -> float:
+    """A row's time as a multiple of the baseline's: median over batches, or the ratio of sums where that is unknown."""
+    part = row[benchmark]
+    if part.get("pace"):
+        return float(part["pace"]["median"])
+    whole = results["methods"][0][benchmark]["seconds"]
+    return float(part["seconds"] / whole) if whole else 1.0
+
+
 def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The table: figures with their paired intervals, seconds per answer and as a multiple, and who dominates.
+    """The table: figures with their paired intervals, time as a multiple of the baseline's, and who dominates.
 
     Empty with fewer than two rows; the front first, then by hallucination.
     """
@@ -123,17 +141,17 @@ def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
     if len(found) < 2 or chosen is None:
         return []
     by_label = {row["label"]: row for row in results["methods"]}
-    base = found[0]["seconds"]
     rows = [["front", "method", chosen[0].heading, "- none", "95 %", chosen[1].heading, "- none", "95 %", "seconds ↓"]]
-    rows[0] += ["x none", "dominated by"]
+    rows[0] += ["quartiles", "dominated by"]
     for point in sorted(found, key=lambda p: (not p["front"], p["hallucination"], -p["recall"])):
         differences = by_label[point["label"]].get("differences", {})
         cells = ["*" if point["front"] else "", point["label"]]
         for metric, name in zip(chosen, ("hallucination", "recall"), strict=True):
             difference = differences.get(metric.key)
             cells += [number(point[name]), difference_cell(difference), interval_cell(difference)]
-        ratio = f"{point['seconds'] / base:.2f}" if base else "-"
-        rows.append([*cells, f"{point['seconds']:.1f}", ratio, _names(point["dominated_by"])])
+        spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"quartiles": []}
+        quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"])
+        rows.append([*cells, f"x {point['relative_seconds']:.2f}", quartiles, _names(point["dominated_by"])])
     return rows
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vlmfix.evals.benchmarks.base import pace
 from vlmfix.evals.pareto import Point, front, pareto, pareto_rows
 from vlmfix.evals.verdicts import WORDS, verdict, verdict_legend
 
@@ -80,10 +81,29 @@ def test_rows_of_a_run_and_its_early_stop_curve() -> None:
 def test_the_table_has_the_front_first_and_intervals_beside() -> None:
     rows = pareto_rows(results())
     assert [row[1] for row in rows] == ["method", "good", "slow", "short", "none"]
-    assert rows[1] == ["*", "good", "10.0", "-10.0*", "-20.0,-5.0", "80.0", "", "", "10.2", "1.02", ""]
+    assert rows[1] == ["*", "good", "10.0", "-10.0*", "-20.0,-5.0", "80.0", "", "", "x 1.02", "", ""]
     assert rows[3][-1] == "good +1"
     only = {**results(), "methods": results()["methods"][:1]}
     assert pareto_rows(only) == [] and pareto({"methods": [{"label": "none"}]}) == []
+
+
+def test_seconds_are_the_median_of_ratios_within_batches() -> None:
+    """One slow batch (something else ran) does not decide; equal times of one batch count once."""
+    pairs = [(1.1, 1.0), (1.1, 1.0), (2.4, 2.0), (9.0, 1.5), (1.3, 1.0)]
+    assert pace(pairs) == {"median": 1.25, "quartiles": [1.175, 2.475], "batches": 4}
+    assert pace([(1.0, 0.0)]) is None
+    made = results()
+    for row, median in zip(made["methods"], (1.0, 1.02, 0.97, 1.0), strict=True):
+        row["chair"]["pace"] = {"median": median, "quartiles": [0.9, 1.1], "batches": 4}
+    assert {r["label"]: r["relative_seconds"] for r in pareto(made)}["slow"] == 0.97
+    assert [r["label"] for r in pareto(made) if r["front"]] == ["good", "slow"], "the sums of seconds play no part"
+    assert pareto_rows(made)[1][8:10] == ["x 1.02", "0.90,1.10"]
+
+
+def test_a_row_that_changed_nothing_takes_no_part() -> None:
+    made = results()
+    made["methods"][1]["chair"] |= {"changed": 0}
+    assert "good" not in {row["label"] for row in pareto(made)}
 
 
 # The word

@@ -28,7 +28,7 @@ def answers(folder: Path) -> dict[str, Any]:
 def figures(folder: Path) -> Any:
     def without_times(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "command")}
+            return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
         return [without_times(each) for each in value] if isinstance(value, list) else value
 
     return without_times(json.loads((folder / "results.json").read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.cli import add_eval
 from vlmfix.evals.compare_cli import add_compare
+from vlmfix.evals.plot_cli import add_plot
 from vlmfix.evals.power import add_power
 from vlmfix.evals.score_cli import add_score
 from vlmfix.evals.tuning.cli import add_tune
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(verbs).set_defaults(run=_tune)
     add_power(verbs).set_defaults(run=_power)
     add_compare(verbs).set_defaults(run=_compare)
+    add_plot(verbs).set_defaults(run=_plot)
     return parser
 
 
@@ -123,6 +125,13 @@ def _tune(options: argparse.Namespace) -> None:
     from vlmfix.evals.tuning.cli import run
 
     run(options, show=_show)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.evals.plot_cli import run
+
+    _show(run(options))
 
 
 def _power(options: argparse.Namespace) -> None:

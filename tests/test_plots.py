@@ -1,0 +1,136 @@
+"""The plots of a run: what is drawn is what the results say, and names do not cover each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmfix.cli import main
+from vlmfix.errors import DataError, VlmfixError
+from vlmfix.evals.invented import categories
+from vlmfix.evals.labels import place_labels
+from vlmfix.evals.pareto import flat_front
+from vlmfix.evals.plots import category_figure, interval_figure, tradeoff_figure, write_plots
+
+
+def interval(estimate: float, low: float, high: float, p_holm: float = 0.5) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high, "p_holm": p_holm}
+
+
+def method(label: str, chair_i: float, recall: float, role: str = "method", **more: Any) -> dict[str, Any]:
+    invented = {"dog": int(100 * chair_i), "cup": 1}
+    chair = {"summary": {"chair_i": chair_i, "recall": recall}, "seconds": 1.0, "changed": 1, "invented": invented}
+    return {"label": label, "describe": label, "role": role, "chair": chair, **more}
+
+
+def results() -> dict[str, Any]:
+    sure, unsure = interval(-0.1, -0.15, -0.05, 0.001), interval(-0.02, -0.04, 0.01)
+    return {
+        "model": "m",
+        "data": "c",
+        "methods": [
+            method("none", 0.20, 0.80, "baseline"),
+            method("a", 0.10, 0.78, differences={"chair.chair_i": sure, "chair.recall": unsure}),
+            method("a/all", 0.18, 0.70, "control", differences={"chair.chair_i": unsure, "chair.recall": sure}),
+        ],
+        "early_stop_curve": [{"bias": b, "recall": 0.8 - b / 10, "chair_i": 0.2 - b / 50} for b in range(5)],
+        "controls": [],
+    }
+
+
+def points_of(panel: Any) -> set[tuple[float, float]]:
+    found = {line.get_marker(): None for line in panel.lines}
+    assert "o" in found
+    marks = [line for line in panel.lines if line.get_marker() == "o"]
+    return {(round(float(line.get_xdata()[0]), 6), round(float(line.get_ydata()[0]), 6)) for line in marks}
+
+
+def test_intervals_are_drawn_where_they_are() -> None:
+    figure = interval_figure(results())
+    assert figure is not None
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    assert [panel.get_title().split("\n")[0] for panel in panels] == ["CHAIR i ↓", "CHAIR recall ↑"]
+    assert points_of(panels[0]) == {(-10.0, 0.0), (-2.0, 1.0)}
+    bars = [tuple(line.get_xdata()) for line in panels[0].lines if len(line.get_xdata()) == 2 and line.get_zorder() > 1]
+    assert bars[:2] == [(-15.0, -5.0), (-4.0, 1.0)]
+    filled = [line.get_markerfacecolor() != "white" for line in panels[0].lines if line.get_marker() == "o"]
+    assert filled == [True, False], "filled: survives the correction"
+
+
+def test_tradeoff_has_every_row_the_front_and_the_early_stop_curve() -> None:
+    figure = tradeoff_figure(results())
+    assert figure is not None
+    (panel,) = figure.axes
+    assert points_of(panel) == {(80.0, 20.0), (78.0, 10.0), (70.0, 18.0)}
+    named = {line.get_label(): line for line in panel.lines}
+    assert named["front in these two"].get_xdata() == pytest.approx([78, 80])
+    curve = named["early stop of none"]
+    assert curve.get_xdata() == pytest.approx([80, 70]) and curve.get_ydata() == pytest.approx([20, 18])
+    assert {text.get_text() for text in panel.texts} >= {"none", "a", "a/all"}
+
+
+def test_flat_front() -> None:
+    assert flat_front([(0.8, 0.2), (0.8, 0.3), (0.7, 0.2), (0.6, 0.1), (0.8, 0.2)]) == [(0.6, 0.1), (0.8, 0.2)]
+
+
+def test_categories_are_counted_for_the_baseline_and_methods() -> None:
+    names, counts = categories(results(), 5)
+    assert names == ["dog", "cup"] and counts == {"none": {"dog": 20, "cup": 1}, "a": {"dog": 10, "cup": 1}}
+    assert categories(results(), 1)[0] == ["dog"]
+    figure = category_figure(results())
+    assert figure is not None
+    assert sorted(bar.get_width() for bar in figure.axes[0].patches) == [1, 1, 10, 20]
+    many = results()
+    many["methods"] += [method(f"m{i}", 0.3, 0.5) for i in range(6)]
+    figure = category_figure(many)
+    assert figure is not None
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    assert shown.shape == (2, 8) and shown[0].tolist() == [0, -10, 10, 10, 10, 10, 10, 10]
+    bare = results()
+    for row in bare["methods"]:
+        del row["chair"]["invented"]
+    assert category_figure(bare) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_names_cover_neither_points_nor_each_other(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points = [(float(x), float(y)) for x, y in rng.uniform((100, 100), (500, 400), (14, 2))]
+    labels = place_labels(points, rng.uniform(20, 90, 14).tolist(), 12.0, (0, 0, 600, 500), 5.0)
+    boxes = [label.box for label in labels] + [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for i, a in enumerate(boxes[:14]):
+        assert a[0] >= 0 and a[1] >= 0 and a[2] <= 600 and a[3] <= 500
+        for b in boxes[i + 1 :]:
+            assert min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1])
+
+
+def test_the_verb_writes_pngs(tmp_path: Path, capsys: Any) -> None:
+    from PIL import Image
+
+    made = {**results(), "settings": {}, "settings_digest": "d", "command": "vlmfix eval"}
+    (tmp_path / "results.json").write_text(json.dumps(made))
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "plots")]) == 0
+    assert "intervals.png" in capsys.readouterr().out
+    for name in ("intervals", "tradeoff", "categories"):
+        with Image.open(tmp_path / "plots" / f"{name}.png") as image:
+            assert image.format == "PNG" and min(image.size) > 200
+            assert len(set(image.convert("L").resize((60, 40)).tobytes())) > 10, "the plot is blank"
+    assert main(["plot", str(tmp_path / "nothing")]) == 2
+    assert "no such run folder" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(VlmfixError, match=r"pip install 'vlmfix\[plot\]'"):
+        write_plots(results(), tmp_path)
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    alone = {"model": "m", "data": "c", "methods": [{"label": "none", "role": "baseline"}]}
+    with pytest.raises(DataError, match="nothing to draw"):
+        write_plots(alone, tmp_path)
