@@ -81,12 +81,13 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="NAME=PATH",
-        help="the benchmark's own folder (amber, mme, hallusionbench, mmhal), a file of questions (custom), or "
-        "datasets:PATH_OR_ID[#SPLIT] for the datasets library",
+        help="the benchmark's own folder (amber, mme, hallusionbench, mmhal), a file of questions (custom), the folder "
+        "of the images that --pope-questions name (pope), or datasets:PATH_OR_ID[#SPLIT] for the datasets library",
     )
     asking = add_prompts(parser)
     asking.add_argument(
         "--benchmark-prompt",
+        dest="benchmark_prompts",
         nargs="+",
         action="extend",
         default=[],
@@ -188,41 +189,9 @@ def add_machine(parser: argparse.ArgumentParser) -> Any:
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Evaluate as asked."""
-    from vlmfix.evals.config import EvalOptions
+    from dataclasses import replace
+
+    from vlmfix.evals.config import eval_options
     from vlmfix.evals.runner import evaluate
 
-    evaluate(
-        EvalOptions(
-            model=options.model,
-            methods=tuple(options.method),
-            settings=tuple(options.set),
-            benchmarks=tuple(dict.fromkeys(options.benchmark)),
-            data=options.data,
-            split=options.split,
-            ids=options.ids,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            device=options.device,
-            attn_implementation=options.attn_implementation,
-            max_new_tokens=options.max_new_tokens,
-            pope_max_new_tokens=options.pope_max_new_tokens,
-            seed=options.seed,
-            out=options.out,
-            resume=options.resume,
-            prompt=options.prompt,
-            pope_prompt=options.pope_prompt,
-            chat_template=options.chat_template,
-            pope_questions=tuple(options.pope_questions),
-            chair_mode=options.chair_mode,
-            controls=options.controls,
-            benchmark_data=tuple(options.benchmark_data),
-            benchmark_prompts=tuple(options.benchmark_prompt),
-            judge=options.judge,
-            judge_name=options.judge_name,
-            spacy=options.spacy,
-            reuse_images=options.reuse_images,
-            command=options.command,
-        ),
-        show=show,
-    )
+    evaluate(replace(eval_options(options), methods=tuple(options.method), settings=tuple(options.set)), show=show)

@@ -191,13 +191,16 @@ def test_load_questions(tmp_path):
         ("gqa_pope_seem_popular.jsonl", "2300042.jpg", 2300042),
     ],
 )
-def test_questions_on_other_image_sets(tmp_path, name, image, image_id):
-    """The A-OKVQA and GQA variants, as JSON lines: objects outside COCO's 80, images with names of their own."""
+@pytest.mark.parametrize("as_list", [False, True])
+def test_questions_on_other_image_sets(tmp_path, name, image, image_id, as_list):
+    """The A-OKVQA and GQA variants, also as one list: objects outside COCO's 80, images with names of their own."""
     rows = [row(1, image=image, text="Is there a sky in the image?"), row(2, image=image, label="no")]
-    questions = load_questions(write_lines(tmp_path / name, *rows))
+    path = write_lines(tmp_path / name, *([json.dumps(rows)] if as_list else rows))
+    questions = load_questions(path)
+    split = f"{name.partition('_')[0]}_popular"
     assert [(q.object, q.image_id, q.split) for q in questions] == [
-        ("sky", image_id, "popular"),
-        ("snowboard", image_id, "popular"),
+        ("sky", image_id, split),
+        ("snowboard", image_id, split),
     ]
     assert score_answers(questions, ["Yes", "Yes"]).counts() == {
         "n": 2, "TP": 1, "FP": 1, "TN": 0, "FN": 0, "unparsed": 0,

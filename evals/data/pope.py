@@ -40,7 +40,8 @@ class PopeQuestion:
         object: The object asked for.
         text: The question, without any instruction how to answer.
         label: Whether the object is there (yes).
-        split: "random", "popular", "adversarial", or the name of the file it was read from.
+        split: "random", "popular" or "adversarial", with the name of its set before it if that is not COCO's own
+            ("gqa_random"); or the name of the file it was read from.
     """
 
     question_id: str
@@ -53,19 +54,42 @@ class PopeQuestion:
 
 
 def load_questions(path: Path | str) -> list[PopeQuestion]:
-    """Read a POPE question file: one JSON object per line with question_id, image, text and label (yes or no).
+    """Read a POPE question file: JSON lines or one JSON list, with question_id, image, text and label (yes or no).
 
-    The split comes from a field "category" if the line has one, else from the file name (``coco_pope_random.json``).
+    The split comes from a field "category" if the line has one, else from the file name: "random" of
+    ``coco_pope_random.json``, and "gqa_random" of ``gqa_pope_random.json``, with the name of the set.
 
     Raises:
         DataError: the file is missing or empty, a line is broken or incomplete, or an id occurs twice. The message
             names the line.
     """
     path = Path(path)
-    split = next((name for name in SPLITS if name in path.stem), path.stem)
+    rows = read_rows(path, what="POPE question file", remedy=_REMEDY)
+    return read_questions(rows, split_name(path))
+
+
+def split_name(path: Path) -> str:
+    """The split of a question file, with the name of its set if that is not COCO's own."""
+    split = next((name for name in SPLITS if name in path.stem), None)
+    if split is None:
+        return path.stem
+    source, found, _ = path.stem.partition("_pope")
+    return f"{source}_{split}" if found and source not in ("", "coco") else split
+
+
+def read_questions(rows: Iterable[tuple[str, Mapping[str, Any]]], split: str) -> list[PopeQuestion]:
+    """Read questions from rows with question_id, image, text and label, each with its place for messages.
+
+    Args:
+        rows: Place and fields.
+        split: Of rows without "category".
+
+    Raises:
+        DataError: a row is incomplete, or an id occurs twice within a split.
+    """
     questions: list[PopeQuestion] = []
     places: dict[tuple[str, str], str] = {}
-    for where, row in read_rows(path, what="POPE question file", remedy=_REMEDY):
+    for where, row in rows:
         question = _question(row, split, where)
         first = places.setdefault((question.split, question.question_id), where)
         if first is not where:
