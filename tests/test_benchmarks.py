@@ -65,7 +65,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "command")}
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
