@@ -45,6 +45,8 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "cmai": lambda anatomy: {"experimental": True, "rho": 0.5},
     "fia": lambda anatomy: {"local_ratio": 0.5},
     "ifg": lambda anatomy: {"alpha": 1.0, "beta": 0.0},
+    "guidance": lambda anatomy: {"gamma": 1.5, "beta": 0.0},
+    "lqcd": lambda anatomy: {"hint": [20, 21, 22], "behind": 1, "neutralise": False, "beta": 0.0},
     "iri": lambda anatomy: {"ranking": _ranking(anatomy)},
     "modality_balance": lambda anatomy: {"experimental": True},
     "spin": lambda anatomy: {"keep": 0.5},

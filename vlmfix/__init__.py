@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from vlmfix.calibration.api import calibrate
     from vlmfix.calibration.result import Calibration
     from vlmfix.calibration.samples import CalibrationSample
+    from vlmfix.decoding.guidance import Guidance
     from vlmfix.decoding.ifg import IFG
+    from vlmfix.decoding.lqcd import LQCD
     from vlmfix.decoding.vcd import VCD
     from vlmfix.methods.act import ACT
     from vlmfix.methods.adaiat import AdaIAT
@@ -72,6 +74,7 @@ __all__ = [
     "IAT",
     "IFG",
     "IRI",
+    "LQCD",
     "MMA",
     "PAI",
     "SPIN",
@@ -86,6 +89,7 @@ __all__ = [
     "Calibration",
     "CalibrationSample",
     "DataError",
+    "Guidance",
     "Method",
     "MethodError",
     "ModalityBalance",

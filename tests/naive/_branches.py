@@ -13,7 +13,13 @@ Prompt = tuple[list[int], "torch.Tensor | None"]
 
 
 class NaiveBranches:
-    """A decoding method's formula; one subclass per method."""
+    """A decoding method's formula; one subclass per method.
+
+    Attributes:
+        up_to_a_constant: Whether it is one of log-probabilities, which say no more than differences of logits.
+    """
+
+    up_to_a_constant = False
 
     def prompts(self, ids: list[int], pixels: torch.Tensor) -> tuple[Prompt, Prompt]:
         """The prompt whose answer is wanted, and the one to contrast it with."""

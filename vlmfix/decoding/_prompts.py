@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vlmfix.run import Run
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+LOOKS = ("cross_attention_mask", "image_attention_mask")
+"""Arguments ``[batch, length, ...]`` that say which images a token looks at, where images are no tokens."""
 NOT_HANDED_ON = ("past_key_values", "use_cache", "return_dict", "cache_position", "labels", "logits_to_keep")
 WATCHED = ("output_attentions", "output_hidden_states")
 
@@ -33,6 +35,7 @@ class OtherPrompt:
         swapped: In which of them the model's own prompt is the one to contrast against: bool ``[batch]``, or ``None``.
         valid: Which of its tokens are no padding, those before this prompt included: bool ``[rows, length]``.
         shared: Positions in the model's own cache of the tokens it begins with: int64 ``[rows, n]``.
+        images_are_shared: Whether they hold all of its images.
         last_position: The position of its last token, ``[(dims,) rows, 1]``; ``None`` where that is the same in both.
     """
 
@@ -42,6 +45,7 @@ class OtherPrompt:
     swapped: torch.Tensor | None
     valid: torch.Tensor
     shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    images_are_shared: bool = False
     last_position: torch.Tensor | None = None
 
     @property
@@ -56,11 +60,15 @@ class OtherPrompt:
         """Return the arguments of a forward that only reads what is behind the shared tokens."""
         start, length = self.shared.shape[1], self.length
         found = dict(self.arguments)
-        for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES):
+        for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES, *LOOKS):
             value = found.get(name)
             if isinstance(value, torch.Tensor) and value.shape[1] == length:
                 found[name] = value[:, start:]
         found["position_ids"] = found["position_ids"][..., start:]
+        if self.images_are_shared:
+            images = [name for name, value in found.items() if is_image_argument(name, value)]
+            for name in (*images, "mm_encoder_outputs"):
+                found.pop(name, None)
         return found
 
 
@@ -187,12 +195,16 @@ def with_other_tokens(
         here if known is None else torch.cat([known.to(device), here], dim=1),
     )
     starts = valid.int().argmax(1)
+    columns = sources + starts[:, None]
     _add_positions(
         found, anatomy, inputs, others=filled, starts=starts, past=past, new=new, removes=method.removes_image
     )
-    _add_rest(found, anatomy, inputs, sources + starts[:, None], sources >= 0, removes=method.removes_image)
+    _add_rest(found, anatomy, inputs, columns, sources >= 0, removes=method.removes_image)
     if not past and _may_share({**found.arguments, **_token_types(inputs)}) and "position_ids" in found.arguments:
-        found.shared = _shared_columns(filled, length, starts)
+        shared = _shared_columns(filled, length, starts)
+        images = (image.gather(1, columns.clamp(0, new - 1)) & (sources >= 0)).any(0).nonzero().flatten().tolist()
+        found.images_are_shared = bool(images) and images[-1] < shared.shape[1]
+        found.shared = shared if found.images_are_shared or not images else shared[:, : images[0]]
     return found
 
 
@@ -267,14 +279,14 @@ def _add_rest(
     arguments = found.arguments
     if not bool(found.valid.all()):
         arguments["attention_mask"] = found.valid.long()
-    for name, value in _token_types(inputs).items():
-        if removes and name != "token_type_ids":
-            continue  # they say where images are
-        rows = value[:, -inputs["input_ids"].shape[1] :]
-        gathered = rows.gather(1, columns.clamp(0, rows.shape[1] - 1))
-        arguments[name] = torch.where(is_old, gathered, rows[:, -1:])  # new tokens are text, like the last one
+    new = inputs["input_ids"].shape[1]
+    columns = torch.where(is_old, columns, new - 1)  # new tokens are text, like the last one
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    for name in (*TOKEN_TYPES, *LOOKS):
+        if inputs.get(name) is not None and (not removes or name == "token_type_ids"):  # others say where images are
+            arguments[name] = inputs[name][:, -new:][rows, columns.clamp(0, new - 1)]
     if removes:
         arguments.update(blank_images(inputs, found.length))
         return
-    skipped = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *NOT_HANDED_ON, *WATCHED)
+    skipped = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *LOOKS, *NOT_HANDED_ON, *WATCHED)
     arguments.update({name: value for name, value in inputs.items() if name not in skipped})

@@ -1,0 +1,64 @@
+"""Guidance by an image-free branch: the optional half of PAI (Liu, Zheng and Chen, ECCV 2024, arXiv 2407.21771)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmfix.decoding.base import DecodingMethod, OtherTokens, contrast, cut
+from vlmfix.errors import UnsupportedFeatureError
+
+
+@dataclass(frozen=True)
+class Guidance(DecodingMethod):
+    """Contrast the answer with that to the prompt without its image: ``gamma (p - p') + p'``, ``p`` log-probabilities.
+
+    Computed on logits, where it is the same but for a constant: ``l + (gamma - 1)(l - l')``. Tokens with
+    ``p < max p + ln(beta)`` are cut. The other prompt is the same text with the image's tokens taken out, its positions
+    without a gap. Beside ``pai`` or ``fia``, whose published runs use it, it is their guidance: their edits act in the
+    branch with the image only. ``PAI(edit_prompt=False)`` beside it is what PAI's released code computes.
+
+    Attributes:
+        gamma: Strength, >= 1; 1 is the identity. Default: the README value of PAI's code (2 in its CHAIR script).
+        beta: Plausibility cut, in [0, 1]. Default: the released code's.
+    """
+
+    name: ClassVar[str] = "guidance"
+    paper: ClassVar[str] = "arXiv 2407.21771"
+    summary: ClassVar[str] = "contrasts the answer with that to the prompt without its image"
+    removes_image: ClassVar[bool] = True
+
+    gamma: float = 1.1
+    beta: float = 0.1
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        super().validate()
+        self.require(1 <= self.gamma < float("inf"), "gamma", "a finite number >= 1 (1 switches the method off)")
+        self.require(0 <= self.beta <= 1, "beta", "between 0 (no cut) and 1 (only the most likely token is left)")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``gamma`` is 1."""
+        return self.gamma == 1
+
+    def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens:
+        """Take the image's tokens out.
+
+        Raises:
+            UnsupportedFeatureError: Nothing is left.
+        """
+        kept = tuple(place for place, image in enumerate(is_image) if not image)
+        if not kept:
+            raise UnsupportedFeatureError(
+                "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a "
+                "question."
+            )
+        return OtherTokens(tuple(ids[place] for place in kept), kept)
+
+    def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Contrast and cut fp32 ``[batch, vocab]``."""
+        return cut(contrast(logits, other, self.gamma - 1), logits, self.beta)

@@ -1,0 +1,156 @@
+"""LQCD: Leading Query Contrastive Decoding (Zhao et al., arXiv 2408.11261)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vlmfix.anatomy import Anatomy
+from vlmfix.decoding._questions import check_patterns, leading_characters, question_end
+from vlmfix.decoding.base import Contrast, OtherTokens
+from vlmfix.errors import MethodError
+
+
+@dataclass(frozen=True)
+class LQCD(Contrast):
+    """Contrast the answer to a neutral question with that to a leading one: ``(1 + alpha) l_n - alpha l_l``.
+
+    The image is the same in both branches. The text behind the last image is taken for the question. Where it leads
+    ("Is there a dog? I don't think so."), its neutral form takes the clauses out that assert something, and the answer
+    is to that: ``l_n`` is the other branch, ``l_l`` the model's own. Where it is neutral, ``l_l`` is the same question
+    followed by ``hint``. A prompt without a question or a sentence behind its image is left alone. Only tokens with
+    ``l_n >= max l_n + ln(beta)`` may be chosen.
+
+    No code was released, and the formula is known from quotations. The rules that find leading clauses (English, by
+    pattern), the hint and both defaults are ours; the second version's adaptive cut and its factor for the sentiment of
+    the question are not known and not here.
+
+    Attributes:
+        alpha: Strength of the contrast, >= 0. 0 answers the neutral question.
+        beta: Plausibility cut, in [0, 1].
+        neutralise: Whether leading questions are made neutral; if not, they are left alone.
+        hint: What makes a neutral question leading: text, or token ids.
+        patterns: Regular expressions of further clauses to take out of leading questions.
+        behind: How many tokens of the chat template stand behind the question. Default: as many as there are behind
+            the last question mark, or behind the last full stop where there is none.
+        tokenizer: Folder or hub id of the model's tokenizer. Default: the model's own. Not needed with a hint of token
+            ids, ``behind``, and ``neutralise=False``.
+    """
+
+    name: ClassVar[str] = "lqcd"
+    paper: ClassVar[str] = "arXiv 2408.11261"
+    summary: ClassVar[str] = "contrasts the answer to a neutral question with that to a leading one"
+    needs_cache: ClassVar[bool] = True
+
+    neutralise: bool = True
+    hint: str | Sequence[int] = "I don't think so."
+    patterns: Sequence[str] = ()
+    behind: int | None = None
+    tokenizer: str | None = None
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        super().validate()
+        is_text = isinstance(self.hint, str)
+        is_list = isinstance(self.hint, Sequence) and not is_text
+        is_hint = bool(self.hint) and (is_text or (is_list and all(isinstance(token, int) for token in self.hint)))
+        self.require(is_hint, "hint", "a text, or a list of token ids")
+        is_count = isinstance(self.behind, int) and not isinstance(self.behind, bool) and self.behind >= 0
+        self.require(self.behind is None or is_count, "behind", "a whole number >= 0")
+        is_name = self.tokenizer is None or isinstance(self.tokenizer, str)
+        self.require(is_name, "tokenizer", "a folder or a hub id")
+        self.require(not isinstance(self.patterns, str), "patterns", "a list of regular expressions")
+        for name in ("hint", "patterns"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
+        try:
+            check_patterns(self.patterns)
+        except (re.error, TypeError) as error:
+            self.require(False, "patterns", f"a list of regular expressions ({error})")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` and ``beta`` are 0 and leading questions stay as they are."""
+        return self.alpha == 0 and self.beta == 0 and not self.neutralise
+
+    @property
+    def uses_branch(self) -> bool:
+        """Always: the other branch may be the one to answer."""
+        return True
+
+    @property
+    def _needs_words(self) -> bool:
+        return self.neutralise or self.behind is None or isinstance(self.hint, str)
+
+    def bind(self, anatomy: Anatomy) -> LQCD:
+        """Check the model, and load its tokenizer.
+
+        Raises:
+            MethodError: No second branch can be run, or the tokenizer cannot be found.
+        """
+        super().bind(anatomy)
+        bound = dataclasses.replace(self)
+        if self._needs_words and not self.is_identity:
+            object.__setattr__(bound, "_words", self._load(anatomy))
+        return bound
+
+    def _load(self, anatomy: Anatomy) -> Any:
+        from transformers import AutoTokenizer
+
+        where = self.tokenizer or anatomy.model.name_or_path
+        try:
+            if not where:
+                raise OSError("the model does not say where it was loaded from")
+            return AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MethodError(
+                f"lqcd reads the words of the question and finds no tokenizer for them ({reason}). Name it: "
+                "vlmfix.patch(model, 'lqcd', tokenizer='FOLDER_OR_HUB_ID')."
+            ) from error
+
+    def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens | None:
+        """Make a leading question neutral, or a neutral one leading."""
+        start = max((place for place, image in enumerate(is_image) if image), default=-1) + 1
+        words = getattr(self, "_words", None)
+        spans = [] if words is None else _character_spans(words, ids[start:])
+        text = "" if words is None else _decode(words, ids[start:])
+        leading = leading_characters(text, self.patterns)
+        if leading:
+            if not self.neutralise:
+                return None
+            dropped = {start + place for place, span in enumerate(spans) if _lies_in(text, span, leading)}
+            kept = tuple(place for place in range(len(ids)) if place not in dropped)
+            return OtherTokens(tuple(ids[place] for place in kept), kept, is_swapped=True)
+        if self.behind is not None:
+            end = max(len(ids) - self.behind, start)
+        else:
+            stop = question_end(text)
+            if stop is None:
+                return None
+            end = start + next(place for place, span in enumerate(spans) if span[1] >= stop) + 1
+        hint = self.hint
+        if isinstance(hint, str):
+            assert words is not None
+            hint = tuple(words.encode(f" {hint}", add_special_tokens=False))
+        return OtherTokens((*ids[:end], *hint, *ids[end:]), (*range(end), *[-1] * len(hint), *range(end, len(ids))))
+
+
+def _decode(words: Any, ids: Sequence[int]) -> str:
+    text: str = words.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _character_spans(words: Any, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Which characters of the text each token adds."""
+    ends = [0, *(len(_decode(words, ids[: count + 1])) for count in range(len(ids)))]
+    return [(ends[place], max(ends[place + 1], ends[place])) for place in range(len(ids))]
+
+
+def _lies_in(text: str, span: tuple[int, int], characters: frozenset[int]) -> bool:
+    """Whether all that is no space in a span is among some characters."""
+    inked = [place for place in range(*span) if not text[place].isspace()]
+    return bool(inked) and characters.issuperset(inked)
