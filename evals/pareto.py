@@ -149,8 +149,8 @@ def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
         for metric, name in zip(chosen, ("hallucination", "recall"), strict=True):
             difference = differences.get(metric.key)
             cells += [number(point[name]), difference_cell(difference), interval_cell(difference)]
-        spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"quartiles": []}
-        quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"])
+        spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"batches": 0}
+        quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"]) if spread["batches"] > 1 else ""
         rows.append([*cells, f"x {point['relative_seconds']:.2f}", quartiles, _names(point["dominated_by"])])
     return rows
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from vlmfix.cli import main
+from vlmfix.evals.page import summary
+from vlmfix.evals.page_plots import intervals, invented, scatter
 
 VOID = {"meta", "br", "img", "line", "circle", "rect"}
 
@@ -65,6 +67,12 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
         "recall of objects",
         "vhr/unselected",
         "Captions that iat changed most",
+        "early stop",
+        "p (Holm)",
+        "Text quality, and CHAIR at equal length",
+        "dominated by",
+        "McNemar",
+        "vlmfix eval --method vhr iat",
     ):
         assert expected in text
     assert "nan" not in text.lower().split()
@@ -76,6 +84,9 @@ def test_marks_are_the_invented_and_the_real_objects(page: Path) -> None:
     captions = [caption for caption in captions if "Invented</mark>" not in caption]
     assert len(captions) >= 4
     seen = 0
+    assert any(
+        re.search(r'title="(dining table|traffic light|wine glass|[a-z]+ [a-z]+)">\w+ \w+</mark>', c) for c in captions
+    )
     for caption in captions:
         marked = set(re.findall(r'<mark title="([^"]+)">', caption))
         (listed,) = re.findall(r"invented: ([^<]+)", caption) or [""]
@@ -95,3 +106,58 @@ def test_a_browser_renders_it(page: Path, tmp_path: Path) -> None:
     )
     with Image.open(shot) as image:
         assert len(set(image.convert("RGB").resize((112, 240)).getdata())) > 50, "the page is blank"
+
+
+def interval(estimate: float, low: float, high: float, p: float) -> dict[str, Any]:
+    return {"estimate": estimate, "low": low, "high": high, "n": 9, "p_value": p, "p_holm": min(1.0, 2 * p)}
+
+
+def small_results() -> dict[str, Any]:
+    """A run of two benchmarks, one of them with a name no code of the page knows better than any other's."""
+    sure, lost = interval(-0.1, -0.2, -0.05, 0.002), interval(-0.1, -0.19, -0.01, 0.04)
+    rows: list[dict[str, Any]] = []
+    for label, role in (("none", "baseline"), ("<m>", "method"), ("n", "method")):
+        chair = {"summary": {"chair_i": 0.2, "recall": 0.8}, "changed": 1, "seconds": 1.0, "invented": {"cup": 2}}
+        mme = {"summary": {"score": 640.0, "accuracy": 0.9}, "changed": 1, "seconds": 1.0, "counts": {}}
+        rows.append({"label": label, "describe": label, "role": role, "chair": chair, "mme": mme})
+    rows[1]["differences"] = {"chair.chair_i": sure, "mme.accuracy": lost}
+    rows[2]["differences"] = {"chair.chair_i": lost}
+    line = {
+        "control": "early stop",
+        "matched": "",
+        "metric": "chair.chair_i",
+        "method_value": 0.1,
+        "control_value": 0.2,
+    }
+    return {
+        "methods": rows,
+        "intervals": {"resamples": 2000},
+        "corrections": {"rows": 2},
+        "controls": [
+            {**line, "method": "<m>", "difference": sure, "verdict": "better", "verdict_holm": "better"},
+            {**line, "method": "n", "difference": lost, "verdict": "better", "verdict_holm": "same"},
+        ],
+    }
+
+
+def test_summary_has_verdicts_and_corrected_stars() -> None:
+    found = summary(small_results())
+    assert '<th class="group" colspan="2">CHAIR</th><th class="group" colspan="2">MME</th>' in found
+    assert "640.0" in found and "&lt;m&gt;" in found and "<m>" not in found
+    assert found.count('<span class="verdict better"') == 1
+    assert found.count('<span class="verdict unclear"') == 1, "what does not survive Holm is no verdict"
+    assert "-10.0*<br>[-20.0, -5.0]" in found and 'title="p = 0.002, corrected 0.004"' in found
+    assert "-10.0(*)<br>[-19.0, -1.0]" in found
+
+
+def test_plots_of_the_page_say_what_they_show() -> None:
+    checker = Checker()
+    for drawing in (intervals(small_results()), scatter(small_results()), invented(small_results())):
+        checker.feed(drawing)
+    assert not checker.open
+    text = " ".join(checker.text)
+    for expected in ("MME accuracy ↑", "<m> -10.0 [-20.0, -5.0]", "n: 20.0 % at recall 80.0 %", "cup"):
+        assert expected in text
+    many = small_results()
+    many["methods"] += [{**many["methods"][1], "label": f"m{i}"} for i in range(5)]
+    assert '<table class="map">' in invented(many) and "<rect" in invented(small_results())
