@@ -54,7 +54,7 @@ class CalibrateOptions:
     @property
     def asks(self) -> bool:
         """Whether it learns from yes/no questions rather than captions or prompts."""
-        return self.method == "act" or self.parameters.get("answers") == "yesno"
+        return self.method in ("act", "iri") or self.parameters.get("answers") == "yesno"
 
     def filled_in(self) -> EvalOptions:
         """What a calibration run leaves open: the benchmark, the calibration split, and how many images."""
@@ -79,7 +79,6 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     out = options.out or Path(f"{options.method}.json")
     if not out.parent.is_dir():
         raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
-    asks = options.method == "act" or settings.get("answers") == "yesno"
     plan(options.method, settings)
     tasks = make_tasks(run)
     samples, max_new_tokens = _samples(tasks, asks)

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_vlm import CATEGORIES, build_coco_folder, build_tiny_llava
 
 import vlmfix
-from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError
+from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError, probes
 from vlmfix.anatomy import analyse
 from vlmfix.calibration import adhh
 from vlmfix.calibration.lens import LogitLens
@@ -339,6 +339,35 @@ def test_var_finds_planted_sink_dimensions(planted: bool, model: Any, processor:
 
 
 @torch.no_grad()
+def test_iri_ranks_by_causal_tracing(model: Any, processor: Any) -> None:
+    """Questions answered with yes, one at a time; the rest is left out."""
+    noise = probes.Corruption(sigma=4.0, seed=2)
+    options = {"sigma": 4.0, "noise_seed": 2, "floor": 0.0, "batch_size": 2, "rows": 3}
+    found = vlmfix.calibrate(model, "iri", asked(8), processor=processor, k1=1, **options)
+    asked_yes = [sample for sample in asked(8) if sample.answer]
+    answer = answer_tokens(processor.tokenizer)[0]
+    singles = (encode(processor, sample) for sample in asked_yes)
+    traced = probes.causal_trace(model, singles, answer, corruption=noise, floor=0.0)
+    ranking = found.method.ranking  # type: ignore[attr-defined]
+    for component, rates in (("attention", ranking.rr_attn), ("mlp", ranking.rr_mlp)):
+        torch.testing.assert_close(torch.tensor(rates).double(), traced.of(component), atol=1e-3, rtol=1e-3)
+        close(table(found, f"recovery_{component}")[:, 0], torch.tensor(rates))
+    counts = found.provenance["counts"]
+    assert counts["answered_no"] == 8 - len(asked_yes)
+    assert counts["traced"] == int(traced.is_kept.sum()) > 0
+    assert found.provenance["options"]["sigma"] == 4.0
+    assert ranking.model == Path(model.config._name_or_path).name
+    inputs = encode(processor, asked_yes[0])
+    stock = model(**inputs).logits
+    vlmfix.patch(model, found)
+    assert vlmfix.status(model).methods[0].k1 == 1
+    assert not torch.equal(model(**inputs).logits, stock)
+    vlmfix.unpatch(model)
+    model.config._name_or_path = "another/model"
+    with pytest.raises(MethodError, match="Rankings do not carry over"):
+        vlmfix.patch(model, found)
+
+
 def test_a_planted_head_is_the_only_one_that_matters(model: Any, processor: Any) -> None:
     """All other heads write nothing: their influence is 0, and the one that is left decides."""
     planted, size = (1, 2), 32 // HEADS
@@ -376,6 +405,7 @@ EVERY = [
     ("allpath", "described", CAPTIONS),
     ("adaiat", "described", CAPTIONS),
     ("adhh", "described", {**CAPTIONS, "max_new_tokens": 12}),
+    ("iri", "asked", {"corruption": "mean", "floor": 0.0}),
 ]
 
 
@@ -561,6 +591,11 @@ def test_models_without_image_tokens_in_their_prompt_are_refused(name: str) -> N
         ("allpath", asked(1), {"answers": "yesno"}, DataError, "objects that are not"),
         ("allpath", asked(1), {"answers": "yesno", "xi": 13}, MethodError, "xi must be from 1 to 12"),
         ("allpath", described(1), {"mentions": lambda text: []}, DataError, "allpath needs records"),
+        ("iri", described(2), {}, DataError, "2 of 2 samples have no answer"),
+        ("iri", asked()[1:3], {}, DataError, "none of 2 questions has that answer"),
+        ("iri", asked(), {"ranking": "r.json"}, MethodError, "ranking of iri is what calibrate finds"),
+        ("iri", asked(), {"rr_token": "first"}, MethodError, "groups must be"),
+        ("iri", asked(), {"corruption": "mean", "floor": 0.99}, DataError, "none of 2 samples"),
         ("vaf", [CalibrationSample(Path("nowhere.png"), PROMPT)], {}, DataError, "Cannot read the image nowhere.png"),
     ],
 )  # fmt: skip
@@ -671,6 +706,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("vaf", []),
         ("act", ["--set", "share=1", "layers=0:"]),
         ("allpath", ["--set", "answers=yesno"]),
+        ("iri", ["--set", "corruption=mean", "floor=0"]),
     ):
         out = tmp_path / f"{name}.json"
         assert main(["calibrate", name, *words, *more, "--limit", "4", "--out", str(out)]) == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration import act, adaiat, adhh, allpath, image
+from vlmfix.calibration import act, adaiat, adhh, allpath, image, iri
 from vlmfix.calibration.result import Calibration, plain
 from vlmfix.calibration.samples import CalibrationSample, Mentions, choose
 from vlmfix.calibration.scores import Found
@@ -27,6 +27,7 @@ _LEARNED: dict[str, tuple[Callable[..., Found], tuple[str, ...]]] = {
     "adaiat": (adaiat.search, ("statistics",)),
     "adhh": (adhh.search, ("heads",)),
     "allpath": (allpath.search, ("up_heads", "down_heads")),
+    "iri": (iri.search, ("ranking",)),
     "vaf": (image.search_vaf, ("heads",)),
     "var": (image.search_var, ("sink_dims",)),
 }
@@ -57,6 +58,7 @@ def calibrate(
     adhh      images with their objects       heads that favour hallucinated objects
     adaiat    images with their objects       attention to generated text at real and at other objects
     allpath   either, as ``answers`` says     heads to scale up and down
+    iri       yes/no questions with answers   per layer, how much of a yes its blocks restore
     vaf       any                             per layer, the half of the heads that look at the image
     var       any                             hidden dimensions that mark sinks
     ========= =============================== =======================================================
@@ -78,7 +80,8 @@ def calibrate(
         batch_size: Samples per forward.
         max_new_tokens: Limit of captions.
         **options: Options of the search (act: ``share``; adhh: ``count``, ``variants``; adaiat: ``min_generated``;
-            allpath: ``lens_norm``, ``xi``, ``zeta``) and parameters of the method (``beta=0.5``).
+            allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``) and
+            parameters of the method (``beta=0.5``).
 
     Returns:
         The method and how it came about. ``vlmfix.patch(model, calibration)`` takes it as it is.

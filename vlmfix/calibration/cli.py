@@ -14,8 +14,9 @@ examples:
   vlmfix calibrate allpath --set answers=yesno     heads for yes/no questions
   vlmfix calibrate act --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 100 --exclude ids.txt
 
-act costs a prefill per question and head; adhh a decode step per named object and head; the others a prefill or a
-caption per image. VLMFIX_LOG_LEVEL=INFO shows how far it is. vlmfix.patch(model, "act.json") takes the file.
+act costs a prefill per question and head; adhh a decode step per named object and head; iri two prefills per question
+and layer; the others a prefill or a caption per image. VLMFIX_LOG_LEVEL=INFO shows how far it is.
+vlmfix.patch(model, "act.json") takes the file.
 """
 
 
@@ -29,7 +30,7 @@ def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("method", metavar="METHOD", help="act, adhh, adaiat, allpath, vaf or var")
+    parser.add_argument("method", metavar="METHOD", help="act, adhh, adaiat, allpath, iri, vaf or var")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="option of the search or the method"

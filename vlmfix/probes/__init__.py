@@ -11,31 +11,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmfix.probes.corruption import Corruption
     from vlmfix.probes.divergence import HeadDivergence, head_divergence
+    from vlmfix.probes.groups import ObjectPlace
     from vlmfix.probes.image_attention import ImageAttention, attention_to_image
     from vlmfix.probes.knockouts import Knockout, knockout
     from vlmfix.probes.result import ProbeResult
     from vlmfix.probes.sink_maps import Sinks, sinks
+    from vlmfix.probes.tracing import CausalTrace, causal_trace
 
 _HOMES = {
+    "CausalTrace": "tracing",
+    "causal_trace": "tracing",
+    "Corruption": "corruption",
     "HeadDivergence": "divergence",
     "head_divergence": "divergence",
     "ImageAttention": "image_attention",
     "attention_to_image": "image_attention",
     "Knockout": "knockouts",
     "knockout": "knockouts",
+    "ObjectPlace": "groups",
     "ProbeResult": "result",
     "Sinks": "sink_maps",
     "sinks": "sink_maps",
 }
 
 __all__ = [
+    "CausalTrace",
+    "Corruption",
     "HeadDivergence",
     "ImageAttention",
     "Knockout",
+    "ObjectPlace",
     "ProbeResult",
     "Sinks",
     "attention_to_image",
+    "causal_trace",
     "head_divergence",
     "knockout",
     "sinks",
