@@ -338,7 +338,6 @@ def test_var_finds_planted_sink_dimensions(planted: bool, model: Any, processor:
     assert found.method.sink_dims == (dims if planted else ())  # type: ignore[attr-defined]
 
 
-@torch.no_grad()
 def test_iri_ranks_by_causal_tracing(model: Any, processor: Any) -> None:
     """Questions answered with yes, one at a time; the rest is left out."""
     noise = probes.Corruption(sigma=4.0, seed=2)
@@ -368,6 +367,7 @@ def test_iri_ranks_by_causal_tracing(model: Any, processor: Any) -> None:
         vlmfix.patch(model, found)
 
 
+@torch.no_grad()
 def test_a_planted_head_is_the_only_one_that_matters(model: Any, processor: Any) -> None:
     """All other heads write nothing: their influence is 0, and the one that is left decides."""
     planted, size = (1, 2), 32 // HEADS
