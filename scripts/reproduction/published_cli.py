@@ -1,0 +1,221 @@
+"""Published tables: list them, print the commands of one, run them, and put expected beside measured.
+
+See ``scripts/reproduce --help``; the tables are in ``published_tables.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+from published_check import check
+from published_table import LABELS, SECONDS_PER_PREFILL, SECONDS_PER_STEP, Row, Table
+from published_tables import TABLES
+
+EPILOG = """\
+examples:
+  scripts/reproduce                                        the list
+  scripts/reproduce vhr-llava15-chair                      commands, expected figures, sources
+  scripts/reproduce vhr-llava15-chair --data COCO --run    runs them, after a look at what is missing
+  scripts/reproduce vhr-llava15-chair --check runs/vhr-llava15-chair-seed0
+  scripts/reproduce vhr-llava15-chair --check              all its runs in --out
+
+We have run none of the evaluations: nothing printed as published was measured by us.
+"""
+SPELLED = {"data": "COCO_DIR", "train": "TRAIN_COCO_DIR", "pope": "POPE_DIR", "captions": "CAPTIONS_DIR"}
+PLACES = {
+    "data": "COCO folder: instances_val2014.json, captions_val2014.json, val2014/",
+    "train": "COCO folder of train2014, to calibrate on other images",
+    "pope": "folder of coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json",
+    "captions": "folder of the released captions",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all went well, 1 if a command failed, 2 if something is missing or wrong."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/reproduce",
+        description="Published tables that this package can meet.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", choices=list(TABLES), help="a table (default: list them)")
+    parser.add_argument("--run", action="store_true", help="run the commands (a killed run goes on where it was)")
+    parser.add_argument("--check", nargs="*", type=Path, metavar="RUN", help="compare runs (default: those in --out)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint (default: the hub's)")
+    parser.add_argument("--out", default="runs", metavar="DIR", help="where runs go (default: runs)")
+    for name, text in PLACES.items():
+        parser.add_argument(f"--{name}", metavar="DIR", help=text)
+    options = parser.parse_args(arguments)
+    if options.name is None:
+        print(listing())
+        return 0
+    table = TABLES[options.name]
+    places = {name: getattr(options, name) for name in PLACES}
+    filled = [command(words, table, options) for words in table.commands]
+    if options.check is not None:
+        from vlmfix.errors import VlmfixError
+
+        try:
+            print(check(table, options.check or [Path(options.out) / run for run in table.runs]))
+        except VlmfixError as error:
+            print(f"scripts/reproduce: {error}", file=sys.stderr)
+            return 2
+        return 0
+    print(description(options.name, table, filled))
+    if not options.run:
+        return 0
+    lacking = missing(table, places, options.model or table.model)
+    if lacking:
+        print("\nnot run; missing:\n" + "\n".join(f"  - {each}" for each in lacking), file=sys.stderr)
+        return 2
+    return run(filled, needs_gpu=table.model is not None)
+
+
+def listing() -> str:
+    """One line per table."""
+    width = max(map(len, TABLES))
+    lines = [f"{name.ljust(width)}  {table.title} ({table.label})" for name, table in TABLES.items()]
+    return "\n".join([*lines, "", "We have run none of the evaluations. Type: scripts/reproduce NAME"])
+
+
+def command(words: Sequence[str], table: Table, options: argparse.Namespace) -> list[str]:
+    """A command with its placeholders filled in, as far as they are known; ``{question}`` belongs to a prompt."""
+    known = {name: getattr(options, name) or SPELLED[name] for name in PLACES}
+    known |= {"model": options.model or table.model or "", "out": options.out}
+    filled = []
+    for word in words:
+        for name, value in known.items():
+            word = word.replace(f"{{{name}}}", str(value))
+        filled.append(word)
+    return filled
+
+
+def needed(table: Table) -> list[str]:
+    """The folders that the commands of a table ask for."""
+    words = " ".join(word for words in table.commands for word in words)
+    return [name for name in PLACES if f"{{{name}}}" in words]
+
+
+def description(name: str, table: Table, commands: Sequence[Sequence[str]]) -> str:
+    """All that is known of a table, and the commands."""
+    lines = [f"{name}: {table.title}", f"source: {table.source}", f"figures: {LABELS[table.label]}", ""]
+    lines += ["published (percent; lengths in words; ± standard deviation over seeds):"]
+    lines += [f"  {row.method.ljust(16)} {_figures(row)}" for row in table.rows]
+    if table.notes:
+        lines += ["", "where this differs from the published run, and what to know:"]
+        lines += [fill(note, 116, initial_indent="  - ", subsequent_indent="    ") for note in table.notes]
+    lines += ["", *[f"{SPELLED[each]}: {PLACES[each]}" for each in needed(table)]]
+    lines += ["", *[shlex.join(words) for words in commands], "", estimate(table)]
+    return "\n".join(lines)
+
+
+def _figures(row: Row) -> str:
+    cells = []
+    for key, value in row.figures.items():
+        spread = f" ± {row.spread[key]:g}" if key in row.spread else ""
+        cells.append(f"{key.partition('.')[2]} {value:g}{spread}")
+    return ", ".join(cells) + (f" ({LABELS[row.label]})" if row.label else "")
+
+
+def estimate(table: Table) -> str:
+    """The GPU time of a table, and how it was estimated."""
+    if table.model is None:
+        return "GPU time: none, seconds on a CPU"
+    low, high = table.minutes
+    parts = []
+    if table.captions:
+        step = "-".join(f"{seconds:g}" for seconds in SECONDS_PER_STEP)
+        parts.append(f"{table.captions} captions in batches of 8, {table.steps} steps of {step} s each")
+    if table.questions:
+        parts.append(f"{table.questions} distinct questions of {SECONDS_PER_PREFILL:g} s each")
+    span = f"{low:.0f}" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f}"
+    text = (
+        f"GPU time: about {span} minutes on a GPU with 24 GB or more. An estimate, not measured: "
+        f"{len(table.runs)} run(s) of {len(table.rows)} methods, {' and '.join(parts)}; times per step and prefill are "
+        "those that others print for LLaVA-1.5-7B at batch 1; calibration and loading are not counted."
+    )
+    return fill(text, 118)
+
+
+def missing(table: Table, places: Mapping[str, str | None], model: str | None) -> list[str]:
+    """What stands in the way of running the commands, in words."""
+    lacking = []
+    for name in needed(table):
+        place = places[name]
+        if place is None:
+            lacking.append(f"--{name} DIR ({PLACES[name]})")
+        else:
+            lacking += _lacking_files(name, Path(place), table)
+    from vlmfix.errors import VlmfixError
+
+    if any(word in ("nltk", "mixed") for words in table.commands for word in words):
+        from vlmfix.evals.metrics.chair import ChairMatcher
+
+        try:
+            ChairMatcher("nltk")
+        except VlmfixError as error:
+            lacking.append(str(error))
+    if model is not None:
+        lacking += _lacking_model(model)
+    return lacking
+
+
+def _lacking_files(name: str, folder: Path, table: Table) -> list[str]:
+    if name == "data" and table.model is None and folder.is_file():
+        return []  # Scoring takes a file of objects per image as well.
+    if not folder.is_dir():
+        return [f"--{name} {folder}: there is no such folder ({PLACES[name]})"]
+    if name in ("pope", "captions"):
+        words = {word for words in table.commands for word in words if word.startswith(f"{{{name}}}")}
+        wanted = sorted(Path(word).name for word in words)
+        return [f"--{name} {folder}: there is no {file} in it" for file in wanted if not (folder / file).is_file()]
+    from vlmfix.errors import DataError
+    from vlmfix.evals.data.coco import CocoData
+
+    try:
+        data = CocoData.load(folder)
+        if table.model is not None:
+            data.select(limit=1)  # Raises without a single image.
+    except DataError as error:
+        return [f"--{name} {folder}: {error}"]
+    return []
+
+
+def _lacking_model(model: str) -> list[str]:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except Exception as error:  # Whatever the hub, the network or a broken folder raises.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return [f"the checkpoint {model}: {reason}; give a folder with --model PATH"]
+    return []
+
+
+def run(commands: Sequence[Sequence[str]], *, needs_gpu: bool) -> int:
+    """Run the commands one after the other, until one fails."""
+    import torch
+
+    if needs_gpu and not torch.cuda.is_available():
+        print("note: no GPU here; a 7B model on a CPU takes days, and the estimate does not hold", file=sys.stderr)
+    for words in commands:
+        print("\n$ " + shlex.join(words), flush=True)
+        status = subprocess.run([sys.executable, "-m", *words]).returncode
+        if status:
+            print(f"scripts/reproduce: stopped, the command above ended with status {status}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # The reader of our output (head, less) has gone: not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
