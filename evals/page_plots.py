@@ -17,6 +17,8 @@ COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a
 """Of the methods, in their order; the baseline has that of text."""
 BARS = 4
 """Rows up to which invented objects are drawn as bars; more are a table."""
+TOP = 16.0
+"""Room above the scatter, in pixels."""
 CATEGORIES = 12
 """Categories of invented objects shown."""
 
@@ -80,7 +82,7 @@ def scatter(results: Mapping[str, Any]) -> str:
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             margin + (x - x_low) / (x_high - x_low) * (width - 2 * margin),
-            height - margin - (y - y_low) / (y_high - y_low) * (height - 2 * margin),
+            height - margin - (y - y_low) / (y_high - y_low) * (height - margin - TOP),
         )
 
     marks = _axes(width, height, margin, (x_low, x_high), (y_low, y_high), chosen)
@@ -113,7 +115,7 @@ def _axes(
     y_range: tuple[float, float],
     chosen: tuple[Metric, Metric],
 ) -> list[str]:
-    right, bottom, top = width - margin, height - margin, margin
+    right, bottom, top = width - margin, height - margin, TOP
     marks = [
         line(margin, bottom, right, bottom, "currentColor", 0.4),
         line(margin, top, margin, bottom, "currentColor", 0.4),

@@ -183,6 +183,31 @@ def test_holm_counts_the_rows_that_changed_something(tmp_path: Path) -> None:
     assert found["corrections"]["rows"] == 3
 
 
+def test_the_whole_of_it_equals_scipy_and_statsmodels(tmp_path: Path) -> None:
+    """McNemar and Holm of rows from two run folders, from the answers alone."""
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables", reason="statsmodels is not installed")
+    multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not installed")
+    rng = np.random.default_rng(3)
+    questions = [(i, "dog?", bool(rng.random() < 0.5)) for i in range(1, 121)]
+    right = {name: rng.random(120) < rate for name, rate in (("none", 0.6), ("p", 0.8), ("q", 0.7), ("r", 0.62))}
+
+    def said(name: str) -> list[str]:
+        return ["yes" if label == ok else "no" for (*_, label), ok in zip(questions, right[name], strict=True)]
+
+    a = pope_run(tmp_path / "a", {name: said(name) for name in ("none", "p", "q")}, questions)
+    b = pope_run(tmp_path / "b", {name: said(name) for name in ("none", "r")}, questions)
+    rows = by_label(compared(a, b))
+    tests = [rows[label]["pope"]["paired"]["mcnemar"] for label in ("A:p", "A:q", "B:r")]
+    expected = []
+    for name in ("p", "q", "r"):
+        own, other = right[name], right["none"]
+        cells = [[(own & other).sum(), (own & ~other).sum()], [(~own & other).sum(), (~own & ~other).sum()]]
+        expected.append(tables.mcnemar(cells, exact=True).pvalue)
+    assert [test["p_value"] for test in tests] == pytest.approx(expected, rel=1e-9)
+    corrected = multitest.multipletests(expected, method="holm")[1]
+    assert [test["p_holm"] for test in tests] == pytest.approx(corrected.tolist(), rel=1e-9)
+
+
 # Controls
 
 

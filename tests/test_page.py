@@ -84,9 +84,8 @@ def test_marks_are_the_invented_and_the_real_objects(page: Path) -> None:
     captions = [caption for caption in captions if "Invented</mark>" not in caption]
     assert len(captions) >= 4
     seen = 0
-    assert any(
-        re.search(r'title="(dining table|traffic light|wine glass|[a-z]+ [a-z]+)">\w+ \w+</mark>', c) for c in captions
-    )
+    whole = re.compile(r'title="[a-z]+ [a-z]+">\w+ \w+</mark>')
+    assert any(whole.search(caption) for caption in captions), "names of two words are marked as a whole"
     for caption in captions:
         marked = set(re.findall(r'<mark title="([^"]+)">', caption))
         (listed,) = re.findall(r"invented: ([^<]+)", caption) or [""]
@@ -105,7 +104,7 @@ def test_a_browser_renders_it(page: Path, tmp_path: Path) -> None:
         ["chromium", *options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120
     )
     with Image.open(shot) as image:
-        assert len(set(image.convert("RGB").resize((112, 240)).getdata())) > 50, "the page is blank"
+        assert len(set(image.convert("L").resize((112, 240)).tobytes())) > 50, "the page is blank"
 
 
 def interval(estimate: float, low: float, high: float, p: float) -> dict[str, Any]:
