@@ -67,9 +67,16 @@ class Shard:
     def wait(self) -> None:
         """Wait until every process has come here, for days if need be: shares take different times."""
         if self.world > 1:
+            import torch
             from accelerate import PartialState
 
-            PartialState(timeout=timedelta(days=7)).wait_for_everyone()
+            # Without a GPU accelerate takes processes for single ones, which wait for nobody, unless told of the CPU.
+            state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+            if state.num_processes != self.world:
+                raise VlmfixError(
+                    f"accelerate sees {state.num_processes} of {self.world} processes; start them with torchrun"
+                )
+            state.wait_for_everyone()
 
 
 def _from_environment(*names: str, default: int | None = None) -> int:
