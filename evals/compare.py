@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
+import numpy as np
+
 from vlmfix.errors import DataError
 
 from .columns import BENCHMARKS, BY_KEY, METRICS
@@ -25,7 +27,6 @@ from .tables import finite
 from .verdicts import verdict
 
 SCHEMA_VERSION = 1
-_CONTROL_METRICS = {"early stop": EARLY_STOP_METRICS, "yes bias": YES_BIAS_METRICS}
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,20 @@ def _entry(row: Row, reference: Row, seed: int) -> dict[str, Any]:
         other = reference.tables[benchmark]
         part: dict[str, Any] = {"summary": finite(figures), "changed": int(table.differs(other)), "seconds": 0.0}
         part["all"] = {"summary": part["summary"]}
+        if "unparsed" in table.columns and benchmark != "pope":
+            part |= {"about": "", "counts": {"unparsed": int(table.unparsed.sum())}}
         if row is not reference and {"label", "correct", "prediction"} <= table.columns.keys():
-            part["paired"] = paired_answers(table, other, distinct_rows(table.keys), seed)  # type: ignore[arg-type]
+            part["paired"] = paired_answers(table, other, _asked(table), seed)  # type: ignore[arg-type]
         entry[benchmark] = part
     if row is not reference:
         entry["differences"] = _differences(row, reference, seed)
     return entry
+
+
+def _asked(table: ItemTable) -> list[int]:
+    """Rows of yes/no questions, each question once."""
+    is_question = table.columns.get("questions", np.ones(len(table)))
+    return [row for row in distinct_rows(table.keys) if is_question[row]]
 
 
 def _differences(row: Row, other: Row, seed: int) -> dict[str, Any]:
@@ -222,8 +231,8 @@ def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
         of_run: list[dict[str, Any]] = []
         for benchmark, table in row.tables.items():
             for name, control in row.controls[benchmark].items():
-                matched = matched_on(name, table, control)
-                for key in _CONTROL_METRICS[name]:
+                matched = matched_on(name, benchmark, table, control)
+                for key in EARLY_STOP_METRICS if name == "early stop" else [YES_BIAS_METRICS[benchmark]]:
                     of_run.append(compare(row.label, name, BY_KEY[key], table, control, seed, matched))
         for other in rows:
             if other.entry.get("parent") == row.entry["label"]:

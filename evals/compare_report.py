@@ -12,6 +12,7 @@ from .cache import write_json, write_text
 from .compare import compare_runs
 from .counts import load_run
 from .report import TERMINAL_WIDTH, legend, markdown_legend
+from .report_benchmarks import PAIRED_LEGEND, paired_rows
 from .report_quality import ANSWERS_LEGEND, answers_rows
 from .report_tables import CONTROLS_EXPLAINED, control_rows, controls_text, main_table, markdown_main
 from .tables import fitting_table, markdown_table
@@ -68,6 +69,9 @@ def comparison_text(found: Mapping[str, Any]) -> str:
     answers = answers_rows(found)
     if answers:
         parts += ["", fitting_table(answers, TERMINAL_WIDTH), "", *_wrapped(_answers_legend(found))]
+    others = paired_rows(found)
+    if others:
+        parts += ["", fitting_table(others, TERMINAL_WIDTH), "", *_wrapped(PAIRED_LEGEND)]
     if found["controls"]:
         parts += ["", controls_text(found), "", *_wrapped([_MATCHED_ON_ALL])]
     return "\n".join(parts)
@@ -82,6 +86,9 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
     answers = answers_rows(found)
     if answers:
         parts += ["## Paired answers", "", *_answers_legend(found), "", markdown_table(answers), ""]
+    others = paired_rows(found)
+    if others:
+        parts += ["## Paired answers, other benchmarks", "", *PAIRED_LEGEND, "", markdown_table(others), ""]
     if found["controls"]:
         parts += ["## Controls", "", CONTROLS_EXPLAINED, "", _MATCHED_ON_ALL, "", markdown_table(control_rows(found))]
     commands = [f"{name}: {run['command']}" for name, run in found["runs"].items()]

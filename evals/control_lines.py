@@ -6,12 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .benchmarks.chair import ChairTask
 from .columns import BY_KEY, Metric
 from .config import MethodSpec
 from .controls import yes_bias_control
+from .counts import ItemTable
 from .differences import difference, value
 from .early_stop import EarlyStop
+from .metrics.pope import PopeTable
 from .quality import interval_dict
 from .samples import Answers
 from .tables import finite
@@ -24,7 +28,12 @@ ControlTables = dict[str, dict[str, dict[str, Any]]]
 
 #: What a method is compared on with its early stop, its yes bias and its head controls.
 EARLY_STOP_METRICS = ("chair.chair_i", "chair.chair_s")
-YES_BIAS_METRICS = ("pope.accuracy",)
+YES_BIAS_METRICS = {
+    "pope": "pope.accuracy",
+    "mme": "mme.accuracy",
+    "hallusionbench": "hallusionbench.aacc",
+    "custom": "custom.accuracy",
+}
 HEAD_CONTROL_METRICS = ("chair.chair_i", "chair.f1", "pope.auc")
 HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
 
@@ -76,8 +85,9 @@ def control_lines(
             continue
         if early_stop is not None:
             found += _early_stop(spec, tables["chair"], early_stop, seed, kept)
-        if "pope" in tables:
-            found += _yes_bias(spec, tables["pope"], seed, kept, baseline=methods[0].label)
+        for benchmark in YES_BIAS_METRICS:
+            if benchmark in tables:
+                found += _yes_bias(spec, benchmark, tables[benchmark], seed, kept, baseline=methods[0].label)
         for control in methods:
             if control.parent == spec.label:
                 found += head_lines(spec.label, control.label, str(control.params["select"]), tables, seed)
@@ -124,9 +134,10 @@ def compare(
     }
 
 
-def matched_on(name: str, table: Any, control: Any) -> str:
+def matched_on(name: str, benchmark: str, table: Any, control: Any) -> str:
     """What a control was matched on, of the method and of the control: recall, or the share of yes."""
-    word, key = {"early stop": ("recall", "chair.recall"), "yes bias": ("yes", "pope.yes_ratio")}[name]
+    word, figure = {"early stop": ("recall", "recall"), "yes bias": ("yes", "yes_ratio")}[name]
+    key = f"{benchmark}.{figure}"
     own, reached = (100 * value(BY_KEY[key], each) for each in (table, control))
     return f"{word} {own:.1f}, {reached:.1f}"
 
@@ -140,7 +151,7 @@ def _early_stop(
         return []
     control = early_stop.at(recall)
     kept.setdefault("chair", {}).setdefault(spec.label, {})["early stop"] = control.table
-    matched = matched_on("early stop", table, control.table)
+    matched = matched_on("early stop", "chair", table, control.table)
     rows = [
         compare(spec.label, "early stop", BY_KEY[key], table, control.table, seed, matched)
         for key in EARLY_STOP_METRICS
@@ -149,15 +160,42 @@ def _early_stop(
 
 
 def _yes_bias(
-    spec: MethodSpec, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
+    spec: MethodSpec, benchmark: str, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
 ) -> list[dict[str, Any]]:
-    if tables[baseline].score is None:
+    stock = _questions(tables[baseline])
+    if stock is None:
         return []
     table = tables[spec.label]
-    control = yes_bias_control(tables[baseline], value(BY_KEY["pope.yes_ratio"], table))
-    kept.setdefault("pope", {}).setdefault(spec.label, {})["yes bias"] = control.table
-    matched = matched_on("yes bias", table, control.table)
-    rows = [
-        compare(spec.label, "yes bias", BY_KEY[key], table, control.table, seed, matched) for key in YES_BIAS_METRICS
-    ]
-    return [{**row, "bias": control.bias} for row in rows]
+    control = yes_bias_control(stock, value(BY_KEY[f"{benchmark}.yes_ratio"], table))
+    shifted = _as_answers(tables[baseline], control.table)
+    kept.setdefault(benchmark, {}).setdefault(spec.label, {})["yes bias"] = shifted
+    matched = matched_on("yes bias", benchmark, table, shifted)
+    row = compare(spec.label, "yes bias", BY_KEY[YES_BIAS_METRICS[benchmark]], table, shifted, seed, matched)
+    return [{**row, "bias": control.bias}]
+
+
+def _questions(table: Any) -> PopeTable | None:
+    """A table of nothing but yes/no questions with a score each, as POPE's; None for any other."""
+    if isinstance(table, PopeTable) or table is None:
+        return None if table is None or table.score is None else table
+    columns = table.columns
+    if not {"label", "prediction", "score"} <= columns.keys() or not np.all(columns.get("questions", 1)):
+        return None
+    return PopeTable(
+        image_ids=table.image_ids,
+        label=columns["label"],
+        prediction=columns["prediction"],
+        unparsed=columns["prediction"] < 0,
+        score=columns["score"],
+        parser="score",
+        question_ids=table.question_ids,
+    )
+
+
+def _as_answers(table: Any, answers: PopeTable) -> Any:
+    """A table with other answers to its questions; what is made of several answers is left out."""
+    if isinstance(table, PopeTable):
+        return answers
+    columns = {name: table.columns[name] for name in ("label", "score", "questions") if name in table.columns}
+    columns |= {"prediction": answers.prediction, "correct": answers.correct}
+    return ItemTable(table.image_ids, table.splits, table.items, columns)

@@ -39,7 +39,9 @@ def breakdowns(results: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 def paired_rows(results: Mapping[str, Any]) -> Rows:
     """McNemar's test and MCC of every method and benchmark with yes/no questions; empty with nothing to compare."""
-    rows = [["", "method", "unparsed", "MCC - none", "95 %", "questions", "only method", "only none", "p", "p (Holm)"]]
+    reference = results.get("reference", "none")
+    rows = [["", "method", "unparsed", f"MCC - {reference}", "95 %", "questions", "only method", f"only {reference}"]]
+    rows[0] += ["p", "p (Holm)"]
     for name in BENCHMARKS:
         for method in results["methods"]:
             part = method.get(name, {})
@@ -47,7 +49,7 @@ def paired_rows(results: Mapping[str, Any]) -> Rows:
                 continue
             row = [name, method["label"], str(part["counts"]["unparsed"])]
             if not part["changed"]:
-                rows.append([*row, "= none", *[""] * 6])
+                rows.append([*row, f"= {reference}", *[""] * 6])
                 continue
             test, mcc = part["paired"]["mcnemar"], part["paired"]["mcc"]
             counts = [str(test[key]) for key in ("questions", "only_method", "only_baseline")]

@@ -17,6 +17,8 @@ _ROWS = ("image_ids", "ground_truth", "questions", "items")
 #: Settings that change the answers without changing what is asked or how it is scored.
 _LENGTHS = ("max_new_tokens",)
 #: Benchmark whose conditions those of another follow.
+#: Benchmarks whose figures count rows one by one; those of others may count what belongs to several rows of an image.
+_ROW_BY_ROW = ("chair", "text", "pope", "custom")
 _FOLLOWS = {"text": "chair"}
 
 
@@ -117,6 +119,8 @@ def share(benchmark: str, runs: Mapping[str, RunCounts]) -> Shared:
     first = next(iter(found))
     kept = [identity for identity in found[first] if all(identity in other for other in found.values())]
     notes = []
+    if benchmark not in _ROW_BY_ROW:
+        kept = _whole_images(kept, found)
     by_key = [{key for key, *_ in identities} for identities in found.values()]
     conflicting = len(set.intersection(*by_key)) - len(kept)
     if conflicting > 0:
@@ -160,6 +164,13 @@ def _balance(parts: Mapping[str, BenchmarkCounts], rows: Mapping[str, list[int]]
     name, part = next(iter(parts.items()))
     shared = next(iter(part.methods.values())).columns["label"][rows[name]].mean()
     return [f"{100 * shared:.1f} % of the shared questions have the answer yes, {', '.join(told)}"]
+
+
+def _whole_images(kept: Sequence[_Identity], found: Mapping[str, Mapping[_Identity, int]]) -> list[_Identity]:
+    """The shared rows of images of which all rows of all runs are shared."""
+    shared = set(kept)
+    partial = {key[0] for rows in found.values() for (key, _), *rest in rows if ((key, _), *rest) not in shared}
+    return [identity for identity in kept if identity[0][0][0] not in partial]
 
 
 def distinct_rows(keys: Sequence[Key]) -> list[int]:

@@ -134,6 +134,28 @@ def test_reports_show_them(finished: Path, capsys: Any, words: list[str]) -> Non
     )
 
 
+def test_controls_and_compare_know_them(finished: Path, capsys: Any, tmp_path: Path) -> None:
+    results = read(finished)
+    (line,) = [line for line in results["controls"] if line["metric"] == "mme.accuracy"]
+    assert line["control"] == "yes bias" and line["matched"].startswith("yes ")
+    capsys.readouterr()
+    assert main(["compare", str(finished), "--out", str(tmp_path / "c.json")]) == 0
+    text = capsys.readouterr().out
+    for title in ("SYCOPHANCY on", "AMBER on", "MME on", "HALLUSIONBENCH on", "CUSTOM on", "- A:none", "A:pai"):
+        assert title in text
+    _, pai = json.loads((tmp_path / "c.json").read_text())["methods"]
+    for metric in METRICS:
+        own = results["methods"][1].get("differences", {}).get(metric.key)
+        if metric.benchmark in NAMES and own is not None and own["estimate"] is not None:
+            found = pai["differences"][metric.key]
+            assert found["estimate"] == pytest.approx(own["estimate"], abs=1e-9), metric.key
+            assert (found["low"], found["high"]) == pytest.approx((own["low"], own["high"]), abs=1e-9), metric.key
+    for name in ("mme", "hallusionbench", "amber", "sycophancy", "custom"):
+        own = results["methods"][1][name]["paired"]["mcnemar"]
+        found = pai[name]["paired"]["mcnemar"]
+        assert {**found, "p_holm": 0} == {**own, "p_holm": 0}, name
+
+
 def test_second_turns_follow_the_methods_own_answer(finished: Path) -> None:
     rows = answers(finished).values()
     doubted = [row for row in rows if "second" in row]

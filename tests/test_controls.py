@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
+from vlmfix.evals.config import MethodSpec
+from vlmfix.evals.control_lines import control_lines
 from vlmfix.evals.controls import yes_bias_control
+from vlmfix.evals.counts import ItemTable
 from vlmfix.evals.early_stop import EarlyStop, stop_length
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
@@ -232,3 +235,47 @@ def test_a_thinned_curve_keeps_its_ends():
     assert len(thin) <= 10 < len(whole) and set(biases) < set(whole_biases)
     assert (biases[0], biases[-1]) == (whole_biases[0], whole_biases[-1])
     assert max(a.recall - b.recall for a, b in itertools.pairwise(thin)) < 0.3
+
+
+# Yes bias of other benchmarks' tables
+
+
+def item_table(scores, labels, **more):
+    n = len(labels)
+    columns = {
+        "label": np.array(labels),
+        "score": np.array(scores, dtype=float),
+        "prediction": (np.array(scores) > 0).astype(np.int8),
+        "unparsed": np.zeros(n, dtype=bool),
+        **more,
+    }
+    columns["correct"] = columns["prediction"] == columns["label"]
+    return ItemTable(np.arange(n) // 2, ("existence",) * n, tuple(f"q{i}" for i in range(n)), columns)
+
+
+@pytest.mark.parametrize("benchmark", ["mme", "hallusionbench", "custom"])
+def test_yes_bias_of_any_table_of_scored_questions(benchmark):
+    """A method that is the baseline with a shifted threshold is not told apart from its control, and costs nothing."""
+    rng = np.random.default_rng(0)
+    labels = rng.random(200) < 0.5
+    scores = rng.normal(size=200) + 1.2 * labels - 0.9
+    shifted = item_table(scores + 0.7, labels)
+    tables = {"none": item_table(scores, labels), "m": shifted}
+    if benchmark == "custom":
+        tables = {name: item_table(t.score, labels, questions=np.ones(200)) for name, t in tables.items()}
+    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
+    kept = {}
+    (line,) = control_lines(specs, {benchmark: tables}, None, 0, kept)
+    assert line["control"] == "yes bias" and line["verdict"] == "same" and line["bias"] == pytest.approx(0.7, abs=0.05)
+    assert line["difference"]["estimate"] == 0.0 and line["metric"].startswith(f"{benchmark}.")
+    control = kept[benchmark]["m"]["yes bias"]
+    assert control.prediction.tolist() == shifted.prediction.tolist() and control.keys == shifted.keys
+
+
+def test_no_yes_bias_without_scores_or_among_free_answers():
+    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
+    table = item_table([1.0, -1.0], [True, False], questions=np.array([1, 0]))
+    assert control_lines(specs, {"custom": {"none": table, "m": table}}, None, 0, {}) == []
+    bare = ItemTable(table.image_ids, table.splits, table.items, {"label": table.label, "prediction": table.prediction})
+    assert control_lines(specs, {"mme": {"none": bare, "m": bare}}, None, 0, {}) == []
+    assert control_lines(specs, {"mme": {"none": None, "m": None}}, None, 0, {}) == []
