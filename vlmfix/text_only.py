@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from vlmfix.sites import Site
 
 
+_OF_TOKENS = frozenset({"attention_mask", "position_ids", "token_type_ids"})
+"""Arguments of a text that have a number for every token."""
+
+
 class TextOnlyRun:
     """A forward over the prompts without their images; takes the place of a ``Run`` in the keyword arguments.
 
@@ -43,6 +47,24 @@ class TextOnlyRun:
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._hidden_states: torch.Tensor | None = None
 
+    def distinct(self, text: dict[str, Any]) -> torch.Tensor | None:
+        """Leave each text once in the arguments of the pass: beams, or one question about several images.
+
+        Returns:
+            Which of the texts left each sample had, int64 ``[batch]``; ``None`` when nothing was left out.
+        """
+        ids = text.get("input_ids")
+        if self._edited or ids is None or not text.keys() <= {"input_ids", *_OF_TOKENS}:
+            return None
+        numbers: dict[tuple[int, ...], int] = {}
+        rows = torch.cat([value.long() for value in text.values()], dim=1).tolist()
+        copies = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
+        if len(numbers) == len(rows):
+            return None
+        firsts = torch.tensor([copies.index(number) for number in range(len(numbers))], device=ids.device)
+        text.update({name: value[firsts] for name, value in text.items()})
+        return torch.tensor(copies, device=ids.device)
+
     def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember how the language model calls this layer, to advance the stream by hand later."""
         if self._edited and site.index not in self._calls:
@@ -55,7 +77,7 @@ class TextOnlyRun:
         """Run the base kernel, record the last position, and apply the heads frozen by the prompt, if any yet."""
         head_outputs, attn_weights = call.base()
         if site.index in self._wanted:
-            self.head_outputs[site.index] = head_outputs[:, -1]
+            self.head_outputs[site.index] = head_outputs[:, -1].clone()
         for method, layer in self._frozen.get(site.index, ()):
             head_outputs = method.reapply_heads(head_outputs, layer)
         return head_outputs, attn_weights
@@ -163,7 +185,12 @@ def run_text_only(
     stream = _stream(sites)
     if stream is None:
         return None
-    run_image_free(anatomy, state, inputs, embeds, stream)
+    text = text_only_inputs(anatomy, state, inputs, embeds)
+    copies = stream.distinct(text)
+    with positions_kept(anatomy):
+        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
+    if copies is not None:
+        stream.head_outputs = {index: heads[copies.to(heads.device)] for index, heads in stream.head_outputs.items()}
     return stream
 
 

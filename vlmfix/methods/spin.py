@@ -88,18 +88,16 @@ class SPIN(Method):
         suppressed = self.choose(gates) & sees_image[:, None]
         if rows.mask is not None:
             suppressed &= rows.mask[:, None].to(suppressed.device)
-        layer.count(suppressed.sum())
+        layer.count(suppressed.sum() if layer.run.is_prefill else suppressed)
         scale = torch.where(suppressed, self.suppress, 1.0).transpose(1, 2)[..., None].to(head_outputs.dtype)
         edited = head_outputs.clone() if head_outputs.requires_grad else head_outputs
-        edited[:, rows.start : rows.stop] *= scale
+        edited[:, rows.start : rows.stop].mul_(scale)
         return edited
 
     def choose(self, gates: torch.Tensor) -> torch.Tensor:
         """Return the heads to suppress, by gates ``[batch, num_heads, rows]``: bool of that shape."""
-        order = gates.argsort(dim=1, descending=True, stable=True)
-        ranks = torch.arange(gates.shape[1], device=gates.device)[:, None].expand_as(order)
-        chosen = torch.zeros_like(order, dtype=torch.bool)
-        return chosen.scatter(1, order, ranks >= self.num_kept(gates.shape[1]))
+        ranks = gates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return ranks >= self.num_kept(gates.shape[1])
 
 
 def _summed_scores(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,13 +22,17 @@ class SinkMap:
 
     Attributes:
         sink: Sink tokens, visual and textual, bool ``[batch, keys]``.
-        groups: fp32 ``[batch, keys, 3]``: image token, sink, image token that is no sink.
+        groups: fp32 ``[batch, keys, 3]``: image token, image token that is no sink, sink; all 0 in samples without a
+            visual sink.
+        changes: fp32 ``[batch, keys, 2]``: what each key loses as a sink, and gains as an image token that is none, of
+            its own weight.
         has_visual_sink: bool ``[batch, 1, 1]``.
         acts: Whether any sample has a visual sink, once known without waiting for the device.
     """
 
     sink: torch.Tensor
     groups: torch.Tensor
+    changes: torch.Tensor
     has_visual_sink: torch.Tensor
     acts: bool = True
 
@@ -121,16 +125,19 @@ class VAR(Method):
         past = image.shape[1] - sink.shape[1]
         sink &= run.valid_mask[:, past:].to(sink.device)
         sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, past)
-        groups = torch.stack([image, sink, image & ~sink], dim=-1).float()
-        return SinkMap(sink, groups, (sink & image).any(1)[:, None, None])
+        return self._sink_map(sink, image)
+
+    def _sink_map(self, sink: torch.Tensor, image: torch.Tensor) -> SinkMap:
+        has_visual_sink = (sink & image).any(1)[:, None, None]
+        groups = (torch.stack([image, image & ~sink, sink], dim=-1) & has_visual_sink).float()
+        changes = self.recycle * torch.stack([-groups[..., 2], groups[..., 1]], dim=-1)
+        return SinkMap(sink, groups, changes, has_visual_sink)
 
     def crop(self, learned: SinkMap, length: int) -> SinkMap:
         """Keep the first ``length`` tokens."""
-        groups = learned.groups[:, :length]
-        has_visual_sink = (groups[..., 0] * groups[..., 1]).any(1)[:, None, None]
-        return dataclasses.replace(
-            learned, sink=learned.sink[:, :length], groups=groups, has_visual_sink=has_visual_sink
-        )
+        # Without a visual sink the groups are empty, and remain so.
+        image, sink = learned.groups[:, :length, 0].bool(), learned.sink[:, :length]
+        return dataclasses.replace(self._sink_map(sink, image), acts=learned.acts)
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """Learn which layers have a visual sink at all; the others keep the base kernel while decoding."""
@@ -147,15 +154,22 @@ class VAR(Method):
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """Redistribute ``[batch, num_heads, rows, keys]`` in the selected rows."""
         sinks: SinkMap = layer.learned
-        groups = layer.visible_keys(sinks.groups, attn_weights.shape[-1])
-        known = attn_weights[..., : groups.shape[1]]
-        image_mass, sink_mass, rest_mass = (known @ groups[:, None]).unbind(-1)
-        selected = (image_mass >= self.image_mass) & (rest_mass >= self.nonsink_ratio * image_mass) & (rest_mass > 0)
-        selected &= sinks.has_visual_sink
-        gain = self.recycle * sink_mass / rest_mass.clamp_min(torch.finfo(rest_mass.dtype).tiny)
-        change = torch.stack([torch.full_like(gain, -self.recycle), gain], dim=-1) * selected[..., None]
-        factor = 1 + change @ groups[:, None, :, 1:].transpose(-1, -2)
-        return layer.scale_known(attn_weights, factor), selected
+        groups = layer.visible_keys(sinks.groups, attn_weights.shape[-1])[:, None]
+        known = attn_weights[..., : groups.shape[2]]
+        masses = known @ groups
+        image_mass, rest_mass, _ = masses.unbind(-1)
+        smallest = torch.finfo(masses.dtype).tiny
+        selected = (image_mass >= self.image_mass) & (
+            rest_mass >= (self.nonsink_ratio * image_mass).clamp_min(smallest)
+        )
+        # Sinks lose a share of 1, the others gain one of (sink mass / rest mass).
+        shares = masses[..., 1:] / masses[..., 1:2].clamp_min(smallest) * selected[..., None]
+        changes = layer.visible_keys(sinks.changes, attn_weights.shape[-1])[:, None]
+        change = shares @ changes.transpose(-1, -2)
+        if attn_weights.requires_grad:
+            return layer.scale_known(attn_weights, 1 + change), selected
+        known.addcmul_(known, change)
+        return attn_weights, selected
 
 
 def find_sinks(hidden_states: torch.Tensor, sink_dims: Sequence[int], threshold: float) -> torch.Tensor:

@@ -90,13 +90,14 @@ class VHR(Method):
             layer.learned = (scale[:, None, :, None], heads.sum())
             layer.count((heads.sum(1) * layer.run.num_prompt_rows().to(heads.device)).sum())
         else:
-            layer.count(layer.learned[1] * head_outputs.shape[1])
+            rows = head_outputs.shape[1]
+            layer.count(layer.learned[1] if rows == 1 else layer.learned[1] * rows)
         return self.reapply_heads(head_outputs, layer)
 
     def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Multiply by the frozen scale; heads that were not chosen are multiplied by exactly 1."""
         scale: torch.Tensor = layer.learned[0]
-        return head_outputs * scale
+        return head_outputs * scale if head_outputs.requires_grad else head_outputs.mul_(scale)
 
     def select_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Return the reinforced heads as bool ``[batch, num_heads]``; all false for a prompt without an image."""
