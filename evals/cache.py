@@ -65,6 +65,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of files that it was writing; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, atomically (see ``write_text``)."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")

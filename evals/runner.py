@@ -9,7 +9,7 @@ from typing import Any
 
 from .answering import generate_answers
 from .benchmarks.base import safe_name
-from .cache import AnswerLog, digest, read_records, write_json, write_text
+from .cache import AnswerLog, digest, read_records, remove_unfinished, write_json, write_text
 from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
 from .counts import COUNTS, write_counts
@@ -59,6 +59,7 @@ def evaluate(
     for note in run.notes:
         show(f"note: {note}")
     with AnswerLog(run.folder / ANSWERS, keep=options.resume) as log:
+        remove_unfinished(run.folder)
         if not (options.resume and (run.folder / "config.json").is_file()):
             write_config(run, runtime=None, resolved=None)
         merge_parts(run.folder, log, keep=options.resume)
