@@ -67,11 +67,11 @@ class Shard:
     def wait(self) -> None:
         """Wait until every process has come here, for days if need be: shares take different times."""
         if self.world > 1:
-            import torch
             from accelerate import PartialState
 
-            # Without a GPU accelerate takes processes for single ones, which wait for nobody, unless told of the CPU.
-            state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+            # Nothing but this wait goes between the processes, so the CPU's way serves them on GPUs too; without a GPU,
+            # accelerate takes processes for single ones, which wait for nobody, unless told of the CPU.
+            state = PartialState(cpu=True, timeout=timedelta(days=7))
             if state.num_processes != self.world:
                 raise VlmfixError(
                     f"accelerate sees {state.num_processes} of {self.world} processes; start them with torchrun"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vlmfix.cli import main
+from vlmfix.errors import VlmfixError
 from vlmfix.evals.cache import AnswerLog
 from vlmfix.evals.shards import Shard, merge_parts
 
@@ -41,23 +42,86 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(alone: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "vlmfix.evals", *WORDS.split(), str(folder)],
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    # On a machine without GPUs too: with --cpu, accelerate starts one process, whatever their number.
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(launcher: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher].split(), *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_give_what_one_gives(launcher: str, alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = launch(launcher, "-m", "vlmfix.evals", *WORDS.split(), str(folder))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes share the batches") == 1
     assert done.stdout.count("written:") == 1, "only one process reports"
     assert answers(folder) == answers(alone)
     assert figures(folder) == figures(alone)
     assert not list(folder.glob("answers.part-*"))
+
+
+@pytest.mark.slow
+def test_processes_wait_for_each_other(tmp_path: Path) -> None:
+    """The second writes only once the first is about to wait; behind the wait, the first sees it."""
+    script = tmp_path / "wait.py"
+    script.write_text(
+        """
+import sys, time
+from pathlib import Path
+from vlmfix.evals.shards import Shard
+shard, folder = Shard.here(), Path(sys.argv[1])
+shard.wait()
+if shard.is_main:
+    (folder / "first").touch()
+else:
+    while not (folder / "first").exists():
+        time.sleep(0.05)
+    (folder / "second").touch()
+shard.wait()
+assert (folder / "second").exists()
+""",
+        encoding="utf-8",
+    )
+    done = launch("torchrun", str(script), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({}, Shard()),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, Shard()),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, Shard(3, 4, 1)),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "1"}, Shard(1, 2, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Shard(1, 2, 0)),
+    ],
+)
+def test_who_is_who(names: dict[str, str], expected: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert Shard.here() == expected
+
+
+def test_a_process_without_a_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(VlmfixError, match="torchrun"):
+        Shard.here()
 
 
 def test_every_batch_has_one_owner() -> None:
