@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vlmfix.probes.corruption import Corruption
     from vlmfix.probes.divergence import HeadDivergence, head_divergence
+    from vlmfix.probes.evidences import Evidence, doubt, evidence
     from vlmfix.probes.groups import ObjectPlace
     from vlmfix.probes.image_attention import ImageAttention, attention_to_image
     from vlmfix.probes.knockouts import Knockout, knockout
@@ -24,6 +25,9 @@ _HOMES = {
     "CausalTrace": "tracing",
     "causal_trace": "tracing",
     "Corruption": "corruption",
+    "Evidence": "evidences",
+    "doubt": "evidences",
+    "evidence": "evidences",
     "HeadDivergence": "divergence",
     "head_divergence": "divergence",
     "ImageAttention": "image_attention",
@@ -39,6 +43,7 @@ _HOMES = {
 __all__ = [
     "CausalTrace",
     "Corruption",
+    "Evidence",
     "HeadDivergence",
     "ImageAttention",
     "Knockout",
@@ -47,6 +52,8 @@ __all__ = [
     "Sinks",
     "attention_to_image",
     "causal_trace",
+    "doubt",
+    "evidence",
     "head_divergence",
     "knockout",
     "sinks",
