@@ -16,7 +16,11 @@ from vlmfix.evals.compare_cli import add_compare
 from vlmfix.evals.plot_cli import add_plot
 from vlmfix.evals.power import add_power
 from vlmfix.evals.score_cli import add_score
+<<<<<<< HEAD
 from vlmfix.evals.tuning.cli import add_tune
+=======
+from vlmfix.probes.cli import add_inspect
+>>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add_calibrate(verbs).set_defaults(run=_calibrate)
     add_tune(verbs).set_defaults(run=_tune)
     add_power(verbs).set_defaults(run=_power)
+    add_inspect(verbs).set_defaults(run=_inspect)
     add_compare(verbs).set_defaults(run=_compare)
     add_plot(verbs).set_defaults(run=_plot)
     return parser
@@ -120,13 +125,20 @@ def _compare(options: argparse.Namespace) -> None:
     _show(run(options))
 
 
+<<<<<<< HEAD
 def _tune(options: argparse.Namespace) -> None:
     _need_evals()
     from vlmfix.evals.tuning.cli import run
+=======
+def _inspect(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.probes.cli import run
+>>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
 
     run(options, show=_show)
 
 
+<<<<<<< HEAD
 def _plot(options: argparse.Namespace) -> None:
     _need_evals()
     from vlmfix.evals.plot_cli import run
@@ -134,6 +146,8 @@ def _plot(options: argparse.Namespace) -> None:
     _show(run(options))
 
 
+=======
+>>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
 def _power(options: argparse.Namespace) -> None:
     from vlmfix.evals.power import run
 

@@ -193,6 +193,12 @@ def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
         )
     patch = find_patch(model)
     methods = () if patch is None else patch.methods
+    decoding = [method.name for method in methods if method.replaces_logits and not method.is_identity]
+    if decoding:
+        raise UnsupportedFeatureError(
+            f"{probe} looks at one branch of an answer, and {decoding[0]} decodes from two. Let the patched model "
+            f"answer, then give its words to the stock model: vlmfix.unpatch(model); {probe}(..., answers=[ids])."
+        )
     return Subject(anatomy, methods, describe(methods) if methods else None)
 
 
