@@ -16,11 +16,8 @@ from vlmfix.evals.compare_cli import add_compare
 from vlmfix.evals.plot_cli import add_plot
 from vlmfix.evals.power import add_power
 from vlmfix.evals.score_cli import add_score
-<<<<<<< HEAD
 from vlmfix.evals.tuning.cli import add_tune
-=======
 from vlmfix.probes.cli import add_inspect
->>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,20 +122,13 @@ def _compare(options: argparse.Namespace) -> None:
     _show(run(options))
 
 
-<<<<<<< HEAD
 def _tune(options: argparse.Namespace) -> None:
     _need_evals()
     from vlmfix.evals.tuning.cli import run
-=======
-def _inspect(options: argparse.Namespace) -> None:
-    _need_evals()
-    from vlmfix.probes.cli import run
->>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
 
     run(options, show=_show)
 
 
-<<<<<<< HEAD
 def _plot(options: argparse.Namespace) -> None:
     _need_evals()
     from vlmfix.evals.plot_cli import run
@@ -146,8 +136,13 @@ def _plot(options: argparse.Namespace) -> None:
     _show(run(options))
 
 
-=======
->>>>>>> 35a52c6 (vlmfix inspect: a page of what an answer rests on)
+def _inspect(options: argparse.Namespace) -> None:
+    _need_evals()
+    from vlmfix.probes.cli import run
+
+    run(options, show=_show)
+
+
 def _power(options: argparse.Namespace) -> None:
     from vlmfix.evals.power import run
 
