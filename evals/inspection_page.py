@@ -56,7 +56,7 @@ _NOTES = f"""<h2>What a flag says, and what it does not</h2>
 <p>Object words (of CHAIR's COCO vocabulary; other words are never flagged) get a doubt between 0 and 1:
 <em>(1 − p·q) · (1 + min(1, p₀/p)) / 2</em>, with p the probability of the word where it was said, q the probability of
 yes when the same model is asked for the object, and p₀ the probability of the word after the same words without the
-image. From {DOUBT_THRESHOLD} on a word is flagged; that threshold was chosen on calibration scenes of the embedded model,
+image. From {DOUBT_THRESHOLD} on a word is flagged; that was chosen on calibration scenes of the embedded model,
 and holds for no other model until somebody measures it there.</p>
 <ul>
 <li>It is no probability that the object is absent. On the embedded model's held-out scenes about three flags in five
@@ -144,6 +144,7 @@ def _looks(found: Inspection, data: dict[str, Any]) -> str:
         f'<button type="button" aria-pressed="{"true" if i == 0 else "false"}">{_text(name)}</button>'
         for i, name in enumerate(GROUPS)
     )
+    alone = ' class="alone"' if len(found.versions) == 1 else ""
     known = ""
     if found.objects is not None:
         known = f"<p><small>In the picture: {_text(', '.join(found.objects) or 'nothing')}.</small></p>"
@@ -163,12 +164,12 @@ def _looks(found: Inspection, data: dict[str, Any]) -> str:
         f'<span class="legend">0 <i class="ramp-warm"></i> <span id="top">{_percent(data["tops"][0], 1)}</span> '
         'of the attention, per cell</span><label><input type="checkbox" id="colour"> picture in colour</label></div>'
         f'<p class="key">{key}</p>'
-        '<div class="versions">'
+        f'<div{alone}><div class="versions">'
         + "".join(_answer(number, version, found) for number, version in enumerate(found.versions))
         + "</div>"
         + '<div class="panels">'
         + "".join(f'<div class="card panel" data-version="{number}"></div>' for number in range(len(found.versions)))
-        + "</div>"
+        + "</div></div>"
         + known
         + "<noscript><p>Maps need JavaScript; the table below does not.</p></noscript>"
     )

@@ -25,10 +25,12 @@ def verdict(word: Word) -> str:
         parts.append(f"The image carries it: {_percent(word.without_image)} without it instead of {_percent(p)}.")
     else:
         parts.append(f"The words alone predict it with {_percent(word.without_image)}, with the image {_percent(p)}.")
-    if by_itself and blind:
+    if by_itself and word.image_hidden * SAME > p:
+        parts.append(f"Hiding the image even raises it: {_percent(word.image_hidden)}.")
+    elif by_itself and blind:
         parts.append("Hiding the image hardly changes it.")
     if by_itself and context is not None and context < GONE * p:
-        parts.append(f"Hiding what was named before does: {_percent(context)}.")
+        parts.append(f"Hiding what was named before takes it away: {_percent(context)}.")
     if word.asked is not None and word.asked < 0.5:
         parts.append(f"Asked for it, the model says no ({_percent(word.asked)} yes).")
     return " ".join(parts)

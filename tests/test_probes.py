@@ -175,6 +175,17 @@ def test_the_selected_heads_are_those_vhr_chooses(tiny: Any) -> None:
     assert found.selected.any()
 
 
+def test_a_patch_shows_from_the_layer_behind_its_own(tiny: Any) -> None:
+    """Heads are looked at before a method scales them; what lower layers do to them is part of the patched model."""
+    inputs = collate(RAGGED)
+    stock = head_divergence(tiny, inputs).divergence
+    for layer in (3, 1):
+        with vlmfix.patched(tiny, "vhr", layers=[layer]):
+            found = head_divergence(tiny, inputs, layers=":").divergence
+        assert torch.equal(found[:, :, : layer + 1], stock[:, :, : layer + 1])
+        assert layer == 3 or not torch.allclose(found[:2, :, layer + 1 :], stock[:2, :, layer + 1 :], atol=1e-3)
+
+
 def test_even_attention_diverges_by_the_difference_of_two_means(build: Any) -> None:
     """Closed form for one layer: a head is the mean of what it sees."""
     model = flat(build(layers=1))

@@ -20,8 +20,8 @@ from vlmfix.probes.subject import Answered, Answers, Subject, look_at
 from vlmfix.run import SequenceState
 from vlmfix.text_only import positions_kept
 
-DOUBT_THRESHOLD = 0.45
-"""From which doubt on a word is flagged: the best F1 on the testbed's calibration split (scripts/measure_doubt.py)."""
+DOUBT_THRESHOLD = 0.4
+"""From which doubt on a word is flagged: best F1 on the testbed's calibration split (``evals/testbed/doubt.py``)."""
 
 
 @dataclass(frozen=True, eq=False)
