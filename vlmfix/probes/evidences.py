@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,8 +151,10 @@ def _without_image(subject: Subject, inputs: Mapping[str, Any], said: Answered) 
     text = image_free_inputs(subject, state, inputs, said)
     with positions_kept(subject.anatomy), subject.watched():
         # A patch is nothing without an image, but would count the prompt.
-        stock = {RUN_KWARG: None} if subject.methods else {}
-        logits = subject.model(**text, use_cache=False, **stock).logits[:, -said.steps :]
+        options: dict[str, Any] = {RUN_KWARG: None} if subject.methods else {}
+        if "logits_to_keep" in inspect.signature(type(subject.model).forward).parameters:
+            options["logits_to_keep"] = said.steps
+        logits = subject.model(**text, use_cache=False, **options).logits[:, -said.steps :]
     return Answered(said.tokens, tuple(logits.float().unbind(1))).log_probs().exp()
 
 
