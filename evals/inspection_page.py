@@ -59,8 +59,8 @@ yes when the same model is asked for the object, and p₀ the probability of the
 image. From {DOUBT_THRESHOLD} on a word is flagged; that was chosen on calibration scenes of the embedded model,
 and holds for no other model until somebody measures it there.</p>
 <ul>
-<li>It is no probability that the object is absent. On the embedded model's held-out scenes 56 % of the flags fall on objects
-that are really absent, and 64 % of the absent ones are flagged.</li>
+<li>It is no probability that the object is absent. On the embedded model's held-out scenes 56 % of the flags fall on
+objects that are really absent, and 64 % of the absent ones are flagged.</li>
 <li>An object that is there and usually stands in such a place is doubtful too; one that was misread with confidence is
 not.</li>
 <li>Little attention to the image is shown, and not used: on the embedded model it hardly tells invented objects from
