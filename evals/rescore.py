@@ -65,12 +65,21 @@ class Scored:
     quality: TextTable
 
     def result(self) -> dict[str, Any]:
-        """Counts and figures for JSON, the counts under the names of the official scripts' outputs."""
+        """Counts and figures for JSON, the counts under the names of the official scripts' outputs.
+
+        ``sentences`` has for each caption the objects it mentions, and the words of those that are not there.
+        """
         return {
             "counts": self.table.counts(),
             "summary": finite(self.table.summary()),
             "text_quality": {"counts": self.quality.counts(), "summary": finite(self.quality.summary())},
             "repeated_lines": self.captions.repeated,
+            "sentences": [
+                {"image_id": int(image_id), "mentions": list(nodes), "hallucinated": list(words)}
+                for image_id, nodes, words in zip(
+                    self.table.image_ids, self.table.nodes, self.table.hallucinated_words, strict=True
+                )
+            ],
         }
 
 

@@ -90,7 +90,8 @@ def score_pope_file(
     if parser not in PARSERS:
         raise DataError(f"unknown POPE parser {parser!r}: choose one of {', '.join(PARSERS)}")
     asked = [question for file in questions for question in load_questions(file)]
-    reader = _Reader(asked, parser, text_key, scores, by_order)
+    rule: Parser = parser  # type: ignore[assignment]
+    reader = _Reader(asked, rule, text_key, scores, by_order)
     own = reader.read(path)
     other = None if baseline is None else reader.read(baseline)
     result: dict[str, Any] = {
@@ -115,7 +116,7 @@ def score_pope_file(
 @dataclass(frozen=True)
 class _Reader:
     questions: Sequence[PopeQuestion]
-    parser: str
+    parser: Parser
     text_key: str | None
     scores: str | None
     by_order: bool
@@ -142,14 +143,10 @@ class _Reader:
             [answer_of(row, where, self.text_key) for where, row in rows],
             image_ids=[question.image_id for question in self.questions],
             question_ids=[f"{question.split}:{question.question_id}" for question in self.questions],
-            parser=self._rule,
+            parser=self.parser,
             scores=self._numbers(rows),
         )
         return Answers(path, table, splits, list(first.values()))
-
-    @property
-    def _rule(self) -> Parser:
-        return self.parser  # type: ignore[return-value]
 
     def _numbers(self, rows: Records) -> list[float] | None:
         return None if self.scores is None else [number_of(row, where, self.scores) for where, row in rows]
@@ -195,10 +192,8 @@ class _Reader:
         images: dict[str, int] = {}
         names = [next((str(row[key]) for key in IMAGE_KEYS if key in row), None) for _, row in rows]
         places = range(len(rows))
-        if all(name is not None for name in names):
-            clusters = [images.setdefault(str(name), len(images)) for name in names]
-        else:
-            clusters = list(places)
+        known = all(name is not None for name in names)
+        clusters = [images.setdefault(str(name), len(images)) for name in names] if known else list(places)
         asked = [row.get("question", row.get("query")) for _, row in rows]
         first: dict[tuple[int, str], int] = {}
         for place, question in enumerate(asked):
@@ -210,7 +205,7 @@ class _Reader:
             question_ids=[
                 f"{name}:{question}:{place}" for place, (name, question) in enumerate(zip(names, asked, strict=True))
             ],
-            parser=self._rule,
+            parser=self.parser,
             scores=self._numbers(rows),
         )
         return Answers(path, table, {"all": list(places)}, list(first.values()))
@@ -258,12 +253,8 @@ def _compared(own: Answers, other: Answers, seed: int) -> dict[str, Any]:
         "mean_f1_of_splits": _mean_f1(other),
         "differences": {split: _differences(splits[split], baselines[split], seed) for split in splits},
         "confidence": CONFIDENCE,
-        "mcnemar": {
-            "questions": len(own.distinct),
-            "only_method": test.only_a,
-            "only_baseline": test.only_b,
-            "p_value": test.p_value,
-        },
+        "mcnemar": {"questions": len(own.distinct)}
+        | {"only_method": test.only_a, "only_baseline": test.only_b, "p_value": test.p_value},
     }
 
 

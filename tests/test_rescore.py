@@ -14,6 +14,7 @@ from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.metrics.pope import PARSERS
 from vlmfix.evals.records import answer_of, parse_image_id, read_rows
+from vlmfix.evals.rescore import read_captions
 from vlmfix.evals.score_cli import POPE_PARSERS
 from vlmfix.evals.truth import load_ground_truth
 
@@ -338,7 +339,7 @@ FILES = {
 }
 
 
-@needs_data("expected.json", "chair_captions", "chair_gt", "nltk_data")
+@needs_data("expected.json", "expected_sentences.json.gz", "chair_captions", "chair_gt", "nltk_data")
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in FILES.items() for mode in modes])
 def test_chair_files_give_the_official_counts(
     name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -356,6 +357,31 @@ def test_chair_files_give_the_official_counts(
         assert found["summary"][ours] == pytest.approx(column[theirs], abs=1e-12)
     assert found["summary"]["length_words"] == pytest.approx(expected["len_split_space"], abs=1e-9)
     assert f"mode {mode} (" in capsys.readouterr().out.splitlines()[0]
+    sentences = json.loads(gzip.decompress((DATA / "expected_sentences.json.gz").read_bytes()))[name]
+    captions = read_captions(DATA / "chair_captions" / name)
+    by_image = dict(zip(captions.texts, sentences[{"original": "pattern"}.get(mode, mode)], strict=True))
+    assert {each["image_id"]: [each["mentions"], each["hallucinated"]] for each in found["sentences"]} == by_image
+
+
+@needs_data("expected.json", "coco_sample", "nltk_data")
+@pytest.mark.parametrize("mode", ["original", "nltk", "mixed"])
+def test_ground_truth_from_a_coco_folder_and_from_a_file(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 268 sample images: rebuilt from their annotations, and the official ground truth as a file, are the same."""
+    monkeypatch.setattr(pytest.importorskip("nltk").data, "path", [str(DATA / "nltk_data")])
+    references = json.loads((DATA / "coco_sample/captions_sample.json").read_text())["annotations"]
+    captions = {row["image_id"]: f"{row['caption']} A dog sits on a chair with a bus." for row in references}
+    path = captions_file(tmp_path, captions)
+    column = "nltk" if mode == "nltk" else "pattern"
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"objects": official("expected.json")["coco_sample_ground_truth"][column]}))
+    rebuilt, given = (
+        score(tmp_path, "chair", "--captions", path, "--ground-truth", place, "--mode", mode)
+        for place in (DATA / "coco_sample", truth)
+    )
+    assert rebuilt["counts"] == given["counts"] and rebuilt["sentences"] == given["sentences"]
+    assert rebuilt["counts"]["captions"] == 268 and rebuilt["ground_truth"]["mode"] == given["ground_truth"]["mode"]
 
 
 @needs_data("expected.json", "chair_captions", "chair_gt")
