@@ -118,6 +118,11 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         default=True,
         help="keep the answers an earlier, interrupted run left in the folder (default: on)",
     )
+    output.add_argument(
+        "--rescore",
+        action="store_true",
+        help="score the answers in the folder again and generate none, also those of another version of vlmfix",
+    )
     return parser
 
 

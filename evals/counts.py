@@ -8,6 +8,7 @@ what is loaded here as they read the table itself.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,19 +227,26 @@ def load_run(folder: Path) -> RunCounts:
     if not path.is_file():
         raise DataError(
             f"{folder} has no {COUNTS} (it was scored by an older vlmfix). Score it again, which generates nothing: "
-            f"{results['command']}"
+            f"{_rescore(results, folder)}"
         )
     stored = _read_object(path, folder)
     if stored.get("settings_digest") != results["settings_digest"]:
-        raise DataError(f"{path} belongs to another run than results.json; type again: {results['command']}")
+        raise DataError(f"{path} belongs to another run than results.json; type again: {_rescore(results, folder)}")
     try:
         benchmarks = {name: _benchmark(part) for name, part in stored["benchmarks"].items()}
         images = {int(i): str(d) for i, d in stored["images"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
-            f"{path} is broken ({type(error).__name__}: {error}); score the run again: {results['command']}"
+            f"{path} is broken ({type(error).__name__}: {error}); score the run again: {_rescore(results, folder)}"
         ) from error
     return RunCounts(folder, results, images, benchmarks)
+
+
+def _rescore(results: Mapping[str, Any], folder: Path) -> str:
+    """The command that scores a run's answers again."""
+    words = shlex.split(str(results["command"]))
+    where = [] if "--out" in words else ["--out", str(folder)]
+    return shlex.join([*words, *where, "--rescore"])
 
 
 def load_results(folder: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class EvalOptions:
     seed: int = 0
     out: Path | None = None
     resume: bool = True
+    rescore: bool = False
     prompt: str | None = None
     pope_prompt: str | None = None
     chat_template: bool = True
@@ -103,7 +104,7 @@ class EvalOptions:
     @property
     def command_line(self) -> str:
         """The command that repeats this run."""
-        return shlex.join(["vlmfix", self.verb, *self.command])
+        return shlex.join(["vlmfix", self.verb, *(word for word in self.command if word != "--rescore")])
 
     @property
     def resume_line(self) -> str:

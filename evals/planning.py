@@ -130,6 +130,22 @@ def with_methods(run: EvalRun, methods: Sequence[MethodSpec]) -> EvalRun:
     return replace(run, methods=tuple(methods), settings={**run.settings, "methods": params})
 
 
+def as_it_was(run: EvalRun) -> EvalRun:
+    """A planned run with the versions of the answers in its folder, so that these are found and scored again.
+
+    Raises:
+        VlmfixError: The folder holds no run.
+    """
+    config = run.folder / "config.json"
+    if not config.is_file():
+        raise VlmfixError(f"--rescore: {run.folder} holds no run; name its folder with --out DIR")
+    stored = read_json(config, what="configuration of a run", remedy="name another folder with --out DIR")
+    old = stored.get("settings", {}).get("versions", {})
+    changed = [f"{name} {value}" for name, value in old.items() if run.settings["versions"].get(name) != value]
+    note = f"the answers come from other versions ({', '.join(changed)}) than those that scored them"
+    return replace(run, settings={**run.settings, "versions": old}, notes=(*run.notes, *([note] if changed else [])))
+
+
 def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
     """Make sure that what the run folder holds belongs to this run.
 

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlmfix.errors import VlmfixError
+
 from .answering import generate_answers
 from .benchmarks.base import safe_name
 from .cache import AnswerLog, digest, read_records, remove_unfinished, write_json, write_text
@@ -14,7 +16,7 @@ from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
 from .counts import COUNTS, write_counts
 from .page import html_report
-from .planning import ANSWERS, AnswerPlan, EvalRun, check_folder, halved_batches, plan_run, write_config
+from .planning import ANSWERS, AnswerPlan, EvalRun, as_it_was, check_folder, halved_batches, plan_run, write_config
 from .report import markdown_report, text_report
 from .samples import Answers
 from .scoring import score_run
@@ -54,6 +56,8 @@ def evaluate(
     if not shard.is_main:
         return _evaluate_share(options, methods, shard)
     run = plan_run(options, methods)
+    if options.rescore:
+        run = as_it_was(run)
     check_folder(run)
     show(f"{run.source.name} on {run.tasks.description}: {len(run.methods)} methods, {run.total} answers, {run.folder}")
     for note in run.notes:
@@ -67,6 +71,11 @@ def evaluate(
         missing = plan.missing(log)
         if missing < run.total:
             show(f"{run.total - missing} answers are there already, {missing} to go")
+        if missing and options.rescore:
+            raise VlmfixError(
+                f"{missing} of {run.total} answers are not in {run.folder}, and --rescore generates none; "
+                "type the same command without it"
+            )
         if missing or shard.world > 1:
             try:
                 if shard.world == 1:

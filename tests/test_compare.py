@@ -317,4 +317,4 @@ def test_errors_are_one_line(tmp_path: Path, capsys: Any) -> None:
     assert "vlmfix score" in capsys.readouterr().err
     (a / counts.COUNTS).unlink()
     assert main(["compare", str(a)]) == 2
-    assert "Score it again, which generates nothing: vlmfix eval --out a" in capsys.readouterr().err
+    assert "Score it again, which generates nothing: vlmfix eval --out a --rescore" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def broken(folder: Path) -> dict[str, Any]:
         (lambda f: (f / "results.json").write_text("{"), r"results\.json line 1: not readable JSON"),
         (lambda f: (f / "results.json").write_text("[]"), "expected a JSON object, found list"),
         (lambda f: (f / "results.json").write_text("{}"), "expected 'methods'"),
-        (lambda f: (f / counts.COUNTS).unlink(), r"no counts.json .*Score it again.*vlmfix eval --out x"),
+        (lambda f: (f / counts.COUNTS).unlink(), r"no counts.json .*Score it again.*vlmfix eval --out x --rescore"),
         (lambda f: (f / counts.COUNTS).write_bytes(b"\xff\xfe"), r"counts\.json line 1: expected UTF-8"),
         (lambda f: (f / counts.COUNTS).write_text("{}"), "another run"),
         (

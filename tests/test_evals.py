@@ -422,6 +422,30 @@ def test_folder_of_another_configuration(words: Any, finished: Path, tmp_path: P
     assert len(lines(out)) == 5 * 2
 
 
+def test_rescoring_answers_of_another_version(
+    words: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "counts.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "versions", lambda: {**read(finished)["settings"]["versions"], "vlmfix": "9.9"})
+        patch.setattr(answering, "load_model", lambda *a, **k: pytest.fail("answers were generated again"))
+        assert main(words(out)) == 2
+        assert "versions.vlmfix: 0.1.0 in the folder, 9.9 now" in capsys.readouterr().err
+        assert main(words(out, "--rescore")) == 0
+        assert "answers come from other versions (vlmfix 0.1.0)" in capsys.readouterr().out
+    again, before = read(out), read(finished)
+    assert again.pop("notes") != before.pop("notes")
+    assert timeless(again) == timeless(before)
+    assert (out / "counts.json").read_text() == (finished / "counts.json").read_text()
+    (out / runner.ANSWERS).write_bytes(b"".join((finished / runner.ANSWERS).read_bytes().splitlines(True)[:-1]))
+    assert main(words(out, "--rescore")) == 2
+    assert "1 of" in capsys.readouterr().err
+    assert main(words(tmp_path / "none", "--rescore")) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     with (
         cache.AnswerLog(tmp_path / "a.jsonl"),
