@@ -52,6 +52,14 @@ class {title}(Method):
         return self.strength == 0
 '''
 
+BLOCK_IMPORTS = {
+    "from typing import ClassVar\n": "from typing import TYPE_CHECKING, ClassVar\n",
+    "from vlmfix.run import Layer\n": "\nif TYPE_CHECKING:\n"
+    "    from vlmfix.blocks import BlockKind\n    from vlmfix.residual import Block\n",
+    "edits_blocks: ClassVar[bool] = True": 'edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("mlp",)',
+}
+"""What a method on the blocks of decoder layers has instead."""
+
 ROWS = '''
     @property
     def prompt_rows(self) -> PromptRows:
@@ -83,6 +91,11 @@ EDITS = {
         has_image = layer.run.has_image.to(head_outputs.device)
         layer.count(has_image.sum() * head_outputs.shape[1] * head_outputs.shape[2])
         return head_outputs * (1 + self.strength * has_image[:, None, None, None]).to(head_outputs.dtype)
+''',
+    "blocks": '''
+    def edit_block(self, states: torch.Tensor, block: Block) -> torch.Tensor:
+        """Edit what the block adds to the residual stream in the rows asked for, ``[batch, rows, hidden_size]``."""
+        return states * (1 + self.strength)
 ''',
 }
 
@@ -138,12 +151,21 @@ NAIVE_EDITS = {
     ) -> list[torch.Tensor]:
         return [head * (1 + self.strength) for head in heads]
 """,
+    "blocks": """
+    def block(
+        self, sequence: State, number: int, position: int, kind: str, added: torch.Tensor, generated: bool
+    ) -> torch.Tensor:
+        if kind != "mlp" or not sequence.is_last_row(position, generated):
+            return added
+        return added * (1 + self.strength)
+""",
 }
 
 SUMMARIES = {
     "scores": "adds a constant to the image's scores in the row that predicts the next token",
     "weights": "multiplies the image's weights in the row that predicts the next token",
     "heads": "scales every head output of prompts with an image",
+    "blocks": "scales what the MLPs add to the residual stream in the row that predicts the next token",
 }
 
 
@@ -156,6 +178,9 @@ def method_files(name: str, place: str) -> dict[str, str]:
     method = header + (ROWS if place != "heads" else "") + EDITS[place]
     if place == "heads":
         method = method.replace("import Method, PromptRows", "import Method")
+    if place == "blocks":
+        for old, new in BLOCK_IMPORTS.items():
+            method = method.replace(old, new)
     cases = f'\n\nCASES = [\n    ({{"strength": 0.5, "layers": ":"}}, Naive{title}(range(4), 0.5)),\n]\n'
     return {
         f"vlmfix/methods/{name}.py": method,

@@ -41,7 +41,7 @@ def new_method(root: Path) -> Any:
     return lambda *arguments: main([*arguments, "--root", str(root)])
 
 
-@pytest.mark.parametrize("place", ["scores", "weights", "heads"])
+@pytest.mark.parametrize("place", ["scores", "weights", "heads", "blocks"])
 def test_what_is_written_works_and_agrees_with_its_formula(build: Any, root: Path, new_method: Any, place: str) -> None:
     new_method("my_method", "--place", place)
     method = load(root / "vlmfix/methods/my_method.py", f"my_{place}").MyMethod

@@ -250,6 +250,21 @@ def test_text_alone_is_bitwise_stock(tiny: Any, method: Any) -> None:
 
 
 @METHODS
+def test_beside_a_contrast_only_the_own_branch_is_edited(tiny: Any, method: Any) -> None:
+    """A contrast of almost no strength leaves what the method does alone, also in steps of both branches at once."""
+    vlmfix.patch(tiny, method)
+    alone = generate(tiny, collate(RAGGED), 4)[1]
+    edited = vlmfix.status(tiny).edited
+    weak = vlmfix.VCD(alpha=1e-6, beta=0.0)
+    vlmfix.patch(tiny, [method, weak])
+    torch.testing.assert_close(generate(tiny, collate(RAGGED), 4)[1], alone, atol=1e-4, rtol=1e-4)
+    assert vlmfix.status(tiny).edited[0] == edited[0]
+    strong = vlmfix.VCD(alpha=1.0, beta=0.0)
+    vlmfix.patch(tiny, [method, strong])
+    assert (generate(tiny, collate(RAGGED), 2)[1] - alone[:, :2]).abs().max() > 0.05
+
+
+@METHODS
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_a_batch_equals_its_prompts_in_every_cache(build: Any, method: Any, kind: str) -> None:
     model = build(kind)

@@ -160,7 +160,7 @@ class BlockHooks:
         if run is None:
             return None
         states = output[0] if isinstance(output, tuple) else output
-        every = states.view(-1, run.q_len, states.shape[-1])
+        every = states.reshape(-1, run.q_len, states.shape[-1])
         batch = run.state.image_mask.shape[0]
         rows = every[:batch]  # the other branch of a contrast comes behind
         for index, method in self.methods:
@@ -168,7 +168,7 @@ class BlockHooks:
                 rows = edit_rows(rows, run, method, Block(run, self.blocks.layer_idx, kind, index), index)
         if batch < every.shape[0]:
             rows = torch.cat([rows, every[batch:]])
-        edited = rows.view(states.shape)
+        edited = rows.reshape(states.shape)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 
