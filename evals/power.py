@@ -216,6 +216,32 @@ def power_table(
     )
 
 
+def planned_lines(images: Mapping[str, int], questions: float, *, methods: int) -> str:
+    """Two lines on what a planned run can show, at the assumed rates.
+
+    Args:
+        images: Images of each benchmark of the run, by its name; others than CHAIR and POPE have no assumed rates.
+        questions: Distinct POPE questions per image, at least 1.
+        methods: Rows that are compared with ``none``.
+
+    Returns:
+        The lines; empty where there is nothing to estimate from.
+    """
+    deviations = Rates(questions=questions).deviations()
+    shown = []
+    for key, name in FIGURES.items():
+        n = images.get(key.partition(".")[0], 0)
+        if n > 1 and (least := detectable(deviations[key], n, methods=methods)) < 1:
+            shown.append(f"{name} {number(least)}")
+    if not shown:
+        return ""
+    rows = f", {methods} rows by Holm" if methods > 1 else ""
+    return (
+        f"a run of this size shows differences of {', '.join(shown)} points\n"
+        f"  (80 % power at 95 %{rows}; assumed: the rates of LLaVA-1.5-7B, see vlmfix power)"
+    )
+
+
 def add_power(verbs: Any) -> argparse.ArgumentParser:
     """Add ``vlmfix power`` to the command line; the caller sets what runs it (see :func:`run`)."""
     defaults = Rates()

@@ -17,6 +17,7 @@ from .counting import image_digests
 from .counts import COUNTS, write_counts
 from .page import html_report
 from .planning import ANSWERS, AnswerPlan, EvalRun, as_it_was, check_folder, halved_batches, plan_run, write_config
+from .power import planned_lines
 from .report import markdown_report, text_report
 from .samples import Answers
 from .scoring import score_run
@@ -76,6 +77,8 @@ def evaluate(
                 f"{missing} of {run.total} answers are not in {run.folder}, and --rescore generates none; "
                 "type the same command without it"
             )
+        if missing == run.total and (lines := _expected(run)):
+            show(lines)
         if missing or shard.world > 1:
             try:
                 if shard.world == 1:
@@ -127,6 +130,14 @@ def evaluate(
     show(text_report(results))
     show(f"written: {run.folder}/config.json answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
     return results
+
+
+def _expected(run: EvalRun) -> str:
+    """What differences a run of this size can show, before it costs anything; empty where nothing is known."""
+    images = {task.name: len({sample.image_id for sample in task.samples}) for task in run.tasks.tasks}
+    pope = run.tasks.pope
+    questions = len(pope.samples) / images[pope.name] if pope is not None else 1.0
+    return planned_lines(images, questions, methods=len(run.methods) - 1) if len(run.methods) > 1 else ""
 
 
 def export_answers(run: EvalRun, answers: Mapping[str, Answers]) -> None:

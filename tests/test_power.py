@@ -9,7 +9,7 @@ from test_stats import chair_table, pope_table
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.power import Rates, detectable, deviation_of_interval, power_table, read_pilot
+from vlmfix.evals.power import Rates, detectable, deviation_of_interval, planned_lines, power_table, read_pilot
 from vlmfix.evals.quality import interval_dict
 from vlmfix.evals.stats import CHAIR_STATISTICS, POPE_STATISTICS, paired_bootstrap
 
@@ -172,3 +172,22 @@ def test_errors(tmp_path, capsys):
 def test_figures_that_a_pilot_lacks_are_left_out():
     text = power_table({"a": {"chair.chair_s": 0.5}}, [100])
     assert "CHAIR_s" in text and "POPE" not in text
+
+
+def test_lines_before_a_run(tmp_path, capsys):
+    least = detectable(Rates(questions=11.0).deviations()["pope.accuracy"], 200, methods=4)
+    lines = planned_lines({"chair": 400, "pope": 200, "amber": 1000}, 11.0, methods=4)
+    assert lines == (
+        "a run of this size shows differences of CHAIR_s 8.3, CHAIR_i 3.1, "
+        f"POPE accuracy {100 * least:.1f} points\n"
+        "  (80 % power at 95 %, 4 rows by Holm; assumed: the rates of LLaVA-1.5-7B, see vlmfix power)"
+    )
+    assert "rows" not in planned_lines({"chair": 400}, 1.0, methods=1) and "POPE" not in planned_lines(
+        {"chair": 400}, 1.0, methods=1
+    )
+    assert planned_lines({"amber": 400}, 1.0, methods=1) == planned_lines({"chair": 1}, 1.0, methods=1) == ""
+    words = ["eval", "--method", "pai", "--limit", "4", "--no-controls", "--benchmark", "chair", "--out", str(tmp_path)]
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+    assert "shows differences of CHAIR_s 70.0, CHAIR_i 25.7 points" in capsys.readouterr().out
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+    assert "shows differences" not in capsys.readouterr().out, "the answers are there"
