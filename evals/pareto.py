@@ -1,9 +1,10 @@
 """Hallucination against recall against seconds: which rows of a run are worth having.
 
 A row is dominated if another one is at least as good in all three and better in one. Hallucination and recall are
-ratios of counts and compared exactly. Seconds go by the median over batches of a row's time as a multiple of the
-baseline's in the same batch; those within five percent of each other count as equal. Rows that changed no answer are
-the baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
+ratios of counts and compared exactly. Seconds are a row's time as a multiple of the baseline's in the same batch: two
+rows differ where their ranges between the quartiles over batches do not touch and their medians differ by more than
+five percent; otherwise, and with fewer than four batches, they count as equal. Rows that changed no answer are the
+baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
 :mod:`vlmfix.evals.early_stop`) takes part with every point of its curve, at the seconds of ``none``: what a bias on the
 end token gives for nothing dominates too.
 
@@ -12,6 +13,7 @@ All of it goes by point estimates: a row may be on the front by chance. The inte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,14 @@ from .tables import difference_cell, interval_cell, number
 AXES = (("chair.chair_i", "chair.recall"), ("amber.chair", "amber.cover"))
 """Hallucination and recall of each benchmark that has both."""
 SECONDS_TIE = 0.05
+FEWEST_BATCHES = 4
+"""With fewer nothing is known about times."""
 EARLY_STOP = "early stop"
 
 LEGEND = (
     "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "
-    "none's in the same batch, median and quartiles over batches; within 5 % count as equal. early stop: none's "
-    "captions, ended earlier. It goes by point estimates: mind the intervals."
+    "none's in the same batch, median and quartiles over batches; they differ where quartiles do not overlap and "
+    "medians by more than 5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."
 )
 
 
@@ -40,24 +44,25 @@ class Point:
         hallucination: 0 to 1, less is better.
         recall: 0 to 1, more is better.
         seconds: Time as a multiple of the baseline's, less is better.
+        quartiles: Of that over batches; None where the time is taken as it is.
     """
 
     label: str
     hallucination: float
     recall: float
     seconds: float
+    quartiles: tuple[float, float] | None = None
 
     def dominates(self, other: Point) -> bool:
         """Whether this one is at least as good in all three, and better in one."""
-        slower = self.seconds > other.seconds and not _same_time(self.seconds, other.seconds)
-        if self.hallucination > other.hallucination or self.recall < other.recall or slower:
+        if self.hallucination > other.hallucination or self.recall < other.recall or other.faster(self):
             return False
-        faster = self.seconds < other.seconds and not _same_time(self.seconds, other.seconds)
-        return self.hallucination < other.hallucination or self.recall > other.recall or faster
+        return self.hallucination < other.hallucination or self.recall > other.recall or self.faster(other)
 
-
-def _same_time(a: float, b: float) -> bool:
-    return abs(a - b) <= SECONDS_TIE * max(a, b)
+    def faster(self, other: Point) -> bool:
+        """Whether this one takes less time for certain (see the module)."""
+        own, others = (each.quartiles or (each.seconds, each.seconds) for each in (self, other))
+        return own[1] < others[0] and self.seconds < (1 - SECONDS_TIE) * other.seconds
 
 
 def front(points: Sequence[Point], rivals: Sequence[Point] = ()) -> dict[str, list[str]]:
@@ -103,7 +108,7 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         part = row.get(benchmark, {})
         copy = "differences" in row and not part.get("changed", 1)
         if values[0] is not None and values[1] is not None and not copy:
-            points.append(Point(row["label"], values[0], values[1], relative_seconds(results, row, benchmark)))
+            points.append(Point(row["label"], values[0], values[1], *_times(results, row, benchmark)))
     rivals = [
         Point(EARLY_STOP, point["chair_i"], point["recall"], points[0].seconds)
         for point in results.get("early_stop_curve", ())
@@ -123,13 +128,16 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def relative_seconds(results: Mapping[str, Any], row: Mapping[str, Any], benchmark: str) -> float:
-    """A row's time as a multiple of the baseline's: median over batches, or the ratio of sums where that is unknown."""
-    part = row[benchmark]
-    if part.get("pace"):
-        return float(part["pace"]["median"])
+def _times(
+    results: Mapping[str, Any], row: Mapping[str, Any], benchmark: str
+) -> tuple[float, tuple[float, float] | None]:
+    """A row's time as a multiple of the baseline's, with quartiles; of runs that kept no pace the ratio of the sums."""
+    part, pace = row[benchmark], row[benchmark].get("pace")
+    if pace:
+        low, high = pace["quartiles"] if pace["batches"] >= FEWEST_BATCHES else (0.0, math.inf)
+        return float(pace["median"]), (float(low), float(high))
     whole = results["methods"][0][benchmark]["seconds"]
-    return float(part["seconds"] / whole) if whole else 1.0
+    return (float(part["seconds"] / whole) if whole else 1.0), None
 
 
 def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:

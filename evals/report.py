@@ -24,7 +24,7 @@ def text_report(results: Mapping[str, Any]) -> str:
         line if len(line) <= TERMINAL_WIDTH or line in about else line[: TERMINAL_WIDTH - 3] + "..."
         for line in conditions(results)
     )
-    head += [f"NOTE {note}" for note in results["notes"]]
+    head += _wrapped(f"NOTE {note}" for note in results["notes"])
     parts = [*head, "", main_table(results, TERMINAL_WIDTH), "", *_wrapped(legend(results))]
     for more, explained in (
         (quality_rows(results), QUALITY_LEGEND),

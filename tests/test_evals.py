@@ -838,8 +838,8 @@ front method  CHAIR_i ↓  - none       95 %  recall ↑  - none     95 %  secon
 *     none         20.0                         72.0                      x 1.00
 
 front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times none's in
-  the same batch, median and quartiles over batches; within 5 % count as equal. early stop: none's captions, ended
-  earlier. It goes by point estimates: mind the intervals."""
+  the same batch, median and quartiles over batches; they differ where quartiles do not overlap and medians by more than
+  5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."""
 
 
 def test_table_snapshot() -> None:
