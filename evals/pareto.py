@@ -31,7 +31,8 @@ EARLY_STOP = "early stop"
 LEGEND = (
     "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "
     "none's in the same batch, median and quartiles over batches; they differ where quartiles do not overlap and "
-    "medians by more than 5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."
+    "medians by more than 5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the "
+    "intervals."
 )
 
 
