@@ -219,11 +219,12 @@ def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str,
     """What is worth knowing about a run without being part of its identity: command, machine, batch size."""
     import torch
 
-    device = model.device
+    from .models import placement
+
     return {
         "command": options.command_line,
         "batch_size": batch_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": placement(model),
         "model_class": type(model).__name__,
         "attn_implementation": model.config._attn_implementation,
         "threads": torch.get_num_threads(),

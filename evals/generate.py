@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlmfix.errors import VlmfixError
 
-from .models import answer_token_ids, end_token_ids
+from .models import answer_token_ids, end_token_ids, input_device
 from .samples import Answer, Records
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
@@ -149,7 +149,7 @@ class Generator:
         }[records]
         start = time.perf_counter()
         output = self.model.generate(
-            **inputs.to(self.model.device, self.model.dtype),
+            **inputs.to(input_device(self.model), self.model.dtype),
             **self.decoding(max_new_tokens),
             logits_processor=LogitsProcessorList([recorder]),
         )

@@ -162,10 +162,12 @@ def resolve_dtype(dtype: str | None, device: str, config: Any) -> str:
 
     Without a wish it is float32 on the CPU and the checkpoint's own type elsewhere.
     """
+    import torch
+
     if dtype not in (None, *DTYPES):
         raise VlmfixError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype in (None, "auto"):
-        if dtype is None and device == "cpu":
+        if dtype is None and (device == "cpu" or (device == "auto" and not torch.cuda.is_available())):
             return "float32"
         own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
         return str(own).removeprefix("torch.")
@@ -205,6 +207,31 @@ def load_model(source: ModelSource, *, dtype: str, device: str, attn_implementat
     return model.eval()
 
 
+def input_device(model: Any) -> Any:
+    """Where a model's inputs belong: for one spread over several devices, the first that computes.
+
+    The first weights may lie on the disk, and those on the CPU may be computed with on a GPU.
+    """
+    import torch
+
+    placement = getattr(model, "hf_device_map", None)
+    if not placement:
+        return model.device
+    computing = [device for device in placement.values() if str(device) not in ("cpu", "disk", "meta")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
+def placement(model: Any) -> str:
+    """Where a model lies, for a reader: the name of its device, or of all that hold a part of it."""
+    import torch
+
+    devices = dict.fromkeys((getattr(model, "hf_device_map", None) or {"": model.device}).values())
+    found = [torch.device("cpu" if each == "disk" else each) for each in devices]
+    names = [torch.cuda.get_device_name(each) if each.type == "cuda" else str(each) for each in found]
+    names = ["disk" if each == "disk" else name for each, name in zip(devices, names, strict=True)]
+    return ", ".join(dict.fromkeys(names))
+
+
 SMALL_MODEL = 50_000_000
 """Parameters below which a model runs on one CPU thread. On idle cores two threads made the testbed between a third
 slower and twice as fast; where anything else ran beside them they made it up to ten times slower."""
@@ -216,7 +243,9 @@ def fitting_threads(model: Any) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    small = model.device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    small = (
+        input_device(model).type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    )
     torch.set_num_threads(1 if small else before)
     try:
         yield

@@ -49,7 +49,16 @@ class Shard:
         return self.rank == 0
 
     def device(self, device: str) -> str:
-        """The device of this process: with several GPUs on a machine, its own."""
+        """The device of this process: with several GPUs on a machine, its own.
+
+        Raises:
+            VlmfixError: Every process would take all devices.
+        """
+        if self.world > 1 and device == "auto":
+            raise VlmfixError(
+                "--device auto spreads one model over all devices, and there are several processes: start one, or "
+                "leave --device out to give every process a GPU"
+            )
         return f"cuda:{self.local_rank}" if self.world > 1 and device == "cuda" else device
 
     def owns(self, batch: int) -> bool:
