@@ -188,12 +188,22 @@ def test_resume_after_a_cut_gives_the_same(finished: Path, words: list[str], tmp
 # The files others score
 
 
-def test_amber_file_gives_the_same_counts(finished: Path, data: dict[str, Path], tmp_path: Path) -> None:
+def test_amber_file_gives_the_same_counts(
+    finished: Path, data: dict[str, Path], tmp_path: Path, described: bool
+) -> None:
     for method in read(finished)["methods"]:
         file = exported(finished, "amber.json", method["label"])
-        rows = json.loads(file.read_text())
+        rows, summary = json.loads(file.read_text()), method["amber"]["summary"]
         found = rescored(tmp_path, "amber", file, "--data", data["amber"] / "data")
         assert found["counts"] == method["amber"]["counts"]
+        official = dict(found["figures"]["Descriminative Task"])
+        pairs = [("accuracy", official["Accuracy"]), ("f1", official["F1"])]
+        if described:
+            names = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog"}
+            pairs += [(names[name], value) for name, value in found["figures"]["Generative Task"].items()]
+            pairs.append(("amber", found["summary"]["AMBER"]))
+        for name, value in pairs:
+            assert 100 * summary[name] == pytest.approx(value, abs=0.15), "the official script rounds"
         questions = [i.id for i in load_amber(data["amber"] / "data").items.values() if i.task != "generative"]
         said = {row["response"] for row in rows if row["id"] in questions}
         assert said & {"Yes", "No"}, "as the official script wants it"
