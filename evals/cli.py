@@ -68,7 +68,11 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         default=True,
         help="early-stop and yes-bias controls, and VHR's head controls (default: on)",
     )
-    data = add_data(parser, limit="number of images per benchmark, drawn by seed (default: 500; testbed 400, POPE 200)")
+    data = add_data(
+        parser,
+        limit="number of images per benchmark, drawn by seed; of sets of figures for hallusionbench, per task for mme "
+        "(default: 500; testbed 400, POPE 200, sycophancy 100; all of amber, mme, hallusionbench, mmhal, custom)",
+    )
     data.add_argument(
         "--split",
         choices=("heldout", "heldout2", "calibration"),

@@ -34,7 +34,10 @@ YES_BIAS_METRICS = {
     "hallusionbench": "hallusionbench.aacc",
     "custom": "custom.accuracy",
 }
-HEAD_CONTROL_METRICS = ("chair.chair_i", "chair.f1", "pope.auc")
+HEAD_CONTROL_METRICS = (
+    *("chair.chair_i", "chair.f1", "pope.auc", "sycophancy.accuracy_wrong_hint", "amber.chair", "amber.f1"),
+    *("mme.score", "hallusionbench.aacc", "mmhal.average_score", "custom.accuracy", "custom.contains"),
+)
 HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
 
 
@@ -107,7 +110,7 @@ def head_lines(label: str, control: str, select: str, tables: Tables, seed: int)
     lines = []
     for metric in (BY_KEY[key] for key in HEAD_CONTROL_METRICS):
         own = tables.get(metric.benchmark, {})
-        if own and defined(metric, (own[label], own[control])):
+        if own and defined(metric, (own[label], own[control])) and not math.isnan(value(metric, own[label])):
             lines.append(compare(label, HEAD_CONTROLS[select], metric, own[label], own[control], seed))
     return lines
 

@@ -146,7 +146,7 @@ def control_rows(results: Mapping[str, Any]) -> Rows:
                 control["method"],
                 control["control"],
                 control.get("matched", ""),
-                metric.heading,
+                metric.heading if metric.benchmark in ("chair", "pope") else long_heading(metric),
                 number(control.get("method_value"), percent=metric.percent),
                 number(control.get("control_value"), percent=metric.percent),
                 difference_cell(difference, percent=metric.percent),

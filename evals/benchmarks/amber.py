@@ -114,6 +114,8 @@ class AmberTask(ScoredTask):
         data = replace(data, items={q.item.id: q.item for q in queries})
         if any(q.item.task == "generative" for q in queries):
             tagged_nouns()  # A missing tagger is found here, not after the last description.
+        if spacy is not None:
+            spacy_similarity(spacy)  # Likewise a missing model.
         prompt = prompt or PROMPT
         samples = [_sample(q, prompt, max_new_tokens) for q in queries]
         return cls(distinct(samples), prompt, tuple(queries), data, max_new_tokens, spacy)

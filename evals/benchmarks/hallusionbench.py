@@ -17,7 +17,7 @@ from ..data.hallusionbench import HallusionQuestion, load_hallusionbench, read_q
 from ..metrics.hallusionbench import UNCLEAR, HallusionTable, score_answers
 from ..metrics.pope import parse_answer
 from ..samples import Answers, Sample
-from .scored import Scored, all_of, distinct, first_of, texts, write_list
+from .scored import Scored, all_of, distinct, first_of, texts, write_list, yes_no
 from .scored_task import ScoredTask
 from .source import choose, dataset_rows, find_file, find_image, image_number, is_dataset, row_image
 
@@ -116,8 +116,7 @@ class HallusionTask(ScoredTask):
         correct = native.correct
         groups = [q.group for q in self.asked]
         columns: dict[str, NDArray[Any]] = {
-            "label": np.asarray([q.label for q in self.asked], dtype=np.bool_),
-            "prediction": np.asarray([-1 if r is None else int(r) for r in read], dtype=np.int8),
+            **yes_no([q.label for q in self.asked], read, [answers[sample.key].score for sample in self.each]),
             "correct": correct,
             "unparsed": np.asarray(native.code == UNCLEAR),
             **_grouped(("groups", "group_right"), groups, correct, np.ones(len(groups), dtype=np.bool_)),
