@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import by_name
+from method_parameters import parameters_of
 from models import BOS, IMAGE, IMAGE_TOKENS, RAGGED, collate, forward, generate, sample, snapshot
 
 import vlmfix
@@ -348,17 +349,30 @@ def test_a_patched_model_stays_patched_and_the_result_says_so(tiny: Any, probe: 
     assert close(stock.to_dict() | {"patch": ""}, same.to_dict() | {"patch": ""})
 
 
-def test_the_weights_shown_are_those_behind_the_patch(build: Any) -> None:
-    model, inputs = build(attn="eager"), collate([RAGGED[0]])
-    vlmfix.patch(model, "pai", alpha=1.0)
+@pytest.mark.parametrize("method", vlmfix.methods())
+def test_the_weights_shown_are_those_behind_the_patch(build: Any, method: str) -> None:
+    """Against the weights an eager model returns, the edited ones among them; every probe runs on every method."""
+    model, inputs = build(attn="eager", sinks=True), collate([RAGGED[0]])
+    vlmfix.patch(model, method, **parameters_of(method, model))
+    if vlmfix.methods()[method].replaces_logits:
+        for probe in PROBES.values():
+            with pytest.raises(UnsupportedFeatureError, match=f"{method} decodes from two"):
+                probe(model, inputs)
+        return
     out = model.generate(
-        **inputs, max_new_tokens=2, do_sample=False, output_attentions=True, return_dict_in_generate=True
+        **inputs, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
     )
-    found = attention_to_image(model, inputs, max_new_tokens=2)
+    found = attention_to_image(model, inputs, max_new_tokens=3, prompt=True)
+    assert found.tokens[0] == tuple(out.sequences[0, inputs["input_ids"].shape[1] :].tolist())
     image = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
-    for step in range(2):
-        mass = torch.stack([w[0, :, -1][:, image].sum(-1) for w in out.attentions[step]])
+    for step, layers in enumerate(out.attentions):
+        mass = torch.stack([weights[0, :, -1][:, image].sum(-1) for weights in layers])
         assert torch.allclose(found.mass[0, step], mass, atol=1e-5)
+    prompt = torch.stack([weights[0][..., image].sum(-1) for weights in out.attentions[0]])
+    assert found.prompt is not None and found.prompt_rows == tuple(range(int(image[-1]) + 1, prompt.shape[-1]))
+    assert torch.allclose(found.prompt[0], prompt[:, :, list(found.prompt_rows)].permute(2, 0, 1), atol=1e-5)
+    for name, probe in PROBES.items():
+        assert probe(model, inputs).patch is not None, name
 
 
 @pytest.mark.parametrize("attn", ["sdpa"])

@@ -67,8 +67,7 @@ class ImageLog:
     def __init__(self, *, with_maps: bool, with_prompt: bool) -> None:
         self.mass: list[dict[int, torch.Tensor]] = []
         self.maps: list[dict[int, torch.Tensor]] = []
-        self.prompt: dict[int, list[torch.Tensor]] = {}
-        self.prompt_rows: list[int] = []
+        self.prompt: dict[int, torch.Tensor] = {}
         self.num_image_tokens: list[int] = []
         self._with_maps = with_maps
         self._with_prompt = with_prompt
@@ -109,11 +108,13 @@ class ImageLog:
         found[at] = found[at] + new if at in found else new
 
     def _keep_prompt(self, mass: torch.Tensor, layer: Layer) -> None:
+        """Keep the rows that are up: other methods of a layer may have more of them written out."""
         assert layer.row_mask is not None
+        at, (start, stop) = layer.site.layer_idx, layer.rows
+        if at not in self.prompt:
+            self.prompt[at] = torch.full((*mass.shape[:2], layer.run.q_len), float("nan"))
         told = ~layer.row_mask[:, None].to(mass.device)
-        self.prompt.setdefault(layer.site.layer_idx, []).append(mass.masked_fill(told, float("nan")).float().cpu())
-        if layer.rows[0] not in self.prompt_rows:
-            self.prompt_rows += range(*layer.rows)
+        self.prompt[at][:, :, start:stop] = mass.masked_fill(told, float("nan")).float().cpu()
 
     def _map(self, row: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Pick the weights of image tokens, ``[batch, image_tokens]``, from rows ``[batch, keys]``."""
@@ -181,15 +182,18 @@ def attention_to_image(
     mass = _stack(log.mass[:steps], wanted)
     where = _blank(_stack(log.maps[:steps], wanted), behind) if maps else None
     rows = None
+    columns: list[int] = []
     if prompt:
-        rows = torch.stack([torch.cat(log.prompt[at], dim=2) for at in wanted], dim=1).permute(0, 3, 1, 2)
+        rows = torch.stack([log.prompt[at] for at in wanted], dim=1).permute(0, 3, 1, 2)
+        columns = (~rows.isnan()).any(3).any(2).any(0).nonzero()[:, 0].tolist()
+        rows = rows[:, columns]
     return ImageAttention(
         wanted,
         subject.patch,
         _blank(mass, behind),
         where,
         rows,
-        tuple(log.prompt_rows),
+        tuple(columns),
         tuple(log.num_image_tokens),
         answered.tokens,
     )
