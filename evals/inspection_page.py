@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from vlmfix.probes.evidences import DOUBT_THRESHOLD
 
 from .inspection import Inspection, Version, Word
+from .inspection_figures import escaped, heads_section, percent, picture, sinks_section
 from .inspection_parts import GROUPS
 from .inspection_words import summary, verdict
 
@@ -31,21 +31,21 @@ def inspection_page(found: Inspection) -> str:
     script = json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
     parts = [
         '<p class="over">vlmfix inspect</p>',
-        f"<h1>{_text(found.title)}</h1>",
-        f'<p class="prompt">{_text(found.prompt)}</p>',
-        "".join(f'<p class="summary">{_text(line)}</p>' for line in summary(found)),
+        f"<h1>{escaped(found.title)}</h1>",
+        f'<p class="prompt">{escaped(found.prompt)}</p>',
+        "".join(f'<p class="summary">{escaped(line)}</p>' for line in summary(found)),
         _looks(found, data),
         _table(found),
-        _sinks(found, data),
-        _heads(found, data),
+        sinks_section(found, data),
+        heads_section(found, data),
         _NOTES,
-        "<footer>" + "".join(f"<p><small>{_text(fact)}</small></p>" for fact in found.facts) + "</footer>",
+        "<footer>" + "".join(f"<p><small>{escaped(fact)}</small></p>" for fact in found.facts) + "</footer>",
     ]
     style = (_HERE / "inspection.css").read_text(encoding="utf-8")
     code = (_HERE / "inspection.js").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{_text('vlmfix inspect: ' + found.title)}</title>"
+        f"<title>{escaped('vlmfix inspect: ' + found.title)}</title>"
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>'
         f"<body><main>{''.join(parts)}</main>"
         f'<script type="application/json" id="data">{script}</script><script>{code}</script></body></html>\n'
@@ -68,14 +68,6 @@ others. Attention is where a row reads, not why a word was chosen.</li>
 <li>“Context hidden” asks what carries the word: the objects (and the place) named before it are hidden from everything
 behind them. Words that are right may rest on them too.</li>
 </ul>"""
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _packed(values: Iterable[float], top: float) -> str:
@@ -141,13 +133,13 @@ def _version(version: Version, tops: Sequence[float], top_heads: float, top_sink
 
 def _looks(found: Inspection, data: dict[str, Any]) -> str:
     groups = "".join(
-        f'<button type="button" aria-pressed="{"true" if i == 0 else "false"}">{_text(name)}</button>'
+        f'<button type="button" aria-pressed="{"true" if i == 0 else "false"}">{escaped(name)}</button>'
         for i, name in enumerate(GROUPS)
     )
     alone = ' class="alone"' if len(found.versions) == 1 else ""
     known = ""
     if found.objects is not None:
-        known = f"<p><small>In the picture: {_text(', '.join(found.objects) or 'nothing')}.</small></p>"
+        known = f"<p><small>In the picture: {escaped(', '.join(found.objects) or 'nothing')}.</small></p>"
     key = (
         '<span><span class="word flagged object">flagged</span> likely invented</span>'
         '<span><span class="word object absent">absent</span> named, and not in the picture</span>'
@@ -161,7 +153,7 @@ def _looks(found: Inspection, data: dict[str, Any]) -> str:
         "<p>Choose a word, with the mouse or the arrow keys: the cells show how much the row that predicts it attends "
         "to each part of the picture, mean over heads. One scale for all words.</p>"
         f'<div class="tools"><span class="segments" id="groups">{groups}</span>'
-        f'<span class="legend">0 <i class="ramp-warm"></i> <span id="top">{_percent(data["tops"][0], 1)}</span> '
+        f'<span class="legend">0 <i class="ramp-warm"></i> <span id="top">{percent(data["tops"][0], 1)}</span> '
         'of the attention, per cell</span><label><input type="checkbox" id="colour"> picture in colour</label></div>'
         f'<p class="key">{key}</p>'
         f'<div{alone}><div class="versions">'
@@ -176,12 +168,12 @@ def _looks(found: Inspection, data: dict[str, Any]) -> str:
 
 
 def _answer(number: int, version: Version, found: Inspection) -> str:
-    note = f'<p class="soft">{_text(version.note)}</p>' if version.note else ""
+    note = f'<p class="soft">{escaped(version.note)}</p>' if version.note else ""
     words = " ".join(_button(number, index, word) for index, word in enumerate(version.words))
     tokens = len(version.sinks.received)
     return (
-        f'<div class="card version" data-version="{number}"><h3>{_text(version.label)}</h3>'
-        f'{_picture(found, tokens, "map")}<p class="looks"></p>'
+        f'<div class="card version" data-version="{number}"><h3>{escaped(version.label)}</h3>'
+        f'{picture(found, tokens, "map")}<p class="looks"></p>'
         f'<p class="caption">{words or "(no words)"}</p>{note}</div>'
     )
 
@@ -194,33 +186,7 @@ def _button(version: int, index: int, word: Word) -> str:
         kinds.append("flagged")
     return (
         f'<button type="button" class="{" ".join(kinds)}" data-version="{version}" data-word="{index}" '
-        f'aria-pressed="false" title="{_text(verdict(word))}">{_text(word.text)}</button>'
-    )
-
-
-def _picture(found: Inspection, tokens: int, kind: str) -> str:
-    """The picture with a cell for every image token; where they fill no single grid, a strip of them below it."""
-    image = f'<img alt="{_text(found.title)}" src="{found.picture}">'
-    if found.grid is None:
-        cells = "".join(_cell(index, 0, f"image token {index}") for index in range(tokens))
-        strip = f'<svg viewBox="0 0 {tokens} 1" preserveAspectRatio="none">{cells}</svg>'
-        return (
-            f'<div class="picture">{image}</div><div class="strip {kind}">{strip}</div>'
-            "<p><small>The image's tokens come from several tiles or views: shown in their order, not in place."
-            "</small></p>"
-        )
-    rows, columns = found.grid
-    cells = "".join(
-        _cell(index % columns, index // columns, f"row {index // columns + 1}, column {index % columns + 1}")
-        for index in range(rows * columns)
-    )
-    svg = f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none">{cells}</svg>'
-    return f'<div class="picture {kind}">{image}{svg}</div>'
-
-
-def _cell(x: int, y: int, label: str) -> str:
-    return (
-        f'<rect x="{x}" y="{y}" width="1" height="1" fill-opacity="0" data-at="{label}"><title>{label}</title></rect>'
+        f'aria-pressed="false" title="{escaped(verdict(word))}">{escaped(word.text)}</button>'
     )
 
 
@@ -235,7 +201,7 @@ def _table(found: Inspection) -> str:
     for version in found.versions:
         words = [word for word in version.words if word.name is not None]
         if len(found.versions) > 1:
-            body.append(f'<tr class="group"><th colspan="10">{_text(version.label)}</th></tr>')
+            body.append(f'<tr class="group"><th colspan="10">{escaped(version.label)}</th></tr>')
         body += [_row(word, found) for word in sorted(words, key=lambda word: -(word.doubt or 0))]
         if not words:
             body.append('<tr><td colspan="10">no word that CHAIR\'s vocabulary knows</td></tr>')
@@ -249,81 +215,14 @@ def _row(word: Word, found: Inspection) -> str:
     shown = word.name if word.name and word.name.split()[0] in word.text.lower() else f"{word.text} ({word.name})"
     cells = [
         f"{word.doubt:.2f}" if word.doubt is not None else "–",
-        *map(_percent, (word.probability, word.without_image, word.image_hidden, word.context_hidden)),
-        _percent(word.asked),
-        _percent(word.mass),
+        *map(percent, (word.probability, word.without_image, word.image_hidden, word.context_hidden)),
+        percent(word.asked),
+        percent(word.mass),
     ]
     if found.objects is not None:
         cells.append("yes" if word.present else "no")
     return (
-        f'<tr class="{"flagged" if word.flagged else ""}"><td>{_text(shown)}</td>'
+        f'<tr class="{"flagged" if word.flagged else ""}"><td>{escaped(shown)}</td>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
-        + f'<td class="say">{_text(verdict(word))}</td></tr>'
-    )
-
-
-def _sinks(found: Inspection, data: dict[str, Any]) -> str:
-    parts = []
-    for number, version in enumerate(found.versions):
-        sinks = version.sinks
-        rows = "".join(
-            f"<tr><td>{_text(text)}</td><td>{place}</td><td>{'image' if image else 'text'}</td>"
-            f"<td>{_percent(received, 1)}</td><td>{attention}</td><td>{hidden}</td></tr>"
-            for text, place, image, received, attention, hidden in sinks.rows
-        )
-        counts = ", ".join(f"{sum(layers)} {kind}" for kind, layers in sinks.counts.items() if sum(layers))
-        dims = (
-            f"Hidden dimensions that mark sinks: {', '.join(map(str, sinks.sink_dims))}."
-            if sinks.sink_dims
-            else "No hidden dimension marks sinks in this model."
-        )
-        parts.append(
-            f'<div class="card"><h3>{_text(version.label)}</h3><div class="sinks" data-version="{number}">'
-            f"{_picture(found, len(sinks.received), '')}</div><p><small>{dims} Over all layers: {counts or 'no sinks'}."
-            '</small></p><div class="wide"><table><thead><tr><th>token</th><th>place</th><th></th><th>received</th>'
-            "<th>attention<br>sink in</th><th>hidden-state<br>sink in</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></div></div>"
-        )
-    return (
-        "<h2>Sinks</h2><p>The attention that each token of the prompt receives, mean over the rows that see it, layers "
-        "and heads; below, the tokens that receive most, with the number of layers in which they are sinks.</p>"
-        f'<div class="tools"><span class="legend">0 <i class="ramp-warm"></i> {_percent(data["topSinks"], 2)} of the '
-        f'attention of a row, per cell</span></div><div class="versions">{"".join(parts)}</div>'
-    )
-
-
-def _heads(found: Inspection, data: dict[str, Any]) -> str:
-    parts = []
-    for number, version in enumerate(found.versions):
-        if not version.words:
-            continue
-        layers, heads = len(version.layers), len(version.selected[0])
-        size = 26 if heads <= 16 else 14
-        cells = []
-        for row, layer in enumerate(version.layers):
-            y = (layers - 1 - row) * size
-            cells.append(f'<text x="{38}" y="{y + size * 0.68:.0f}" text-anchor="end">{layer}</text>')
-        for row, layer in enumerate(version.layers):
-            y = (layers - 1 - row) * size
-            for head in range(heads):
-                chosen = ' class="chosen"' if version.selected[row][head] else ""
-                label = f"layer {layer}, head {head}"
-                cells.append(
-                    f'<rect{chosen} x="{44 + head * size}" y="{y + 1}" width="{size - 2}" height="{size - 2}" rx="2" '
-                    f'data-at="{label}"><title>{label}</title></rect>'
-                )
-        width, height = 50 + heads * size, layers * size + 30
-        cells.append(f'<text x="{44 + heads * size / 2}" y="{height - 8}" text-anchor="middle">head</text>')
-        cells.append(
-            f'<text transform="translate(12 {layers * size / 2}) rotate(-90)" text-anchor="middle">layer</text>'
-        )
-        parts.append(
-            f'<div class="card heads" data-version="{number}"><h3>{_text(version.label)}</h3><p class="soft"></p>'
-            f'<svg viewBox="0 0 {width} {height}" style="max-width:{1.4 * width:.0f}px">{"".join(cells)}</svg></div>'
-        )
-    return (
-        "<h2>Heads that depend on the image</h2><p>How far each head's output moves at the chosen word when the image "
-        "is taken away (VHD). Framed: the heads that VHR would choose at the end of the prompt.</p>"
-        f'<div class="tools"><span class="legend">0 <i class="ramp-cool"></i> {data["topHeads"]:.1f}</span></div>'
-        f'<div class="versions">{"".join(parts)}</div>'
+        + f'<td class="say">{escaped(verdict(word))}</td></tr>'
     )
