@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from vlmfix.errors import DataError
 from .cache import write_text
 from .data.amber import load_amber
 from .data.hallusionbench import KEY_FIELDS, load_hallusionbench
-from .data.mme import MmeAnswer, load_results, parse_label
+from .data.mme import OTHER_TASKS, TASKS, MmeAnswer, load_results, parse_label
 from .data.mmhal import TYPES, MmhalItem, load_mmhal
 from .metrics import hallusionbench, mme, mmhal
 from .metrics.amber import score_responses
@@ -56,7 +57,8 @@ def score_amber_file(path: Path, data_dir: Path, *, spacy_model: str | None = No
             raise DataError(f"{where}: item {item} has a response already; AMBER takes one response per item")
         responses[item] = text_of(row, where, _RESPONSE_KEYS)
     similarity = None if spacy_model is None else spacy_similarity(spacy_model)
-    table = score_responses(data, responses, similarity=similarity, similarity_name=spacy_model)
+    with _about(path):
+        table = score_responses(data, responses, similarity=similarity, similarity_name=spacy_model)
     counts, figures, summary = table.counts(), table.figures(), table.summary()
     result = {"benchmark": "amber", "similarity": table.similarity, "counts": counts}
     write_result(out, path, {**result, "figures": figures, "summary": summary})
@@ -129,7 +131,8 @@ def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = N
         DataError: A line is broken, a task is incomplete, or a question is answered twice.
     """
     answers = load_results(path) if path.is_dir() else [_mme_answer(row, where) for where, row in read_rows(path)]
-    tables = mme.score_answers(answers, parser=parser)  # type: ignore[arg-type]
+    with _about(path):
+        tables = mme.score_answers(answers, parser=parser)  # type: ignore[arg-type]
     result: dict[str, Any] = {"benchmark": "mme", "parser": parser, "total": mme.total(tables)}
     result["tasks"] = {task: {"counts": t.counts(), "summary": t.summary()} for task, t in tables.items()}
     write_result(out, path, result)
@@ -143,9 +146,21 @@ def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = N
     return text if result["total"] is None else f"{text}\ntotal (800): {result['total']:.2f}"
 
 
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file in an error about its answers as a whole."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def _mme_answer(row: Mapping[str, Any], where: str) -> MmeAnswer:
+    task = text_of(row, where, ("task", "category"))
+    if task not in TASKS and task not in OTHER_TASKS:
+        raise DataError(f"{where}: MME has no task {task!r}; its hallucination subset is {', '.join(TASKS)}")
     return MmeAnswer(
-        task=text_of(row, where, ("task", "category")),
+        task=task,
         image=text_of(row, where, ("image", "question_id")),
         question=text_of(row, where, ("question",)),
         label=parse_label(text_of(row, where, ("label",)), where),
