@@ -17,9 +17,10 @@ from vlmfix.errors import DataError
 
 from .columns import BENCHMARKS, BY_KEY, METRICS
 from .control_lines import EARLY_STOP_METRICS, YES_BIAS_METRICS, compare, defined, head_lines, matched_on
-from .counts import ItemTable, RunCounts
+from .counts import RunCounts
 from .differences import difference, value
 from .intervals import CONFIDENCE, RESAMPLES
+from .item_table import ItemTable
 from .quality import correct_controls, correct_rows, interval_dict, paired_answers, text_differences
 from .sharing import Shared, differing, distinct_rows, obstacle, share
 from .stats import POPE_STATISTICS

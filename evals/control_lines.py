@@ -12,9 +12,9 @@ from .benchmarks.chair import ChairTask
 from .columns import BY_KEY, Metric
 from .config import MethodSpec
 from .controls import yes_bias_control
-from .counts import ItemTable
 from .differences import difference, value
 from .early_stop import EarlyStop
+from .item_table import ItemTable
 from .metrics.pope import PopeTable
 from .quality import interval_dict
 from .samples import Answers

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .cache import digest
-from .counts import ItemTable, Rows, benchmark_counts
+from .counts import Rows, benchmark_counts
+from .item_table import ItemTable
 from .metrics.chair import ChairTable
 
 if TYPE_CHECKING:

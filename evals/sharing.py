@@ -10,7 +10,8 @@ from typing import Any
 from vlmfix.errors import DataError
 
 from .config import setting_differences
-from .counts import BenchmarkCounts, Key, RunCounts
+from .counts import BenchmarkCounts, RunCounts
+from .item_table import Key
 
 #: Settings of a benchmark that say which rows it has; the rows themselves are compared.
 _ROWS = ("image_ids", "ground_truth", "questions", "items")

@@ -10,8 +10,8 @@ from vlmfix.errors import DataError
 from vlmfix.evals.config import MethodSpec
 from vlmfix.evals.control_lines import control_lines
 from vlmfix.evals.controls import yes_bias_control
-from vlmfix.evals.counts import ItemTable
 from vlmfix.evals.early_stop import EarlyStop, stop_length
+from vlmfix.evals.item_table import ItemTable
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
 

@@ -83,6 +83,10 @@ def test_rows_of_a_run_and_its_early_stop_curve() -> None:
     assert [label for label, row in found.items() if row["front"]] == ["good"]
     assert found["none"]["dominated_by"] == ["good"] and found["slow"]["dominated_by"] == ["good"]
     assert found["short"]["dominated_by"] == ["good", "early stop"]
+    worse = results()
+    worse["methods"].append(method("bad", 0.25, 0.78, 10.0))
+    bad = pareto(worse)[-1]
+    assert bad["dominated_by"] == ["none", "good"], "the curve's first point is none itself and not named twice"
     without = results()
     without["methods"] = without["methods"][:1] + without["methods"][3:]
     assert {r["label"]: r["dominated_by"] for r in pareto(without)} == {"none": [], "short": ["early stop"]}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..benchmark_stats import BENCHMARK_STATISTICS
 from ..cache import write_text
-from ..counts import ItemTable
+from ..item_table import ItemTable
 from ..metrics.pope import auc
 from ..samples import Answers, Sample
 
