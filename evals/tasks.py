@@ -95,4 +95,4 @@ def make_tasks(options: EvalOptions) -> Tasks:
     for path in sorted(paths):
         load_image(path)  # An unreadable file is found here, not hours into the run.
         digests[path] = file_digest(path)
-    return Tasks("; ".join(descriptions), tuple(notes), tuple(tasks), digests)
+    return Tasks("; ".join(descriptions), tuple(dict.fromkeys(notes)), tuple(tasks), digests)
