@@ -172,6 +172,8 @@ def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
             raise DataError(
                 f"{config} is not the configuration of a run ({error}); choose --out DIR or --no-resume"
             ) from error
+        if run.options.rescore:
+            old = _scored_as(old, run)
         differing = differing_settings(
             {**old, "methods": run.settings["methods"]} if any_methods else old, run.settings
         )
@@ -182,6 +184,18 @@ def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
             )
     elif answers.is_file() and answers.stat().st_size:
         raise VlmfixError(f"{run.folder} has answers but no config.json; choose --out DIR or --no-resume")
+
+
+def _scored_as(old: Mapping[str, Any], run: EvalRun) -> dict[str, Any]:
+    """Stored settings with those of a run for what only decides how answers are scored."""
+    changed = dict(old)
+    for task in run.tasks.tasks:
+        if task.name in changed:
+            changed[task.name] = {
+                **changed[task.name],
+                **{name: run.settings[task.name][name] for name in task.scoring},
+            }
+    return changed
 
 
 def write_config(run: EvalRun, **more: Any) -> None:

@@ -244,25 +244,23 @@ def test_mmhal_is_scored_by_a_judge_only(
     script = tmp_path / "judge.sh"
     script.write_text(f"#!/bin/sh\necho asked >> {tmp_path}/calls\ncat > /dev/null\necho 'Fine. Rating: 4'\n")
     script.chmod(0o755)
+    out = tmp_path / "run"
     words = ["eval", "--method", "pai", "--benchmark", "mmhal", "--benchmark-data", f"mmhal={data['mmhal']}"]
-    words += [
-        "--max-new-tokens",
-        "24",
-        "--judge",
-        str(script),
-        "--judge-name",
-        "a kind one",
-        "--out",
-        str(tmp_path / "r"),
-    ]
+    words += ["--max-new-tokens", "24", "--out", str(out)]
     assert main(words) == 0
-    part = read(tmp_path / "r")["methods"][0]["mmhal"]
+    assert read(out)["methods"][0]["mmhal"]["summary"] == {}
+    kept = (out / "answers.jsonl").read_bytes()
+    judged = [*words, "--judge", str(script), "--judge-name", "a kind one"]
+    assert main(judged) == 2 and "mmhal.judge" in capsys.readouterr().err, "a run with other settings"
+    assert main([*judged, "--rescore"]) == 0
+    assert (out / "answers.jsonl").read_bytes() == kept
+    part = read(out)["methods"][0]["mmhal"]
     assert part["summary"] == {"average_score": 4.0, "hallucination_rate": 0.0} and "a kind one" in part["about"]
     calls = (tmp_path / "calls").read_text()
-    assert main(words) == 0
+    assert main([*judged, "--rescore"]) == 0
     assert (tmp_path / "calls").read_text() == calls, "each judgement is asked for once"
     script.write_text("#!/bin/sh\necho no key >&2\nexit 1\n")
-    assert main([*words[:-1], str(tmp_path / "s"), "--prompt", "x", "--max-new-tokens", "9"]) == 2
+    assert main([*words, "--judge", str(script), "--rescore"]) == 2
     assert "no key; the answers are kept" in capsys.readouterr().err
 
 

@@ -90,6 +90,7 @@ class AmberTask(ScoredTask):
     """
 
     name: ClassVar[str] = "amber"
+    scoring: ClassVar[tuple[str, ...]] = ("similarity",)
 
     queries: tuple[AmberQuery, ...]
     data: AmberData = field(repr=False)

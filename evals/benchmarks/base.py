@@ -25,10 +25,12 @@ class Task(ABC):
 
     Attributes:
         name: Its name on the command line, and in ``results.json``.
+        scoring: Names of settings that decide how answers are scored, not what they are: a judge, a word similarity.
         samples: Everything it asks, each different question once.
     """
 
     name: ClassVar[str]
+    scoring: ClassVar[tuple[str, ...]] = ()
     samples: tuple[Sample, ...]
 
     @abstractmethod

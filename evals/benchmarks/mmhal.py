@@ -118,6 +118,7 @@ class MmhalTask(ScoredTask):
     """
 
     name: ClassVar[str] = "mmhal"
+    scoring: ClassVar[tuple[str, ...]] = ("judge",)
 
     items: tuple[MmhalItem, ...]
     rows: tuple[dict[str, Any], ...] = field(repr=False)
@@ -186,8 +187,8 @@ class MmhalTask(ScoredTask):
         """Questions and judge."""
         if self.judge is None:
             return (
-                f"MMHal-Bench: {len(self.items)} questions, not scored, because there is no judge (--judge COMMAND); "
-                "what to ask one is in official/METHOD/mmhal.judge.jsonl"
+                f"MMHal-Bench: {len(self.items)} questions, not scored, because there is no judge; what to ask one is "
+                "in official/METHOD/mmhal.judge.jsonl, and --judge COMMAND --rescore --out FOLDER asks it"
             )
         return (
             f"MMHal-Bench: {len(self.items)} questions, rated by {self.judge.name} (official: gpt-4-0314) with an "
