@@ -55,7 +55,7 @@ EXEMPTIONS = (
     ),
     Exemption(
         ANY_OLD,
-        r"::test_four_threads_on_one_model_equal_sequential_calls\[.*",
+        r"::test_four_threads_\w+\[.*",
         "upstream: threads on one model disturb each other",
         since=(5, 0),
     ),
@@ -70,6 +70,12 @@ EXEMPTIONS = (
         OLD_4,
         r"test_families\.py::test_(strength_zero|vhr_acts)\w+\[glm4v(_moe)?\]",
         "known: the image-free pass of vhr fails on GLM-4V",
+    ),
+    Exemption(
+        ANY_OLD,
+        r"::test_hidden_states_of_the_last_token_recover_all_in_every_family\[llama4\]",
+        "upstream: the unpatched model cannot read an image",
+        since=(5, 0),
     ),
     Exemption(OLD_4, r"::test_four_bit_weights\[.*", "batches of the 4-bit kernel differ from single prompts"),
     Exemption(OLD_4, r"::test_continuous_batching_\w+", "there is no paged cache for generate() yet"),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, by_name
 from models import (
     BOS,
@@ -25,6 +26,7 @@ from models import (
     snapshot,
 )
 from naive.iri import RANKING
+from test_families import BROKEN
 from transformers import DynamicCache, StaticCache
 
 import vlmfix
@@ -84,6 +86,9 @@ def family(request: pytest.FixtureRequest) -> Any:
 
 def test_blocks_add_up_to_the_residual_stream(family: Any) -> None:
     """What leaves a layer is what entered it plus the outputs of the two modules found, in every family."""
+    for (name, version), reason in BROKEN.items():
+        if name == family.name and transformers.__version__.startswith(version):
+            pytest.skip(f"upstream: {reason}")
     model = family.build()
     anatomy = analyse(model)
     if family.name in NOT_ADDITIVE:
