@@ -25,8 +25,10 @@ def method(name: str, model: Any) -> Method:
     return make_method(name, parameters_of(name, model))
 
 
+SEARCHES = {name for name in NAMES if vlmfix.methods()[name].searches}
+"""Composes with none: see its own tests."""
 DECODING = [name for name in NAMES if vlmfix.methods()[name].replaces_logits]
-ONE_ENGINE = set(DECODING) - {"guidance", "vcd"}
+ONE_ENGINE = (set(DECODING) - {"guidance", "vcd"}) | SEARCHES
 """Decoding methods that compose as those two do: branches of equal and of unequal length."""
 PAIRS = [
     pair for pair in itertools.combinations(NAMES, 2) if not set(pair) <= set(DECODING) and ONE_ENGINE.isdisjoint(pair)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlmfix.decoding.guidance import Guidance
     from vlmfix.decoding.ifg import IFG
     from vlmfix.decoding.lqcd import LQCD
+    from vlmfix.decoding.opera import OPERA
     from vlmfix.decoding.vcd import VCD
     from vlmfix.methods.act import ACT
     from vlmfix.methods.adaiat import AdaIAT
@@ -76,6 +77,7 @@ __all__ = [
     "IRI",
     "LQCD",
     "MMA",
+    "OPERA",
     "PAI",
     "SPIN",
     "VAF",

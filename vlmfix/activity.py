@@ -42,7 +42,7 @@ class Counters:
                 self._on(group[0].device)[self.NUM_FORWARD_COUNTS + index].add_(torch.stack(group).sum())
 
     def count(self, index: int, edited: torch.Tensor) -> None:
-        """Add a 0-d integer tensor to what method number ``index`` has edited."""
+        """Add a 0-d integer tensor to what method number ``index`` has edited; -1: to the decode steps."""
         self._on(edited.device)[self.NUM_FORWARD_COUNTS + index].add_(edited)
 
     def _on(self, device: torch.device) -> torch.Tensor:

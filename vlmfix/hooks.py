@@ -29,8 +29,10 @@ from vlmfix.begin import (
 )
 from vlmfix.decoding._branch import PairRun
 from vlmfix.decoding._images import ENCODES, RAW_IMAGES_KWARG, KeepImages
+from vlmfix.decoding._search import BeamsLookingAhead
 from vlmfix.decoding.base import DecodingMethod
 from vlmfix.decoding.engine import TwoBranches
+from vlmfix.decoding.opera import OPERA
 from vlmfix.early import EarlyHead
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import ImageFinder
@@ -81,6 +83,14 @@ class Patch:
             ),
             None,
         )
+        self.search = next(
+            (
+                BeamsLookingAhead(anatomy, method, number, self.counters)
+                for number, method in enumerate(methods)
+                if isinstance(method, OPERA)
+            ),
+            None,
+        )
         self._reorders = self.branches is not None or any(method.reorders for method in active)
         # The stock model may read only the rows whose logits are wanted there (Gemma 4).
         read = anatomy.sites if self.block_hooks else self.sites
@@ -101,6 +111,8 @@ class Patch:
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
             for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
                 model.__dict__[_PAGED] = _refuse_paged
+            if self.search is not None:
+                self.anatomy.model.__dict__[_GENERATE] = self.search
             if self.branches is not None:
                 self.anatomy.model.__dict__[_DRAFTS] = _refuse_drafts_of_branches
                 if hasattr(type(self.anatomy.model), ENCODES):
@@ -133,6 +145,7 @@ class Patch:
             model.__dict__.pop(_PAGED, None)
             model.__dict__.pop(_DRAFTS, None)
             model.__dict__.pop(ENCODES, None)
+            model.__dict__.pop(_GENERATE, None)
         for site in self.sites:
             if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
                 site.module.config = site.base_config
@@ -353,6 +366,8 @@ def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
         "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
     )
 
+
+_GENERATE = "generate"
 
 _DRAFTS = "_get_candidate_generator"
 """The method of a model that every way into assisted decoding passes."""

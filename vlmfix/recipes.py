@@ -160,6 +160,9 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise MethodError(f"{', '.join(sorted(repeated))} is given twice. Each method can be applied once.")
+    alone = [method.name for method in chosen if method.searches]
+    if alone and len(chosen) > 1:
+        raise MethodError(f"{alone[0]} is a search of its own, which reads unedited attention. Choose it alone.")
     decoding = [method.name for method in chosen if method.replaces_logits]
     if len(decoding) > 1:
         raise MethodError(

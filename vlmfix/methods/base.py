@@ -75,6 +75,8 @@ class Method:
     """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
     replaces_logits: ClassVar[bool] = False
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
+    searches: ClassVar[bool] = False
+    """Whether it is a search of its own in the place of ``generate``, beside which no other method acts."""
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
