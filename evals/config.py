@@ -89,6 +89,8 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
             raise MethodError(f"--method: two of them are called {label!r}. Rename a recipe file.")
         wanted[label] = params
     _apply_settings(wanted, options.settings)
+    for label, params in wanted.items():
+        _check_decoding(label, params)
     specs = [MethodSpec("none", _full({"method": "none"}), "baseline")]
     for name in wanted:
         spec = MethodSpec(name, _full(wanted[name]), "method")
@@ -99,6 +101,17 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
                 params = _full({**spec.params, "select": select})
                 specs.append(MethodSpec(f"{name}/{select}", params, "control", name))
     return specs
+
+
+def _check_decoding(label: str, params: Mapping[str, Any]) -> None:
+    """Refuse a method that is a search of its own: the answers of a run are greedy, in batches."""
+    from vlmfix.recipes import method_class
+
+    if method_class(params["method"]).searches:
+        raise MethodError(
+            f"--method {label}: it searches beams, one prompt at a time, and the answers of a run are greedy. Generate "
+            "with it yourself and score the captions: vlmfix score chair."
+        )
 
 
 def recipe_entries(recipe: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from vlmfix.recipes import method_from_dict, method_names
+    from vlmfix.recipes import method_class, method_from_dict, method_names
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
@@ -56,6 +56,9 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
     refused: dict[str, str] = {}
     for name in method_names():
         if name == "none":
+            continue
+        if method_class(name).searches:
+            refused[name] = "it searches beams, and the answers of a run are greedy"
             continue
         try:
             with vlmfix.patched(model, method_from_dict({**known.get(name, {}), "method": name})):

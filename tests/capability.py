@@ -48,6 +48,7 @@ class Cell:
 
 
 YES = Cell("yes")
+YES_ACTIVE = Cell("active")
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,8 @@ class Trial:
 
         A batch must equal its prompts one by one, and a prompt without an image be answered by the stock model.
         """
+        if vlmfix.methods()[name].searches:
+            return self.search(name)
         stock = self.stock
         samples = None if self.batchable is None else self.batchable[1]
         text = self.family.collate([self.family.text()]) if self.family.text_only else None
@@ -322,6 +325,30 @@ class Trial:
                 "no-op", "edits are counted, answers do not change" if status.edited[0] else "nothing is edited"
             )
         return Cell("active") if same else Cell("batch differs", "a batch differs from its prompts one by one")
+
+    def search(self, name: str) -> Cell:
+        """Whether a search of beams acts: candidates are counted and the best beam or its score changes.
+
+        A prompt without an image must be answered by plain beams.
+        """
+        beams = [self._beams(self.single)]
+        inputs = [self.single]
+        if self.family.text_only:
+            inputs.append(self.family.collate([self.family.text()]))
+            beams.append(self._beams(inputs[1]))
+        with self.patched(name, **parameters_of(name, self.model)):
+            found = [self._beams(each) for each in inputs]
+            status = vlmfix.status(self.model)
+        assert status is not None
+        if any(
+            not torch.equal(*pair)
+            for ours in zip(beams[1:], found[1:], strict=True)
+            for pair in zip(*ours, strict=True)
+        ):
+            return Cell("edits text", "a prompt without an image is not answered by plain beams")
+        if status.edited[0] == 0 or difference(found[0][1], beams[0][1]) <= TOLERANCE:
+            return Cell("no-op", "plain beams find the same")
+        return YES_ACTIVE
 
 
 MACHINERY: dict[str, Callable[[Trial], Cell]] = {

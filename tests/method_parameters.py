@@ -49,6 +49,7 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "lqcd": lambda anatomy: {"hint": [20, 21, 22], "behind": 1, "neutralise": False, "beta": 0.0},
     "iri": lambda anatomy: {"ranking": _ranking(anatomy)},
     "modality_balance": lambda anatomy: {"experimental": True},
+    "opera": lambda anatomy: {"num_attn_candidates": 40, "penalty_weights": 10.0},
     "spin": lambda anatomy: {"keep": 0.5},
     "var": _sinks,
     "vcd": lambda anatomy: {"beta": 0.0},

@@ -12,6 +12,7 @@ from tiny_vlm import build_coco_folder, build_tiny_llava
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import MethodError
+from vlmfix.evals.config import EvalOptions, plan_methods
 from vlmfix.evals.every_method import every_method, expand_all, skipped_notes
 from vlmfix.recipes import method_names
 
@@ -38,6 +39,7 @@ def test_taken_and_refused_are_what_patching_the_real_model_says(model_folder: P
     for name in takes:
         with vlmfix.patched(model, name):
             pass
+    assert refused.pop("opera") == "it searches beams, and the answers of a run are greedy"
     for name, reason in refused.items():
         with pytest.raises(MethodError) as raised, vlmfix.patched(model, name):
             pass
@@ -74,3 +76,8 @@ def test_a_run_of_all_methods(model_folder: Path, tmp_path: Path, capsys: Any) -
     assert "front method" in text and "dominated by" in text
     for name in ("report.md", "report.html"):
         assert "left out: adaiat" in (tmp_path / "r" / name).read_text()
+
+
+def test_a_search_of_its_own_is_refused_before_anything_runs() -> None:
+    with pytest.raises(MethodError, match="greedy"):
+        plan_methods(EvalOptions(methods=("opera",)), None)

@@ -275,7 +275,8 @@ class Search:
         lowest = logits.amin() - 1000.0
         for beam, token in self.rejected[step.beams.num_generated]:
             logits[beam, token] = lowest
-        return logits if self.is_official else logits.log_softmax(-1)
+        normalised: torch.Tensor = logits if self.is_official else logits.log_softmax(-1)
+        return normalised
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """Run what a cache does not hold yet of ``ids`` ``[beams, length]``: fp32 logits of what follows."""

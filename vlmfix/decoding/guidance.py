@@ -10,6 +10,7 @@ import torch
 
 from vlmfix.decoding.base import DecodingMethod, OtherTokens, contrast, cut
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Guidance(DecodingMethod):
     paper: ClassVar[str] = "arXiv 2407.21771"
     summary: ClassVar[str] = "contrasts the answer with that to the prompt without its image"
     removes_image: ClassVar[bool] = True
+    search_space: ClassVar[Space] = {"gamma": Range(1.02, 2.5), "beta": Range(0.02, 0.9)}
 
     gamma: float = 1.1
     beta: float = 0.1

@@ -12,6 +12,7 @@ from vlmfix.anatomy import Anatomy
 from vlmfix.decoding._questions import check_patterns, leading_characters, question_end
 from vlmfix.decoding.base import Contrast, OtherTokens
 from vlmfix.errors import MethodError
+from vlmfix.space import Range, Space
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class LQCD(Contrast):
     paper: ClassVar[str] = "arXiv 2408.11261"
     summary: ClassVar[str] = "contrasts the answer to a neutral question with that to a leading one"
     needs_cache: ClassVar[bool] = True
+    search_space: ClassVar[Space] = {"alpha": Range(0.05, 2.0), "beta": Range(0.02, 0.9)}
 
     neutralise: bool = True
     hint: str | Sequence[int] = "I don't think so."

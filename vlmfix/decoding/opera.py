@@ -12,6 +12,7 @@ import torch
 from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
+from vlmfix.space import Range, Space
 
 FIRST = 10
 """Rows of an answer in which the released code looks at the image instead, and first place it rolls back to."""
@@ -59,6 +60,7 @@ class OPERA(Method):
     summary: ClassVar[str] = "beam search that penalises knots of attention in the answer and goes back behind them"
     replaces_logits: ClassVar[bool] = True
     searches: ClassVar[bool] = True
+    search_space: ClassVar[Space] = {"penalty_weights": Range(0.1, 5.0), "scale_factor": Range(10.0, 100.0)}
 
     num_beams: int = 5
     scale_factor: float = 50.0
