@@ -12,8 +12,10 @@ random and nothing is downloaded. A synthetic sink gives VAR something to do (th
 
 Every variant lives on a copy of the model that shares its weights, and answers once per round, in turn; ratios are
 medians over the rounds of the ratio to the unpatched model of the same round, with their quartiles. "cpu" is the same
-by the process's own time on the processor, which other processes disturb less. "released" variants make the same edits
-as the methods' released code does: eager attention, the whole map, one head at a time (``bench_released.py``).
+by the process's own time on the processor, which other processes disturb less (``--clock cpu`` for markdown).
+
+"released" variants make the same edits as the methods' released code does: eager attention, the whole map, one head at
+a time (``bench_released.py``).
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def run_setting(
         if memory and not name.startswith("released"):
             row["peak_bytes"] = peak_memory(models[name], inputs)
             row["memory_ratio"] = row["peak_bytes"] / variants[STOCK]["peak_bytes"]
-    step = variants[STOCK]["decode"]["seconds"]
+    step = variants[STOCK]["decode"]["wall_seconds"]
     speed = bandwidth(model.device, 2**30 if model.device.type == "cuda" else 2**28)
     tokens = image_tokens + text_tokens
     dtype = str(model.dtype).removeprefix("torch.")
@@ -88,7 +90,7 @@ def run_setting(
             "bandwidth": speed,
             "tokens_per_second": batch / step,
             "bound_tokens_per_second": batch * speed / step_bytes(model, tokens, batch),
-            "variants": {name: batch / row["decode"]["seconds"] for name, row in variants.items()},
+            "variants": {name: batch / row["decode"]["wall_seconds"] for name, row in variants.items()},
         },
     }
 
@@ -138,6 +140,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="measure no peak memory, and no curve")
     parser.add_argument("--quick", action="store_true", help="576 image tokens, batch 1, 3 rounds, no curve")
     parser.add_argument("--readme", action="store_true", help="the settings of the README's tables, as markdown")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the ratios in markdown")
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--out", type=Path, help="also write every figure here, as JSON")
     args = parser.parse_args(argv)
@@ -204,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine['device']}, {machine['threads']} CPU thread(s), torch {torch.__version__}, "
           f"transformers {transformers.__version__}, {settings[0]['rounds']} rounds\n")  # fmt: skip
     if args.readme or args.markdown:
-        print(markdown(settings, curve, command))
+        print(markdown(settings, curve, command, args.clock))
     elif curve is not None:
         print(curve_table(curve))
     if args.out:

@@ -162,10 +162,11 @@ def summary(found: Mapping[str, Sequence[Timing]], stock: str) -> dict[str, dict
         result[name] = {}
         for part in PARTS:
             result[name][part] = {
-                "seconds": statistics.median(each.wall[part] for each in timings),
-                "ratio": ratios(timings, found[stock], part, "wall"),
+                "wall_seconds": statistics.median(each.wall[part] for each in timings),
+                "cpu_seconds": statistics.median(each.cpu[part] for each in timings),
+                "wall_ratio": ratios(timings, found[stock], part, "wall"),
                 "cpu_ratio": ratios(timings, found[stock], part, "cpu"),
-                "all_seconds": [each.wall[part] for each in timings],
+                "all_wall_seconds": [each.wall[part] for each in timings],
                 "all_cpu_seconds": [each.cpu[part] for each in timings],
             }
     return result

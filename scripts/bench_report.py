@@ -25,7 +25,7 @@ def table(setting: Mapping[str, Any]) -> str:
     for name, row in setting["variants"].items():
         line = f"{name:22}"
         for part in TITLES:
-            line += f"{1000 * row[part]['seconds']:15.2f}{ratio_text(row[part]['ratio']):>22}"
+            line += f"{1000 * row[part]['wall_seconds']:15.2f}{ratio_text(row[part]['wall_ratio']):>22}"
             line += f"{row[part]['cpu_ratio'][1]:7.3f}"
         if "peak_bytes" in row:
             line += f"{row['peak_bytes'] / 2**20:10.0f}{row['memory_ratio']:7.3f}"
@@ -60,8 +60,10 @@ def growth(points: Sequence[int], extra: Sequence[float | None]) -> float | None
     return math.log(high / low) / math.log(many / few)
 
 
-def markdown(settings: Sequence[Mapping[str, Any]], curve: Mapping[str, Any] | None, command: str) -> str:
-    """Write the tables of the README."""
+def markdown(
+    settings: Sequence[Mapping[str, Any]], curve: Mapping[str, Any] | None, command: str, clock: str = "wall"
+) -> str:
+    """Write the tables of the README, by the clock on the ``wall`` or the processor's (``cpu``)."""
     parts = []
     for setting in settings:
         has_memory = any("peak_bytes" in row for row in setting["variants"].values())
@@ -69,7 +71,7 @@ def markdown(settings: Sequence[Mapping[str, Any]], curve: Mapping[str, Any] | N
         parts.append("| | prefill | decode, per token | whole answer |" + (" peak memory |" if has_memory else ""))
         parts.append("|---|--:|--:|--:|" + ("--:|" if has_memory else ""))
         for name, row in setting["variants"].items():
-            parts.append(_markdown_row(name, row, has_memory))
+            parts.append(_markdown_row(name, row, has_memory, clock))
         parts.append("")
     if curve is not None:
         parts.append(f"{curve['title']}:\n")
@@ -83,12 +85,12 @@ def markdown(settings: Sequence[Mapping[str, Any]], curve: Mapping[str, Any] | N
     return "\n".join([*parts, f"(`{command}`)"])
 
 
-def _markdown_row(name: str, row: Mapping[str, Any], has_memory: bool) -> str:
+def _markdown_row(name: str, row: Mapping[str, Any], has_memory: bool, clock: str) -> str:
     cells = []
     for part in TITLES:
-        low, middle, high = row[part]["ratio"]
+        low, middle, high = row[part][f"{clock}_ratio"]
         if name == "unpatched":
-            seconds = row[part]["seconds"]
+            seconds = row[part][f"{clock}_seconds"]
             cells.append(f"{seconds:.2f} s" if seconds >= 10 else f"{1000 * seconds:.{0 if seconds > 1 else 1}f} ms")
         else:
             cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]")

@@ -55,18 +55,31 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list
         for name, row in setting["variants"].items():
             assert name in printed
             for part in ("prefill", "decode", "end_to_end"):
-                low, middle, high = row[part]["ratio"]
+                low, middle, high = row[part]["wall_ratio"]
                 assert 0 < low <= middle <= high
-                assert len(row[part]["all_seconds"]) == 2
+                assert len(row[part]["all_wall_seconds"]) == 2
         stock = setting["variants"]["unpatched"]
-        assert stock["prefill"]["ratio"] == [1, 1, 1] and stock["memory_ratio"] == 1
-        assert stock["end_to_end"]["seconds"] > stock["prefill"]["seconds"]
+        assert stock["prefill"]["cpu_ratio"] == [1, 1, 1] and stock["memory_ratio"] == 1
+        assert stock["end_to_end"]["wall_seconds"] > stock["prefill"]["wall_seconds"]
         assert setting["variants"]["var"]["edited"] > 0
     assert report["machine"]["torch"] == torch.__version__
 
 
 def test_the_readme_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--device", "cpu", "--model", "tiny", "--image-tokens", "16", "48", "--text-tokens", "12", "--readme"]
+    words = [
+        "--device",
+        "cpu",
+        "--model",
+        "tiny",
+        "--image-tokens",
+        "16",
+        "48",
+        "--text-tokens",
+        "12",
+        "--readme",
+        "--clock",
+        "cpu",
+    ]
     assert bench.main([*words, "--rounds", "1", "--new-tokens", "4"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| | prefill | decode, per token | whole answer |") == 2
