@@ -32,14 +32,14 @@ import torch
 import transformers
 from bench_measure import Timing, bandwidth, measure, peak_memory, rounds, step_bytes, summary
 from bench_models import SHAPES, build, make_inputs
-from bench_report import curve_table, markdown, table
+from bench_report import curve_markdown, curve_table, markdown, table
 from bench_variants import CORE, EAGER, STOCK, dtype_of, edited, everywhere, make, names
 from transformers import PreTrainedModel
 
 import vlmfix
 
 README_AT_2880 = (EAGER, "vhr", "var", "released var")
-CURVE = ((576, 60), (1152, 500), (2880, 60), (2880, 1000))
+CURVE = ((576, 60), (1152, 60), (2880, 60), (2880, 1000))
 """Image and text tokens of the memory curve."""
 CURVE_VARIANTS = ("vhr", "var", "pai", "act, all heads", "mma", EAGER)
 
@@ -98,7 +98,7 @@ def run_setting(
 def memory_curve(device: str, shape: str, points: tuple[tuple[int, int], ...], only: list[str]) -> dict[str, Any]:
     """Measure peak memory beyond the stock model's at growing numbers of tokens, with every layer edited."""
     model = build(shape, device, dtype_of(device))
-    extra: dict[str, list[int | None]] = {name: [] for name in only}
+    extra: dict[str, list[int]] = {name: [] for name in only}
     for image_tokens, text_tokens in points:
         _progress("memory")(f"{image_tokens} + {text_tokens} tokens")
         inputs = make_inputs(model, image_tokens, text_tokens, 1)
@@ -175,7 +175,28 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings, shape, model = [], None, None
+    is_markdown = args.readme or args.markdown
+    machine = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": "python scripts/bench.py " + shlex.join(sys.argv[1:] if argv is None else argv),
+    }
+    report: dict[str, Any] = {"machine": machine, "settings": [], "memory_curve": None}
+    print(
+        "{device}, {threads} CPU thread(s), torch {torch}, transformers {transformers} (`{command}`)\n".format(
+            **machine
+        )
+    )
+
+    def add(text: str) -> None:
+        """Print and keep what is known so far: a run may be cut short."""
+        print(f"\n{text}" if sys.stderr.isatty() else text, end="\n\n", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=2))
+
+    shape, model = None, None
     for setting in plan(args):
         if setting["shape"] != shape:
             model = None  # two models may not fit
@@ -187,31 +208,16 @@ def main(argv: list[str] | None = None) -> int:
         chosen = names(model, setting.pop("only"))
         del setting["shape"]
         setting["memory"] = setting.get("memory", True) and not args.no_memory
-        settings.append(run_setting(model, label=label, chosen=chosen, **setting))
-        if not args.readme and not args.markdown:
-            print(table(settings[-1]) + "\n", flush=True)
-    curve = None
+        done = run_setting(model, label=label, chosen=chosen, **setting)
+        report["settings"].append(done)
+        add(markdown(done, args.clock) if is_markdown else table(done))
+    model = None
     if not args.no_memory and not args.quick:
         shape = "163m-2-layers" if args.device == "cpu" else "llava-1.5-7b"
         is_tiny = all(name.startswith("tiny") for name in args.model)
         shape, points = ("tiny", ((16, 20), (64, 40))) if is_tiny else (shape, CURVE)
-        curve = memory_curve(args.device, shape, points, list(CURVE_VARIANTS))
-    command = "python scripts/bench.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    machine = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "command": command,
-    }
-    print(f"{machine['device']}, {machine['threads']} CPU thread(s), torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, {settings[0]['rounds']} rounds\n")  # fmt: skip
-    if args.readme or args.markdown:
-        print(markdown(settings, curve, command, args.clock))
-    elif curve is not None:
-        print(curve_table(curve))
-    if args.out:
-        args.out.write_text(json.dumps({"machine": machine, "settings": settings, "memory_curve": curve}, indent=2))
+        report["memory_curve"] = memory_curve(args.device, shape, points, list(CURVE_VARIANTS))
+        add((curve_markdown if is_markdown else curve_table)(report["memory_curve"]))
     return 0
 
 

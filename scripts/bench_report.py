@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,48 +40,29 @@ def table(setting: Mapping[str, Any]) -> str:
 
 
 def curve_table(curve: Mapping[str, Any]) -> str:
-    """Write the memory curve: MiB beyond the stock model, and the power of the tokens by which it grows."""
-    points = curve["tokens"]
-    lines = [curve["title"], f"{'':22}" + "".join(f"{number:>10}" for number in points) + f"{'grows as':>12}"]
+    """Write the memory curve: MiB beyond the stock model."""
+    lines = [curve["title"], f"{'MiB, by tokens':22}" + "".join(f"{number:>10}" for number in curve["tokens"])]
     for name, extra in curve["extra_bytes"].items():
-        cells = "".join(f"{'-' if value is None else f'{value / 2**20:.1f}':>10}" for value in extra)
-        power = growth(points, extra)
-        lines.append(f"{name:22}{cells}" + ("" if power is None else f"{f'n^{power:.1f}':>12}"))
+        lines.append(f"{name:22}" + "".join(f"{value / 2**20:>10.1f}" for value in extra))
     return "\n".join(lines)
 
 
-def growth(points: Sequence[int], extra: Sequence[float | None]) -> float | None:
-    """Return the power of the tokens by which memory grows between the first and the last point that was measured."""
-    known = [(tokens, value) for tokens, value in zip(points, extra, strict=True) if value is not None and value > 0]
-    if len(known) < 2:
-        return None
-    (few, low), *_, (many, high) = known
-    return math.log(high / low) / math.log(many / few)
+def markdown(setting: Mapping[str, Any], clock: str = "wall") -> str:
+    """Write one setting for the README, by the clock on the ``wall`` or the processor's (``cpu``)."""
+    has_memory = any("peak_bytes" in row for row in setting["variants"].values())
+    lines = [f"{setting['title']}, {setting['rounds']} rounds, answers of {setting['new_tokens']} tokens:\n"]
+    lines.append("| | prefill | decode, per token | whole answer |" + (" peak memory |" if has_memory else ""))
+    lines.append("|---|--:|--:|--:|" + ("--:|" if has_memory else ""))
+    return "\n".join(lines + [_markdown_row(name, row, has_memory, clock) for name, row in setting["variants"].items()])
 
 
-def markdown(
-    settings: Sequence[Mapping[str, Any]], curve: Mapping[str, Any] | None, command: str, clock: str = "wall"
-) -> str:
-    """Write the tables of the README, by the clock on the ``wall`` or the processor's (``cpu``)."""
-    parts = []
-    for setting in settings:
-        has_memory = any("peak_bytes" in row for row in setting["variants"].values())
-        parts.append(f"{setting['title']}:\n")
-        parts.append("| | prefill | decode, per token | whole answer |" + (" peak memory |" if has_memory else ""))
-        parts.append("|---|--:|--:|--:|" + ("--:|" if has_memory else ""))
-        for name, row in setting["variants"].items():
-            parts.append(_markdown_row(name, row, has_memory, clock))
-        parts.append("")
-    if curve is not None:
-        parts.append(f"{curve['title']}:\n")
-        parts.append("| tokens | " + " | ".join(map(str, curve["tokens"])) + " | grows as |")
-        parts.append("|---|" + "--:|" * (len(curve["tokens"]) + 1))
-        for name, extra in curve["extra_bytes"].items():
-            cells = " | ".join("" if value is None else f"{value / 2**20:.1f} MiB" for value in extra)
-            power = growth(curve["tokens"], extra)
-            parts.append(f"| {_code(name)} | {cells} | " + ("|" if power is None else f"n^{power:.1f} |"))
-        parts.append("")
-    return "\n".join([*parts, f"(`{command}`)"])
+def curve_markdown(curve: Mapping[str, Any]) -> str:
+    """Write the memory curve for the README."""
+    lines = [f"{curve['title']}:\n", "| tokens | " + " | ".join(map(str, curve["tokens"])) + " |"]
+    lines.append("|---|" + "--:|" * len(curve["tokens"]))
+    for name, extra in curve["extra_bytes"].items():
+        lines.append(f"| {_code(name)} | " + " | ".join(f"{value / 2**20:.1f} MiB" for value in extra) + " |")
+    return "\n".join(lines)
 
 
 def _markdown_row(name: str, row: Mapping[str, Any], has_memory: bool, clock: str) -> str:
