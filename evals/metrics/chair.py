@@ -70,6 +70,7 @@ class ChairMatcher:
         self._words = make_words(self.mode, self.tokenizer)
         self._objects = objects_by_word()
         self._doubles = double_words()
+        self._first_words = frozenset(pair.split(" ", 1)[0] for pair in self._doubles)
 
     @property
     def exact_tokens(self) -> bool:
@@ -121,8 +122,9 @@ class ChairMatcher:
         tokens: list[str] = []
         starts: list[int] = []
         i = 0
-        while i < len(words):
-            merged = self._doubles.get(f"{words[i]} {words[i + 1]}") if i + 1 < len(words) else None
+        last, first_words = len(words) - 1, self._first_words
+        while i <= last:
+            merged = self._doubles.get(f"{words[i]} {words[i + 1]}") if words[i] in first_words and i < last else None
             tokens.append(words[i] if merged is None else merged)
             starts.append(i)
             i += 1 if merged is None else 2

@@ -145,8 +145,6 @@ class FastTagger:
             One tag per token; None where nothing wanted depends on it.
         """
         needed = self._needed(tokens, wanted)
-        words = [self._word(token) for token in tokens]
-        around = [self._neighbour(normal) for normal in (*_START, *(word[0] for word in words), *_STOP)]
         found: list[str | None] = []
         before: str | None
         earlier: str | None
@@ -157,7 +155,7 @@ class FastTagger:
                 tag = self._fixed.get(token)
                 if not tag:
                     assert before is not None and earlier is not None
-                    tag = self._predict(words[i], before, earlier, around[i : i + 5])
+                    tag = self._predict(tokens, i, before, earlier)
             found.append(tag)
             before, earlier = tag, before
         return found
@@ -170,21 +168,23 @@ class FastTagger:
                 needed[i + 1] = needed[i] = True
         return needed[2:]
 
-    def _predict(
-        self,
-        word: tuple[str, int, int, int],
-        before: str,
-        earlier: str,
-        around: Sequence[tuple[int, int, int, int, int, int]],
-    ) -> str:
-        normal, suffix, first, own = word
+    def _around(self, tokens: Sequence[str], place: int) -> tuple[int, int, int, int, int, int]:
+        """:meth:`_neighbour` of the token at a place, which may lie up to two before the first or behind the last."""
+        if place < 0:
+            return self._neighbour(_START[place])
+        after = place - len(tokens)
+        return self._neighbour(self._word(tokens[place])[0] if after < 0 else _STOP[after])
+
+    def _predict(self, tokens: Sequence[str], place: int, before: str, earlier: str) -> str:
+        normal, suffix, first, own = self._word(tokens[place])
         pair = self._pairs.get((before, normal))
         if pair is None:
             pair = self._pairs[before, normal] = self._row(f"i-1 tag+i word {before} {normal}")
-        left, right = around[1], around[3]
+        left, right = self._around(tokens, place - 1), self._around(tokens, place + 1)
+        further = (self._around(tokens, place - 2)[2], self._around(tokens, place + 2)[5])
         rows = [
             *(self._bias, suffix, first, *self._history(before, earlier), own, pair),
-            *(left[0], left[1], around[0][2], right[3], right[4], around[4][5]),
+            *(left[0], left[1], further[0], right[3], right[4], further[1]),
         ]
         # Over axis 0 numpy adds row by row, as nltk does: the same sums to the last bit.
         return self._tags[int(self._rows[rows].sum(axis=0).argmax())]
