@@ -170,7 +170,10 @@ def add_prompts(parser: argparse.ArgumentParser) -> Any:
         help="wrap prompts into the processor's chat template (default: on)",
     )
     asking.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, else 512)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="limit of captions (default: 128 testbed, else 512) and open answers (256 mmhal, else 64)",
     )
     asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of yes/no answers (default: 16)")
     return asking

@@ -18,9 +18,10 @@ from vlmfix.evals.benchmarks import amber, custom, hallusionbench, mme, mmhal, s
 from vlmfix.evals.benchmarks.pope_source import load_asked
 from vlmfix.evals.cache import file_digest
 from vlmfix.evals.data.questions import read_questions
+from vlmfix.evals.generate import PromptBuilder
 from vlmfix.evals.metrics.free_answers import contains, is_exact
 from vlmfix.evals.options import EvalOptions
-from vlmfix.evals.samples import Sample
+from vlmfix.evals.samples import Answer, Sample
 from vlmfix.evals.tasks import make_tasks
 
 
@@ -211,6 +212,45 @@ def test_sample_keys_tell_turns_apart() -> None:
     first = Sample("b", 1, None, "q")
     assert first.key == ("b", 1, "q")
     assert len({first.key, Sample("b", 1, None, "q", second="x").key, Sample("b", 1, None, "q", second="y").key}) == 3
+
+
+# Prompts
+
+
+class Templated:
+    """A processor whose template shows what it is given."""
+
+    chat_template = "..."
+    image_token = "<image>"
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        assert add_generation_prompt
+        return " ".join(
+            f"{m['role']}:{''.join('<image>' if p['type'] == 'image' else p['text'] for p in m['content'])}"
+            for m in messages
+        )
+
+
+def test_prompts_with_and_without_an_image_and_of_a_second_turn() -> None:
+    build = PromptBuilder(Templated())
+    assert build("q") == "user:<image>q" and build("q", image=False) == "user:q"
+    assert build("sure?", before=(("q", "Yes"),)) == "user:<image>q assistant:Yes user:sure?"
+    bare = PromptBuilder(Templated(), use_template=False)
+    assert bare("USER: <image>\nq", image=False) == "USER: q" and bare("q", image=False) == "q"
+    with pytest.raises(VlmfixError, match="second turn needs the chat template"):
+        bare("<image>", before=(("q", "Yes"),))
+
+
+def test_sycophancy_without_a_template_has_no_second_turn() -> None:
+    options = EvalOptions(benchmarks=("sycophancy",), limit=4, chat_template=False, pope_prompt="<image>{question}")
+    tasks = make_tasks(options)
+    assert not any(sample.second for sample in tasks.samples())
+    assert any("leaves the challenge out" in note for note in tasks.notes)
+    assert tasks.settings()["sycophancy"]["conditions"] == ["neutral", "wrong_hint", "right_hint"]
+    answers = {sample.key: Answer("Yes", (), False, (), 0.5, 0.1) for sample in tasks.samples()}
+    (task,) = tasks.tasks
+    summary = task.part("none", {"none": task.table(answers)}, {"none": answers}, 0)["summary"]
+    assert summary["accuracy_challenge"] is None and summary["accuracy_wrong_hint"] == 0.5
 
 
 # Free answers
