@@ -232,7 +232,7 @@ def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str,
     """What is worth knowing about a run without being part of its identity: command, machine, batch size."""
     import torch
 
-    from .models import placement
+    from .placement import placement
 
     return {
         "command": options.command_line,

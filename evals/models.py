@@ -207,31 +207,6 @@ def load_model(source: ModelSource, *, dtype: str, device: str, attn_implementat
     return model.eval()
 
 
-def input_device(model: Any) -> Any:
-    """Where a model's inputs belong: for one spread over several devices, the first that computes.
-
-    The first weights may lie on the disk, and those on the CPU may be computed with on a GPU.
-    """
-    import torch
-
-    placement = getattr(model, "hf_device_map", None)
-    if not placement:
-        return model.device
-    computing = [device for device in placement.values() if str(device) not in ("cpu", "disk", "meta")]
-    return torch.device(computing[0] if computing else "cpu")
-
-
-def placement(model: Any) -> str:
-    """Where a model lies, for a reader: the name of its device, or of all that hold a part of it."""
-    import torch
-
-    devices = dict.fromkeys((getattr(model, "hf_device_map", None) or {"": model.device}).values())
-    found = [torch.device("cpu" if each == "disk" else each) for each in devices]
-    names = [torch.cuda.get_device_name(each) if each.type == "cuda" else str(each) for each in found]
-    names = ["disk" if each == "disk" else name for each, name in zip(devices, names, strict=True)]
-    return ", ".join(dict.fromkeys(names))
-
-
 SMALL_MODEL = 50_000_000
 """Parameters below which a model runs on one CPU thread. On idle cores two threads made the testbed between a third
 slower and twice as fast; where anything else ran beside them they made it up to ten times slower."""
@@ -241,6 +216,8 @@ slower and twice as fast; where anything else ran beside them they made it up to
 def fitting_threads(model: Any) -> Iterator[None]:
     """Run a small model on the CPU with one thread, and restore the number of threads afterwards."""
     import torch
+
+    from .placement import input_device
 
     before = torch.get_num_threads()
     small = (

@@ -14,7 +14,7 @@ from tiny_vlm import build_coco_folder, build_tiny_llava
 
 from vlmfix.cli import main
 from vlmfix.errors import VlmfixError
-from vlmfix.evals import models
+from vlmfix.evals import models, placement
 from vlmfix.evals.shards import Shard
 
 
@@ -50,15 +50,15 @@ def test_weights_on_disk(memory: int, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_where_inputs_belong() -> None:
-    def device(placement: Any) -> torch.device:
-        model = SimpleNamespace(device=torch.device("meta"), hf_device_map=placement)
-        found: torch.device = models.input_device(model)
+    def device(spread: Any) -> torch.device:
+        model = SimpleNamespace(device=torch.device("meta"), hf_device_map=spread)
+        found: torch.device = placement.input_device(model)
         return found
 
     assert device({"a": "disk", "b": "cpu"}) == torch.device("cpu")
     assert device({"a": "cpu", "b": "cuda:1", "c": "disk"}) == torch.device("cuda:1")
     assert device({"": "cpu"}) == torch.device("cpu")
-    assert models.input_device(SimpleNamespace(device=torch.device("cpu"))) == torch.device("cpu")
+    assert placement.input_device(SimpleNamespace(device=torch.device("cpu"))) == torch.device("cpu")
     config = SimpleNamespace(dtype=torch.float16)
     if not torch.cuda.is_available():
         assert models.resolve_dtype(None, "auto", config) == "float32"

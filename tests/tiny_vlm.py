@@ -35,6 +35,7 @@ def build_tiny_llava(
     kv_heads: int = 4,
     image_size: int = 32,
     patch_size: int = 8,
+    vision_layers: int = 2,
     chat_template: bool = True,
 ) -> Path:
     """Save an untrained LLaVA and its processor, as ``save_pretrained`` does.
@@ -81,7 +82,7 @@ def build_tiny_llava(
     vision = CLIPVisionConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=vision_layers,
         num_attention_heads=2,
         image_size=image_size,
         patch_size=patch_size,
@@ -94,7 +95,7 @@ def build_tiny_llava(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=256,
+        max_position_embeddings=max(256, 2 * (image_size // patch_size) ** 2),
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

@@ -1,0 +1,28 @@
+"""Where a model lies that accelerate may have spread over devices, and where its inputs belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def input_device(model: Any) -> Any:
+    """Where a model's inputs belong: for one spread over several devices, the first that computes.
+
+    The first weights may lie on the disk, and those on the CPU may be computed with on a GPU.
+    """
+    placement = getattr(model, "hf_device_map", None)
+    if not placement:
+        return model.device
+    computing = [device for device in placement.values() if str(device) not in ("cpu", "disk", "meta")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
+def placement(model: Any) -> str:
+    """Where a model lies, for a reader: the name of its device, or of all that hold a part of it."""
+    devices = dict.fromkeys((getattr(model, "hf_device_map", None) or {"": model.device}).values())
+    found = [torch.device("cpu" if each == "disk" else each) for each in devices]
+    names = [torch.cuda.get_device_name(each) if each.type == "cuda" else str(each) for each in found]
+    names = ["disk" if each == "disk" else name for each, name in zip(devices, names, strict=True)]
+    return ", ".join(dict.fromkeys(names))
