@@ -8,6 +8,7 @@ from typing import Any
 
 import vlmfix
 
+from .answer_plan import AnswerPlan
 from .batches import Answerer, EncodedBatch
 from .cache import AnswerLog
 from .config import MethodSpec, runtime_info
@@ -15,7 +16,7 @@ from .data.coco import load_image
 from .features import ImageFeatures
 from .generate import Generator
 from .models import fitting_threads, load_model
-from .planning import AnswerPlan, EvalRun, write_config
+from .planning import EvalRun, write_config
 from .progress import Progress
 from .samples import Answer, Sample
 from .shards import Elsewhere, Shard

@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmfix.errors import VlmfixError
 
+from .answer_plan import AnswerPlan, halved_batches
 from .answering import generate_answers
 from .benchmarks.base import safe_name
 from .cache import AnswerLog, digest, read_records, remove_unfinished, write_json, write_text
@@ -16,7 +17,7 @@ from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
 from .counts import COUNTS, write_counts
 from .page import html_report
-from .planning import ANSWERS, AnswerPlan, EvalRun, as_it_was, check_folder, halved_batches, plan_run, write_config
+from .planning import ANSWERS, EvalRun, as_it_was, check_folder, plan_run, write_config
 from .power import planned_lines
 from .report import markdown_report, text_report
 from .samples import Answers

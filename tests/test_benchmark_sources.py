@@ -13,7 +13,7 @@ import pytest
 from tiny_vlm import write_lines
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.evals import planning
+from vlmfix.evals import answer_plan, planning
 from vlmfix.evals.benchmarks import amber, custom, hallusionbench, mme, mmhal, source
 from vlmfix.evals.benchmarks.pope_source import load_asked
 from vlmfix.evals.cache import file_digest
@@ -186,7 +186,7 @@ def test_image_numbers_do_not_depend_on_what_else_is_asked() -> None:
 def test_a_second_turn_is_in_the_batch_of_its_first(tmp_path: Path) -> None:
     """So that the process that owns the batch needs no other's answers."""
     words: dict[str, Any] = {"benchmarks": ("sycophancy",), "limit": 3, "batch_size": 4, "out": tmp_path}
-    plan = planning.AnswerPlan(planning.plan_run(EvalOptions(methods=("none",), **words)))
+    plan = answer_plan.AnswerPlan(planning.plan_run(EvalOptions(methods=("none",), **words)))
     seen = 0
     for batch in plan.batches:
         firsts = {sample for sample in batch if sample.second is None}
@@ -204,7 +204,7 @@ def test_a_second_turn_is_in_the_batch_of_its_first(tmp_path: Path) -> None:
 def test_samples_without_an_image_have_batches_of_their_own(tmp_path: Path) -> None:
     folder = benchmark_data.custom(tmp_path / "custom")
     options = EvalOptions(benchmarks=("custom",), benchmark_data=(f"custom={folder}",), methods=("none",), out=tmp_path)
-    for batch in planning.AnswerPlan(planning.plan_run(options)).batches:
+    for batch in answer_plan.AnswerPlan(planning.plan_run(options)).batches:
         assert len({sample.path is None for sample in batch}) == 1
 
 

@@ -24,6 +24,7 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import (
+    answer_plan,
     answering,
     auc,
     cache,
@@ -644,7 +645,7 @@ def test_key_depends_on_everything_that_decides_an_answer(home: Path, tmp_path: 
         }
         run = planning.plan_run(config.EvalOptions(**{**fixed, **changed}))
         sample = next(s for s in run.tasks.samples() if s.image_id == 10)
-        return planning.AnswerPlan(run).key(run.methods[1], sample)
+        return answer_plan.AnswerPlan(run).key(run.methods[1], sample)
 
     stock = key()
     assert key(batch_size=1, limit=1, seed=3, ids=_ids(tmp_path), methods=("vhr",)) == stock

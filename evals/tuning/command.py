@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_names
 
+from ..answer_plan import AnswerPlan
 from ..answering import generate_answers
 from ..cache import AnswerLog, write_json
 from ..config import EvalOptions, method_specs, parse_settings
 from ..models import load_model
-from ..planning import ANSWERS, RUNS, AnswerPlan, EvalRun, check_folder, plan_run, with_methods, write_config
+from ..planning import ANSWERS, RUNS, EvalRun, check_folder, plan_run, with_methods, write_config
 from ..runner import evaluate
 from ..scoring import score_run
 from ..shards import Shard
