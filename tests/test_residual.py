@@ -378,6 +378,8 @@ def test_decoding_without_a_cache_is_refused(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="use_cache"):
         generate(tiny, ONE, 2, use_cache=False)
+    one, two = forward(tiny, ONE).logits, forward(tiny, ONE, use_cache=False).logits
+    assert torch.equal(one, two)  # a prompt alone may be scored
 
 
 @METHODS
@@ -398,6 +400,52 @@ def test_a_method_survives_json(method: Any) -> None:
     from vlmfix.recipes import method_from_dict
 
     assert method_from_dict(method.to_dict()) == method
+
+
+@METHODS
+@pytest.mark.parametrize("order", ["patched first", "offloaded first"])
+def test_weights_that_come_to_the_device_layer_by_layer(tiny: Any, method: Any, order: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    inputs = collate(RAGGED)
+    stock = generate(tiny, inputs, 3)[1]
+    vlmfix.patch(tiny, method)
+    expected = generate(tiny, inputs, 3)[1]
+    if order == "offloaded first":
+        vlmfix.unpatch(tiny)
+    accelerate.cpu_offload(tiny, execution_device="cpu")
+    if order == "offloaded first":
+        vlmfix.patch(tiny, method)
+    assert torch.equal(generate(tiny, inputs, 3)[1], expected)
+    vlmfix.unpatch(tiny)
+    assert torch.equal(generate(tiny, inputs, 3)[1], stock)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@METHODS
+def test_a_gpu_agrees_with_the_cpu(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    expected = generate(tiny, collate(RAGGED), 4)[1]
+    inputs = {name: value.cuda() for name, value in collate(RAGGED).items()}
+    torch.testing.assert_close(generate(tiny.cuda(), inputs, 4)[1].cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@METHODS
+def test_adapters_before_and_after(tiny: Any, method: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, lora_alpha=8, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(copy.deepcopy(tiny), config)
+    vlmfix.patch(wrapped, method)
+    first = generate(wrapped, ONE, 3)[1]
+    vlmfix.patch(tiny, method)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        second = generate(peft.get_peft_model(tiny, config), ONE, 3)[1]
+    assert torch.equal(first, second)
+    vlmfix.unpatch(wrapped)
+    assert (generate(wrapped, ONE, 3)[1] - first).abs().max() > 0.05
 
 
 # torch.compile.

@@ -121,7 +121,7 @@ def test_half_precision_scores_do_not_overflow(build: Any, strength: int) -> Non
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("chunk", [None, 3000], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["act", "cmai", "eah", "pai", "vaf", "var", "vhr", "vhr edited"])
+@pytest.mark.parametrize("name", ["act", "cmai", "eah", "iri", "pai", "vaf", "var", "vhr", "vhr edited", "vista"])
 def test_gradients_are_the_same_under_checkpointing(
     tiny: Any, name: str, reentrant: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

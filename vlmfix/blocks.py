@@ -41,12 +41,14 @@ class ResidualBlocks:
     Attributes:
         layer_idx: The layer's index.
         decoder_layer: The layer.
+        mixer: Its token mixer, which takes the keyword arguments of the layer.
         attention: The module whose output is what the token mixer adds; a tensor, or a tuple that begins with it.
         mlp: The same of the MLP. OPT's and Llama 4's come flat, ``[batch * q_len, hidden_size]``.
     """
 
     layer_idx: int
     decoder_layer: nn.Module
+    mixer: nn.Module
     attention: nn.Module
     mlp: nn.Module
 
@@ -89,7 +91,7 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
         attention = parts.get("post_attention_layernorm", attention)
     attention = parts.get("post_self_attn_layernorm", attention)  # GLM-4
     mlp = parts.get("post_mlp_layernorm", mlp)
-    return ResidualBlocks(index, layer, attention, mlp)
+    return ResidualBlocks(index, layer, parts[mixers[0]], attention, mlp)
 
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")

@@ -107,8 +107,10 @@ class EarlyHead:
         if normed:
             assert self._norm is not None
             states = self._norm(states)
-        weight = next(self._head.parameters())
-        logits: torch.Tensor = self._head(states.to(weight.device)).float()
+        device = next(self._head.parameters()).device
+        if device.type != "meta":  # offloaded: accelerate's own hook moves the states
+            states = states.to(device)
+        logits: torch.Tensor = self._head(states).float()
         logits = logits * (self._scale or 1) / (self._divisor or 1)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap

@@ -210,7 +210,7 @@ class Patch:
         self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int
     ) -> Run:
         past, state = self._continued(cache, state)
-        if self._needs_cache and cache is None and inputs.get("use_cache") is False:
+        if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
             raise UnsupportedFeatureError(
                 f"{self._needs_cache[0]} edits a prompt otherwise than the tokens generated behind it, and without a "
                 "cache every new token makes all of them a prompt. Leave use_cache on."
@@ -237,6 +237,12 @@ class Patch:
         if cache is not None:
             self._keep(cache, run.state)
         return run
+
+    def _is_step_without_cache(self, inputs: dict[str, Any]) -> bool:
+        """Whether a forward is one of ``generate`` without a cache, which asks for few logits where it can."""
+        takes = self._parameters[type(self.anatomy.language_model)]
+        few = inputs.get("logits_to_keep") is not None or "logits_to_keep" not in takes
+        return few and inputs.get("use_cache") is False
 
     def _begin_answer(self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
         """Start a forward of an encoder-decoder model: every token of its decoder counts as generated."""

@@ -104,6 +104,8 @@ class BlockHooks:
         """Register the hooks and return their handles."""
         layer = self.blocks.decoder_layer
         handles: list[Any] = [layer.register_forward_pre_hook(self.before, with_kwargs=True)]
+        if self.methods:
+            handles.append(self.blocks.mixer.register_forward_pre_hook(self.before_mixer, with_kwargs=True))
         edits: dict[BlockKind, Callable[..., Any]] = {"attention": self.after_attention, "mlp": self.after_mlp}
         for kind, hook in edits.items():
             if any(kind in method.edits_blocks for _, method in self.methods):
@@ -120,6 +122,14 @@ class BlockHooks:
                 "model's own forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
                 "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
             )
+        self._lay_down(run)
+
+    def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Lay it down again: checkpointing computes what is inside a layer a second time, without the layer's hooks."""
+        if torch.is_grad_enabled() and RUN_KWARG in kwargs:
+            self._lay_down(own_run(kwargs[RUN_KWARG]))
+
+    def _lay_down(self, run: Any) -> None:
         is_edited = isinstance(run, Run) and run.state.any_image
         if torch.compiler.is_compiling():  # one thread at a time traces, and compiled code keeps nothing
             self._traced = run if is_edited else None
