@@ -197,6 +197,14 @@ def test_amber_file_gives_the_same_counts(
         found = rescored(tmp_path, "amber", file, "--data", data["amber"] / "data")
         assert found["counts"] == method["amber"]["counts"]
         official = dict(found["figures"]["Descriminative Task"])
+        lines = answers(finished).values()
+        said = [
+            a["text"] for a in lines if a["benchmark"] == "amber" and a["method"] == method["label"] and "score" in a
+        ]
+        assert {text.lower() for text in said} <= {"yes", "no"}, "so that the first token decides both readings"
+        by_logits = method["amber"]["breakdown"]["all questions, by logits"]
+        for name in ("Accuracy", "Precision", "Recall", "F1"):
+            assert by_logits[name] == pytest.approx(official[name], abs=0.15)
         pairs = [("accuracy", official["Accuracy"]), ("f1", official["F1"])]
         if described:
             names = {"CHAIR": "chair", "Cover": "cover", "Hal": "hal", "Cog": "cog"}

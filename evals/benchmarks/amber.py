@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,10 +152,17 @@ class AmberTask(ScoredTask):
             image_ids=np.asarray([image_number(self.name, q.image) for q in asked], dtype=np.int64),
             splits=tuple(q.item.task for q in asked),
             items=tuple(str(i) for i in ids),
-            columns=_columns(native),
+            columns={**_columns(native), "margin": self._margins(native, answers)},
             benchmark=self.name,
             native=native,
         )
+
+    def _margins(self, native: AmberTable, answers: Answers) -> NDArray[np.float64]:
+        """Logit of yes minus that of no at the first token of every answer; NaN where it was not recorded."""
+        found = {q.item.id: answers[_sample(q, self.prompt, self.max_new_tokens).key].score for q in self.queries}
+        given = [found[i] for i in native.question_ids.tolist()]
+        scores = [np.nan if score is None else score for score in given]
+        return np.asarray([*[np.nan] * len(native.caption_ids), *scores], dtype=np.float64)
 
     def about(self, table: Scored | None) -> str:
         """Items, images, similarity and how answers are read."""
@@ -172,10 +180,17 @@ class AmberTask(ScoredTask):
         return native.counts()
 
     def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
-        """Per dimension, as the official script prints: percentages with one decimal."""
+        """Per dimension, as the official script prints: percentages with one decimal.
+
+        The last row answers every question by the larger one of the logits of Yes and No, as AMBER's authors do.
+        """
         shown = {"Descriminative Task": "all questions", "Exsitence": "Existence"}
         figures: Mapping[str, Mapping[str, float]] = table.native.figures()
-        return {shown.get(k, k): dict(v) for k, v in figures.items() if k != "Generative Task"}
+        found = {shown.get(k, k): dict(v) for k, v in figures.items() if k != "Generative Task"}
+        asked = np.flatnonzero(table.questions)
+        if len(asked) and np.isfinite(table.margin[asked]).all():
+            found["all questions, by logits"] = _figures(table.margin[asked] <= 0, ~table.label[asked])
+        return found
 
     def questions(self, table: Scored) -> NDArray[np.int64]:
         """The rows that are not descriptions."""
@@ -193,6 +208,17 @@ def _sample(query: AmberQuery, prompt: str, limits: tuple[int, int]) -> Sample:
     if query.item.task == "generative":
         return Sample("amber", number, query.path, query.text, limits[0], "text")
     return Sample("amber", number, query.path, prompt.replace("{question}", query.text), limits[1])
+
+
+def _figures(answered_no: NDArray[np.bool_], truth_no: NDArray[np.bool_]) -> dict[str, float]:
+    """Percentages, the positive class being no."""
+    right = int((answered_no & truth_no).sum())
+    return {
+        "Accuracy": 100 * float((answered_no == truth_no).mean()),
+        "Precision": 100 * right / int(answered_no.sum()) if answered_no.any() else math.nan,
+        "Recall": 100 * right / int(truth_no.sum()) if truth_no.any() else math.nan,
+        "F1": 200 * right / both if (both := int(answered_no.sum()) + int(truth_no.sum())) else math.nan,
+    }
 
 
 def _columns(native: AmberTable) -> dict[str, NDArray[Any]]:
