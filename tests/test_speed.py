@@ -98,6 +98,40 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(model: Any, name: str, mo
     assert largest[320] < 360 * 360
 
 
+@pytest.mark.parametrize("name", ["none", "vhr", "var", "pai", "spin", "act"])
+def test_compiled_steps_write_only_to_fixed_addresses(model: Any, name: str) -> None:
+    """Else they would not be turned into CUDA graphs."""
+    from transformers import StaticCache
+
+    loose: list[torch.Size] = []
+    calls: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            before = [each._version for each in tensors]
+            results = graph(*args)
+            written = [each for each, version in zip(tensors, before, strict=True) if each._version != version]
+            loose.extend(each.shape for each in written if not hasattr(each, "_dynamo_static_input_type"))
+            calls.append(len(written))
+            return results
+
+        return run
+
+    torch._dynamo.reset()
+    copy = bench_variants.make(model, name, 16)
+    inputs = bench_models.make_inputs(copy, 16, 12, 1)
+    cache = StaticCache(config=copy.config.text_config, max_cache_len=40)
+    with torch.no_grad():
+        copy(**inputs, past_key_values=cache, use_cache=True)
+        step = torch.compile(copy, backend=backend, fullgraph=True)
+        for token in (40, 41, 42):
+            ids = torch.tensor([[token]])
+            step(input_ids=ids, past_key_values=cache, use_cache=True, position_ids=torch.tensor([[token - 12]]))
+    assert len(calls) >= 3 and max(calls) > 0
+    assert not loose
+
+
 @pytest.fixture
 def text_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many texts the attention of an image-free pass saw."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,11 @@ class Counters:
         if device not in self._totals:
             with torch.inference_mode(False):
                 self._totals[device] = torch.zeros(self._size, dtype=torch.int64, device=device)
-        return self._totals[device]
+        totals = self._totals[device]
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # CUDA graphs write to fixed addresses, and are given up where an input is written to that has none.
+            torch._dynamo.mark_static_address(totals)
+        return totals
 
     def read(self) -> tuple[int, int, int, tuple[int, ...]]:
         """Prompts, prompts without an image, decode steps, and edited (sample, head, row) triples per method.
