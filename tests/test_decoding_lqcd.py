@@ -99,8 +99,8 @@ def test_without_strength_a_leading_question_is_answered_as_its_neutral_form(spo
     leading = logits_of(model, encoded(processor, HINTED))
     assert (leading - expected).abs().max() > 0.05
     vlmfix.patch(model, "lqcd", alpha=0.0, beta=0.0, patterns=RULES)
-    torch.testing.assert_close(logits_of(model, encoded(processor, HINTED)), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits_of(model, encoded(processor, QUESTION)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, encoded(processor, HINTED)), expected, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(logits_of(model, encoded(processor, QUESTION)), expected, atol=5e-5, rtol=1e-5)
     vlmfix.patch(model, "lqcd", alpha=0.0, beta=0.0, neutralise=False, patterns=RULES)
     assert torch.equal(logits_of(model, encoded(processor, HINTED)), leading)
 
@@ -111,8 +111,8 @@ def test_a_leading_question_and_its_neutral_form_with_that_hint_are_contrasted_a
     plain, leading = (logits_of(model, encoded(processor, text))[:, 0] for text in (QUESTION, HINTED))
     vlmfix.patch(model, "lqcd", beta=0.0, alpha=0.7, hint=HINT, patterns=RULES)
     asked = [logits_of(model, encoded(processor, text)) for text in (QUESTION, HINTED)]
-    torch.testing.assert_close(asked[0][:, 0], 1.7 * plain - 0.7 * leading, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(asked[0], asked[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(asked[0][:, 0], 1.7 * plain - 0.7 * leading, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(asked[0], asked[1], atol=5e-5, rtol=1e-5)
     together = logits_of(model, encoded(processor, HINTED, "describe this picture .", QUESTION))
     torch.testing.assert_close(together[0], asked[0][0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[2], asked[0][0], atol=1e-5, rtol=1e-5)

@@ -31,6 +31,17 @@ def with_new_layers(cache: Any) -> Any:
     return copied
 
 
+def emptied(cache: Any) -> Any:
+    """Return an empty cache of the same kind as a plain one."""
+    empty = with_new_layers(cache)
+    for layer in empty.layers:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = 0
+    return empty
+
+
 def length_of_layer(layer: Any, length: int) -> int:
     """How many keys a layer holds of a sequence of ``length`` tokens."""
     return length if type(layer) is DynamicLayer else min(length, int(layer.sliding_window) - 1)

@@ -91,7 +91,10 @@ def _patches_per_image(arguments: Mapping[str, Any], modality: str) -> list[int]
 def each_image(
     images: torch.Tensor, per_image: Sequence[int] | None, make: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Apply ``make`` to every image: ``[channels, height, width]`` or its patches ``[patches, size]``."""
+    """Apply ``make`` to every image: ``[channels, height, width]`` or its patches ``[patches, size]``.
+
+    An image of zeros stays: it fills up a row of fewer images or crops than others, and some models tell it by that.
+    """
     if per_image is not None and images.dim() == 2:
         ends = torch.tensor(per_image).cumsum(0)[:-1]
         return torch.cat([make(part) for part in images.tensor_split(ends)])
@@ -99,4 +102,4 @@ def each_image(
     if images.dim() <= unit:
         return make(images)
     units = images.reshape(-1, *images.shape[-unit:])
-    return torch.stack([make(part) for part in units]).reshape(images.shape)
+    return torch.stack([make(part) if bool(part.any()) else part for part in units]).reshape(images.shape)

@@ -173,8 +173,8 @@ class Search:
             )
         if getattr(config, "prefill_chunk_size", None) is not None or not hasattr(self.model, "_prefill"):
             raise UnsupportedFeatureError(
-                "opera reads a prompt in one forward, with transformers 5. Leave prefill_chunk_size unset; else "
-                "pip install -U transformers."
+                "opera reads a prompt in one forward, by a step of generate that older versions do not have. Leave "
+                "prefill_chunk_size unset, and install the latest: pip install -U transformers."
             )
         if not is_plain(cache):
             raise UnsupportedFeatureError(

@@ -14,6 +14,8 @@ from vlmfix.decoding.base import Contrast
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.space import Range, Space
 
+NEXT_TO_ZERO = 1e-6
+"""Zeros themselves are what some models take for padding."""
 STAND_INS = ("mean", "blank", "blurred")
 
 
@@ -57,7 +59,7 @@ class IFG(Contrast):
             UnsupportedFeatureError: Flattened patches cannot be blurred.
         """
         if self.stand_in == "blank":
-            return torch.zeros_like(images)
+            return each_image(images, per_image, lambda image: torch.full_like(image, NEXT_TO_ZERO))
         if self.stand_in == "mean":
             return each_image(images, per_image, _mean)
         if images.dim() < 4:

@@ -107,7 +107,7 @@ class LQCD(Contrast):
             if not where:
                 raise OSError("the model does not say where it was loaded from")
             return AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MethodError(
                 f"lqcd reads the words of the question and finds no tokenizer for them ({reason}). Name it: "
