@@ -209,7 +209,8 @@ def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, inde
         return states
     after = after.to(states.dtype)
     if rows.mask is None:
-        run.edited[index].append(torch.ones_like(before[..., 0], dtype=torch.int64).sum())
+        count = before.shape[0] * before.shape[1]
+        run.edited[index].append(torch.full((), count, dtype=torch.int64, device=before.device))
     else:
         mask = rows.mask.to(states.device)
         after = torch.where(mask[..., None], after, before)
