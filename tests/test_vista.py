@@ -52,6 +52,25 @@ def test_the_vector_is_what_the_image_adds(tiny: Any) -> None:
         close(found[layer][0], torch.nn.functional.normalize(one[0, -1] - two[0, -1], dim=0))
 
 
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "glm4v"])
+def test_markers_of_an_image_leave_with_it(name: str) -> None:
+    family = by_name(name)
+    if family.unavailable():
+        pytest.skip(str(family.unavailable()))
+    model, each = family.build(), family.single()
+    vlmfix.patch(model, STEERING)
+    seen: list[list[int]] = []
+    inner = model.model
+    inner.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    generate(model, family.collate([each]), 1)
+    whole, words, again = seen
+    assert words == [token for token in each.ids if token not in family.block]
+    assert whole == again == list(each.ids)
+
+
 def test_the_vector_depends_on_the_prompt_alone(tiny: Any) -> None:
     first = vectors(tiny, STEERING, collate(RAGGED))
     for method in (STEERING, vlmfix.VISTA(lam=0.01), VISTA):

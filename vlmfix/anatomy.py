@@ -23,6 +23,7 @@ tokens is ``"encoder"``, and self-attention over the answer ``"answer"``."""
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
 """What attention modules call the projection of their head outputs."""
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
+_MARKER = re.compile(r"(((low_res_)?image|vision|video)_(start|end)|boi|eoi)_token_(id|index)")
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,12 @@ def _image_token_ids(config: Any) -> Iterator[int]:
             if isinstance(value, int):
                 yield value
     yield from getattr(config, "visual_indicator_token_ids", None) or ()  # Ovis2
+
+
+def image_markers(config: Any) -> tuple[int, ...]:
+    """Return the ids that mark where an image (or video) begins and ends, as far as a model's config names them."""
+    values = (value for name, value in vars(config).items() if _MARKER.fullmatch(name))
+    return tuple(dict.fromkeys(value for value in values if isinstance(value, int)))
 
 
 def _language_model(model: PreTrainedModel) -> PreTrainedModel:

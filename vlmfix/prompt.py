@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmfix.anatomy import image_markers
 from vlmfix.attention import RUN_KWARG
 from vlmfix.residual import StreamRecorder
 from vlmfix.run import SHARED, Run
@@ -35,7 +36,8 @@ class Prompt:
         last_states: Runs the prompt through the stock model: by layer in which a method edits a block, the residual
             stream behind it at each sample's last position, ``[batch, hidden_size]``. Costs a prefill. Earlier turns
             are as the cache holds them.
-        last_states_text_only: The same for the whole conversation without its image tokens. Costs a short prefill.
+        last_states_text_only: The same for the whole conversation without its image tokens and the tokens that mark
+            where images begin and end. Costs a short prefill.
         known: What the method's :meth:`begin` returned for the prompt before in this sequence, or ``None``.
     """
 
@@ -82,7 +84,8 @@ def begin_methods(
 
     def last_states_text_only() -> dict[int, torch.Tensor]:
         recorder = StreamRecorder(lambda states: states[:, -1])
-        run_image_free(anatomy, run.state, inputs, embeds, recorder)
+        markers = image_markers(anatomy.model.config)
+        run_image_free(anatomy, run.state, inputs, embeds, recorder, without=markers)
         return recorder.states
 
     for index, method in enumerate(run.state.methods):

@@ -117,7 +117,12 @@ def _with_hidden_states(
 
 
 def text_only_inputs(
-    anatomy: Anatomy, state: SequenceState, inputs: dict[str, Any], embeds: torch.Tensor | None = None
+    anatomy: Anatomy,
+    state: SequenceState,
+    inputs: dict[str, Any],
+    embeds: torch.Tensor | None = None,
+    *,
+    without: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the arguments of a forward over the prompts of a batch without their image tokens.
 
@@ -129,6 +134,7 @@ def text_only_inputs(
         state: The sequences so far, the new prompt included.
         inputs: The arguments of the prompt's forward.
         embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
+        without: Further ids to leave out.
 
     Raises:
         UnsupportedFeatureError: The text is not known, or a prompt has none.
@@ -141,6 +147,8 @@ def text_only_inputs(
             "conversation. Pass input_ids (not inputs_embeds), and start with an empty cache."
         )
     keep = state.valid_mask & ~state.image_mask if anatomy.image_token_ids else state.valid_mask
+    if without and is_known and input_ids is not None:
+        keep = keep & ~torch.isin(input_ids, torch.tensor(without, device=input_ids.device))
     lengths = _lengths(keep)
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
     attention_mask = keep.gather(1, order)
@@ -201,9 +209,11 @@ def run_image_free(
     inputs: dict[str, Any],
     embeds: torch.Tensor | None,
     stand_in: TextOnlyRun | StreamRecorder,
+    *,
+    without: Sequence[int] = (),
 ) -> None:
     """Run the prompts of a batch without their image tokens, see ``text_only_inputs``; ``stand_in`` records."""
-    text = text_only_inputs(anatomy, state, inputs, embeds)
+    text = text_only_inputs(anatomy, state, inputs, embeds, without=without)
     with positions_kept(anatomy):
         anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stand_in})
 
