@@ -16,31 +16,70 @@ class OtherLayout(Exception):
     """Features that are not one row, or one entry, per image."""
 
 
-def positions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Per row, its place among the rows that differ in one of the tensors."""
-    sums = torch.stack([each.flatten(1).sum(1, dtype=torch.float64) for each in tensors], dim=1).tolist()
-    seen: dict[tuple[float, ...], list[int]] = {}  # rows of equal sums, which are few, are compared
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which rows of a batch's tensors belong to which image: one each or, behind one another, its patches.
+
+    Attributes:
+        images: Number of images.
+        patches: Per image, its number of rows in tensors of patches; None where there are none.
+    """
+
+    images: int
+    patches: tuple[int, ...] | None = None
+
+    @classmethod
+    def find(cls, tensors: Sequence[torch.Tensor]) -> Layout | None:
+        """The layout of what a model is asked with; None where it cannot be told.
+
+        Patches are told by a grid, an integer tensor ``[images, 2 or 3]`` whose products say how many an image has.
+        """
+        lengths = {len(each) if each.dim() else 0 for each in tensors}
+        images, most = min(lengths), max(lengths)
+        if len(lengths) == 1:
+            return cls(images) if images else None
+        for each in tensors:
+            if len(lengths) == 2 and each.dim() == 2 and len(each) == images and not each.is_floating_point():
+                patches = tuple(each.prod(-1).tolist())
+                if sum(patches) == most:
+                    return cls(images, patches)
+        return None
+
+    def parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A tensor's rows, image by image."""
+        sizes = [1] * self.images if len(tensor) == self.images else list(self.patches or ())
+        return torch.split(tensor, sizes)
+
+
+def positions_of(tensors: Sequence[torch.Tensor], layout: Layout) -> list[int]:
+    """Per image, its place among the images that differ in one of the tensors."""
+    parts = [layout.parts(each) for each in tensors]
+    sums = torch.stack([torch.stack([part.sum(dtype=torch.float64) for part in each]) for each in parts], dim=1)
+    seen: dict[tuple[float, ...], list[int]] = {}  # images of equal sums, which are few, are compared
     firsts: list[int] = []
     positions = []
-    for row, key in enumerate(map(tuple, sums)):
+    for image, key in enumerate(map(tuple, sums.tolist())):
         for place in seen.setdefault(key, []):
-            if all(torch.equal(each[row], each[firsts[place]]) for each in tensors):
+            if all(torch.equal(each[image], each[firsts[place]]) for each in parts):
                 positions.append(place)
                 break
         else:
             seen[key].append(len(firsts))
             positions.append(len(firsts))
-            firsts.append(row)
+            firsts.append(image)
     return positions
 
 
-def rows_of(values: Any, rows: Sequence[int]) -> Any:
-    """The arguments of some rows only."""
+def rows_of(values: Any, layout: Layout, images: Sequence[int]) -> Any:
+    """The arguments of some images only."""
     if isinstance(values, dict):
-        return {name: rows_of(value, rows) for name, value in values.items()}
+        return {name: rows_of(value, layout, images) for name, value in values.items()}
     if isinstance(values, tuple):
-        return tuple(rows_of(value, rows) for value in values)
-    return values[list(rows)] if isinstance(values, torch.Tensor) else values
+        return tuple(rows_of(value, layout, images) for value in values)
+    if not isinstance(values, torch.Tensor):
+        return values
+    parts = layout.parts(values)
+    return torch.cat([parts[image] for image in images])
 
 
 def without_states(output: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import nn
 
 from vlmfix.anatomy import analyse
 
-from .feature_rows import OtherLayout, picked, positions_of, rows_of, same_bits, tensors_of, without_states
+from .feature_rows import Layout, OtherLayout, picked, positions_of, rows_of, same_bits, tensors_of, without_states
 
 METHOD = "get_image_features"
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
@@ -140,14 +140,17 @@ class ImageFeatures:
         self, stock: Callable[..., Any], args: Any, kwargs: Any, arguments: dict[str, Any], rows: int
     ) -> Kept:
         """The features of a batch, computed from every row, or from the distinct ones."""
-        positions = None if self._shares_rows is False else self._distinct(arguments, rows)
-        if positions is None:
+        found = None if self._shares_rows is False else self._distinct(arguments, rows)
+        if found is None:
             return self._encode(stock, args, kwargs, arguments, None)
+        layout, positions = found
         firsts = [positions.index(i) for i in range(max(positions) + 1)]
         few = functools.partial(
-            self._encode, stock, rows_of(args, firsts), rows_of(kwargs, firsts), arguments, positions
+            self._encode, stock, rows_of(args, layout, firsts), rows_of(kwargs, layout, firsts), arguments, positions
         )
-        sizes = (rows, len(firsts), *(tuple(v.shape[1:]) for v in arguments.values() if isinstance(v, torch.Tensor)))
+        patches = layout.patches and (layout.patches, tuple(layout.patches[first] for first in firsts))
+        shapes = (tuple(value.shape[1:]) for value in arguments.values() if isinstance(value, torch.Tensor))
+        sizes = (rows, len(firsts), patches, *shapes)
         if sizes in self._same_bits:
             kept = few()
             self.saved += (rows - len(firsts)) * kept.seconds
@@ -161,7 +164,7 @@ class ImageFeatures:
         except torch.OutOfMemoryError:
             raise
         except (OtherLayout, RuntimeError, ValueError, IndexError, TypeError):
-            self._shares_rows, self._repeated = False, "encoded again, as features are not one row per image"
+            self._shares_rows, self._repeated = False, "encoded again, as features are not laid out per image"
         if self._shares_rows:
             self._same_bits.add(sizes)
         return every
@@ -178,16 +181,15 @@ class ImageFeatures:
         tensors = [(each, each._version) for each in tensors_of([output, *arguments.values()])]
         return Kept(arguments, positions, seconds, output, tensors)
 
-    def _distinct(self, arguments: dict[str, Any], rows: int) -> list[int] | None:
+    def _distinct(self, arguments: dict[str, Any], rows: int) -> tuple[Layout, list[int]] | None:
         """Per image, its place among the images that differ; None where all differ or cannot be told apart."""
         tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
-        if any(not each.dim() or len(each) != rows for each in tensors) or any(
-            _is_plain_list(value) and len(value) == rows for value in arguments.values()
-        ):
-            self._shares_rows, self._repeated = False, "encoded again, as inputs are not one row per image"
+        layout = Layout.find(tensors)
+        if layout is None or any(_is_plain_list(value) and len(value) == rows for value in arguments.values()):
+            self._shares_rows, self._repeated = False, "encoded again, as inputs are not laid out per image"
             return None
-        positions = positions_of(tensors)
-        return positions if max(positions) + 1 < rows else None
+        positions = positions_of(tensors, layout)
+        return (layout, positions) if max(positions) + 1 < rows else None
 
     def _interference(self) -> list[int]:
         """Per module of the vision part, how many hooks and replaced forwards there are, but for transformers' own."""

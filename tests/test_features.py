@@ -18,6 +18,7 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.evals import models, testbed
+from vlmfix.evals.feature_rows import Layout, positions_of, rows_of
 from vlmfix.evals.features import METHOD, ImageFeatures
 
 REPEATED = [0, 0, 1, 1, 1, 2, 2, 0]
@@ -202,8 +203,26 @@ def test_every_family_is_bitwise_stock(name: str) -> None:
     summary = features.summary()
     if not summary["reused"]:
         assert summary["reason"].startswith(type(model).__name__)
+    elif name in ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "glm4v", "gemma3"):
+        assert summary["repeated_in_batch"] == "encoded once"
     elif not features.looked_inside:  # BLIP-2 and its kin: the patch itself looks at what leaves the projector
         assert features.encoded < features.asked or not features.asked
+
+
+def test_patches_behind_one_another_belong_to_the_images_of_a_grid() -> None:
+    grid = torch.tensor([[1, 2, 2], [1, 1, 2], [1, 2, 2]])
+    patches = torch.arange(20.0).reshape(10, 2)
+    patches[6:] = patches[:4]
+    layout = Layout.find([patches, grid])
+    assert layout == Layout(3, (4, 2, 4))
+    assert positions_of([patches, grid], layout) == [0, 1, 0]
+    few = rows_of({"pixel_values": patches, "grid": grid, "flag": True}, layout, [0, 1])
+    assert torch.equal(few["pixel_values"], patches[:6]) and torch.equal(few["grid"], grid[:2]) and few["flag"]
+    patches[9, 1] += 1
+    assert positions_of([patches, grid], layout) == [0, 1, 2]
+    assert Layout.find([patches, grid[:2]]) is None, "the products do not add up"
+    assert Layout.find([patches, grid.float()]) is None
+    assert Layout.find([patches, torch.rand(10, 3)]) == Layout(10)
 
 
 # Whole runs
