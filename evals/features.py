@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vlmfix.anatomy import analyse
+from vlmfix.attention import RUN_KWARG
 
 from .feature_rows import Layout, OtherLayout, picked, positions_of, rows_of, same_bits, tensors_of, without_states
 
@@ -116,7 +117,9 @@ class ImageFeatures:
         return {"reused": True, "repeated_in_batch": self._repeated, **counts}
 
     def _features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+        # Some models hand on what a patch gives their text layers, which the vision part does not read.
+        arguments = {name: value for name, value in kwargs.items() if name != RUN_KWARG}
+        arguments |= {str(i): value for i, value in enumerate(args)}
         rows = _num_rows(arguments)
         if rows is None or torch.is_grad_enabled():
             return stock(*args, **kwargs)
