@@ -30,9 +30,10 @@ class VISTA(Method):
     """Turn the MLP outputs towards what the image adds to the residual stream, and mix in early layers' logits.
 
     Per prompt and layer, ``v_l`` is what leaves layer l at the last position of the prompt minus the same without the
-    image's tokens (and those that mark its begin and end), both of the stock model. Every MLP output x of every token is edited in fp32 before it is added to
-    the stream: ``x <- |x| unit(unit(x) + lam (1 + max(0, -cos(x, v_l))) unit(v_l))``. It keeps its length and turns by
-    about ``lam`` radians, more where it points away. The logits that predict a token become
+    image's tokens (and those that mark its begin and end), both of the stock model. Every MLP output x of every token
+    is edited in fp32 before it is added to the stream:
+    ``x <- |x| unit(unit(x) + lam (1 + max(0, -cos(x, v_l))) unit(v_l))``. It keeps its length and turns by about
+    ``lam`` radians, more where it points away. The logits that predict a token become
     ``sla_alpha mean_k head(h_k) + (1 - sla_alpha) logits``, k over early layers, without the final norm, as released
     (so that ``sla_alpha`` is no share: those logits have another scale).
 
