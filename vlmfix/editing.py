@@ -49,22 +49,33 @@ def attend(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, tor
 
 def _with_edits(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edit scores and weights of the heads that the methods of a site ask for."""
-    part = call
-    heads = site.written_heads
-    if heads is not None and len(heads) < call.key.shape[1]:  # else copies of the keys would be more than there are
-        part = call.of_heads(heads, *run.head_index(site, call))
-    edits = [(method, run.layer(site, n).at(part)) for n, method in (*site.scores, *site.weights)]
+    edits = [(method, run.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
     edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
-    if run.is_prefill or not any(method.edits_decode for method, _ in edits):
-        return _over_base(run, call, part, edits) if edits or call.openings else call.base()
-    attn_weights, _ = _edited_weights(run, part, 0, run.q_len, edits, observe=True)
-    if part.head_index is None:  # the base kernel would compute the same rows a second time
-        return explicit_attention(call, attn_weights)
-    head_outputs, weights = _base(call)
-    head_outputs.index_copy_(2, part.head_index, weighted_values(part, attn_weights))
-    if weights is not None:
-        weights[..., : attn_weights.shape[-1]].index_copy_(1, part.head_index, attn_weights.to(weights.dtype))
-    return head_outputs, weights
+    heads = site.written_heads
+    if heads is not None and len(heads) >= call.key.shape[1]:  # copies of their keys would be more than there are
+        heads = None
+    if not run.is_prefill and any(method.edits_decode for method, _ in edits):
+        # The base kernel would compute the same rows a second time.
+        if heads is None:
+            return explicit_attention(call, _edited_weights(run, call, 0, run.q_len, edits, observe=True)[0])
+        return explicit_attention(call, _with_edited_heads(run, call, heads, run.head_index(site, call)[0], edits))
+    if not edits and not call.openings:
+        return call.base()
+    part = call if heads is None else call.of_heads(heads, *run.head_index(site, call))
+    return _over_base(run, call, part, [(method, layer.at(part)) for method, layer in edits])
+
+
+def _with_edited_heads(
+    run: Run, call: AttentionCall, heads: tuple[int, ...], head_index: torch.Tensor, edits: Edits
+) -> torch.Tensor:
+    """Write out the weights of all heads of a decode step, of which some are edited: no key is copied for these few."""
+    part = call._replace(heads=heads, head_index=head_index)
+    scores, allowed = explicit_scores(call, 0, run.q_len)
+    mine = allowed if allowed is None or allowed.shape[1] == 1 else allowed.index_select(1, head_index)
+    edits = [(method, layer.at(part)) for method, layer in edits]
+    own = (scores.index_select(1, head_index), mine)
+    attn_weights, _ = _edited_weights(run, part, 0, run.q_len, edits, observe=True, written=own)
+    return masked_softmax(scores, allowed).index_copy(1, head_index, attn_weights)
 
 
 def _rows(run: Run, method: Method) -> Rows:
@@ -167,6 +178,7 @@ def _edited_weights(
     *,
     observe: bool = False,
     show_to: tuple[Method, Layer] | None = None,
+    written: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Write out the weights of some rows, edited.
 
@@ -178,12 +190,13 @@ def _edited_weights(
         edits: The methods to apply.
         observe: Whether methods see the weights in between.
         show_to: A method that sees the result; nothing is counted then.
+        written: The scores, where they are known, as by ``explicit_scores``.
 
     Returns:
         fp32 ``[batch, num_heads, rows, keys]``, and which rows some method edited, ``[batch, num_heads, rows]``
         (``None`` without any method).
     """
-    scores, allowed = explicit_scores(call, start, stop)
+    scores, allowed = explicit_scores(call, start, stop) if written is None else written
     states, is_softmaxed = scores, False
     every_key = run.every_key(scores.device)
     selected: torch.Tensor | None = None

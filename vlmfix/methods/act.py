@@ -147,10 +147,12 @@ class ACT(Method):
         gain = (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
         change = torch.stack([torch.full_like(gain, self.beta - 1), gain], dim=-1) * edited[..., None]
         if groups.shape[2] == 1:
-            factor = 1 + change @ groups[:, :, 0].transpose(-1, -2)
+            by_key = change @ groups[:, :, 0].transpose(-1, -2)
         else:
-            factor = 1 + (groups @ change[..., None])[..., 0]
-        return attn_weights * factor if attn_weights.requires_grad else attn_weights.mul_(factor), edited
+            by_key = (groups @ change[..., None])[..., 0]
+        if attn_weights.requires_grad:
+            return attn_weights * (1 + by_key), edited
+        return attn_weights.addcmul_(attn_weights, by_key), edited
 
     def _others(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
         """Which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
