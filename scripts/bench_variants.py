@@ -56,6 +56,8 @@ METHODS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "iat": lambda model: vlmfix.IAT(),
     "spin": lambda model: vlmfix.SPIN(),
     "eah": lambda model: vlmfix.EAH(),
+    "vcd": lambda model: vlmfix.VCD(),
+    "guidance": lambda model: vlmfix.Guidance(),
 }
 
 

@@ -13,6 +13,7 @@ from families import by_name
 from method_parameters import parameters_of
 from models import RAGGED, Sample, collate, forward, generate, position_ids, sample, words
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import vlmfix
 from vlmfix.decoding.base import contrast, cut
@@ -178,6 +179,32 @@ def test_a_returned_cache_holds_the_own_branch_and_shares_nothing(build: Any, na
         before = mine.keys.clone()
         theirs.keys.zero_()
         assert torch.equal(mine.keys, before)
+
+
+def test_a_buffer_grows_and_never_writes_over_what_others_see() -> None:
+    from vlmfix.decoding._caches import ROOM, GrowingLayer
+
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 2, 2, 3 + ROOM + 5, 4, generator=generator)
+    layer, expected = GrowingLayer(), DynamicLayer()
+    for each in (layer, expected):
+        each.update(*states[..., :3, :])
+    for place in range(3, 3 + ROOM + 5):
+        found = layer.update(*states[..., place : place + 1, :])
+        plain = expected.update(*states[..., place : place + 1, :])
+        assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
+    seen = layer.keys
+    before = seen.clone()
+    layer.crop(-4)
+    layer.update(*torch.zeros(2, 2, 2, 2, 4))
+    assert torch.equal(seen, before)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.update(*torch.ones(2, 2, 2, 1, 4))[0][0, :, :-1], layer.keys[0, :, :-1])
+    assert torch.equal(layer.keys[1, :, : ROOM + 4], before[0, :, : ROOM + 4])
+    start = torch.zeros(2, 2, 1, 4, requires_grad=True)
+    keys, _ = layer.update(start, start)
+    keys.sum().backward()
+    assert start.grad is not None
 
 
 # Ways to decode.

@@ -9,7 +9,44 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+ROOM = 256
+"""Tokens a buffer has room for before it is copied to a longer one."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a cache in buffers with room behind the last token: a new one is written, and nothing else copied."""
+
+    keys: Any
+    values: Any
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    _shown: torch.Tensor | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``[rows, heads, tokens, size]``; return all."""
+        if key_states.requires_grad or not is_filled(self):
+            longer: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return longer
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        # Keys that were cropped or reordered are not the buffer's: what others see of it must stay.
+        if self._buffers is None or self._shown is not self.keys or stop > self._buffers[0].shape[2]:
+            self._buffers = (_with_room(self.keys, stop), _with_room(self.values, stop))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = states
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        self._shown = self.keys
+        return self.keys, self.values
+
+
+def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
+    buffer = states.new_empty(*states.shape[:2], length + ROOM, states.shape[3])
+    buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, GrowingLayer)
 
 
 def is_plain(cache: Any) -> bool:
@@ -44,7 +81,7 @@ def emptied(cache: Any) -> Any:
 
 def length_of_layer(layer: Any, length: int) -> int:
     """How many keys a layer holds of a sequence of ``length`` tokens."""
-    return length if type(layer) is DynamicLayer else min(length, int(layer.sliding_window) - 1)
+    return min(length, int(layer.sliding_window) - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length
 
 
 def copy_columns(empty: Any, filled: Any, columns: torch.Tensor) -> bool:
@@ -67,6 +104,15 @@ def copy_columns(empty: Any, filled: Any, columns: torch.Tensor) -> bool:
     return True
 
 
+def _growing(layer: Any) -> Any:
+    """Return a layer, or one like it that grows in place."""
+    if type(layer) is not DynamicLayer:
+        return layer
+    growing = GrowingLayer()
+    growing.__dict__.update(vars(layer))
+    return growing
+
+
 class PairedCache:
     """The caches of two branches as one of twice the rows: first the model's own, then the other's.
 
@@ -82,6 +128,7 @@ class PairedCache:
         self.length = max(lengths)
         self.padding = (self.length - lengths[0], self.length - lengths[1])
         self.cache = with_new_layers(own)
+        self.cache.layers = [_growing(layer) for layer in self.cache.layers]
         for layer, mine, theirs in zip(self.cache.layers, own.layers, other.layers, strict=True):
             if not is_filled(mine):
                 continue
@@ -101,7 +148,8 @@ class PairedCache:
         lengths = own.get_seq_length(), other.get_seq_length()
         return all(
             is_filled(mine) == is_filled(theirs)
-            and (not is_filled(mine) or (mine.keys.shape[:2] == theirs.keys.shape[:2] and type(mine) is type(theirs)))
+            and mine.is_sliding == theirs.is_sliding
+            and (not is_filled(mine) or mine.keys.shape[:2] == theirs.keys.shape[:2])
             for mine, theirs in zip(own.layers, other.layers, strict=True)
         ) and all(
             layer.keys.shape[2] == length_of_layer(layer, length)  # else it holds no tokens but image features
