@@ -48,6 +48,24 @@ print([name for name in {HEAVY!r} if name in sys.modules])
     assert run("-c", code).stdout.splitlines()[-1] == "[]"
 
 
+def test_public_names_are_listed_before_they_are_loaded() -> None:
+    code = f"""
+import sys
+import vlmfix, vlmfix.probes
+print(sorted({{*vlmfix.__all__}} - {{*dir(vlmfix)}} | {{*vlmfix.probes.__all__}} - {{*dir(vlmfix.probes)}}))
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    assert run("-c", code).stdout.splitlines() == ["[]", "[]"]
+
+
+def test_every_public_name_exists_and_is_explained() -> None:
+    for module in (vlmfix, vlmfix.probes):
+        for name in set(module.__all__) - {"__version__"}:
+            public = getattr(module, name)
+            # A dataclass without one gets its signature as docstring.
+            assert (public.__doc__ or "").strip() and not public.__doc__.startswith(f"{name}("), name
+
+
 def test_module_of_the_evaluation_is_vlmfix_eval() -> None:
     assert run("-m", "vlmfix.evals", "--help").stdout == run("-m", "vlmfix", "eval", "--help").stdout
 

@@ -66,3 +66,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"vlmfix.probes.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Also the names that nobody has used yet."""
+    return sorted({*globals(), *__all__})
