@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmfix.anatomy import Anatomy
-from vlmfix.errors import DataError, MethodError
-from vlmfix.textfiles import read_json
+from vlmfix.errors import MethodError
+from vlmfix.methods._measured import Measured
 
 
 @dataclass(frozen=True, repr=False)
-class LayerRanking:
+class LayerRanking(Measured):
     """Recovery rates of the blocks of every layer, see ``vlmfix.probes.causal_trace``.
 
     Attributes:
@@ -24,6 +23,8 @@ class LayerRanking:
         rr_mlp: Those of the MLP blocks.
         token: The group of tokens that was patched.
     """
+
+    noun: ClassVar[str] = "ranking"
 
     model: str
     rr_attn: tuple[float, ...]
@@ -65,39 +66,6 @@ class LayerRanking:
                 f"carry over. {how_to_rank(anatomy)} If it is the same checkpoint under another name, write that name "
                 "into the ranking."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        lists = {name: list(getattr(self, name)) for name in ("rr_attn", "rr_mlp")}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | lists
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> LayerRanking:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            MethodError: It is something else.
-        """
-        try:
-            return cls(**data)
-        except TypeError as error:
-            fields = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise MethodError(f"Ranking: expected {fields}; {str(error).rpartition('() ')[2]}.") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerRanking:
-        """Read a JSON file.
-
-        Raises:
-            MethodError: The file is missing or holds something else.
-        """
-        try:
-            data = read_json(Path(path), what="ranking file", remedy="write it again, or give another")
-        except DataError as error:
-            raise MethodError(f"Cannot read the ranking {path}: {error}.") from error
-        if not isinstance(data, dict):
-            raise MethodError(f"{path} holds no ranking: expected a JSON object.")
-        return cls.from_dict(data)
 
 
 def checkpoint_name(anatomy: Anatomy) -> str:

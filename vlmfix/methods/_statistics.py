@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from vlmfix.errors import DataError, MethodError
-from vlmfix.textfiles import read_json
+from vlmfix.errors import MethodError
+from vlmfix.methods._measured import Measured
 
 Table = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, repr=False)
-class HeadStatistics:
+class HeadStatistics(Measured):
     """Mean attention to generated text at the tokens of real and of hallucinated objects.
 
     Attributes:
@@ -28,6 +26,8 @@ class HeadStatistics:
         model: Name of the model.
         prompt: The prompt that was answered.
     """
+
+    noun: ClassVar[str] = "statistics"
 
     real: Table
     hallucinated: Table
@@ -72,39 +72,6 @@ class HeadStatistics:
     def ratios(self, layer: int) -> list[float]:
         """Return ``M_lh``, real over hallucinated, of the heads of a layer."""
         return [real / hal for real, hal in zip(self.real[layer], self.hallucinated[layer], strict=True)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        tables = {name: [list(row) for row in getattr(self, name)] for name in ("real", "hallucinated")}
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | tables
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> HeadStatistics:
-        """Read what ``to_dict`` wrote.
-
-        Raises:
-            MethodError: It is something else.
-        """
-        try:
-            return cls(**data)
-        except TypeError as error:
-            fields = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise MethodError(f"Statistics: expected {fields}; {str(error).rpartition('() ')[2]}.") from error
-
-    @classmethod
-    def load(cls, path: str | Path) -> HeadStatistics:
-        """Read a JSON file.
-
-        Raises:
-            MethodError: The file is missing or holds something else.
-        """
-        try:
-            data = read_json(Path(path), what="statistics file", remedy="write it again, or give another")
-        except DataError as error:
-            raise MethodError(f"Cannot read the statistics {path}: {error}.") from error
-        if not isinstance(data, dict):
-            raise MethodError(f"{path} holds no statistics: expected a JSON object.")
-        return cls.from_dict(data)
 
 
 def _table(value: Any, name: str) -> Table:
