@@ -13,6 +13,7 @@ from typing import Any
 
 import vlmfix
 from vlmfix.errors import DataError, MethodError
+from vlmfix.textfiles import read_json
 
 from .cache import digest
 from .options import BENCHMARKS as BENCHMARKS  # What a run is: its options are read from here too.
@@ -197,10 +198,10 @@ def load_recipe(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
+    recipe = read_json(path, what="recipe file", remedy="write it again")
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
         _ = [entry["method"] for entry in recipe["methods"]]
-    except (ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise DataError(f'{path} is not a recipe: expected {{"methods": [{{"method": ...}}]}} ({error})') from error
     return dict(recipe)
 

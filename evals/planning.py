@@ -30,6 +30,7 @@ from .tasks import Tasks, make_tasks
 
 RUNS = Path("runs")
 ANSWERS = "answers.jsonl"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,9 @@ def as_it_was(run: EvalRun) -> EvalRun:
     Raises:
         VlmfixError: The folder holds no run.
     """
-    config = run.folder / "config.json"
-    if not config.is_file():
+    if not (run.folder / CONFIG).is_file():
         raise VlmfixError(f"--rescore: {run.folder} holds no run; name its folder with --out DIR")
-    stored = read_json(config, what="configuration of a run", remedy="name another folder with --out DIR")
-    old = stored.get("settings", {}).get("versions", {})
+    old = read_config(run.folder, remedy="name another folder with --out DIR")["settings"].get("versions", {})
     changed = [f"{name} {value}" for name, value in old.items() if run.settings["versions"].get(name) != value]
     note = f"the answers come from other versions ({', '.join(changed)}) than those that scored them"
     return replace(run, settings={**run.settings, "versions": old}, notes=(*run.notes, *([note] if changed else [])))
@@ -149,22 +148,13 @@ def check_folder(run: EvalRun, *, any_methods: bool = False) -> None:
     Raises:
         VlmfixError: It holds the run of another configuration (the message lists what differs), or is not a run folder.
     """
-    config = run.folder / "config.json"
     answers = run.folder / ANSWERS
     if run.folder.exists() and not run.folder.is_dir():
         raise VlmfixError(f"{run.folder} is a file; choose another folder with --out DIR")
     if not run.options.resume:
         return
-    if config.is_file():
-        try:
-            remedy = "choose --out DIR or --no-resume"
-            old = dict(read_json(config, what="configuration of a run", remedy=remedy)["settings"])
-        except DataError:
-            raise
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{config} is not the configuration of a run ({error}); choose --out DIR or --no-resume"
-            ) from error
+    if (run.folder / CONFIG).is_file():
+        old = read_config(run.folder)["settings"]
         if run.options.rescore:
             old = _scored_as(old, run)
         differing = differing_settings(
@@ -191,7 +181,24 @@ def _scored_as(old: Mapping[str, Any], run: EvalRun) -> dict[str, Any]:
     return changed
 
 
+def read_config(folder: Path, *, remedy: str = "choose --out DIR or --no-resume") -> dict[str, Any]:
+    """What :func:`write_config` wrote into a run folder.
+
+    Args:
+        folder: The run folder.
+        remedy: What to type if that is something else.
+
+    Raises:
+        DataError: It is missing, or something else.
+    """
+    config = folder / CONFIG
+    found = read_json(config, what="configuration of a run", remedy=remedy)
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise DataError(f"{config} is not the configuration of a run (it has no settings); {remedy}")
+    return found
+
+
 def write_config(run: EvalRun, **more: Any) -> None:
     """Write ``config.json``: what identifies the run, and what is worth knowing beside that."""
     head = {"model": run.source.name, "data": run.tasks.description, "notes": list(run.notes)}
-    write_json(run.folder / "config.json", {**head, "settings": run.settings, **more})
+    write_json(run.folder / CONFIG, {**head, "settings": run.settings, **more})

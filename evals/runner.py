@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from .config import SCHEMA_VERSION, EvalOptions, MethodSpec
 from .counting import image_digests
 from .counts import COUNTS, write_counts
 from .page import html_report
-from .planning import ANSWERS, EvalRun, as_it_was, check_folder, plan_run, write_config
+from .planning import ANSWERS, CONFIG, EvalRun, as_it_was, check_folder, plan_run, read_config, write_config
 from .power import planned_lines
 from .report import markdown_report, text_report
 from .samples import Answers
@@ -66,7 +65,7 @@ def evaluate(
         show(f"note: {note}")
     with AnswerLog(run.folder / ANSWERS, keep=options.resume) as log:
         remove_unfinished(run.folder)
-        if not (options.resume and (run.folder / "config.json").is_file()):
+        if not (options.resume and (run.folder / CONFIG).is_file()):
             write_config(run, runtime=None, resolved=None)
         merge_parts(run.folder, log, keep=options.resume)
         plan = AnswerPlan(run)
@@ -99,7 +98,7 @@ def evaluate(
     def decode(tokens: Sequence[int]) -> str:
         return str(run.source.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run.folder)
     resolved = config["resolved"] or {}
     scores = score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed)
     counts = scores.pop("counts")
@@ -129,7 +128,7 @@ def evaluate(
     write_text(run.folder / "report.md", markdown_report(results))
     write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
     show(text_report(results))
-    show(f"written: {run.folder}/config.json answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
+    show(f"written: {run.folder}/{CONFIG} answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
     return results
 
 

@@ -18,6 +18,7 @@ from vlmfix.errors import VlmfixError
 from vlmfix.evals.cache import AnswerLog, read_records
 from vlmfix.evals.counts import load_run
 from vlmfix.evals.data.coco import CocoData
+from vlmfix.evals.planning import read_config
 from vlmfix.evals.power import read_pilot
 from vlmfix.evals.records import read_ids
 from vlmfix.recipes import load_recipe
@@ -136,6 +137,7 @@ LOADERS = [
     Loader("ids.txt", "10\n20\n30\n", lambda f: read_ids(f / "ids.txt", "--ids"), is_json=False),
     Loader("recipe.json", json.dumps([{"method": "vhr", "alpha": 2.0}]), lambda f: load_recipe(f / "recipe.json")),
     Loader("run/results.json", json.dumps(COMPLETE["results"]), lambda f: (read_pilot(f / "run"), load_run(f / "run"))),
+    Loader("run/config.json", json.dumps({"settings": {"seed": 0}}), lambda f: read_config(f / "run")),
     Loader(
         "run/counts.json",
         json.dumps({"settings_digest": "d", "benchmarks": {}, "images": {}}),
@@ -338,6 +340,7 @@ DOCUMENTS: list[tuple[str, Callable[[Any], object], str]] = [
     ("ids.json", lambda d: d.append([5]), "line 1, entry 3: .* is no image id"),
     ("ids.json", lambda d: d.append("²"), "line 1, entry 3: .* is no image id"),
     ("recipe.json", lambda d: d[0].update(alpha="much"), r"recipe\.json.*alpha"),
+    ("run/config.json", lambda d: d.update(settings=[]), r"config\.json is not the configuration of a run"),
     ("run/results.json", lambda d: d.update(methods=[5]), "holds no results of a finished run"),
     ("run/results.json", lambda d: d.update(intervals=[]), "holds no results of a finished run"),
 ]

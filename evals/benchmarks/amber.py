@@ -63,8 +63,8 @@ def load_queries(where: str) -> tuple[AmberData, list[AmberQuery]]:
     root = find_file(folder, ["annotations.json", "data/annotations.json"], "annotations").parent
     data = load_amber(root)
     path = find_file(root, ["query_all.json", "query/query_all.json"], "queries")
+    rows = read_json(path)
     try:
-        rows = read_json(path)
         asked = {int(row["id"]): (str(row["image"]), str(row["query"])) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected a JSON list of objects with id, image and query ({error!r})") from error

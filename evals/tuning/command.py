@@ -16,7 +16,7 @@ from ..answering import generate_answers
 from ..cache import AnswerLog, write_json
 from ..config import EvalOptions, method_specs, parse_settings
 from ..models import load_model
-from ..planning import ANSWERS, RUNS, EvalRun, check_folder, plan_run, with_methods, write_config
+from ..planning import ANSWERS, CONFIG, RUNS, EvalRun, check_folder, plan_run, read_config, with_methods, write_config
 from ..runner import evaluate
 from ..scoring import score_run
 from ..shards import Shard
@@ -180,9 +180,8 @@ def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Cal
             mark = "" if admitted(goal, tried.baseline, options.margin / 100) else "  (loses too much)"
             values = ", ".join(f"{key}={getattr(method, key)!r}" for key in search.space)
             show(f"{tried.labels[-1]}: {_describe(goal)}  {values}{mark}")
-    config = base.folder / "config.json"
     final = with_methods(base, method_specs(tried.labelled()))
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8"))["settings"] != final.settings:
+    if not (base.folder / CONFIG).is_file() or read_config(base.folder)["settings"] != final.settings:
         write_config(final, runtime=None, resolved=None)  # Nothing was missing, of a run that had tried more.
     return tried
 
