@@ -95,6 +95,7 @@ class CausalTrace(ProbeResult):
             if component in (None, name):
                 ax.plot(self.layers, self.recovery[at, :, 0].tolist(), marker="o", markersize=3, label=name)
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        ax.locator_params(axis="x", integer=True)
         ax.set_xlabel("layer")
         ax.set_ylabel("recovery rate")
         ax.set_title(f"{title}\ntokens: {self.groups[0]}")
