@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 import vlmfix
 
-README_AT_2880 = (EAGER, "vhr", "var", "released var")
+README_AT_2880 = ("vhr", "var", "released var")
 CURVE = ((576, 60), (1152, 60), (2880, 60), (2880, 1000))
 """Image and text tokens of the memory curve."""
 CURVE_VARIANTS = ("vhr", "var", "pai", "act, all heads", "mma", EAGER)
