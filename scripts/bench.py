@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from bench_measure import Timing, bandwidth, measure, peak_memory, rounds, step_bytes, summary
+from bench_measure import Timing, bandwidth, keep_freed_memory, measure, peak_memory, rounds, step_bytes, summary
 from bench_models import SHAPES, build, make_inputs
 from bench_report import curve_markdown, curve_table, markdown, table
 from bench_variants import CORE, EAGER, STOCK, dtype_of, edited, everywhere, make, names
@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_freed_memory()
     is_markdown = args.readme or args.markdown
     machine = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
