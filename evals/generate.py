@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vlmfix.devices import input_device
 from vlmfix.errors import VlmfixError
 
 from .models import answer_token_ids, end_token_ids
-from .placement import input_device
 from .samples import Answer, Records
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfix.calibration.words import decode, locate_mentions
+from vlmfix.devices import input_device
 
 from .config import MethodSpec
 from .generate import Generator
@@ -132,7 +133,7 @@ def inspect_picture(eye: Eye, specs: Sequence[MethodSpec], *, title: str, facts:
     import vlmfix
 
     inputs = Generator(eye.model, eye.processor).encode([eye.prompts(eye.prompt)], [eye.picture])
-    inputs = inputs.to(eye.model.device, eye.model.dtype)
+    inputs = inputs.to(input_device(eye.model), eye.model.dtype)
     versions = [_look(eye, inputs, "stock model", "")]
     for spec in specs:
         method = spec.build()

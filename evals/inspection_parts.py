@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.calibration.words import token_ends
+from vlmfix.devices import input_device
 
 from .config import POPE_PROMPT
 from .generate import Generator, PromptBuilder
@@ -116,7 +117,7 @@ def ask_for(eye: Eye, names: Sequence[str]) -> list[float | None]:
         part = distinct[start : start + ASKED_AT_ONCE]
         questions = [POPE_PROMPT.format(question=f"Is there {article(name)} {name} in the image?") for name in part]
         inputs = generator.encode([eye.prompts(question) for question in questions], [eye.picture] * len(part))
-        inputs = inputs.to(eye.model.device, eye.model.dtype)
+        inputs = inputs.to(input_device(eye.model), eye.model.dtype)
         with torch.no_grad():
             logits = look_at(eye.model, "inspect", inputs).answer(inputs, logits=True).logits[0]
         odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)

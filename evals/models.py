@@ -217,7 +217,7 @@ def fitting_threads(model: Any) -> Iterator[None]:
     """Run a small model on the CPU with one thread, and restore the number of threads afterwards."""
     import torch
 
-    from .placement import input_device
+    from vlmfix.devices import input_device
 
     before = torch.get_num_threads()
     small = (

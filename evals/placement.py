@@ -1,22 +1,10 @@
-"""Where a model lies that accelerate may have spread over devices, and where its inputs belong."""
+"""Where a model lies that accelerate may have spread over devices."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-
-
-def input_device(model: Any) -> Any:
-    """Where a model's inputs belong: for one spread over several devices, the first that computes.
-
-    The first weights may lie on the disk, and those on the CPU may be computed with on a GPU.
-    """
-    placement = getattr(model, "hf_device_map", None)
-    if not placement:
-        return model.device
-    computing = [device for device in placement.values() if str(device) not in ("cpu", "disk", "meta")]
-    return torch.device(computing[0] if computing else "cpu")
 
 
 def placement(model: Any) -> str:

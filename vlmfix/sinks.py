@@ -10,6 +10,7 @@ from torch import nn
 
 from vlmfix.anatomy import Anatomy, analyse
 from vlmfix.attention import RUN_KWARG, SITE_ATTRIBUTE
+from vlmfix.devices import states_device
 from vlmfix.errors import MethodError
 
 logger = logging.getLogger("vlmfix")
@@ -130,7 +131,7 @@ def _search(
     # Asks a patched model for its stock self; a stock model is called as always.
     stock = {RUN_KWARG: None} if any(hasattr(site.module.config, SITE_ATTRIBUTE) for site in anatomy.sites) else {}
     try:
-        anatomy.inner(input_ids=input_ids.to(embedding.weight.device), use_cache=False, **stock)
+        anatomy.inner(input_ids=input_ids.to(states_device(embedding, anatomy.model)), use_cache=False, **stock)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,7 @@ from vlmfix.calibration.probes import HeadAblation
 from vlmfix.calibration.samples import CalibrationSample, captioned
 from vlmfix.calibration.scores import Contrast, Found, ranked, scaled_count
 from vlmfix.calibration.session import Session
+from vlmfix.devices import input_device
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
 from vlmfix.patching import patched
@@ -102,7 +103,7 @@ def _influences(
         )
     for index in range(1, max(wanted, default=0) + 1):
         # No attention mask: nothing is padded, and some models count positions by it.
-        step = torch.tensor([[ids[index - 1]]], device=session.model.device)
+        step = torch.tensor([[ids[index - 1]]], device=input_device(session.model))
         if index in wanted:
             yield index, _influence(session, cache, step, ids[index], variants)
         with patched(session.model, HeadAblation()):

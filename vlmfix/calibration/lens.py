@@ -10,6 +10,7 @@ from torch import nn
 from vlmfix.anatomy import Anatomy
 from vlmfix.blocks import final_norm
 from vlmfix.calibration.probes import StreamLog, output_projection
+from vlmfix.devices import states_device
 from vlmfix.errors import UnsupportedFeatureError
 
 
@@ -37,7 +38,8 @@ class LogitLens:
         self._head = head
         self._norm = final_norm(anatomy) if use_norm else None
         self._projections = {site.layer_idx: output_projection(site.module) for site in anatomy.sites}
-        self._device, self._dtype = next(head.parameters()).device, anatomy.model.dtype
+        self._model = anatomy.model
+        self._device, self._dtype = states_device(head, anatomy.model), anatomy.model.dtype
 
     def gains(
         self, streams: StreamLog, step: int, sample: int, token_sets: Sequence[Sequence[int]]
@@ -65,7 +67,7 @@ class LogitLens:
         projection = self._projections[at]
         alone = torch.zeros(len(slices) + 1, *slices.shape, dtype=slices.dtype)  # the last one is no head: the bias
         alone[range(len(slices)), range(len(slices))] = slices
-        device = next(projection.parameters()).device
+        device = states_device(projection, self._model)
         projected: torch.Tensor = projection(alone.flatten(1)[:, None].to(device))[:, 0].float()
         return (projected[:-1] - projected[-1:]).to(self._device)
 

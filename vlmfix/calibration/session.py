@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlmfix.anatomy import Anatomy, analyse
 from vlmfix.calibration.samples import CalibrationSample, Mentions
 from vlmfix.calibration.words import Mention, decode, locate_mentions
+from vlmfix.devices import input_device
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
 from vlmfix.patching import patched
@@ -85,7 +86,7 @@ class Session:
         ids = torch.tensor(self.anatomy.image_token_ids)
         if not bool(torch.isin(inputs["input_ids"], ids).any(1).all()):
             raise DataError(f"The prompt {prompts[0]!r} has no place for the image. Pass prompt=... to make it.")
-        return inputs.to(self.model.device, self.model.dtype)
+        return inputs.to(input_device(self.model), self.model.dtype)
 
     def first_logits(self, inputs: Any, method: Method | str = "none") -> torch.Tensor:
         """Return the logits that predict the first new token under a method: fp32 ``[batch, vocab]``."""
