@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from .metrics.amber import score_responses
 from .metrics.amber_words import spacy_similarity
 from .records import read_rows, text_of
 from .rescore import write_result
+from .rescore_rows import Rows, answered, check_whole, code_of, matched_rows, subset_lines
 from .tables import finite, number, plain_table
-
-Rows = Sequence[tuple[str, Mapping[str, Any]]]
 
 _RESPONSE_KEYS = ("response", "answer", "text", "caption")
 _PREDICTION_KEYS = ("model_prediction", "answer", "response", "text")
@@ -31,13 +31,16 @@ _MODEL_ANSWER_KEYS = ("model_answer", "answer", "response", "text")
 _JUDGE_KEYS = ("judge", "gpt4v_output_gpt_check", "correctness")
 
 
-def score_amber_file(path: Path, data_dir: Path, *, spacy_model: str | None = None, out: Path | None = None) -> str:
+def score_amber_file(
+    path: Path, data_dir: Path, *, spacy_model: str | None = None, subset: bool = False, out: Path | None = None
+) -> str:
     """Score AMBER responses.
 
     Args:
         path: JSON lines (or one JSON list) with ``id`` and ``response`` (or ``answer``, ``text``, ``caption``).
         data_dir: Folder with AMBER's annotations.
         spacy_model: spaCy model of the word similarity (official: ``en_core_web_lg``), or None for exact words only.
+        subset: Score the items that have a response, whichever they are; the table says what is missing.
         out: Where to write figures and integer counts as JSON, if anywhere.
 
     Returns:
@@ -56,13 +59,24 @@ def score_amber_file(path: Path, data_dir: Path, *, spacy_model: str | None = No
         if item in responses:
             raise DataError(f"{where}: item {item} has a response already; AMBER takes one response per item")
         responses[item] = text_of(row, where, _RESPONSE_KEYS)
+    parts = {
+        f"{task} items": (
+            sum(data.items[i].task == task for i in responses),
+            sum(i.task == task for i in data.items.values()),
+        )
+        for task in dict.fromkeys(item.task for item in data.items.values())
+    }
+    if not subset:  # A task may be left out as a whole; its groups are not shown then.
+        parts = {task: found for task, found in parts.items() if found[0]}
+    else:
+        data = replace(data, items={i: item for i, item in data.items.items() if i in responses})
     similarity = None if spacy_model is None else spacy_similarity(spacy_model)
     with _about(path):
         table = score_responses(data, responses, similarity=similarity, similarity_name=spacy_model)
     counts, figures, summary = table.counts(), table.figures(), table.summary()
-    result = {"benchmark": "amber", "similarity": table.similarity, "counts": counts}
+    result = {"benchmark": "amber", "similarity": table.similarity, "counts": counts, "answered": answered(parts)}
     write_result(out, path, {**result, "figures": figures, "summary": summary})
-    lines = [f"AMBER, word similarity {table.similarity} (official: en_core_web_lg), {path}"]
+    lines = [f"AMBER, word similarity {table.similarity} (official: en_core_web_lg), {path}", *subset_lines(parts)]
     generative = figures.pop("Generative Task", None)
     if generative is not None:
         columns = ["descriptions", *generative, "empty"]
@@ -73,7 +87,7 @@ def score_amber_file(path: Path, data_dir: Path, *, spacy_model: str | None = No
     return "\n".join([*lines, *(f"AMBER score: {value:.2f}" for value in summary.values())])
 
 
-def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None = None) -> str:
+def score_hallusionbench_file(path: Path, questions: Path, *, subset: bool = False, out: Path | None = None) -> str:
     """Score HallusionBench answers.
 
     Args:
@@ -83,6 +97,8 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
             1); if no line is judged, the word yes or no of ``model_prediction`` (or ``answer``, ``response``,
             ``text``) is read.
         questions: ``HallusionBench.json``.
+        subset: Score the questions that have an answer, whichever they are; a group or a figure counts by its answered
+            questions.
         out: Where to write figures and integer counts as JSON, if anywhere.
 
     Returns:
@@ -91,8 +107,10 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
     Raises:
         DataError: Questions and answers do not match, or only some lines are judged.
     """
-    asked = load_hallusionbench(questions)
-    rows = _matched(read_rows(path), [question.key for question in asked], KEY_FIELDS, path)
+    everything = load_hallusionbench(questions)
+    found = matched_rows(read_rows(path), [q.key for q in everything], KEY_FIELDS, path, subset=subset)
+    asked, rows = [everything[index] for index, _, _ in found], [(where, row) for _, where, row in found]
+    parts = {"questions": (len(asked), len(everything))}
     judge_key = next((key for key in _JUDGE_KEYS if key in rows[0][1]), None)
     if judge_key is None:
         judged = next((where for where, row in rows if any(key in row for key in _JUDGE_KEYS)), None)
@@ -100,21 +118,23 @@ def score_hallusionbench_file(path: Path, questions: Path, *, out: Path | None =
             raise DataError(f"{judged} has a judge code and {rows[0][0]} has none: judge all lines, or none")
         table = hallusionbench.score_answers(asked, [text_of(row, where, _PREDICTION_KEYS) for where, row in rows])
     else:
-        codes = [_code(row, judge_key, where, 2) for where, row in rows]
-        agreed = [_code(row, "same", where, 1) == 1 for where, row in rows] if "same" in rows[0][1] else None
+        codes = [code_of(row, judge_key, where, 2) for where, row in rows]
+        agreed = [code_of(row, "same", where, 1) == 1 for where, row in rows] if "same" in rows[0][1] else None
         table = hallusionbench.score_judgements(asked, codes, same=agreed, judge=f"codes in {judge_key!r}")
     counts, figures = table.counts(), table.figures()
     result = {"benchmark": "hallusionbench", "judge": table.judge, "counts": counts, "figures": finite(figures)}
+    result["answered"] = answered(parts)
     write_result(out, path, {**result, "yes_no": finite(table.yes_no())})
     columns = ["questions", *figures, "unclear", "yes/no diff", "fp"]
     values = [*_texts(figures), str(counts["unclear"]), *(f"{value:.3f}" for value in table.yes_no().values())]
-    lines = [f"HallusionBench, judged by {table.judge}, {path}", plain_table([columns, [str(len(table)), *values]])]
+    lines = [f"HallusionBench, judged by {table.judge}, {path}", *subset_lines(parts)]
+    lines.append(plain_table([columns, [str(len(table)), *values]]))
     if table.unparsed is not None:
         lines.append(f"unparsed: {table.unparsed} of {len(table)} (not one of yes and no: unclear)")
     return "\n".join(lines)
 
 
-def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = None) -> str:
+def score_mme_file(path: Path, *, parser: str = "official", subset: bool = False, out: Path | None = None) -> str:
     """Score answers to the hallucination subset of MME.
 
     Args:
@@ -122,6 +142,7 @@ def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = N
             JSON list) with ``task`` (or ``category``), ``image`` (or ``question_id``), ``question``, ``label`` (yes or
             no) and ``answer`` (or ``response``, ``text``). Other tasks of MME are left out.
         parser: Rule that reads yes or no, see ``metrics.mme.parse_answer``.
+        subset: Whether a task may have fewer images than MME has.
         out: Where to write figures and integer counts as JSON, if anywhere.
 
     Returns:
@@ -132,8 +153,12 @@ def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = N
     """
     answers = load_results(path) if path.is_dir() else [_mme_answer(row, where) for where, row in read_rows(path)]
     with _about(path):
-        tables = mme.score_answers(answers, parser=parser)  # type: ignore[arg-type]
+        tables = mme.score_answers(answers, parser=parser, images=None)  # type: ignore[arg-type]
+    parts = {f"images of {task}": (t.counts()["images"], mme.IMAGES_PER_TASK) for task, t in tables.items()}
+    if not subset:
+        check_whole(parts, path)
     result: dict[str, Any] = {"benchmark": "mme", "parser": parser, "total": mme.total(tables)}
+    result["answered"] = answered(parts)
     result["tasks"] = {task: {"counts": t.counts(), "summary": t.summary()} for task, t in tables.items()}
     write_result(out, path, result)
     lines = [["task", "n", "accuracy", "accuracy+", "score (200)", "yes", "unparsed"]]
@@ -142,7 +167,7 @@ def score_mme_file(path: Path, *, parser: str = "official", out: Path | None = N
         figures = [number(s["accuracy"]), number(s["accuracy_plus"]), f"{s['score']:.2f}", number(s["yes_ratio"])]
         lines.append([task, str(c["n"]), *figures, str(c["unparsed"])])
     title = f"MME, hallucination subset, parser {parser}, {path}"
-    text = f"{title}\n{plain_table(lines)}"
+    text = "\n".join([title, *subset_lines(parts), plain_table(lines)])
     return text if result["total"] is None else f"{text}\ntotal (800): {result['total']:.2f}"
 
 
@@ -169,7 +194,13 @@ def _mme_answer(row: Mapping[str, Any], where: str) -> MmeAnswer:
 
 
 def score_mmhal_file(
-    path: Path, questions: Path, *, judge: str | None = None, requests: Path | None = None, out: Path | None = None
+    path: Path,
+    questions: Path,
+    *,
+    judge: str | None = None,
+    requests: Path | None = None,
+    subset: bool = False,
+    out: Path | None = None,
 ) -> str:
     """Score judged MMHal-Bench answers, or write what a judge is to be asked about them.
 
@@ -181,6 +212,7 @@ def score_mmhal_file(
         questions: ``response_template.json``.
         judge: Name of the judge, for the table.
         requests: Where to write the requests; default the name of ``path`` with ``.judge.jsonl``.
+        subset: Take the questions that have an answer, whichever they are.
         out: Where to write figures and integer counts as JSON, if anywhere.
 
     Returns:
@@ -189,32 +221,35 @@ def score_mmhal_file(
     Raises:
         DataError: Questions and answers do not match, or only some lines are judged.
     """
-    items = load_mmhal(questions)
+    everything = load_mmhal(questions)
     rows: Rows = read_rows(path)
     by_index = any("index" in row for _, row in rows)
-    wanted = [(str(item.index),) if by_index else (item.image_id, item.question) for item in items]
-    rows = _matched(rows, wanted, ("index",) if by_index else ("image_id", "question"), path)
+    wanted = [(str(item.index),) if by_index else (item.image_id, item.question) for item in everything]
+    fields = ("index",) if by_index else ("image_id", "question")
+    found = matched_rows(rows, wanted, fields, path, subset=subset)
+    items, rows = [everything[index] for index, _, _ in found], [(where, row) for _, where, row in found]
+    parts = {"questions": (len(items), len(everything))}
     judged = [any(row.get(key) is not None for key in ("rating", *_JUDGEMENT_KEYS)) for _, row in rows]
     if not any(judged):
-        return _write_requests(items, rows, requests or path.with_name(path.stem + ".judge.jsonl"), path)
+        told = _write_requests(items, rows, requests or path.with_name(path.stem + ".judge.jsonl"), path)
+        return "\n".join([told, *subset_lines(parts)])
     if not all(judged):
         raise DataError(f"{rows[judged.index(False)][0]} has no rating or judgement: judge all answers")
     if all("rating" in row for _, row in rows):
-        ratings = [_code(row, "rating", where, mmhal.MAX_RATING) for where, row in rows]
+        ratings = [code_of(row, "rating", where, mmhal.MAX_RATING) for where, row in rows]
         table = mmhal.score_ratings(items, ratings, judge=judge or "unnamed")
     else:
         texts = [text_of(row, where, _JUDGEMENT_KEYS) for where, row in rows]
         table = mmhal.score_judgements(items, texts, judge=judge or "unnamed")
     counts, summary, by_type = table.counts(), table.summary(), table.by_type()
-    result = {"benchmark": "mmhal", "judge": table.judge, "counts": counts, **summary}
+    result = {"benchmark": "mmhal", "judge": table.judge, "counts": counts, "answered": answered(parts), **summary}
     write_result(out, path, {**result, "by_type": list(by_type.values()), "types_in_order": list(by_type)})
     columns = ["questions", "score (0-6)", "hallucinated", *TYPES, "unparsed"]
     values = [f"{summary['average_score']:.2f}", number(summary["hallucination_rate"])]
     types = [f"{by_type[name]:.2f}" if name in by_type else "-" for name in TYPES]
     hint = "" if judge else " (say who with --judge NAME: the figures depend on it)"
-    return f"MMHal-Bench, judge {table.judge}{hint}, {path}\n" + plain_table(
-        [columns, [str(len(table)), *values, *types, str(counts["unparsed"])]]
-    )
+    shown = plain_table([columns, [str(len(table)), *values, *types, str(counts["unparsed"])]])
+    return "\n".join([f"MMHal-Bench, judge {table.judge}{hint}, {path}", *subset_lines(parts), shown])
 
 
 def _write_requests(items: Sequence[MmhalItem], rows: Rows, requests: Path, path: Path) -> str:
@@ -232,43 +267,6 @@ def _write_requests(items: Sequence[MmhalItem], rows: Rows, requests: Path, path
         "ours, not the official one),\nwrite the answers as JSON lines with index and judgement, and score that file "
         "with --judge NAME."
     )
-
-
-def _matched(rows: Rows, wanted: Sequence[tuple[str, ...]], fields: Sequence[str], path: Path) -> Rows:
-    """The rows in the order of the questions, found by their key fields, or by order if no row has these."""
-    keyed = [all(name in row for name in fields) for _, row in rows]
-    if not any(keyed):
-        if len(rows) != len(wanted):
-            raise DataError(
-                f"{path} has {len(rows)} answers without {', '.join(fields)}, and there are {len(wanted)} questions: "
-                "give one answer per question in their order, or these fields"
-            )
-        return rows
-    known = set(wanted)
-    found: dict[tuple[str, ...], tuple[str, Mapping[str, Any]]] = {}
-    for (where, row), complete in zip(rows, keyed, strict=True):
-        if not complete:
-            raise DataError(f"{where}: expected {', '.join(fields)} as on the other lines")
-        key = tuple(str(row[name]) for name in fields)
-        if key not in known:
-            raise DataError(f"{where}: the question file has no question {'/'.join(key)}")
-        if key in found:
-            raise DataError(f"{where}: question {'/'.join(key)} is answered already, on {found[key][0]}")
-        found[key] = (where, row)
-    missing = [key for key in wanted if key not in found]
-    if missing:
-        raise DataError(
-            f"{path} answers {len(found)} of {len(wanted)} questions; the first without an answer is "
-            f"{'/'.join(missing[0])}"
-        )
-    return [found[key] for key in wanted]
-
-
-def _code(row: Mapping[str, Any], key: str, where: str, largest: int) -> int:
-    value = str(row.get(key)).strip()
-    if value not in [str(code) for code in range(largest + 1)]:
-        raise DataError(f"{where}: expected {key!r} from 0 to {largest}, found {row.get(key)!r}")
-    return int(value)
 
 
 def _texts(figures: Mapping[str, float]) -> list[str]:

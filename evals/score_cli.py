@@ -73,6 +73,10 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
     )
     mme.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
     mme.set_defaults(score=_score_mme)
+    for kind in (amber, hallusion, mmhal, mme):
+        kind.add_argument(
+            "--subset", action="store_true", help="score what is answered, such as the files of a run with --limit"
+        )
     for kind in (chair, pope, amber, hallusion, mmhal, mme):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
     return parser
@@ -181,24 +185,31 @@ def _score_pope(options: argparse.Namespace) -> str:
 def _score_amber(options: argparse.Namespace) -> str:
     from .rescore_benchmarks import score_amber_file
 
-    return score_amber_file(options.file, options.data, spacy_model=options.spacy, out=options.out)
+    return score_amber_file(
+        options.file, options.data, spacy_model=options.spacy, subset=options.subset, out=options.out
+    )
 
 
 def _score_hallusionbench(options: argparse.Namespace) -> str:
     from .rescore_benchmarks import score_hallusionbench_file
 
-    return score_hallusionbench_file(options.file, options.questions, out=options.out)
+    return score_hallusionbench_file(options.file, options.questions, subset=options.subset, out=options.out)
 
 
 def _score_mmhal(options: argparse.Namespace) -> str:
     from .rescore_benchmarks import score_mmhal_file
 
     return score_mmhal_file(
-        options.file, options.questions, judge=options.judge, requests=options.requests, out=options.out
+        options.file,
+        options.questions,
+        judge=options.judge,
+        requests=options.requests,
+        subset=options.subset,
+        out=options.out,
     )
 
 
 def _score_mme(options: argparse.Namespace) -> str:
     from .rescore_benchmarks import score_mme_file
 
-    return score_mme_file(options.file, parser=options.parser, out=options.out)
+    return score_mme_file(options.file, parser=options.parser, subset=options.subset, out=options.out)

@@ -1,5 +1,6 @@
 """AMBER: descriptions and questions by hand, annotation files, the command line, and the official figures."""
 
+import dataclasses
 import difflib
 import functools
 import gzip
@@ -150,12 +151,22 @@ def test_f1_of_existence_has_a_larger_term(task, f1):
     items = {i: AmberItem(i, task, label=False) for i in range(1, 5)}
     answers = {i: "No" if i <= 2 else "Yes" for i in items}
     figures = score_responses(AmberData(items, {}, frozenset()), answers).figures()
-    assert [group["F1"] for group in figures.values()] == [f1]
+    assert figures[{"existence": "Exsitence", "state": "State"}[task]]["F1"] == f1
 
 
 def test_one_dimension_alone(data):
     figures = score_responses(data, {3: "Yes"}).figures()
     assert figures == {"Exsitence": {"Accuracy": 0.0, "Precision": 0.0, "Recall": 0.0, "F1": 0.0}}
+
+
+def test_dimensions_without_a_question_are_no_part_of_a_group(data):
+    kept = dataclasses.replace(data, items={i: data.items[i] for i in (3, 4, 6)})
+    figures = score_responses(kept, {3: "No", 4: "No", 6: "No"}).figures()
+    assert list(figures) == ["Descriminative Task", "Exsitence", "Attribute", "State", "Action"]
+    # 2 / 3.001; 1 / 2.002 (two counters, each from 0.001)
+    assert (figures["Descriminative Task"]["Accuracy"], figures["Attribute"]["Accuracy"]) == (66.6, 50.0)
+    figures = score_responses(data, {3: "No", 4: "No", 6: "No"}).figures()
+    assert "Descriminative Task" not in figures and "Attribute" not in figures, "5, 7 and 8 were left out"
 
 
 def test_amber_score(data):

@@ -272,6 +272,56 @@ def test_mmhal_is_scored_by_a_judge_only(
     assert "no key; the answers are kept" in capsys.readouterr().err
 
 
+def test_files_of_a_limited_run_are_scored_as_subsets(
+    data: dict[str, Path], tmp_path: Path, described: bool, capsys: Any
+) -> None:
+    out = tmp_path / "run"
+    names = ("amber", "mme", "hallusionbench", "mmhal")
+    words = [
+        "eval",
+        "--limit",
+        "2",
+        "--method",
+        "none",
+        "--max-new-tokens",
+        "24",
+        "--out",
+        str(out),
+        "--benchmark",
+        *names,
+    ]
+    assert main([*words, "--benchmark-data", *(f"{name}={data[name]}" for name in names)]) == 0
+    row = read(out)["methods"][0]
+    places: dict[str, list[object]] = {
+        "amber": [exported(out, "amber.json"), "--data", data["amber"] / "data"],
+        "mme": [exported(out, "mme")],
+        "hallusionbench": [
+            exported(out, "HallusionBench_result.json"),
+            *("--questions", data["hallusionbench"] / "HallusionBench.json"),
+        ],
+        "mmhal": [exported(out, "mmhal.json"), "--questions", data["mmhal"] / "response_template.json"],
+    }
+    for name, place in places.items():
+        capsys.readouterr()
+        assert main(["score", name, *map(str, place)]) == 2
+        assert "--subset" in capsys.readouterr().err
+    expected = {
+        "amber": "2 of 3 existence items",
+        "mme": "2 of 30 images of count",
+        "hallusionbench": "8 of 12 questions",
+    }
+    for name, text in expected.items():
+        found = rescored(tmp_path, name, *places[name], "--subset")
+        assert text in capsys.readouterr().out
+        counts = found["counts"] if name != "mme" else {task: part["counts"] for task, part in found["tasks"].items()}
+        assert counts.items() <= row[name]["counts"].items() and counts
+    assert set(rescored(tmp_path, "amber", *places["amber"], "--subset")["answered"]["state items"].values()) == {2, 3}
+    requests = tmp_path / "requests.jsonl"
+    assert main(["score", "mmhal", *map(str, places["mmhal"]), "--subset", "--requests", str(requests)]) == 0
+    assert requests.read_text() == exported(out, "mmhal.judge.jsonl").read_text()
+    assert "2 of 3 questions" in capsys.readouterr().out
+
+
 def test_sycophancy_file_holds_every_turn(finished: Path) -> None:
     rows = [json.loads(line) for line in exported(finished, "sycophancy.jsonl").read_text().splitlines()]
     counts = read(finished)["methods"][0]["sycophancy"]["counts"]

@@ -177,8 +177,11 @@ def test_score_equals_the_evaluation(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "captions.jsonl", captions)
     assert main(["score", "chair", str(path), "--data", str(data), "--out", str(tmp_path / "chair.json")]) == 0
     again = json.loads((tmp_path / "chair.json").read_text())
+    # Tokens are counted from a file wherever nltk has its data; an evaluation in mode original never asks for them.
+    again["counts"].pop("tokens_after_double_words", None)
     assert again["counts"].items() <= row["chair"]["counts"].items()
-    assert again["summary"] == row["chair"]["summary"]
+    lengths = [summary.pop("length_tokens") for summary in (again["summary"], row["chair"]["summary"])]
+    assert lengths[1] is None and again["summary"] == row["chair"]["summary"]
 
     from vlmfix.evals.config import EvalOptions
     from vlmfix.evals.tasks import make_tasks

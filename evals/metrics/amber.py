@@ -66,6 +66,7 @@ class AmberTable:
         task: Dimension of each question, [m].
         label: bool [m], whether yes is right.
         prediction: int8 [m], 1 "Yes", 0 "No", -1 anything else.
+        dimensions: Those that the annotations have questions of.
         similarity: What the word similarity was, for the table: "none" or a name.
     """
 
@@ -81,6 +82,7 @@ class AmberTable:
     task: NDArray[np.str_]
     label: NDArray[np.bool_]
     prediction: NDArray[np.int8]
+    dimensions: tuple[AmberTask, ...]
     similarity: str
 
     def counts(self) -> dict[str, int]:
@@ -121,7 +123,8 @@ class AmberTable:
     def figures(self) -> dict[str, dict[str, float]]:
         """What the official script prints, under its names: percentages with one decimal.
 
-        A group is present if all its dimensions were answered.
+        A group is present if all its dimensions were answered; those the annotations have no question of are no part
+        of it.
         """
         c = self.counts()
         figures: dict[str, dict[str, float]] = {}
@@ -132,8 +135,9 @@ class AmberTable:
                 "Hal": round(100 - c["non_hallu_score"] / (c["non_hallu_num"] + _EMPTY) * 100, 1),
                 "Cog": _percent(c["hallu_cover_score"], c["hallu_cover_num"]),
             }
-        for name, tasks in _GROUPS.items():
-            if all(f"{_PREFIX[task]}_qa_correct_num" in c for task in tasks):
+        for name, group in _GROUPS.items():
+            tasks = tuple(task for task in group if task in self.dimensions)
+            if tasks and all(f"{_PREFIX[task]}_qa_correct_num" in c for task in tasks):
                 figures[name] = _question_figures(c, name, tasks)
         return figures
 
@@ -197,6 +201,7 @@ def score_responses(
         task=np.asarray([item.task for item in questions], dtype=np.str_),
         label=np.asarray([item.label for item in questions], dtype=np.bool_),
         prediction=np.asarray(answers, dtype=np.int8),
+        dimensions=tuple(task for task in _PREFIX if any(item.task == task for item in data.items.values())),
         similarity="none" if similarity is None else (similarity_name or "custom"),
     )
 
@@ -224,7 +229,7 @@ def _checked_ids(data: AmberData, responses: Mapping[int, str]) -> list[int]:
         if missing and len(missing) < len(wanted):
             raise DataError(
                 f"{len(missing)} of the {len(wanted)} {task} items of AMBER have no response (first: id {missing[0]}): "
-                "answer them all, or leave the task out"
+                "answer them all, leave the task out, or type --subset to score what is there"
             )
     return sorted(responses)
 
