@@ -131,24 +131,6 @@ def bootstrap(
     return percentile_interval(*_bootstrap(sums, statistic.value, n_resamples, seed, confidence), confidence)
 
 
-def image_differences(statistic: Statistic, table_a: Table, table_b: Table) -> tuple[NDArray[np.int64], FloatArray]:
-    """The figure of each image under a, minus that under b.
-
-    Returns:
-        Image ids int64 [m], sorted, and differences float64 [m]; NaN where the figure is undefined for an image (no
-        mention in its caption).
-
-    Raises:
-        DataError: the tables are empty or not about the same images.
-    """
-    ids_a, ids_b = np.unique(_keys(table_a, None)), np.unique(_keys(table_b, None))
-    if not np.array_equal(ids_a, ids_b):
-        raise DataError("the two tables are not about the same images: score both methods on the same ids")
-    a = statistic.value(_cluster_sums(statistic, table_a, table_a.image_ids))
-    b = statistic.value(_cluster_sums(statistic, table_b, table_b.image_ids))
-    return ids_a, a - b
-
-
 def _keys(table: Table, clusters: ArrayLike | None) -> NDArray[Any]:
     n = len(table.image_ids)
     if not n:

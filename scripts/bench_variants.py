@@ -17,7 +17,6 @@ from vlmfix.methods.base import Method
 STOCK, EAGER, RELEASED = "unpatched", "eager", "released "
 CORE = ("none", "vhr", "var", "pai", "fia", "act", "mma")
 """The methods with bars of their own; ``act`` with a tenth of the heads, as many as ``vlmfix.calibrate`` keeps."""
-MORE = ("vhr, reinforce_noimg", "var + vhr", "act, all heads", "hgai", "vaf", "adaptvis", "iat", "spin", "eah")
 BY_RELEASE = ("released var", "released pai", "released vhr")
 
 

@@ -187,9 +187,9 @@ def test_captions_without_objects():
 
 def test_the_mode_is_part_of_the_table():
     table = small_table()
-    assert (table.mode, table.mode_label) == ("original", "original")
+    assert (table.mode, table.ground_truth_mode) == ("original", "original")
     mixed = score_captions({1: "a dog"}, {1: ["dog"]}, original, ground_truth_mode="nltk")
-    assert mixed.mode_label == "original captions, nltk ground truth"
+    assert (mixed.mode, mixed.ground_truth_mode) == ("original", "nltk")
 
 
 def test_errors_name_what_is_wrong():

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from pope_rule import check_questions
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
 from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.data.pope import SPLITS, PopeQuestion, build_questions, check_questions, load_questions
+from vlmfix.evals.data.pope import SPLITS, PopeQuestion, build_questions, load_questions
 from vlmfix.evals.metrics.chair import ChairMatcher, ground_truth
 from vlmfix.evals.metrics.pope import (
     PARSERS,

@@ -15,7 +15,6 @@ from vlmfix.evals.stats import (
     Statistic,
     bootstrap,
     columns,
-    image_differences,
     paired_bootstrap,
     ratio,
 )
@@ -217,23 +216,11 @@ def test_a_statistic_of_ones_own():
     assert biggest.of(table) == 3
 
 
-def test_image_differences():
-    a = score_captions({1: "a dog and a cat", 2: "a tree"}, {1: ["dog"], 2: ["cup"]}, ChairMatcher())
-    b = score_captions({1: "a dog", 2: "a cup"}, {1: ["dog"], 2: ["cup"]}, ChairMatcher())
-    ids, difference = image_differences(CHAIR_STATISTICS["chair_i"], a, b)
-    assert ids.tolist() == [1, 2]
-    assert difference[0] == 0.5 and math.isnan(difference[1])
-    ids, difference = image_differences(POPE_STATISTICS["accuracy"], pope_table(5, 1), pope_table(5, 2))
-    assert len(ids) == len(difference) == 5
-
-
 def test_errors():
     a, b = chair_table(5, 1), chair_table(6, 2)
     f1 = CHAIR_STATISTICS["f1"]
     with pytest.raises(DataError, match="same images"):
         paired_bootstrap(f1, a, b)
-    with pytest.raises(DataError, match="same images"):
-        image_differences(f1, a, b)
     with pytest.raises(DataError, match="cluster label per row"):
         bootstrap(f1, a, clusters=[1, 2])
     with pytest.raises(DataError, match="n_resamples"):

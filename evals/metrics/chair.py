@@ -80,7 +80,7 @@ class ChairMatcher:
     def as_written(self, caption: str) -> list[tuple[str, str]]:
         """Find the words of ``caption``, lower-cased, that name objects: (word, object), in order.
 
-        None where the place of words is not known: with the punkt tokenizer, and in captions with both "toilet" and
+        Empty where the place of words is not known: with the punkt tokenizer, and in captions with both "toilet" and
         "seat", where the official script loses it.
         """
         match = self.match(caption)
@@ -250,13 +250,6 @@ class ChairTable(MentionTable):
     hallucinated_words: tuple[tuple[str, ...], ...] = field(repr=False)
     mode: ChairMode
     ground_truth_mode: ChairMode
-
-    @property
-    def mode_label(self) -> str:
-        """The mode as printed beside every figure: "original", "nltk", or "nltk captions, original ground truth"."""
-        if self.mode == self.ground_truth_mode:
-            return self.mode
-        return f"{self.mode} captions, {self.ground_truth_mode} ground truth"
 
     def counts(self) -> dict[str, int]:
         """Corpus sums; ``tokens_after_double_words`` is present only if the tokenizer counts them exactly."""

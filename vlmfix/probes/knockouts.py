@@ -122,9 +122,8 @@ def knockout(
         raise MethodError(f"window must be at least 1, got {window}.")
     subject = look_at(model, "knockout", inputs)
     known = find_spans(subject.anatomy, inputs, boxes=boxes, grid=grid, more=spans)
-    pairs = (
-        (*PAIRS, *(("object->question", "other->question") if boxes is not None else ())) if pairs is None else pairs
-    )
+    if pairs is None:
+        pairs = PAIRS if boxes is None else (*PAIRS, *BOX_PAIRS)
     named = {pair: _read(pair, known) for pair in pairs}
     centres = subject.layers(layers)
     there = set(subject.layers(None))
