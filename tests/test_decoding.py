@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,9 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.cache_utils import DynamicLayer
 
 import vlmfix
+from vlmfix.decoding._caches import PairedCache
 from vlmfix.decoding.base import contrast, cut
-from vlmfix.recipes import make_method
+from vlmfix.recipes import make_method, method_from_dict
 
 METHODS = sorted(name for name, cls in vlmfix.methods().items() if hasattr(cls, "uses_branch"))
 EACH = pytest.mark.parametrize("name", METHODS)
@@ -443,6 +447,26 @@ def test_attention_methods_act_in_the_own_branch_only(build: Any, name: str, kin
         vlmfix.unpatch(model)
 
 
+@EACH
+@pytest.mark.parametrize("company", [[], ["pai"], ["act", "vhr"]], ids=["alone", "pai", "act+vhr"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_one_forward_for_both_branches_equals_two(
+    build: Any, name: str, kind: str, company: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where one branch is longer, with padding on its left, and once a window of 24 has left it."""
+    model = build(kind, window=24) if kind == "mistral" else build(kind)
+    methods = [make_method(each, parameters_of(each, model)) for each in (*company, name)]
+    for inputs in (ONE, collate(RAGGED)):
+        vlmfix.patch(model, methods)
+        with counted(model) as seen:
+            joined = generate(model, inputs, 14)[1]
+        assert max(rows for rows, tokens in seen if tokens == 1) == 2 * len(inputs["input_ids"])
+        with monkeypatch.context() as context:
+            context.setattr(PairedCache, "fits", lambda own, other: False)
+            apart = generate(model, inputs, 14)[1]
+        close(joined, apart)
+
+
 # Families.
 
 
@@ -531,6 +555,39 @@ def test_images_only_as_features_are_refused(tiny: Any) -> None:
     vlmfix.patch(tiny, "vcd")
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="no pixel_values"):
         tiny(input_ids=ONE["input_ids"])
+
+
+# As data, and from several threads.
+
+
+@pytest.mark.parametrize("name", [*METHODS, "opera"])
+def test_a_recipe_keeps_a_decoding_method(tiny: Any, name: str, tmp_path: Path) -> None:
+    method = make_method(name, parameters_of(name, tiny))
+    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    vlmfix.save_recipe(tmp_path / "recipe.json", [vlmfix.PAI(alpha=0.3), method] if name != "opera" else method)
+    vlmfix.patch(tiny, tmp_path / "recipe.json")
+    assert vlmfix.status(tiny).methods[-1].name == name
+    assert hash(method) == hash(method_from_dict(method.to_dict()))
+
+
+@pytest.mark.parametrize("name", ["vcd", "guidance"])
+def test_four_threads_on_one_model(tiny: Any, name: str) -> None:
+    patch(tiny, name)
+    inputs = [collate([each]) for each in RAGGED]
+    expected = [generate(tiny, each, 4)[1] for each in inputs]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            found[number] = generate(tiny, inputs[number], 4)[1]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logits in enumerate(expected):
+        close(found[number], logits)
 
 
 # The noise of VCD.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.attention import AttentionCall
-from vlmfix.decoding._caches import PairedCache
+from vlmfix.decoding._caches import PairedCache, length_of_layer
 from vlmfix.decoding._prompts import TOKEN_TYPES, OtherPrompt
 
 if TYPE_CHECKING:
@@ -104,15 +104,16 @@ class PairRun:
         pair = self.branch.pair
         assert pair is not None
         batch = call.query.shape[0] // 2
-        own, weights = self.own.attend(site, _rows(call, 0, batch, pair.padding[0]))
+        layer, past = pair.cache.layers[site.module.layer_idx], int(self.own.past)
+        own_keys = length_of_layer(layer, past) + 1
+        own, _ = self.own.attend(site, _rows(call, 0, batch, call.key.shape[2] - own_keys))
         other, _ = _rows(call, batch, 2 * batch, 0).base()
-        return torch.cat([own, other]), None if weights is None else torch.cat([weights, weights])
+        return torch.cat([own, other]), None
 
 
 def _rows(call: AttentionCall, start: int, stop: int, padding: int) -> AttentionCall:
-    """Return the part of a call for some rows, without the first ``padding`` keys of a cache that is not sliding."""
+    """Return the part of a call for some rows, without the first ``padding`` keys."""
     batch = call.query.shape[0]
-    skipped = 0 if call.site.is_sliding else padding
 
     def part(value: Any) -> Any:
         is_by_row = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == batch
@@ -121,9 +122,9 @@ def _rows(call: AttentionCall, start: int, stop: int, padding: int) -> Attention
     mask = part(call.attention_mask)
     return call._replace(
         query=part(call.query),
-        key=part(call.key)[:, :, skipped:],
-        value=part(call.value)[:, :, skipped:],
-        attention_mask=mask[..., skipped:] if isinstance(mask, torch.Tensor) else mask,
+        key=part(call.key)[:, :, padding:],
+        value=part(call.value)[:, :, padding:],
+        attention_mask=mask[..., padding:] if isinstance(mask, torch.Tensor) else mask,
         kwargs={name: part(value) for name, value in call.kwargs.items()},
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 256
@@ -38,6 +38,21 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
         self._shown = self.keys
         return self.keys, self.values
+
+    def take(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Go on in buffers that begin with its keys and values and have room behind them."""
+        self._buffers, self._shown = (buffers[0], buffers[1]), self.keys
+
+
+def _joined(own: torch.Tensor, other: torch.Tensor, length: int) -> torch.Tensor:
+    """Return both branches' rows, padded on the left to ``length``, with room behind."""
+    batch = own.shape[0]
+    joined = own.new_empty(2 * batch, own.shape[1], length + ROOM, own.shape[3])
+    for row, part in enumerate((own, other)):
+        rows, start = joined[row * batch : (row + 1) * batch], length - part.shape[2]
+        rows[:, :, :start] = 0
+        rows[:, :, start:length] = part
+    return joined
 
 
 def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
@@ -133,10 +148,10 @@ class PairedCache:
             if not is_filled(mine):
                 continue
             size = length_of_layer(layer, self.length)
-            for name in ("keys", "values"):
-                parts = [getattr(each, name) for each in (mine, theirs)]
-                padded = [F.pad(part, (0, 0, size - part.shape[2], 0)) for part in parts]
-                setattr(layer, name, torch.cat(padded))
+            states = [_joined(getattr(mine, name), getattr(theirs, name), size) for name in ("keys", "values")]
+            layer.keys, layer.values = (each[:, :, :size] for each in states)
+            if isinstance(layer, GrowingLayer):
+                layer.take(states)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = self.length
 
