@@ -6,7 +6,7 @@ stopping criteria of ``generate`` work as ever: nothing of ``generate`` is repla
 
 Two batches of one row cost twice a step. So the caches of both branches are joined into one of twice the rows after the
 prompt, and a step is one forward over both, in which every weight is read once (``PairedCache``). In CPU time on the
-model of ``scripts/bench.py`` (163 M parameters, fp32, 576 image tokens, one thread) that is 1.7 to 1.9 of a greedy step,
+model of ``scripts/bench.py`` (163 M parameters, fp32, 576 image tokens, 1 thread) that is 1.7 to 1.9 of a greedy step,
 and two forwards are 1.9 to 2.1. Caches whose layers hold more than keys and values (recurrent states, cross-attention)
 cannot be joined: there the other branch has a cache and a forward of its own, as it has for every prompt. Tokens that
 both branches begin with are read once: their keys and values are copied, never shared.
