@@ -51,8 +51,8 @@ def _panel(metric: Metric, rows: Sequence[Mapping[str, Any]], found: Mapping[str
     bottom = top + step * len(rows)
     marks = [write(left, 14, long_heading(metric), bold=True), write(left, 29, f"better: {side}")]
     marks.append(line(at(0), top - 6, at(0), bottom - 4, "currentColor", 0.45))
-    for end, anchor in ((low, "start"), (high, "end")):
-        marks.append(write(left + (6 if end == low else width - 6), bottom + 12, f"{end:+.1f}", anchor=anchor))
+    ends = ((low, left + 6, "start"), (high, left + width - 6, "end")) if high > low else ((low, left + 6, "middle"),)
+    marks += [write(x, bottom + 12, f"{end:+.1f}" if end else "0", anchor=anchor) for end, x, anchor in ends]
     for place, (row, interval) in enumerate(known):
         y = top + step * place + 4
         marks.append(write(left - 6, y + 4, row["label"], anchor="end"))

@@ -167,6 +167,7 @@ def _interval_panel(
     panel.set_yticks(range(len(rows)), [row["label"] for row in rows] if named else [])
     panel.tick_params(axis="y", length=0)
     panel.margins(x=0.08)
+    panel.locator_params(axis="x", nbins=5)
     side = "left" if metric.better < 0 else "right"
     panel.set_title(f"{long_heading(metric)}\nbetter: {side}", fontsize=8.5, color=_TEXT)
     _plain(panel, ("top", "right", "left"))
@@ -281,6 +282,7 @@ def category_figure(results: Mapping[str, Any], most: int = 12) -> Figure | None
     panel.tick_params(axis="y", length=0)
     panel.set_xlabel("captions that name it where it is not", fontsize=9)
     panel.set_title(f"Objects invented, by category\n{_subtitle(results)}", fontsize=10)
-    panel.legend(fontsize=8, frameon=False, loc="lower right")
+    panel.locator_params(axis="x", integer=True)
+    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _plain(panel, ("top", "right", "left"))
     return made

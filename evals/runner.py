@@ -93,6 +93,7 @@ def evaluate(
                     f"to go on, type: {options.resume_line}"
                 ) from error
         merge_parts(run.folder, log)
+        _check_all_there(run, plan, log)
         answers = plan.answers(log)
 
     def decode(tokens: Sequence[int]) -> str:
@@ -130,6 +131,14 @@ def evaluate(
     show(text_report(results))
     show(f"written: {run.folder}/{CONFIG} answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
     return results
+
+
+def _check_all_there(run: EvalRun, plan: AnswerPlan, log: AnswerLog) -> None:
+    if missing := plan.missing(log):
+        raise VlmfixError(
+            f"{missing} of {run.total} answers are not in {run.folder}: a process failed, or runs on a machine that "
+            "does not share this folder. Name a shared one with --out DIR; the same command answers the rest"
+        )
 
 
 def _expected(run: EvalRun) -> str:

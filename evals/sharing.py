@@ -17,9 +17,9 @@ from .item_table import Key
 _ROWS = ("image_ids", "ground_truth", "questions", "items")
 #: Settings that change the answers without changing what is asked or how it is scored.
 _LENGTHS = ("max_new_tokens",)
-#: Benchmark whose conditions those of another follow.
 #: Benchmarks whose figures count rows one by one; those of others may count what belongs to several rows of an image.
 _ROW_BY_ROW = ("chair", "text", "pope", "custom")
+#: Benchmark whose conditions those of another follow.
 _FOLLOWS = {"text": "chair"}
 
 
@@ -120,15 +120,20 @@ def share(benchmark: str, runs: Mapping[str, RunCounts]) -> Shared:
     first = next(iter(found))
     kept = [identity for identity in found[first] if all(identity in other for other in found.values())]
     notes = []
-    if benchmark not in _ROW_BY_ROW:
-        kept = _whole_images(kept, found)
     by_key = [{key for key, *_ in identities} for identities in found.values()]
     conflicting = len(set.intersection(*by_key)) - len(kept)
     if conflicting > 0:
         notes.append(f"{conflicting} rows have one id but another image file or ground truth in the runs: left out")
+    if benchmark not in _ROW_BY_ROW:
+        whole = _whole_images(kept, found)
+        if len(whole) < len(kept):
+            notes.append(
+                f"{len(kept) - len(whole)} shared rows are of images with others that not all runs have: left out"
+            )
+        kept = whole
     if not kept:
         told = ", ".join(f"{name} {len(identities)}" for name, identities in found.items())
-        more = f" ({notes[0]})" if notes else ""
+        more = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(f"the runs share no row ({told}){more}")
     notes += _balance(parts, {name: [identities[identity] for identity in kept] for name, identities in found.items()})
     return Shared(

@@ -13,6 +13,7 @@ from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals import counts
 from vlmfix.evals.compare import compare_runs
+from vlmfix.evals.item_table import ItemTable
 from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
 from vlmfix.evals.metrics.pope import score_labels
 from vlmfix.evals.significance import holm
@@ -243,6 +244,22 @@ def test_other_ground_truth_or_image_files_are_other_rows(tmp_path: Path) -> Non
     d = chair_run(tmp_path / "d", {"none": NONE}, TRUTH, images={i: "other" for i in TRUTH})
     with pytest.raises(DataError, match=r"the runs share no row \(A 4, B 4\) \(4 rows have one id but"):
         compared(a, d)
+
+
+def test_images_that_are_shared_in_part_are_left_out_where_rows_belong_together(tmp_path: Path) -> None:
+    def run(name: str, rows: list[tuple[int, str]]) -> Path:
+        ones = np.ones(len(rows), dtype=np.bool_)
+        columns = {name: ones for name in ("label", "prediction", "correct", "unparsed", "images", "both_correct")}
+        ids = np.array([image for image, _ in rows], dtype=np.int64)
+        table = ItemTable(ids, ("count",) * len(rows), tuple(text for _, text in rows), columns)
+        part = counts.benchmark_counts({"none": table}, counts.Rows(table.splits, table.items, ["yes"] * len(rows)))
+        entries = [entry("none", "baseline", mme={"changed": 1})]
+        return write(tmp_path / name, {"mme": {"prompt": "{question}"}}, {"mme": part}, entries)
+
+    a, b = run("a", [(1, "x"), (1, "y"), (2, "x"), (2, "y")]), run("b", [(1, "x"), (1, "y"), (2, "x"), (2, "z")])
+    shared = compared(a, b)["shared"]["mme"]
+    assert shared["rows"] == 2
+    assert shared["notes"] == ["1 shared rows are of images with others that not all runs have: left out"]
 
 
 def test_no_image_in_common(tmp_path: Path) -> None:

@@ -149,6 +149,14 @@ def test_summary_has_verdicts_and_corrected_stars() -> None:
     assert "-10.0(*)<br>[-19.0, -1.0]" in found
 
 
+def test_a_panel_without_any_difference_has_one_zero() -> None:
+    results = small_results()
+    for row in results["methods"][1:]:
+        row["differences"] = {key: interval(0.0, 0.0, 0.0, 1.0) for key in row["differences"]}
+    panel = intervals(results).split("<svg")[1]
+    assert panel.count(">0<") == 1 and "+0.0" not in re.sub(r"<title>.*?</title>", "", panel)
+
+
 def test_plots_of_the_page_say_what_they_show() -> None:
     checker = Checker()
     for drawing in (intervals(small_results()), scatter(small_results()), invented(small_results())):

@@ -62,6 +62,21 @@ def test_intervals_are_drawn_where_they_are() -> None:
     assert filled == [True, False], "filled: survives the correction"
 
 
+def test_ticks_can_be_read() -> None:
+    figure = interval_figure(results())
+    assert figure is not None and all(len(panel.get_xticks()) <= 7 for panel in figure.axes)
+    few = results()
+    for row in few["methods"]:
+        row["chair"]["invented"] = {"dog": 1}
+    figure = category_figure(few)
+    assert figure is not None
+    (panel,) = figure.axes
+    assert all(float(tick).is_integer() for tick in panel.get_xticks()), "captions are whole"
+    figure.draw_without_rendering()
+    legend = panel.get_legend()
+    assert legend is not None and legend.get_window_extent().x0 >= panel.get_window_extent().x1, "beside the bars"
+
+
 def test_tradeoff_has_every_row_the_front_and_the_early_stop_curve() -> None:
     figure = tradeoff_figure(results())
     assert figure is not None

@@ -153,6 +153,20 @@ def test_what_an_interrupted_run_left_is_not_generated_again(
     assert figures(folder) == figures(alone)
 
 
+def test_answers_that_never_came_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as those of processes on a machine that writes them to a folder of its own."""
+    monkeypatch.setattr("vlmfix.evals.runner.generate_answers", lambda *_, **__: None)
+    assert main(["eval", *WORDS.split(), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "answers are not in" in error
+        and "a shared one with --out DIR" in error
+        and not (tmp_path / "run" / "results.json").exists()
+    )
+
+
 def test_leftovers_of_a_run_thrown_away_go_too(tmp_path: Path) -> None:
     (tmp_path / "answers.part-1.jsonl").write_text('{"key": "a"}\n', encoding="utf-8")
     with AnswerLog(tmp_path / "answers.jsonl") as log:
