@@ -11,8 +11,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vlmfix.devices import input_device
 from vlmfix.errors import VlmfixError
+from vlmfix.greedy import end_token_ids, greedy
 
-from .models import answer_token_ids, end_token_ids
+from .models import answer_token_ids
 from .samples import Answer, Records
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
@@ -179,12 +180,4 @@ class Generator:
 
     def decoding(self, max_new_tokens: int) -> dict[str, Any]:
         """The keyword arguments of ``generate``: greedy, one beam, whatever the model's own settings are."""
-        return {
-            "do_sample": False,
-            "num_beams": 1,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-            "max_new_tokens": max_new_tokens,
-            "pad_token_id": self.processor.tokenizer.pad_token_id,
-        }
+        return greedy(max_new_tokens, self.processor.tokenizer.pad_token_id)

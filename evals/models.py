@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmfix.calibration.words import single_tokens
 from vlmfix.errors import UnsupportedModelError, VlmfixError
 
 from .cache import file_digest
@@ -246,16 +247,6 @@ def _quiet_loading() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def end_token_ids(model: Any) -> tuple[int, ...]:
-    """The token ids that end a generated sequence, as the model's generation settings say."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = model.config.get_text_config(decoder=True).eos_token_id
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-
-
 def answer_token_ids(tokenizer: Any) -> Mapping[str, tuple[int, ...]]:
     """The single tokens that spell yes and no (any case, with or without a leading space).
 
@@ -263,18 +254,5 @@ def answer_token_ids(tokenizer: Any) -> Mapping[str, tuple[int, ...]]:
         ``{"yes": ids, "no": ids}``; both empty when the vocabulary spells either word only with several tokens,
         in which case no yes-minus-no score can be read off one step.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for word in ("yes", "no"):
-        ids: set[int] = set()
-        for variant in (word, word.capitalize(), word.upper()):
-            for text in (variant, " " + variant):
-                tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-                # A tokenizer may split off the space as a token of its own; the word is then the last of two.
-                if len(tokens) == 2 and not tokenizer.decode(tokens[:1]).strip():
-                    tokens = tokens[1:]
-                if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
-                    ids.add(int(tokens[0]))
-        found[word] = tuple(sorted(ids))
-    if not (found["yes"] and found["no"]):
-        return {"yes": (), "no": ()}
-    return found
+    found = {word: single_tokens(tokenizer, word) for word in ("yes", "no")}
+    return found if all(found.values()) else {"yes": (), "no": ()}

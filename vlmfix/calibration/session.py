@@ -16,6 +16,7 @@ from vlmfix.calibration.samples import CalibrationSample, Mentions
 from vlmfix.calibration.words import Mention, decode, locate_mentions
 from vlmfix.devices import input_device
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, VlmfixError
+from vlmfix.greedy import end_token_ids, greedy
 from vlmfix.methods.base import Method
 from vlmfix.patching import patched
 
@@ -100,16 +101,9 @@ class Session:
         """Answer a batch greedily under a method: the generated ids of each row, without the end token."""
         with patched(self.model, method):
             output = self.model.generate(  # type: ignore[operator]
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
+                **inputs, **greedy(self.max_new_tokens, self.tokenizer.pad_token_id)
             )
-        ends = _end_ids(self.model)
+        ends = end_token_ids(self.model)
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
 
@@ -210,12 +204,3 @@ def _make_prompt(processor: Any) -> Callable[[str], str]:
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
     return prompt
-
-
-def _end_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    ids = model.generation_config.eos_token_id  # type: ignore[union-attr]
-    if ids is None:
-        ids = model.config.get_text_config(decoder=True).eos_token_id
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)

@@ -97,7 +97,7 @@ def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises:
         UnsupportedFeatureError: The vocabulary spells one of them only with several tokens.
     """
-    spelled = [_single_tokens(tokenizer, word) for word in ("yes", "no")]
+    spelled = [list(single_tokens(tokenizer, word)) for word in ("yes", "no")]
     if not all(spelled):
         raise UnsupportedFeatureError(
             "This tokenizer spells 'yes' or 'no' with several tokens, so answers cannot be read off one step. Heads "
@@ -106,13 +106,15 @@ def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return spelled[0], spelled[1]
 
 
-def _single_tokens(tokenizer: Any, word: str) -> list[int]:
+def single_tokens(tokenizer: Any, word: str) -> tuple[int, ...]:
+    """Return the single tokens that spell a word: any case, with or without a leading space."""
     ids: set[int] = set()
     for variant in (word, word.capitalize(), word.upper()):
         for text in (variant, " " + variant):
             tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(tokens) == 2 and not decode(tokenizer, tokens[:1]).strip():
-                tokens = tokens[1:]  # a tokenizer may split off the space
+            # A tokenizer may split off the space as a token of its own; the word is then the last of two.
+            if len(tokens) == 2 and not tokenizer.decode(tokens[:1]).strip():
+                tokens = tokens[1:]
             if len(tokens) == 1 and tokens[0] != tokenizer.unk_token_id:
                 ids.add(int(tokens[0]))
-    return sorted(ids)
+    return tuple(sorted(ids))

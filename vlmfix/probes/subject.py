@@ -14,6 +14,7 @@ from vlmfix.activity import describe
 from vlmfix.anatomy import Anatomy, analyse
 from vlmfix.calibration.session import left_as_found
 from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.greedy import end_token_ids, greedy
 from vlmfix.methods.base import Method, resolve_layers
 from vlmfix.patching import find_patch, patched
 
@@ -125,13 +126,7 @@ class Subject:
         with self.watched(*watches):
             out = self.model.generate(  # type: ignore[operator]
                 **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=filler,
+                **greedy(max_new_tokens, filler),
                 logits_processor=given,
                 output_logits=logits,
                 return_dict_in_generate=True,
@@ -144,8 +139,7 @@ class Subject:
         return Answered(tokens, tuple(each.float() for each in out.logits or ()))
 
     def _cut(self, rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        ends = end_token_ids(self.model)
         stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
         return tuple(tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True))
 
