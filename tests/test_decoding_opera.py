@@ -31,9 +31,8 @@ def search(model: Any, inputs: dict[str, torch.Tensor], tokens: int = 8, **optio
 # Against the formula, step by step.
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("mode", ["official", "paper"])
-@pytest.mark.parametrize("sigma", [50.0, 4.0])
+@pytest.mark.parametrize(("kind", "sigma"), [("llama", 50.0), ("mistral", 4.0)])
 def test_it_agrees_with_the_formula(build: Any, kind: str, mode: str, sigma: float) -> None:
     """Beyond the first 10 tokens, where the penalty begins; no way back."""
     model = build(kind)
@@ -103,15 +102,14 @@ def test_short_answers_never_go_back(tiny: Any, monkeypatch: Any) -> None:
 def test_without_a_penalty_it_is_beam_search(tiny: Any, early_stopping: Any, length_penalty: float) -> None:
     for ends in (10**6, [5, 17, 33, 58]):
         options = {"eos_token_id": ends, "length_penalty": length_penalty, "early_stopping": early_stopping}
-        for seed in range(2):
-            inputs = collate([sample(3, 1, 6, seed=seed)])
-            ids, score = search(tiny, inputs, 6, num_beams=3, **options)
-            free = {"penalty_weights": 0.0, "threshold": None, "num_attn_candidates": 15}
-            vlmfix.patch(tiny, "opera", mode="paper", num_beams=3, **free)
-            found, scores = search(tiny, inputs, 6, **options)
-            vlmfix.unpatch(tiny)
-            assert found.tolist() == ids.tolist()
-            torch.testing.assert_close(scores, score, atol=1e-5, rtol=1e-5)
+        inputs = collate([sample(3, 1, 6, seed=1)])
+        ids, score = search(tiny, inputs, 6, num_beams=3, **options)
+        free = {"penalty_weights": 0.0, "threshold": None, "num_attn_candidates": 15}
+        vlmfix.patch(tiny, "opera", mode="paper", num_beams=3, **free)
+        found, scores = search(tiny, inputs, 6, **options)
+        vlmfix.unpatch(tiny)
+        assert found.tolist() == ids.tolist()
+        torch.testing.assert_close(scores, score, atol=1e-5, rtol=1e-5)
 
 
 def test_without_an_image_it_is_beam_search_to_the_bit(tiny: Any) -> None:

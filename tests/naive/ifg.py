@@ -14,7 +14,7 @@ class NaiveIfg(NaiveBranches):
         self.scale, self.beta, self.stand_in = scale, beta, stand_in
 
     def prompts(self, ids: list[int], pixels: torch.Tensor) -> tuple[Prompt, Prompt]:
-        other = torch.zeros_like(pixels)
+        other = torch.full_like(pixels, 1e-6)  # blank: zeros are what some models take for padding
         for picture, made in zip(pixels, other, strict=True):
             for channel in range(len(picture)):
                 if self.stand_in == "mean":
