@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .cli_options import add_data, add_machine, add_model, add_prompts
+
 #: As in ``config.BENCHMARKS``, which is not imported before the verb runs.
 BENCHMARKS = ("chair", "pope", "sycophancy", "amber", "mme", "hallusionbench", "mmhal", "custom")
 
@@ -37,7 +39,7 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to evaluate")
-    what.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    add_model(what)
     what.add_argument(
         "--method",
         nargs="+",
@@ -128,75 +130,6 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         help="score the answers in the folder again and generate none, also those of another version of vlmfix",
     )
     return parser
-
-
-def add_data(parser: argparse.ArgumentParser, *, limit: str) -> Any:
-    """Add the options that choose images and questions; ``limit`` explains ``--limit``."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="DIR", help="COCO folder (default: the testbed's scenes)")
-    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
-    data.add_argument("--limit", type=int, metavar="N", help=limit)
-    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
-    data.add_argument(
-        "--pope-questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="official POPE files (default: built by the published rule)",
-    )
-    data.add_argument(
-        "--chair-mode",
-        choices=("original", "nltk"),
-        default="original",
-        help="word normalisation of CHAIR (default: original)",
-    )
-    return data
-
-
-def add_prompts(parser: argparse.ArgumentParser) -> Any:
-    """Add the options on prompts and decoding."""
-    asking = parser.add_argument_group("prompts and decoding")
-    asking.add_argument(
-        "--prompt", metavar="TEXT", help="captioning prompt (default: Please describe this image in detail.)"
-    )
-    asking.add_argument(
-        "--pope-prompt", metavar="TEXT", help="POPE prompt with {question} (default: asks for a single word or phrase)"
-    )
-    asking.add_argument(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="wrap prompts into the processor's chat template (default: on)",
-    )
-    asking.add_argument(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="limit of captions (default: 128 testbed, else 512) and open answers (256 mmhal, else 64)",
-    )
-    asking.add_argument("--pope-max-new-tokens", type=int, metavar="N", help="limit of yes/no answers (default: 16)")
-    return asking
-
-
-def add_machine(parser: argparse.ArgumentParser) -> Any:
-    """Add the options on device and batch, and return their group."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=int, metavar="N", help="samples per batch (default: 64 testbed, else 8)")
-    machine.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="default: float32 on the CPU, else the checkpoint's",
-    )
-    machine.add_argument(
-        "--device",
-        metavar="DEVICE",
-        help="cpu, cuda, cuda:1, or auto to spread over several (default: cuda if there, else cpu)",
-    )
-    machine.add_argument(
-        "--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa or eager"
-    )
-    return machine
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..cli import add_data, add_machine, add_prompts
+from ..cli_options import add_data, add_machine, add_model, add_prompts
 
 _EPILOG = """\
 examples:
@@ -34,7 +34,7 @@ def add_tune(verbs: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what to tune")
-    what.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    add_model(what)
     what.add_argument("--method", required=True, metavar="NAME", help="a method, or a recipe file to start from")
     what.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="parameters that stay fixed"

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlmfix.evals.cli_options import add_captioning, add_images, add_machine, add_model
+
 _EPILOG = """\
 examples:
   vlmfix calibrate adhh                            on the embedded testbed
@@ -31,31 +33,20 @@ def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("method", metavar="METHOD", help="act, adhh, adaiat, allpath, iri, vaf or var")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    add_model(parser)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="option of the search or the method"
     )
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", type=Path, metavar="DIR", help="COCO folder (default: scenes of the testbed's calibration split)"
+    data = add_images(
+        parser,
+        data="COCO folder (default: scenes of the testbed's calibration split)",
+        limit="number of images, drawn by seed (default: 500; on the testbed 40)",
     )
-    data.add_argument("--ids", type=Path, metavar="FILE", help="image ids to use: one per line, or a JSON list")
     data.add_argument(
         "--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="refuse to run if one of these ids is used"
     )
-    data.add_argument(
-        "--limit", type=int, metavar="N", help="number of images, drawn by seed (default: 500; on the testbed 40)"
-    )
-    data.add_argument("--seed", type=int, default=0, help="choice of images and questions (default: 0)")
-    data.add_argument("--prompt", metavar="TEXT", help="captioning prompt, as of 'vlmfix eval'")
-    data.add_argument("--pope-prompt", metavar="TEXT", help="prompt of questions with {question}, as of 'vlmfix eval'")
-    data.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True, help="default: on")
-    data.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of captions (default: 128 testbed, 512)")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch-size", type=int, metavar="N", help="default: 32 testbed, else 8")
-    machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="as of 'vlmfix eval'")
-    machine.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto (default: cuda if there)")
-    machine.add_argument("--attn-implementation", metavar="NAME", help="attention of transformers")
+    add_captioning(parser, max_new_tokens="limit of captions (default: 128 testbed, else 512)")
+    add_machine(parser, batch_size="samples per batch (default: 32 testbed, else 8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD.json)")
     return parser
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmfix.evals.cli_options import add_machine, add_model
+
 _EPILOG = """\
 examples:
   vlmfix inspect                                   a scene of the embedded model whose caption invents an object
@@ -28,7 +30,7 @@ def add_inspect(verbs: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="model folder or hub id (default: the embedded testbed)")
+    add_model(parser)
     parser.add_argument("--image", type=Path, metavar="FILE", help="picture (default: a scene of the testbed)")
     parser.add_argument("--scene", type=int, metavar="N", help="scene of the testbed, from 0 (default: 350)")
     parser.add_argument(
@@ -46,10 +48,7 @@ def add_inspect(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="limit of the answer (default: 64 testbed, 256)"
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="as of 'vlmfix eval'")
-    machine.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, or auto (default: cuda if there)")
-    machine.add_argument("--attn-implementation", metavar="NAME", help="attention of transformers")
+    add_machine(parser, batch_size=None)
     parser.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE", help="default: inspect.html")
     return parser
 
