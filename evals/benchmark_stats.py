@@ -99,6 +99,7 @@ BENCHMARK_STATISTICS: Mapping[str, Mapping[str, Statistic]] = MappingProxyType(
             _share("cog", "cognitive", "cognitive_objects"),
             _share("accuracy", "correct", "questions"),
             ratio("f1", lambda t: 2 * t.right_no, lambda t: t.answered_no.astype(int) + t.truth_no),
+            ratio("yes_ratio", lambda t: t.prediction == 1, lambda t: t.questions),
             Statistic("amber", _amber_columns, _amber),
         ),
         "mme": by_name(

@@ -53,6 +53,7 @@ METRICS = (
     Metric("amber", "cog", "Cog", -1),
     Metric("amber", "accuracy", "accuracy", 1),
     Metric("amber", "f1", "F1", 1),
+    Metric("amber", "yes_ratio", "yes", 0),
     Metric("amber", "amber", "score", 1),
     Metric("mme", "score", "score/800", 1, percent=False),
     Metric("mme", "accuracy", "accuracy", 1),

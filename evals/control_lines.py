@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .benchmarks.chair import ChairTask
 from .columns import BY_KEY, Metric
@@ -30,6 +31,7 @@ ControlTables = dict[str, dict[str, dict[str, Any]]]
 EARLY_STOP_METRICS = ("chair.chair_i", "chair.chair_s")
 YES_BIAS_METRICS = {
     "pope": "pope.accuracy",
+    "amber": "amber.accuracy",
     "mme": "mme.accuracy",
     "hallusionbench": "hallusionbench.aacc",
     "custom": "custom.accuracy",
@@ -165,40 +167,50 @@ def _early_stop(
 def _yes_bias(
     spec: MethodSpec, benchmark: str, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
 ) -> list[dict[str, Any]]:
-    stock = _questions(tables[baseline])
-    if stock is None:
+    found = _questions(tables[baseline])
+    if found is None:
         return []
+    rows, stock = found
     table = tables[spec.label]
-    control = yes_bias_control(stock, value(BY_KEY[f"{benchmark}.yes_ratio"], table))
-    shifted = _as_answers(tables[baseline], control.table)
+    control = yes_bias_control(stock, float((table.prediction[rows] == 1).mean()))
+    shifted = _as_answers(tables[baseline], rows, control.table)
     kept.setdefault(benchmark, {}).setdefault(spec.label, {})["yes bias"] = shifted
     matched = matched_on("yes bias", benchmark, table, shifted)
     row = compare(spec.label, "yes bias", BY_KEY[YES_BIAS_METRICS[benchmark]], table, shifted, seed, matched)
     return [{**row, "bias": control.bias}]
 
 
-def _questions(table: Any) -> PopeTable | None:
-    """A table of nothing but yes/no questions with a score each, as POPE's; None for any other."""
-    if isinstance(table, PopeTable) or table is None:
-        return None if table is None or table.score is None else table
-    columns = table.columns
-    if not {"label", "prediction", "score"} <= columns.keys() or not np.all(columns.get("questions", 1)):
+def _questions(table: Any) -> tuple[NDArray[np.int64], PopeTable] | None:
+    """The rows that are yes/no questions, int64 [m], and these as POPE's; None without any, or without their scores."""
+    if table is None:
         return None
-    return PopeTable(
-        image_ids=table.image_ids,
-        label=columns["label"],
-        prediction=columns["prediction"],
-        unparsed=columns["prediction"] < 0,
-        score=columns["score"],
+    if isinstance(table, PopeTable):
+        return None if table.score is None else (np.arange(len(table)), table)
+    columns = table.columns
+    score = columns.get("score", columns.get("margin"))
+    if score is None or not {"label", "prediction"} <= columns.keys():
+        return None
+    rows = np.flatnonzero(columns.get("questions", np.ones(len(table))))
+    if not len(rows) or not np.isfinite(score[rows]).all():
+        return None
+    names = table.question_ids
+    return rows, PopeTable(
+        image_ids=table.image_ids[rows],
+        label=columns["label"][rows],
+        prediction=columns["prediction"][rows],
+        unparsed=columns["prediction"][rows] < 0,
+        score=score[rows],
         parser="score",
-        question_ids=table.question_ids,
+        question_ids=tuple(names[i] for i in rows.tolist()),
     )
 
 
-def _as_answers(table: Any, answers: PopeTable) -> Any:
-    """A table with other answers to its questions; what is made of several answers is left out."""
+def _as_answers(table: Any, rows: NDArray[np.int64], answers: PopeTable) -> Any:
+    """A table with other answers to its questions, those rows; what is made of several answers is left out."""
     if isinstance(table, PopeTable):
         return answers
-    columns = {name: table.columns[name] for name in ("label", "score", "questions") if name in table.columns}
-    columns |= {"prediction": answers.prediction, "correct": answers.correct}
+    columns = {name: table.columns[name] for name in ("label", "score", "questions", "margin") if name in table.columns}
+    for name in ("prediction", "correct"):
+        columns[name] = table.columns[name].copy()
+        columns[name][rows] = getattr(answers, name)
     return ItemTable(table.image_ids, table.splits, table.items, columns)

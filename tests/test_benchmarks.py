@@ -136,8 +136,9 @@ def test_reports_show_them(finished: Path, capsys: Any, words: list[str]) -> Non
 
 def test_controls_and_compare_know_them(finished: Path, capsys: Any, tmp_path: Path) -> None:
     results = read(finished)
-    (line,) = [line for line in results["controls"] if line["metric"] == "mme.accuracy"]
-    assert line["control"] == "yes bias" and line["matched"].startswith("yes ")
+    for metric in ("mme.accuracy", "amber.accuracy", "custom.accuracy"):
+        (line,) = [line for line in results["controls"] if line["metric"] == metric]
+        assert line["control"] == "yes bias" and line["matched"].startswith("yes ")
     capsys.readouterr()
     assert main(["compare", str(finished), "--out", str(tmp_path / "c.json")]) == 0
     text = capsys.readouterr().out

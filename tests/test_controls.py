@@ -272,9 +272,28 @@ def test_yes_bias_of_any_table_of_scored_questions(benchmark):
     assert control.prediction.tolist() == shifted.prediction.tolist() and control.keys == shifted.keys
 
 
+@pytest.mark.parametrize("benchmark", ["amber", "custom"])
+def test_yes_bias_goes_by_the_questions_among_other_rows(benchmark):
+    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
+    labels, asked = [True, False, True, False, False, False], np.array([1, 1, 1, 1, 0, 0])
+
+    def table(margins):
+        found = item_table(margins, labels, questions=asked)
+        columns = {name: np.where(asked, values, 0) for name, values in found.columns.items() if name != "score"}
+        margin = np.where(asked, found.score, np.nan)
+        return ItemTable(found.image_ids, found.splits, found.items, {**columns, "questions": asked, "margin": margin})
+
+    none, m = table([2.0, 1.0, -1.0, -2.0, 9.0, 9.0]), table([1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
+    kept = {}
+    (line,) = control_lines(specs, {benchmark: {"none": none, "m": m}}, None, 0, kept)
+    assert (line["method_value"], line["control_value"], line["bias"]) == (0.75, 0.75, -1.5)
+    assert line["matched"] == "yes 25.0, 25.0" and line["metric"] == f"{benchmark}.accuracy"
+    assert kept[benchmark]["m"]["yes bias"].prediction.tolist() == [1, 0, 0, 0, 0, 0]
+
+
 def test_no_yes_bias_without_scores_or_among_free_answers():
     specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
-    table = item_table([1.0, -1.0], [True, False], questions=np.array([1, 0]))
+    table = item_table([1.0, -1.0], [True, False], questions=np.array([0, 0]))
     assert control_lines(specs, {"custom": {"none": table, "m": table}}, None, 0, {}) == []
     bare = ItemTable(table.image_ids, table.splits, table.items, {"label": table.label, "prediction": table.prediction})
     assert control_lines(specs, {"mme": {"none": bare, "m": bare}}, None, 0, {}) == []

@@ -87,9 +87,10 @@ class CustomTask(ScoredTask):
         closed = np.asarray([q.label is not None for q in self.asked], dtype=np.bool_)
         read = [None if q.label is None else parse_answer(t) for q, t in zip(self.asked, given, strict=True)]
         columns: dict[str, NDArray[Any]] = yes_no([bool(q.label) for q in self.asked], read)
-        scores = [answers[sample.key].score for sample in self.each]
-        if closed.all() and None not in scores:
-            columns["score"] = np.asarray(scores, dtype=np.float64)
+        given_scores = [answers[sample.key].score for sample in self.each]
+        scores = np.asarray([np.nan if s is None else s for s in given_scores], dtype=np.float64)
+        if closed.any() and np.isfinite(scores[closed]).all():  # An AUC needs the score of every row.
+            columns["score" if closed.all() else "margin"] = np.where(closed, scores, np.nan)
         columns |= {
             "questions": closed,
             "unparsed": np.asarray([is_unparsed(text) for text in given]) & closed,

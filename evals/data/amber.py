@@ -6,6 +6,7 @@ The folder is ``data/`` of junyangwang0410/AMBER (Apache-2.0): ``annotations.jso
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -64,7 +65,7 @@ class AmberData:
     association: Mapping[str, tuple[str, ...]] = field(repr=False)
     safe_words: frozenset[str] = field(repr=False)
 
-    @property
+    @cached_property
     def vocabulary(self) -> frozenset[str]:
         """The words that count as objects: the keys and values of ``association``."""
         return frozenset(self.association).union(*self.association.values())
