@@ -10,6 +10,7 @@ from typing import Any
 
 import benchmark_data
 import pytest
+from run_folders import read, timeless
 from shared_data import DATA
 
 from vlmfix.cli import main
@@ -56,17 +57,6 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("finished") / "run"
     assert main([*words, str(out)]) == 0
     return out
-
-
-def read(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def answers(folder: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import assert_each_generate_starts_afresh, assert_refuses_chunks
 from models import (
     IMAGE,
     IMAGE_TOKENS,
@@ -116,17 +117,14 @@ def test_every_row_keeps_its_sum(build: Any, method: Any) -> None:
 @EACH
 def test_a_second_generate_starts_afresh(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    first = generate(tiny, collate([RAGGED[0]]), 4)[1]
-    generate(tiny, collate([RAGGED[3]]), 4)
-    assert torch.equal(generate(tiny, collate([RAGGED[0]]), 4)[1], first)
+    assert_each_generate_starts_afresh(tiny)
 
 
 @needs_chunks
 @EACH
 def test_a_prompt_in_chunks_is_refused_not_silently_different(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
-        generate(tiny, collate([RAGGED[0]]), 3, prefill_chunk_size=7)
+    assert_refuses_chunks(tiny)
 
 
 @EACH

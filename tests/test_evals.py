@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_folders import read, timeless
 from shared_data import DATA, needs_data
 from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
 
@@ -75,18 +76,6 @@ def finished(home: Path) -> Path:
     words = ["eval", "--model", home / "m", "--data", home / "c", "--out", out, "--max-new-tokens", TOKENS]
     assert main([str(word) for word in (*words, "--pope-max-new-tokens", 2, "--batch-size", 4)]) == 0
     return out
-
-
-def read(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    return results
-
-
-def timeless(value: Any) -> Any:
-    """Without wall times and without the command, which names the folder."""
-    if isinstance(value, dict):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
-    return [timeless(v) for v in value] if isinstance(value, list) else value
 
 
 def lines(folder: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import assert_four_threads_equal_one, close
 from method_parameters import parameters_of
 from models import BOS, IMAGE, PAD, RAGGED, SINK_DIMS, SINK_WORD, Sample, collate, forward, generate, pictures, sample
 from naive.act import NaiveAct
@@ -48,10 +49,6 @@ def reference_of(model: Any, method: Any) -> Reference:
         VhrSpec(layers=range(4), reinforce_noimg=chosen[0] == EDITED) if chosen else None,
         naive=naive,
     )
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def assert_differs(found: torch.Tensor, stock: torch.Tensor) -> None:
@@ -382,20 +379,7 @@ def test_pipeline(processor_folder: Path, name: str) -> None:
 @METHODS
 def test_four_threads_on_one_model_equal_sequential_calls(sinky: Any, method: Any) -> None:
     vlmfix.patch(sinky, method)
-    work = [collate([each]) for each in RAGGED] + [collate(RAGGED), ONE, EVEN, collate([RAGGED[3]])]
-    expected = [generate(sinky, inputs, 4)[1] for inputs in work]
-    found: dict[int, torch.Tensor] = {}
-
-    def run(start: int) -> None:
-        for index in range(start, len(work), 4):
-            found[index] = generate(sinky, work[index], 4)[1]
-
-    threads = [threading.Thread(target=run, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[index], expected[index]) for index in range(len(work)))
+    assert_four_threads_equal_one(sinky, [ONE, EVEN], 4)
 
 
 # Drafted tokens.

@@ -11,6 +11,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from invariants import assert_each_generate_starts_afresh, close
 from models import (
     BOS,
     IMAGE,
@@ -57,10 +58,6 @@ ONE = collate([RAGGED[1]])
 
 FORMULAS = {label: case for label, case in naive.cases().items() if case[0] in {each.name for each in METHODS}}
 WINDOW = {**FORMULAS, "adaiat 0": ("adaiat", *adaiat_case(6.0, 40.0))}  # few keys, much attention for each
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -248,9 +245,7 @@ def test_rows_of_weights_keep_their_sum(build: Any, method: Any) -> None:
 @EACH
 def test_a_second_generate_starts_afresh(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    first = generate(tiny, collate([RAGGED[0]]), 4)[1]
-    generate(tiny, collate([RAGGED[3]]), 4)
-    assert torch.equal(generate(tiny, collate([RAGGED[0]]), 4)[1], first)
+    assert_each_generate_starts_afresh(tiny)
 
 
 @EACH

@@ -8,6 +8,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from invariants import close
 from models import BOS, IMAGE, RAGGED, SINK_WORD, Sample, collate, forward, generate, pictures, sample, words
 from reference import Reference
 from transformers import DynamicCache, StaticCache
@@ -56,10 +57,6 @@ def each_of(*names: str) -> Any:
 EACH = each_of("hgai 0", "vaf 0", "vaf 1", "adaptvis 0", "eah 0", "modality_balance 0", "cmai 0")
 IN_CHUNKS = each_of("vaf 0", "modality_balance 0", "cmai 0", "cmai 1")
 WHOLE = each_of("hgai 0", "vaf 1", "adaptvis 0", "eah 0")
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # Agreement with the formulas (tests/test_reference_methods.py has the answers of padded batches).

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import close
 from models import IMAGE, RAGGED, collate, forward, generate, sample
 from transformers import DynamicCache
 
@@ -29,10 +30,6 @@ def balance(**options: Any) -> ModalityBalance:
 
 def cmai(**options: Any) -> CMAI:
     return CMAI(experimental=True, **options)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # Scores by hand.

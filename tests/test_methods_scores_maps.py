@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import close
 from models import IMAGE, RAGGED, Sample, collate, forward, generate, pictures, sample
 from naive.eah import NaiveEah
 from reference import Reference
@@ -27,10 +28,6 @@ def balance(**options: Any) -> ModalityBalance:
 
 def cmai(**options: Any) -> CMAI:
     return CMAI(experimental=True, **options)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # EAH: one map for all heads.

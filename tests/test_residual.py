@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, by_name
+from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, assert_refuses_chunks, close
 from models import (
     BOS,
     IMAGE,
@@ -44,10 +44,6 @@ METHODS = pytest.mark.parametrize(
 ONE = collate([RAGGED[1]])
 NOT_ADDITIVE = {"blip2_t5", "florence2", "gemma3n", "mllama"}
 """Encoder-decoders, several streams, gated cross-attention."""
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def first(output: Any) -> torch.Tensor:
@@ -331,20 +327,7 @@ def repetitive() -> Sample:
 @METHODS
 def test_four_threads_equal_one(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    work = [collate([each]) for each in RAGGED] + [collate(RAGGED), ONE, collate(RAGGED[:2]), collate([RAGGED[3]])]
-    expected = [generate(tiny, inputs, 3)[1] for inputs in work]
-    found: dict[int, torch.Tensor] = {}
-
-    def run(start: int) -> None:
-        for index in range(start, len(work), 4):
-            found[index] = generate(tiny, work[index], 3)[1]
-
-    threads = [threading.Thread(target=run, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[index], expected[index]) for index in range(len(work)))
+    assert_four_threads_equal_one(tiny, [ONE, collate(RAGGED[:2])], 3)
 
 
 @METHODS
@@ -369,8 +352,7 @@ def test_two_models_taking_turns_do_not_meet(build: Any, method: Any) -> None:
 @METHODS
 def test_a_prompt_in_chunks_is_refused(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
-        generate(tiny, collate([RAGGED[0]]), 3, prefill_chunk_size=7)
+    assert_refuses_chunks(tiny)
 
 
 @METHODS
@@ -405,19 +387,7 @@ def test_a_method_survives_json(method: Any) -> None:
 @METHODS
 @pytest.mark.parametrize("order", ["patched first", "offloaded first"])
 def test_weights_that_come_to_the_device_layer_by_layer(tiny: Any, method: Any, order: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    inputs = collate(RAGGED)
-    stock = generate(tiny, inputs, 3)[1]
-    vlmfix.patch(tiny, method)
-    expected = generate(tiny, inputs, 3)[1]
-    if order == "offloaded first":
-        vlmfix.unpatch(tiny)
-    accelerate.cpu_offload(tiny, execution_device="cpu")
-    if order == "offloaded first":
-        vlmfix.patch(tiny, method)
-    assert torch.equal(generate(tiny, inputs, 3)[1], expected)
-    vlmfix.unpatch(tiny)
-    assert torch.equal(generate(tiny, inputs, 3)[1], stock)
+    assert_offloaded_equals_loaded(tiny, method, order, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

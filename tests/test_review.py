@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import by_name
+from invariants import close
 from method_parameters import parameters_of
 from models import (
     PAD,
@@ -30,10 +31,6 @@ import vlmfix
 from vlmfix.calibration.result import Calibration
 
 VHR = vlmfix.VHR(layers=":")
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", [VHR, vlmfix.PAI(alpha=0.8, layers=":")], ids=["vhr", "pai"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import assert_offloaded_equals_loaded
 from models import RAGGED, SINK_DIMS, collate, for_tests, forward, generate, llava_config, tiny_llava
 from reference import VarSpec, redistribute, sink_value
 
@@ -104,20 +105,7 @@ def test_an_offloaded_cache_equals_dynamic(sinky: Any, method: Any, kind: str) -
 @pytest.mark.parametrize("order", ["patched first", "offloaded first"])
 def test_hooks_of_accelerate(sinky: Any, method: Any, order: str) -> None:
     """Weights that live elsewhere and come to the device layer by layer."""
-    accelerate = pytest.importorskip("accelerate")
-    inputs = collate(RAGGED)
-    stock = generate(sinky, inputs, 4)[1]
-    vlmfix.patch(sinky, method)
-    expected = generate(sinky, inputs, 4)[1]
-    assert not torch.equal(stock, expected)
-    if order == "offloaded first":
-        vlmfix.unpatch(sinky)
-    accelerate.cpu_offload(sinky, execution_device="cpu")
-    if order == "offloaded first":
-        vlmfix.patch(sinky, method)
-    assert torch.equal(generate(sinky, inputs, 4)[1], expected)
-    vlmfix.unpatch(sinky)
-    assert torch.equal(generate(sinky, inputs, 4)[1], stock)
+    assert_offloaded_equals_loaded(sinky, method, order, 4)
 
 
 @METHODS

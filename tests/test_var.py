@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import assert_batch_equals_singles
 from models import (
     BOS,
     IMAGE,
@@ -358,11 +359,7 @@ def test_text_sinks_alone_are_a_no_op(sinky: Any) -> None:
 def test_a_batch_equals_its_singles(build: Any, kind: str, side: str) -> None:
     model = build(kind, sinks=True)
     vlmfix.patch(model, var())
-    inputs = collate(RAGGED, side=side, pad_to=50)
-    batch = forward(model, inputs).logits
-    for row, each in enumerate(RAGGED):
-        single = forward(model, collate([each])).logits[0]
-        torch.testing.assert_close(batch[row, inputs["attention_mask"][row].bool()], single, atol=1e-5, rtol=1e-5)
+    assert_batch_equals_singles(model, side)
 
 
 def test_padding_is_never_a_sink(sinky: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from invariants import assert_batch_equals_singles, assert_refuses_chunks
 from models import (
     IMAGE,
     PAD,
@@ -308,11 +309,7 @@ def test_a_sample_without_image_in_a_batch_with_images_is_bitwise_stock(tiny: An
 def test_a_batch_equals_its_singles(build: Any, kind: str, side: str, reinforce_noimg: bool) -> None:
     model = build(kind)
     vlmfix.patch(model, vhr(reinforce_noimg=reinforce_noimg))
-    inputs = collate(RAGGED, side=side, pad_to=50)
-    batch = forward(model, inputs).logits
-    for row, each in enumerate(RAGGED):
-        single = forward(model, collate([each])).logits[0]
-        torch.testing.assert_close(batch[row, inputs["attention_mask"][row].bool()], single, atol=1e-5, rtol=1e-5)
+    assert_batch_equals_singles(model, side)
 
 
 def test_the_position_of_the_image_does_not_matter_to_the_text(tiny: Any) -> None:
@@ -378,7 +375,4 @@ def test_gradients_pass(tiny: Any) -> None:
 def test_prefill_in_chunks_is_refused(tiny: Any) -> None:
     """Heads are chosen at the end of the prompt, and a chunk does not know whether more will come."""
     vlmfix.patch(tiny, vhr())
-    each = RAGGED[0]
-    for size in (7, 13):
-        with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
-            generate(tiny, collate([each]), 3, prefill_chunk_size=size)
+    assert_refuses_chunks(tiny)

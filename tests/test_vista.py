@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import by_name
+from invariants import close
 from models import IMAGE, PAD, RAGGED, collate, forward, generate
 from test_iri import block_outputs
 from transformers import DynamicCache
@@ -18,10 +19,6 @@ from vlmfix.methods.vista import beyond_rounding, steered
 ONE = collate([RAGGED[1]])
 VISTA = vlmfix.VISTA(lam=0.8)
 STEERING = vlmfix.VISTA(lam=0.8, sla_alpha=0.0)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def vectors(model: Any, method: Any, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:

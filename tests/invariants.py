@@ -1,0 +1,72 @@
+"""What must hold of every method, whatever it edits; and how close floats must be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from models import RAGGED, collate, forward, generate
+
+import vlmfix
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def assert_batch_equals_singles(model: Any, side: str) -> None:
+    inputs = collate(RAGGED, side=side, pad_to=50)
+    batch = forward(model, inputs).logits
+    for row, each in enumerate(RAGGED):
+        close(batch[row, inputs["attention_mask"][row].bool()], forward(model, collate([each])).logits[0])
+
+
+def assert_each_generate_starts_afresh(model: Any) -> None:
+    first = generate(model, collate([RAGGED[0]]), 4)[1]
+    generate(model, collate([RAGGED[3]]), 4)
+    assert torch.equal(generate(model, collate([RAGGED[0]]), 4)[1], first)
+
+
+def assert_refuses_chunks(model: Any) -> None:
+    for size in (7, 13):
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
+            generate(model, collate([RAGGED[0]]), 3, prefill_chunk_size=size)
+
+
+def assert_four_threads_equal_one(model: Any, more: Sequence[Any], tokens: int) -> None:
+    """Each prompt alone, all at once, and further ones: in turn, then spread over four threads."""
+    work = [collate([each]) for each in RAGGED] + [collate(RAGGED), *more, collate([RAGGED[3]])]
+    expected = [generate(model, inputs, tokens)[1] for inputs in work]
+    found: dict[int, torch.Tensor] = {}
+
+    def run(start: int) -> None:
+        for index in range(start, len(work), 4):
+            found[index] = generate(model, work[index], tokens)[1]
+
+    threads = [threading.Thread(target=run, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[index], expected[index]) for index in range(len(work)))
+
+
+def assert_offloaded_equals_loaded(model: Any, method: Any, order: str, tokens: int) -> None:
+    """Weights that live elsewhere and come to the device layer by layer; ``order``: patched or offloaded first."""
+    accelerate = pytest.importorskip("accelerate")
+    inputs = collate(RAGGED)
+    stock = generate(model, inputs, tokens)[1]
+    vlmfix.patch(model, method)
+    expected = generate(model, inputs, tokens)[1]
+    assert not torch.equal(stock, expected)
+    if order == "offloaded first":
+        vlmfix.unpatch(model)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    if order == "offloaded first":
+        vlmfix.patch(model, method)
+    assert torch.equal(generate(model, inputs, tokens)[1], expected)
+    vlmfix.unpatch(model)
+    assert torch.equal(generate(model, inputs, tokens)[1], stock)
