@@ -36,14 +36,15 @@ class AnswerPlan:
         self._prompts = {shape: builder(s.question, image=s.path is not None) for shape, s in firsts.items()}
         self.batches = list(self._batches())
         self._bases = {
-            (spec.label, sample.benchmark, sample.max_new_tokens): ""
+            (spec.label, sample.benchmark, sample.records, sample.max_new_tokens): ""
             for spec in run.methods
             for sample in run.tasks.samples()
         }
-        for label, benchmark, limit in self._bases:
-            self._bases[label, benchmark, limit] = digest(
+        for label, benchmark, records, limit in self._bases:
+            self._bases[label, benchmark, records, limit] = digest(
                 {
-                    "benchmark": benchmark,  # What is recorded beside the text depends on it.
+                    "benchmark": benchmark,
+                    "records": records,  # An answer without what is to be noted beside it is another one.
                     "model": run.settings["model"],
                     "method": run.settings["methods"][label],
                     "decoding": {**run.settings["decoding"], "max_new_tokens": limit},
@@ -83,7 +84,7 @@ class AnswerPlan:
         prompt = self.prompt(spec, sample, records)
         if prompt is None:
             return None
-        base = self._bases[spec.label, sample.benchmark, sample.max_new_tokens]
+        base = self._bases[spec.label, sample.benchmark, sample.records, sample.max_new_tokens]
         return digest([base, prompt, self.run.tasks.image_digests[sample.path] if sample.path is not None else None])
 
     def missing(self, log: AnswerLog) -> int:

@@ -233,7 +233,7 @@ def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
         for benchmark, table in row.tables.items():
             for name, control in row.controls[benchmark].items():
                 matched = matched_on(name, benchmark, table, control)
-                for key in EARLY_STOP_METRICS if name == "early stop" else [YES_BIAS_METRICS[benchmark]]:
+                for key in EARLY_STOP_METRICS[benchmark] if name == "early stop" else [YES_BIAS_METRICS[benchmark]]:
                     of_run.append(compare(row.label, name, BY_KEY[key], table, control, seed, matched))
         for other in rows:
             if other.entry.get("parent") == row.entry["label"]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .benchmarks.base import Stopper
 from .benchmarks.chair import ChairTask
 from .columns import BY_KEY, Metric
 from .config import MethodSpec
@@ -28,7 +30,9 @@ Tables = Mapping[str, Mapping[str, Any]]
 ControlTables = dict[str, dict[str, dict[str, Any]]]
 
 #: What a method is compared on with its early stop, its yes bias and its head controls.
-EARLY_STOP_METRICS = ("chair.chair_i", "chair.chair_s")
+EARLY_STOP_METRICS = {"chair": ("chair.chair_i", "chair.chair_s"), "amber": ("amber.chair", "amber.hal")}
+#: Benchmark -> the recall that an early stop is matched on.
+_RECALL = {"chair": "recall", "amber": "cover"}
 YES_BIAS_METRICS = {
     "pope": "pope.accuracy",
     "amber": "amber.accuracy",
@@ -73,7 +77,12 @@ def curve_points(early_stop: EarlyStop | None) -> list[dict[str, float | None]]:
 
 
 def control_lines(
-    methods: Sequence[MethodSpec], tables: Tables, early_stop: EarlyStop | None, seed: int, kept: ControlTables
+    methods: Sequence[MethodSpec],
+    tables: Tables,
+    early_stop: EarlyStop | None,
+    seed: int,
+    kept: ControlTables,
+    stoppers: Mapping[str, Stopper] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The lines of the controls' table, without corrections.
 
@@ -83,13 +92,16 @@ def control_lines(
         early_stop: The baseline's captions, ended earlier.
         seed: Of the bootstrap.
         kept: Where the controls' tables go, for ``counts.json``.
+        stoppers: Benchmark -> its early stop, of those beside CHAIR.
     """
+    if early_stop is not None:
+        stoppers = {"chair": _chair_stopper(early_stop), **stoppers}
     found: list[dict[str, Any]] = []
     for spec in methods:
         if spec.role != "method":
             continue
-        if early_stop is not None:
-            found += _early_stop(spec, tables["chair"], early_stop, seed, kept)
+        for benchmark, stopper in stoppers.items():
+            found += _early_stop(spec, benchmark, tables[benchmark], stopper, seed, kept)
         for benchmark in YES_BIAS_METRICS:
             if benchmark in tables:
                 found += _yes_bias(spec, benchmark, tables[benchmark], seed, kept, baseline=methods[0].label)
@@ -141,27 +153,36 @@ def compare(
 
 def matched_on(name: str, benchmark: str, table: Any, control: Any) -> str:
     """What a control was matched on, of the method and of the control: recall, or the share of yes."""
-    word, figure = {"early stop": ("recall", "recall"), "yes bias": ("yes", "yes_ratio")}[name]
+    figure = _RECALL[benchmark] if name == "early stop" else "yes_ratio"
+    word = "yes" if name == "yes bias" else figure
     key = f"{benchmark}.{figure}"
     own, reached = (100 * value(BY_KEY[key], each) for each in (table, control))
     return f"{word} {own:.1f}, {reached:.1f}"
 
 
 def _early_stop(
-    spec: MethodSpec, tables: Mapping[str, Any], early_stop: EarlyStop, seed: int, kept: ControlTables
+    spec: MethodSpec, benchmark: str, tables: Mapping[str, Any], stopper: Stopper, seed: int, kept: ControlTables
 ) -> list[dict[str, Any]]:
     table = tables[spec.label]
-    recall = value(BY_KEY["chair.recall"], table)
+    recall = value(BY_KEY[f"{benchmark}.{_RECALL[benchmark]}"], table)
     if math.isnan(recall):
         return []
-    control = early_stop.at(recall)
-    kept.setdefault("chair", {}).setdefault(spec.label, {})["early stop"] = control.table
-    matched = matched_on("early stop", "chair", table, control.table)
+    bias, stopped = stopper(recall)
+    kept.setdefault(benchmark, {}).setdefault(spec.label, {})["early stop"] = stopped
+    matched = matched_on("early stop", benchmark, table, stopped)
     rows = [
-        compare(spec.label, "early stop", BY_KEY[key], table, control.table, seed, matched)
-        for key in EARLY_STOP_METRICS
+        compare(spec.label, "early stop", BY_KEY[key], table, stopped, seed, matched)
+        for key in EARLY_STOP_METRICS[benchmark]
     ]
-    return [{**row, "bias": control.bias} for row in rows]
+    return [{**row, "bias": bias} for row in rows]
+
+
+def _chair_stopper(early_stop: EarlyStop) -> Stopper:
+    def at(recall: float) -> tuple[float, Any]:
+        control = early_stop.at(recall)
+        return control.bias, control.table
+
+    return at
 
 
 def _yes_bias(

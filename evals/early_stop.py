@@ -69,8 +69,8 @@ class CurvePoint:
     chair_i: float
 
 
-class EarlyStop:
-    """The captions of the unpatched model under every bias on EOS.
+class StopCurve:
+    """Texts of the unpatched model under every bias on EOS, with what counts in them.
 
     A bias cuts a caption only where its gaps reach a new minimum, which happens a few times per caption, so the counts
     are known exactly for every possible bias. (Recall need not fall steadily: a cut through a word may leave another.)
@@ -81,27 +81,26 @@ class EarlyStop:
         token_ids: Mapping[int, Sequence[int]],
         eos_gaps: Mapping[int, Sequence[float]],
         decode: Callable[[list[int]], str],
-        ground_truth: Mapping[int, Collection[str]],
-        matcher: ChairMatcher,
+        objects: Mapping[int, int],
+        count: Callable[[int, str], tuple[int, int, int]],
     ) -> None:
-        """Count the objects of every caption at every length it can be cut to.
+        """Count what is in every text at every length it can be cut to.
 
         Args:
-            token_ids: Image id -> greedy tokens of the unpatched model, with or without the final EOS.
-            eos_gaps: Image id -> per step, the largest logit of a token other than EOS minus the EOS logit. One number
-                per token, or one more (the step that gave an EOS not among the tokens).
+            token_ids: Id -> greedy tokens of the unpatched model, with or without the final EOS.
+            eos_gaps: Id -> per step, the largest logit of a token other than EOS minus the EOS logit. One number per
+                token, or one more (the step that gave an EOS not among the tokens).
             decode: Token ids -> text, special tokens skipped.
-            ground_truth: Image id -> objects in the image.
-            matcher: Finds the mentions.
+            objects: Id -> number of objects in the image.
+            count: Id and text -> recalled objects, mentions and hallucinated mentions.
 
         Raises:
-            DataError: no captions, ids without gaps or ground truth, gaps that are NaN or do not fit the tokens, or no
-                object in the ground truth.
+            DataError: no captions, ids without gaps or objects, gaps that are NaN or do not fit the tokens, or no
+                object at all.
         """
-        _check_captions(token_ids, eos_gaps, ground_truth)
-        self._tokens, self._gaps, self._decode = token_ids, eos_gaps, decode
-        self._truth, self._matcher = ground_truth, matcher
-        self.objects = sum(len(set(ground_truth[i])) for i in token_ids)
+        _check_captions(token_ids, eos_gaps, objects)
+        self._tokens, self._gaps, self._decode, self._count = token_ids, eos_gaps, decode, count
+        self.objects = sum(objects[i] for i in token_ids)
         if not self.objects:
             raise DataError(
                 "the ground truth of these images has no object, so there is no recall to match: use other images"
@@ -119,9 +118,7 @@ class EarlyStop:
 
     def _counts(self, image_id: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Recalled objects, mentions and hallucinated mentions of a caption cut to ``length`` tokens, int64 [3]."""
-        nodes = self._matcher.match(self._decode(list(self._tokens[image_id][:length]))).nodes
-        truth = set(self._truth[image_id])
-        return np.array([len(truth.intersection(nodes)), len(nodes), sum(node not in truth for node in nodes)])
+        return np.array(self._count(image_id, self._decode(list(self._tokens[image_id][:length]))))
 
     def curve(self, points: int = 60) -> list[CurvePoint]:
         """Hallucination against recall, from no bias on.
@@ -140,11 +137,14 @@ class EarlyStop:
         chosen = {0, len(all_points) - 1, *(int(np.abs(recalls - r).argmin()) for r in wanted)}
         return [all_points[i] for i in sorted(chosen)]
 
-    def at(self, target_recall: float) -> EarlyStopControl:
-        """The captions whose recall is nearest to a method's; of equally near ones, those of the smallest bias.
+    def cut(self, target_recall: float) -> tuple[float, dict[int, str], dict[int, int]]:
+        """The texts whose recall is nearest to a method's; of equally near ones, those of the smallest bias.
 
         Args:
             target_recall: Recall to match, 0 to 1.
+
+        Returns:
+            The bias, and by id the texts and their lengths in tokens.
 
         Raises:
             DataError: A target outside [0, 1].
@@ -154,7 +154,42 @@ class EarlyStop:
         target = target_recall * self.objects
         bias = min(self._steps, key=lambda step: (abs(step[1][0] - target), step[0]))[0]
         lengths = {i: stop_length(len(tokens), self._gaps[i], bias) for i, tokens in self._tokens.items()}
-        captions = {i: self._decode(list(self._tokens[i][:length])) for i, length in lengths.items()}
+        return bias, {i: self._decode(list(self._tokens[i][:length])) for i, length in lengths.items()}, lengths
+
+
+class EarlyStop(StopCurve):
+    """The captions of the unpatched model under every bias on EOS."""
+
+    def __init__(
+        self,
+        token_ids: Mapping[int, Sequence[int]],
+        eos_gaps: Mapping[int, Sequence[float]],
+        decode: Callable[[list[int]], str],
+        ground_truth: Mapping[int, Collection[str]],
+        matcher: ChairMatcher,
+    ) -> None:
+        """Count the objects of every caption at every length it can be cut to.
+
+        Args:
+            token_ids: As of :class:`StopCurve`, by image id; likewise the next two, and the errors.
+            eos_gaps: See there.
+            decode: See there.
+            ground_truth: Image id -> objects in the image.
+            matcher: Finds the mentions.
+        """
+        self._truth, self._matcher = ground_truth, matcher
+        truth = {i: frozenset(objects) for i, objects in ground_truth.items()}
+
+        def count(image_id: int, text: str) -> tuple[int, int, int]:
+            nodes = matcher.match(text).nodes
+            here = truth[image_id]
+            return len(here.intersection(nodes)), len(nodes), sum(node not in here for node in nodes)
+
+        super().__init__(token_ids, eos_gaps, decode, {i: len(objects) for i, objects in truth.items()}, count)
+
+    def at(self, target_recall: float) -> EarlyStopControl:
+        """The captions of :meth:`cut` with their CHAIR; arguments and errors are the same."""
+        bias, captions, lengths = self.cut(target_recall)
         table = score_captions(captions, self._truth, self._matcher)
         return EarlyStopControl(bias, target_recall, captions, lengths, table)
 
@@ -187,7 +222,7 @@ def _cuts(num_tokens: int, eos_gaps: Sequence[float]) -> list[tuple[float, int]]
 def _check_captions(
     token_ids: Mapping[int, Sequence[int]],
     eos_gaps: Mapping[int, Sequence[float]],
-    ground_truth: Mapping[int, Collection[str]],
+    ground_truth: Collection[int],
 ) -> None:
     if not token_ids:
         raise DataError("the early-stop control got no captions: generate the baseline first")

@@ -64,7 +64,11 @@ def score_run(
     changed = {(str(row["label"]), task.name): row[task.name]["changed"] for row in rows for task in tasks.tasks}
     kept: ControlTables = {}
     early_stop = make_early_stop(tasks.chair, answers[baseline], decode) if controls else None
-    compared = control_lines(methods, tables, early_stop, seed, kept) if controls else []
+    compared: list[dict[str, Any]] = []
+    if controls:
+        found = {task.name: task.stopper(answers[baseline], decode) for task in tasks.tasks}
+        stoppers = {name: stopper for name, stopper in found.items() if stopper is not None}
+        compared = control_lines(methods, tables, early_stop, seed, kept, stoppers)
     for control in compared:
         if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
             control["verdict"] = "unchanged"

@@ -18,7 +18,9 @@ from tiny_vlm import write_lines
 from vlmfix.cli import main
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.data.amber import AmberData, AmberItem, load_amber
+from vlmfix.evals.early_stop import StopCurve
 from vlmfix.evals.metrics.amber import score_responses
+from vlmfix.evals.metrics.amber_objects import description_counter
 from vlmfix.evals.metrics.amber_words import lemma_vocabulary, spacy_similarity, tagged_nouns
 
 RELATION = {
@@ -167,6 +169,33 @@ def test_dimensions_without_a_question_are_no_part_of_a_group(data):
     assert (figures["Descriminative Task"]["Accuracy"], figures["Attribute"]["Accuracy"]) == (66.6, 50.0)
     figures = score_responses(data, {3: "No", 4: "No", 6: "No"}).figures()
     assert "Descriminative Task" not in figures and "Attribute" not in figures, "5, 7 and 8 were left out"
+
+
+def test_counting_one_description_is_what_the_table_counts(data):
+    count = description_counter(data, nouns=words)
+    for item, text in ((1, "road street dog shoe cat"), (2, "sky cat"), (1, "")):
+        other = {1: "", 2: ""} | {item: text}
+        table = score_responses(data, other, nouns=words)
+        row = table.caption_ids.tolist().index(item)
+        assert count(item, text) == (table.covered[row], table.nouns[row], table.hallucinated[row])
+
+
+def test_descriptions_are_ended_where_their_cover_is_the_methods(data):
+    """By hand: item 1 loses "person" and the invented dog at a bias of 1, item 2 everything at 3."""
+    curve = StopCurve(
+        {1: [10, 11, 12], 2: [20, 21]},
+        {1: [5.0, 1.0, 4.0, 0.0], 2: [3.0, 4.0, 0.0]},
+        lambda ids: " ".join({10: "road", 11: "person", 12: "dog", 20: "sky", 21: "cat"}[i] for i in ids),
+        {1: 3, 2: 1},
+        description_counter(data, nouns=words),
+    )
+    assert [(p.bias, p.recall, p.chair_i) for p in curve.curve()][:3] == [
+        (0.0, 0.75, 0.4),
+        (1.0, 0.5, 1 / 3),
+        (3.0, 0.25, 0.0),
+    ]
+    bias, cut, lengths = curve.cut(0.5)
+    assert (bias, cut, lengths) == (1.0, {1: "road", 2: "sky cat"}, {1: 1, 2: 2})
 
 
 def test_amber_score(data):

@@ -124,11 +124,18 @@ def test_reports_show_them(finished: Path, capsys: Any, words: list[str]) -> Non
     )
 
 
-def test_controls_and_compare_know_them(finished: Path, capsys: Any, tmp_path: Path) -> None:
+def test_controls_and_compare_know_them(finished: Path, described: bool, capsys: Any, tmp_path: Path) -> None:
     results = read(finished)
     for metric in ("mme.accuracy", "amber.accuracy", "custom.accuracy"):
         (line,) = [line for line in results["controls"] if line["metric"] == metric]
         assert line["control"] == "yes bias" and line["matched"].startswith("yes ")
+    if described:
+        none, pai = (method["amber"]["summary"] for method in results["methods"])
+        lines = [line for line in results["controls"] if line["control"] == "early stop"]
+        assert [line["metric"] for line in lines] == ["amber.chair", "amber.hal"]
+        cover, reached = (float(part.split()[-1]) for part in lines[0]["matched"].split(","))
+        assert cover == pytest.approx(100 * pai["cover"], abs=0.05) and lines[0]["matched"].startswith("cover ")
+        assert reached <= 100 * none["cover"] + 0.05 and lines[0]["method_value"] == pai["chair"]
     capsys.readouterr()
     assert main(["compare", str(finished), "--out", str(tmp_path / "c.json")]) == 0
     text = capsys.readouterr().out
@@ -141,6 +148,12 @@ def test_controls_and_compare_know_them(finished: Path, capsys: Any, tmp_path: P
             found = pai["differences"][metric.key]
             assert found["estimate"] == pytest.approx(own["estimate"], abs=1e-9), metric.key
             assert (found["low"], found["high"]) == pytest.approx((own["low"], own["high"]), abs=1e-9), metric.key
+    again = {
+        (line["metric"], line["control"]): line for line in json.loads((tmp_path / "c.json").read_text())["controls"]
+    }
+    for line in results["controls"]:
+        found = again[line["metric"], line["control"]]
+        assert (found["method_value"], found["control_value"]) == (line["method_value"], line["control_value"])
     for name in ("mme", "hallusionbench", "amber", "sycophancy", "custom"):
         own = results["methods"][1][name]["paired"]["mcnemar"]
         found = pai[name]["paired"]["mcnemar"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +15,13 @@ from vlmfix.errors import DataError
 
 from ..cache import digest
 from ..data.amber import AmberData, AmberItem, load_amber, read_json
+from ..early_stop import StopCurve
 from ..metrics.amber import AmberTable, score_responses
+from ..metrics.amber_objects import description_counter
 from ..metrics.amber_words import spacy_similarity, tagged_nouns
 from ..metrics.pope import parse_answer
 from ..samples import Answers, Sample
+from .base import Stopper
 from .scored import Scored, distinct, write_list
 from .scored_task import ScoredTask
 from .source import choose, find_file, find_image, image_number, is_dataset
@@ -157,6 +160,29 @@ class AmberTask(ScoredTask):
             native=native,
         )
 
+    def stopper(self, answers: Answers, decode: Callable[[list[int]], str]) -> Stopper | None:
+        """The descriptions, ended earlier; the questions stay as they are."""
+        asked = {
+            q.item.id: _sample(q, self.prompt, self.max_new_tokens) for q in self.queries if q.item.task == "generative"
+        }
+        if not any(self.data.items[i].truth for i in asked):
+            return None
+        given = {i: answers[sample.key] for i, sample in asked.items()}
+        curve = StopCurve(
+            {i: answer.tokens for i, answer in given.items()},
+            {i: answer.eos_gaps for i, answer in given.items()},
+            decode,
+            {i: len(self.data.items[i].truth) for i in given},
+            description_counter(self.data, similarity=None if self.spacy is None else spacy_similarity(self.spacy)),
+        )
+
+        def at(cover: float) -> tuple[float, Scored]:
+            bias, cut, _ = curve.cut(cover)
+            shorter = {asked[i].key: replace(given[i], text=text) for i, text in cut.items()}
+            return bias, self.table({**answers, **shorter})
+
+        return at
+
     def _margins(self, native: AmberTable, answers: Answers) -> NDArray[np.float64]:
         """Logit of yes minus that of no at the first token of every answer; NaN where it was not recorded."""
         found = {q.item.id: answers[_sample(q, self.prompt, self.max_new_tokens).key].score for q in self.queries}
@@ -206,7 +232,7 @@ class AmberTask(ScoredTask):
 def _sample(query: AmberQuery, prompt: str, limits: tuple[int, int]) -> Sample:
     number = image_number("amber", query.image)
     if query.item.task == "generative":
-        return Sample("amber", number, query.path, query.text, limits[0], "text")
+        return Sample("amber", number, query.path, query.text, limits[0], "gaps")
     return Sample("amber", number, query.path, prompt.replace("{question}", query.text), limits[1])
 
 

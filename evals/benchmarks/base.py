@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..samples import Answer, Answers, Sample
+
+#: Recall to match -> the bias on the end token, and the table of the baseline's texts under it.
+Stopper = Callable[[float], tuple[float, Any]]
 
 
 class Task(ABC):
@@ -32,6 +35,15 @@ class Task(ABC):
     name: ClassVar[str]
     scoring: ClassVar[tuple[str, ...]] = ()
     samples: tuple[Sample, ...]
+
+    def stopper(self, answers: Answers, decode: Callable[[list[int]], str]) -> Stopper | None:
+        """The early-stop control of descriptions that are no captions of CHAIR's; None without any.
+
+        Args:
+            answers: The baseline's, with tokens and stop margins.
+            decode: Token ids to text.
+        """
+        return None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

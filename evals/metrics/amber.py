@@ -15,7 +15,7 @@ object if spaCy's en_core_web_lg gives a similarity above 0.8: this needs word v
 (``similarity``, such as ``amber_words.spacy_similarity()``). Without it only exact words count, as with similarity 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ..data.amber import TASKS, AmberData, AmberItem, AmberTask
+from ..data.amber import TASKS, AmberData, AmberTask
+from .amber_objects import caption_counts, compared
 from .amber_words import Nouns, Similarity, lemma_vocabulary, tagged_nouns
 
 IntArray = NDArray[np.int64]
@@ -184,8 +185,8 @@ def score_responses(
                 "are unknown: pass nouns=, a function from a response to its lemmatised nouns"
             )
         nouns = tagged_nouns()
-    same = None if similarity is None else _compare(similarity, threshold)
-    rows = [_caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
+    same = None if similarity is None else compared(similarity, threshold)
+    rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
     columns = np.asarray(rows, dtype=np.int64).reshape(len(captions), 6)
     answers = [{"Yes": 1, "No": 0}.get(responses[item.id], -1) for item in questions]
     return AmberTable(
@@ -206,17 +207,6 @@ def score_responses(
     )
 
 
-def _compare(similarity: Similarity, threshold: float) -> Callable[[str, str], bool]:
-    known: dict[tuple[str, str], bool] = {}  # Word vectors are slow, and the same words come again and again.
-
-    def same(first: str, second: str) -> bool:
-        if (first, second) not in known:
-            known[first, second] = similarity(first, second) > threshold
-        return known[first, second]
-
-    return same
-
-
 def _checked_ids(data: AmberData, responses: Mapping[int, str]) -> list[int]:
     if not responses:
         raise DataError("AMBER got no responses to score: give at least one task's")
@@ -232,46 +222,6 @@ def _checked_ids(data: AmberData, responses: Mapping[int, str]) -> list[int]:
                 "answer them all, leave the task out, or type --subset to score what is there"
             )
     return sorted(responses)
-
-
-def _caption_counts(
-    nouns: Sequence[str], item: AmberItem, data: AmberData, same: Callable[[str, str], bool] | None
-) -> tuple[int, int, int, int, int, int]:
-    """Nouns, hallucinated, covered, |T|, named of H, |H| of one response."""
-    found = [noun for noun in nouns if noun in data.vocabulary]
-    truth, invented = _owners(item.truth, data), _owners(item.hallucination, data)
-    covered: set[int] = set()
-    cognitive: set[int] = set()
-    hallucinated = 0
-    for noun in found:
-        if noun in data.safe_words:
-            continue
-        if noun in truth:
-            covered.add(truth[noun])
-            continue
-        if noun in invented:
-            cognitive.add(invented[noun])
-        alike = [_alike(noun, words, same) for words in (invented, truth)]
-        cognitive.update(alike[0])
-        covered.update(alike[1])
-        hallucinated += not alike[1]
-    return (len(found), hallucinated, len(covered), len(item.truth), len(cognitive), len(item.hallucination))
-
-
-def _owners(objects: Sequence[str], data: AmberData) -> dict[str, int]:
-    """Word -> the object it stands for. Associated words come first, and the first object that has a word owns it."""
-    owners: dict[str, int] = {}
-    for index, name in enumerate(objects):
-        for word in data.association[name]:
-            owners.setdefault(word, index)
-    for index, name in enumerate(objects):
-        owners.setdefault(name, index)
-    return owners
-
-
-def _alike(noun: str, words: Mapping[str, int], same: Callable[[str, str], bool] | None) -> list[int]:
-    """The object of the first word similar to the noun, in a list of at most one."""
-    return [] if same is None else [index for word, index in words.items() if same(noun, word)][:1]
 
 
 def _percent(count: int, total: int, parts: int = 1) -> float:
