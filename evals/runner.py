@@ -63,6 +63,21 @@ def evaluate(
     show(f"{run.source.name} on {run.tasks.description}: {len(run.methods)} methods, {run.total} answers, {run.folder}")
     for note in run.notes:
         show(f"note: {note}")
+    answers = _answered(run, shard, show)
+    results, counts = _scored(run, answers)
+    write_counts(run.folder / COUNTS, results["settings_digest"], image_digests(run.tasks), counts)
+    export_answers(run, answers)
+    write_json(run.folder / "results.json", results)
+    write_text(run.folder / "report.md", markdown_report(results))
+    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
+    show(text_report(results))
+    show(f"written: {run.folder}/{CONFIG} answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
+    return results
+
+
+def _answered(run: EvalRun, shard: Shard, show: Callable[[str], None]) -> dict[str, Answers]:
+    """Generate what the run folder lacks; every method's answers."""
+    options = run.options
     with AnswerLog(run.folder / ANSWERS, keep=options.resume) as log:
         remove_unfinished(run.folder)
         if not (options.resume and (run.folder / CONFIG).is_file()):
@@ -94,13 +109,17 @@ def evaluate(
                 ) from error
         merge_parts(run.folder, log)
         _check_all_there(run, plan, log)
-        answers = plan.answers(log)
+        return plan.answers(log)
+
+
+def _scored(run: EvalRun, answers: Mapping[str, Answers]) -> tuple[dict[str, Any], Any]:
+    """The content of ``results.json``, and the counts of every image."""
+    options = run.options
 
     def decode(tokens: Sequence[int]) -> str:
         return str(run.source.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    config = read_config(run.folder)
-    resolved = config["resolved"] or {}
+    resolved = read_config(run.folder)["resolved"] or {}
     scores = score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed)
     counts = scores.pop("counts")
     halved = halved_batches(answers)
@@ -123,14 +142,7 @@ def evaluate(
         "resolved": resolved,
         **scores,
     }
-    write_counts(run.folder / COUNTS, results["settings_digest"], image_digests(run.tasks), counts)
-    export_answers(run, answers)
-    write_json(run.folder / "results.json", results)
-    write_text(run.folder / "report.md", markdown_report(results))
-    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
-    show(text_report(results))
-    show(f"written: {run.folder}/{CONFIG} answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
-    return results
+    return results, counts
 
 
 def _check_all_there(run: EvalRun, plan: AnswerPlan, log: AnswerLog) -> None:
