@@ -55,6 +55,7 @@ METHODS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "iat": lambda model: vlmfix.IAT(),
     "spin": lambda model: vlmfix.SPIN(),
     "eah": lambda model: vlmfix.EAH(),
+    "vista": lambda model: vlmfix.VISTA(),
     "vcd": lambda model: vlmfix.VCD(),
     "guidance": lambda model: vlmfix.Guidance(),
 }
