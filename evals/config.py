@@ -143,7 +143,21 @@ def _full(params: Mapping[str, Any]) -> dict[str, Any]:
     """The complete, validated dictionary of a method, as JSON gives it back."""
     from vlmfix.recipes import method_from_dict
 
-    return dict(json.loads(json.dumps(method_from_dict(dict(params)).to_dict())))
+    return dict(json.loads(json.dumps(method_from_dict({**params, **_measured(params)}).to_dict())))
+
+
+def _measured(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method reads from files, by parameter: it decides the answers, and a file's name does not say what it is.
+
+    Raises:
+        DataError: There is no such file, or it is no JSON.
+    """
+    from vlmfix.recipes import method_class
+
+    given = [f.name for f in fields(method_class(params["method"])) if "Mapping[" in str(f.type)]
+    paths = {name: Path(params[name]) for name in given if isinstance(params.get(name), str)}
+    remedy = f"type: vlmfix calibrate {params['method']}"
+    return {name: read_json(path, what=f"file of {name}", remedy=remedy) for name, path in paths.items()}
 
 
 def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) -> None:

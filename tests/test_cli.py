@@ -206,6 +206,11 @@ def test_score_equals_the_evaluation(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "pope.json").read_text())
     for split in ("random", "popular", "adversarial"):
         assert again["splits"][split]["counts"] == row["pope"][split]["counts"]
+        own = out / "official" / "none" / f"pope_{split}.jsonl"
+        assert main(["score", "pope", str(own), "--out", str(tmp_path / "own.json")]) == 0
+        assert (
+            json.loads((tmp_path / "own.json").read_text())["splits"]["all"]["counts"] == row["pope"][split]["counts"]
+        )
 
 
 IMAGE = "COCO_val2014_000000000010.jpg"

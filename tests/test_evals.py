@@ -584,6 +584,25 @@ def test_recorder_survives_infinities() -> None:
     assert recorder.gaps() == [[generate.LARGEST_GAP], [generate.LARGEST_GAP]]
 
 
+def test_what_a_method_reads_from_a_file_is_part_of_it(tmp_path: Path) -> None:
+    """A file that was measured anew under the same name must not be answered for by old answers."""
+    path = tmp_path / "statistics.json"
+
+    def planned() -> dict[str, Any]:
+        options = config.EvalOptions(methods=("adaiat",), settings=(f"statistics={path}",))
+        return dict(config.plan_methods(options, None)[1].params)
+
+    found = []
+    for value in (0.1, 0.2):
+        table = {"real": [[value]], "hallucinated": [[0.1]], "num_real": 3, "num_hallucinated": 3}
+        path.write_text(json.dumps(table))
+        found.append(planned())
+    assert [params["statistics"]["real"] for params in found] == [[[0.1]], [[0.2]]]
+    path.unlink()
+    with pytest.raises(DataError, match=r"statistics\.json: type: vlmfix calibrate adaiat"):
+        planned()
+
+
 def test_settings_reach_methods() -> None:
     options = config.EvalOptions(methods=("vhr", "var"), settings=("alpha=1.5", "var.recycle=0.25", "layers=[1]"))
     specs = {spec.label: spec for spec in config.plan_methods(options, None)}

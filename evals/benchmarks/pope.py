@@ -94,10 +94,19 @@ class PopeTask(Task):
         return list(first.values())
 
     def export(self, folder: Path, answers: Answers) -> None:
-        """``pope_SPLIT.jsonl``: question_id, question and answer, one line per question in file order."""
+        """``pope_SPLIT.jsonl``: one line per question in file order, with what the official script reads of both files.
+
+        It takes the answers (question, answer) from one file and the labels from another: this one is good for both.
+        """
         for split in self.splits:
             rows = [
-                {"question_id": q.question_id, "question": q.text, "answer": self._answer(q, answers).text}
+                {
+                    "question_id": q.question_id,
+                    "image": q.image,
+                    "question": q.text,
+                    "answer": self._answer(q, answers).text,
+                    "label": "yes" if q.label else "no",
+                }
                 for q in self.questions
                 if q.split == split
             ]
