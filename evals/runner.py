@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlmfix.errors import VlmfixError
@@ -60,6 +61,7 @@ def evaluate(
     if options.rescore:
         run = as_it_was(run)
     check_folder(run)
+    run = _with_batch_note(run)
     show(f"{run.source.name} on {run.tasks.description}: {len(run.methods)} methods, {run.total} answers, {run.folder}")
     for note in run.notes:
         show(f"note: {note}")
@@ -73,6 +75,20 @@ def evaluate(
     show(text_report(results))
     show(f"written: {run.folder}/{CONFIG} answers.jsonl results.json counts.json report.md report.html {EXPORT}/")
     return results
+
+
+def _with_batch_note(run: EvalRun) -> EvalRun:
+    """The run with a note where its folder's answers came in batches of another size, which no key holds."""
+    was = _batch_size(run) if run.options.resume and (run.folder / CONFIG).is_file() else run.batch_size
+    if run.options.rescore or was == run.batch_size:
+        return run
+    note = f"answers that were there came in batches of {was}, new ones in batches of {run.batch_size}"
+    return replace(run, notes=(*run.notes, f"{note}: the last digits of their logits may differ"))
+
+
+def _batch_size(run: EvalRun) -> int:
+    """Of the answers that were generated last."""
+    return int((read_config(run.folder).get("runtime") or {}).get("batch_size", run.batch_size))
 
 
 def _answered(run: EvalRun, shard: Shard, show: Callable[[str], None]) -> dict[str, Answers]:
@@ -136,7 +152,7 @@ def _scored(run: EvalRun, answers: Mapping[str, Answers]) -> tuple[dict[str, Any
         "model": run.source.name,
         "data": run.tasks.description,
         "settings": run.settings,
-        "batch_size": run.batch_size,
+        "batch_size": _batch_size(run),
         "halved_batches": halved,
         "notes": notes,
         "resolved": resolved,

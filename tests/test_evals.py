@@ -235,6 +235,22 @@ def test_batch_size_does_not_change_answers(words: Any, finished: Path, tmp_path
         assert row.get("eos_gaps", []) == pytest.approx(expected[key].get("eos_gaps", []), abs=1e-3)
 
 
+def test_the_report_tells_the_batch_size_of_the_answers(words: Any, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in ("config.json", "answers.jsonl"):
+        (out / name).write_bytes((finished / name).read_bytes())
+    assert main(words(out, "--batch-size", 8, "--rescore")) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["batch_size"] == 4 and not any("batches of" in note for note in results["notes"])
+    rows = (out / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "answers.jsonl").write_bytes(b"".join(rows[:-1]))
+    assert main(words(out, "--batch-size", 8)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["batch_size"] == 8
+    assert any("there came in batches of 4, new ones in batches of 8" in note for note in results["notes"])
+
+
 @pytest.mark.parametrize("benchmark", ["chair", "pope"])
 def test_one_benchmark_alone(benchmark: str, words: Any, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
