@@ -187,6 +187,8 @@ def _built_questions(
     if not truth:
         raise DataError(f"POPE needs images with at least {MIN_POPE_OBJECTS} objects, and none of these has as many")
     if limit is not None and len(truth) < min(limit, len(order)):
-        notes.append(f"POPE asks about {len(truth)} images: the others have fewer than {MIN_POPE_OBJECTS} objects")
+        notes.append(
+            f"POPE's rule asks about {len(truth)} images: the others have fewer than {MIN_POPE_OBJECTS} objects"
+        )
     truth = {image_id: truth[image_id] for image_id in sorted(truth)}
     return [question for split in splits for question in build_questions(truth, split, seed=options.seed)]  # type: ignore[arg-type]

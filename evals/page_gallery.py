@@ -33,8 +33,8 @@ def gallery(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[str
         for sample in task.samples:
             before, after = (_caption(sample, each) for each in (baseline, answers[spec.label]))
             if before != after:
-                gap = len(_invented(task, sample, after)) - len(_invented(task, sample, before))
-                changes.append((-abs(gap), sample.image_id, sample, before, after))
+                moved = set(_invented(task, sample, after)) ^ set(_invented(task, sample, before))
+                changes.append((-len(moved), sample.image_id, sample, before, after))
         opened = " open" if spec is next(each for each in methods[1:] if each.role != "control") else ""
         yield f"<details{opened}><summary><h2>Captions that {_text(spec.label)} changed most</h2></summary>"
         yield f"<p>{len(changes)} of {len(task.samples)} captions changed. "

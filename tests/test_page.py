@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlmfix.cli import main
+from vlmfix.evals.benchmarks.chair import ChairTask
+from vlmfix.evals.config import MethodSpec
+from vlmfix.evals.metrics.chair import ChairMatcher
 from vlmfix.evals.page import summary
+from vlmfix.evals.page_gallery import gallery
 from vlmfix.evals.page_plots import intervals, invented, scatter
+from vlmfix.evals.samples import Answer, Sample
 
 VOID = {"meta", "br", "img", "line", "circle", "rect"}
 
@@ -147,6 +153,21 @@ def test_summary_has_verdicts_and_corrected_stars() -> None:
     assert found.count('<span class="verdict unclear"') == 1, "what does not survive Holm is no verdict"
     assert "-10.0*<br>[-20.0, -5.0]" in found and 'title="p = 0.002, corrected 0.004"' in found
     assert "-10.0(*)<br>[-19.0, -1.0]" in found
+
+
+def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
+    image = tmp_path / "x.png"
+    Image.new("RGB", (4, 4)).save(image)
+    samples = tuple(Sample("chair", i, image, "Describe.", 9, "gaps") for i in (1, 2))
+    task = ChairTask(samples, {1: frozenset({"cat"}), 2: frozenset({"cat"})}, ChairMatcher(), 9)
+    said = {"none": ("a cat", "a cat and a dog"), "m": ("a big cat", "a cat and a cup")}
+    answers = {
+        label: {s.key: Answer(text, (), False, (), None, 0.0) for s, text in zip(samples, texts, strict=True)}
+        for label, texts in said.items()
+    }
+    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
+    shown = re.findall(r'alt="image (\d+)"', "".join(gallery(specs, task, answers)))
+    assert shown == ["2", "1"], "the dog that became a cup comes before a mere wording"
 
 
 def test_a_panel_without_any_difference_has_one_zero() -> None:

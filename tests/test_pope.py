@@ -288,7 +288,7 @@ def test_building_is_a_function_of_the_seed():
 def test_building_errors():
     with pytest.raises(DataError, match="3 objects or more"):
         build_questions({1: ["dog"]}, "random")
-    with pytest.raises(DataError, match="no object to ask for"):
+    with pytest.raises(DataError, match="no object besides those that are in image 1"):
         build_questions({1: ["dog", "cat", "cup"]}, "random")
     with pytest.raises(DataError, match="popular"):
         build_questions(TRUTH, "frequent")  # type: ignore[arg-type]

@@ -198,7 +198,10 @@ def build_questions(
             asked.add(positive)
             negative = _negative(split, positive, asked.union(names), statistics, rng)
             if negative is None:
-                raise DataError(f"image {image_id} leaves no object to ask for that is not in it: give more images")
+                raise DataError(
+                    f"the images show no object besides those that are in image {image_id} or were asked about: give "
+                    "more images"
+                )
             asked.add(negative)
             for name in (positive, negative):
                 file_name = image_name.format(image_id)
