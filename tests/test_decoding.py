@@ -467,11 +467,57 @@ def test_one_forward_for_both_branches_equals_two(
         close(joined, apart)
 
 
+@pytest.mark.parametrize("window", [64, 27])
+@pytest.mark.parametrize("other", ["pai", "vhr", "var", "act"])
+def test_joined_steps_equal_steps_apart(build: Any, other: str, window: int, monkeypatch: Any) -> None:
+    """Also where the model's own branch is the shorter one, and its padding lies within a sliding window."""
+    model = build("mistral", sinks=True, window=window)
+    methods = [make_method(each, {**parameters_of(each, model), **more}) for each, more in
+               ((other, {"layers": ":"}), ("lqcd", {}))]  # fmt: skip
+    vlmfix.patch(model, methods)
+    joined = generate(model, collate(RAGGED), 8)[1]
+    monkeypatch.setattr("vlmfix.decoding._caches.PairedCache.fits", staticmethod(lambda own, other: False))
+    close(joined, generate(model, collate(RAGGED), 8)[1])
+
+
+@EACH
+@pytest.mark.parametrize("are_joined", [True, False], ids=["joined", "apart"])
+def test_a_step_waits_no_more_for_the_device_than_its_forwards(
+    tiny: Any, name: str, are_joined: bool, monkeypatch: Any
+) -> None:
+    if not are_joined:
+        monkeypatch.setattr("vlmfix.decoding._caches.PairedCache.fits", staticmethod(lambda own, other: False))
+    stock = waits_of_a_step(tiny)
+    patch(tiny, name)
+    assert waits_of_a_step(tiny) <= stock * (1 if are_joined else 2)
+
+
+def waits_of_a_step(model: Any) -> int:
+    """How often a decode step asks for the value of a tensor."""
+    inputs, cache = collate(RAGGED), DynamicCache(config=model.config)
+    forward(model, inputs, past_key_values=cache, use_cache=True)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.int64)], dim=1)
+    waits: list[str] = []
+
+    def count(name: str) -> Any:
+        stock = getattr(torch.Tensor, name)
+        return lambda self: (waits.append(name), stock(self))[1]
+
+    options = {"attention_mask": mask, "position_ids": position_ids(mask)[:, -1:], "past_key_values": cache}
+    with pytest.MonkeyPatch.context() as patched, torch.no_grad():
+        for each in ("__bool__", "__int__", "__float__", "item", "tolist"):
+            patched.setattr(torch.Tensor, each, count(each))
+        model(input_ids=torch.full((4, 1), 20), use_cache=True, **options)
+    return len(waits)
+
+
 # Families.
 
 
 @EACH
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "gemma3", "mllama", "qwen3_5", "paligemma"])
+@pytest.mark.parametrize(
+    "family", ["llava_next", "qwen2_vl", "gemma3", "mllama", "qwen3_5", "paligemma", "minicpmv4_6", "phi4_multimodal"]
+)
 def test_other_families(name: str, family: str) -> None:
     """Crops, patch lists with positions in three dimensions, images seen both ways, caches that cannot be joined."""
     found = by_name(family)

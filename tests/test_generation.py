@@ -512,8 +512,9 @@ def test_compiled_decoding_is_one_graph_and_equals_eager(sinky: Any, method: Any
     compiled = torch.compile(sinky, backend=counting, fullgraph=True)
     counts: list[int] = []
     close(decode(compiled, sinky, 5, lambda step: counts.append(len(graphs))), expected)
-    assert counts[0] <= 2, counts  # reading the cache's length is a graph of its own
-    assert counts[-1] == counts[1] <= counts[0] + 1, counts
+    assert counts[0] == 1, counts
+    # The first step behind a prompt finds no rows of generated tokens yet: its graph may differ from that of the rest.
+    assert counts[-1] == counts[1] <= 2, counts
     assert vlmfix.status(sinky).decode_steps == 10
 
 

@@ -203,8 +203,7 @@ def test_compiled_decoding_equals_eager_and_compiles_once(build: Any, method: An
 
     found, counts = decode(torch.compile(model, backend=count, fullgraph=True))
     close(found, decode(model)[0])
-    assert counts[0] <= 2, "reading the cache's length is a graph of its own"
-    assert counts == [counts[0]] * 4
+    assert counts == [1] * 4
 
 
 @IN_CHUNKS

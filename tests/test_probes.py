@@ -176,13 +176,14 @@ def test_the_selected_heads_are_those_vhr_chooses(tiny: Any) -> None:
     assert found.selected.any()
 
 
-def test_a_patch_shows_from_the_layer_behind_its_own(tiny: Any) -> None:
+@pytest.mark.parametrize("method", ["vhr", "spin"])
+def test_a_patch_shows_from_the_layer_behind_its_own(tiny: Any, method: str) -> None:
     """Heads are looked at before a method scales them; what lower layers do to them is part of the patched model."""
-    inputs = collate(RAGGED)
-    stock = head_divergence(tiny, inputs).divergence
+    inputs, answers = collate(RAGGED), [[20, 21, 22]] * 4
+    stock = head_divergence(tiny, inputs, answers=answers).divergence
     for layer in (3, 1):
-        with vlmfix.patched(tiny, "vhr", layers=[layer]):
-            found = head_divergence(tiny, inputs, layers=":").divergence
+        with vlmfix.patched(tiny, method, layers=[layer]):
+            found = head_divergence(tiny, inputs, layers=":", answers=answers).divergence
         assert torch.equal(found[:, :, : layer + 1], stock[:, :, : layer + 1])
         assert layer == 3 or not torch.allclose(found[:2, :, layer + 1 :], stock[:2, :, layer + 1 :], atol=1e-3)
 

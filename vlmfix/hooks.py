@@ -162,6 +162,8 @@ class Patch:
             kwargs = dict(kwargs)
             raw = kwargs.pop(RAW_IMAGES_KWARG)
         if RUN_KWARG in kwargs:
+            if module is self.anatomy.inner and isinstance(kwargs[RUN_KWARG], Run):
+                kwargs[RUN_KWARG].hold_past()
             return None if raw is None else (args, kwargs)
         inputs = {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
         cache = inputs.get("past_key_values")
@@ -180,7 +182,7 @@ class Patch:
         if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
             if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
                 check_batch(state, tokens.shape[0])
-            run = self._begin_decode(cache, state, inputs.get("input_ids"), q_len)
+            run = self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
         else:
             run = self._begin_prompt(module, cache, state, inputs, drafted)
         if self.branches is not None and module is self.anatomy.model:
@@ -190,20 +192,26 @@ class Patch:
         rows = every_row(kwargs, tokens) if self._edits_shared and run.state.any_image else {}
         return args, {**kwargs, **rows, RUN_KWARG: run}
 
-    def _begin_decode(self, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int) -> Run:
+    def _begin_decode(
+        self, module: nn.Module, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int
+    ) -> Run:
         self._check_same_methods(state)
         keeps_ids = self._needs_text and not torch.compiler.is_compiling()
         past: int | torch.Tensor = 0
         is_static = getattr(cache, "is_compileable", False)
         if self._needs_past or keeps_ids or not is_static:
-            past = length_of(cache)
+            # The outermost hooks are compiled by themselves: a copy made there would be a graph of its own.
+            is_later = is_static and torch.compiler.is_compiling() and module is not self.anatomy.inner
+            past = cache.get_seq_length() if is_later else length_of(cache)
         if not is_static and past < state.image_mask.shape[1]:
             state = state.cropped(int(past))
             setattr(cache, STATE_ATTRIBUTE, state)
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
         state.is_answered = True
-        return Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        run = Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        run.past_is_live = isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
+        return run
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_prompt(

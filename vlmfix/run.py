@@ -144,6 +144,7 @@ class Run:
         text_only: The image-free pass over the same prompt, when a method needs one.
         begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
         pending: What a decoding method does once the forward is over.
+        past_is_live: Whether ``past`` is the cache's own counter, which the first layer moves on.
         early: By decoder layer, the residual stream behind it in the rows that predict new tokens,
             ``[batch, rows, hidden_size]``, for methods that mix logits.
     """
@@ -170,6 +171,7 @@ class Run:
         self.begins = is_prefill
         self.pending: Pending | None = None
         self.early: dict[int, torch.Tensor] = {}
+        self.past_is_live = False
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
         self.finished = False
         self._first_rows = first_rows or {}
@@ -178,6 +180,11 @@ class Run:
         self._once: dict[int, Any] = {}
         self._per_keys: dict[tuple[int, str, bool, int, torch.device], Any] = {}
         self._every_key: dict[torch.device, torch.Tensor] = {}
+
+    def hold_past(self) -> None:
+        """Keep the number of tokens before this forward, once the language model begins."""
+        if self.past_is_live and isinstance(self.past, torch.Tensor):
+            self.past, self.past_is_live = self.past.clone(), False
 
     @property
     def image_mask(self) -> torch.Tensor:

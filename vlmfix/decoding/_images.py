@@ -55,7 +55,7 @@ def encode_for_beams(model: Any, arguments: dict[str, Any], input_ids: Any, batc
 
 def is_image_argument(name: str, value: object) -> bool:
     """Whether an argument holds images as the processor gave them."""
-    is_named = name.startswith("pixel_values") or name == "image_patches"
+    is_named = name.startswith("pixel_values") or name in ("image_patches", "image_pixel_values")
     if isinstance(value, (list, tuple)):
         return is_named and bool(value) and all(is_image_argument(name, each) for each in value)
     return is_named and isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -75,7 +75,10 @@ def replace_images(
         if not is_image_argument(name, value):
             continue
         counts = _patches_per_image(arguments, "video" if "video" in name else "image")
-        if isinstance(value, (list, tuple)):
+        strips = _strips_per_image(arguments, value)
+        if strips is not None:
+            replaced[name] = _as_strip(make(name, _as_patches(value), strips), value)
+        elif isinstance(value, (list, tuple)):
             replaced[name] = type(value)(make(name, each, None) for each in value)
         else:
             flat = counts is not None and value.dim() < 4 and sum(counts) == value.shape[-2]
@@ -86,6 +89,27 @@ def replace_images(
 def _patches_per_image(arguments: Mapping[str, Any], modality: str) -> list[int] | None:
     grid = arguments.get(f"{modality}_grid_thw")
     return None if grid is None else [int(count) for count in grid.prod(-1).tolist()]
+
+
+def _strips_per_image(arguments: Mapping[str, Any], value: Any) -> list[int] | None:
+    """How many patches each image has where all lie side by side, ``[1, channels, side, side * patches]``."""
+    sizes = arguments.get("target_sizes")  # MiniCPM-V
+    if sizes is None or not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[0] != 1:
+        return None
+    counts = [int(count) for count in sizes.prod(-1).tolist()]
+    return counts if sum(counts) * value.shape[2] == value.shape[3] else None
+
+
+def _as_patches(strip: torch.Tensor) -> torch.Tensor:
+    """``[1, channels, side, side * patches]`` as ``[patches, channels * side * side]``."""
+    _, channels, side, width = strip.shape
+    return strip.reshape(channels, side, width // side, side).permute(2, 0, 1, 3).flatten(1)
+
+
+def _as_strip(patches: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Undo ``_as_patches``."""
+    _, channels, side, _ = like.shape
+    return patches.reshape(-1, channels, side, side).permute(1, 2, 0, 3).reshape(like.shape)
 
 
 def each_image(

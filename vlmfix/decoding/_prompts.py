@@ -282,11 +282,15 @@ def _add_rest(
     new = inputs["input_ids"].shape[1]
     columns = torch.where(is_old, columns, new - 1)  # new tokens are text, like the last one
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    for name in (*TOKEN_TYPES, *LOOKS):
-        if inputs.get(name) is not None and (not removes or name == "token_type_ids"):  # others say where images are
+    # Phi-4's mask of that name says which of a crop's patches are picture.
+    by_token = [
+        name for name in (*TOKEN_TYPES, *LOOKS) if inputs.get(name) is not None and inputs[name].shape[1] >= new
+    ]
+    for name in by_token:
+        if not removes or name == "token_type_ids":  # others say where images are
             arguments[name] = inputs[name][:, -new:][rows, columns.clamp(0, new - 1)]
     if removes:
         arguments.update(blank_images(inputs, found.length))
         return
-    skipped = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *LOOKS, *NOT_HANDED_ON, *WATCHED)
+    skipped = ("input_ids", "attention_mask", "position_ids", *by_token, *NOT_HANDED_ON, *WATCHED)
     arguments.update({name: value for name, value in inputs.items() if name not in skipped})

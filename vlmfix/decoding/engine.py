@@ -195,18 +195,18 @@ class TwoBranches:
 
     @torch.no_grad()
     def _run(
-        self, arguments: dict[str, Any], cache: Any, valid: torch.Tensor, *, use_cache: bool
+        self, arguments: dict[str, Any], cache: Any, valid: torch.Tensor | None, *, use_cache: bool
     ) -> tuple[torch.Tensor, Any]:
-        """Run the other branch: fp32 logits behind each row's last token, and the cache."""
+        """Run the other branch: fp32 logits behind each row's last token, and the cache. ``None``: all are valid."""
         length = next(arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments)
-        ends = bool(valid[:, -1].all())
+        ends = valid is None or bool(valid[:, -1].all())  # of a step, nothing is asked that the device must answer
         if ends and "logits_to_keep" in parameter_names(self._anatomy.model):
             arguments = {**arguments, "logits_to_keep": 1}
         options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True, RUN_KWARG: None}
         with positions_kept(self._anatomy):
             output = self._anatomy.model(**{**arguments, **options})
         logits: torch.Tensor = output.logits
-        if ends or logits.shape[1] != length:
+        if valid is None or ends or logits.shape[1] != length:
             last = logits[:, -1]
         else:
             new = valid[:, -length:]
@@ -263,8 +263,7 @@ class TwoBranches:
             arguments["cache_position"] = torch.full_like(inputs["cache_position"], branch.cache.get_seq_length())
         for name in ("logits_to_keep", "use_cache"):
             arguments.pop(name, None)
-        newest = torch.ones_like(branch.valid[:, :1])
-        logits, _ = self._run(arguments, branch.cache, newest, use_cache=True)
+        logits, _ = self._run(arguments, branch.cache, None, use_cache=True)
         return logits
 
     def _edits_can_split(self, run: Run) -> bool:

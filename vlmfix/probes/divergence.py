@@ -77,12 +77,12 @@ class HeadLog:
         self.eps = 0.0
 
     def see(self, head_outputs: torch.Tensor, layer: Layer) -> None:
-        """Keep the last row of each sample."""
+        """Copy the last row of each sample: methods may scale it in place."""
         run: Run = layer.run
         row = run.at_last_position(head_outputs) if run.is_prefill else head_outputs[:, -1]
         self.state, self.eps = run.state, torch.finfo(head_outputs.dtype).eps
         self.layer_of[layer.site.index] = layer.site.layer_idx
-        self.outputs.setdefault(layer.site.index, []).append(row.float().cpu())
+        self.outputs.setdefault(layer.site.index, []).append(row.to("cpu", torch.float32, copy=True))
 
 
 @torch.no_grad()
