@@ -539,6 +539,27 @@ def test_other_families(name: str, family: str) -> None:
     assert torch.equal(generate(model, single, 4)[1], stock)
 
 
+@EACH
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "qwen2_vl"])
+def test_beams_and_draws_in_other_families(name: str, family: str) -> None:
+    """Prompts repeated for their beams, whatever the layers of the cache hold."""
+    found = by_name(family)
+    if found.unavailable():
+        pytest.skip(str(found.unavailable()))
+    model = found.build()
+    patch(model, name)
+    samples = [found.sample(seed=1), found.sample(after=8, seed=2)]
+    together = beams(model, found.collate(samples), max_new_tokens=4)
+    for row, each in enumerate(samples):
+        alone = beams(model, found.collate([each]), max_new_tokens=4)
+        assert torch.equal(together[0][row][-4:], alone[0][0][-4:])
+        close(together[1][row], alone[1][0])
+    options = {"max_new_tokens": 3, "do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    drawn = model.generate(**found.collate(samples), **options)[:, -3:]
+    greedy = generate(model, found.collate(samples), 3)[0][:, -3:]
+    assert torch.equal(drawn, greedy.repeat_interleave(3, 0))
+
+
 # Refusals.
 
 

@@ -226,9 +226,10 @@ class TwoBranches:
                 arguments = other.behind_shared()
         logits, filled = self._run(arguments, cache, other.valid, use_cache=own_cache is not None)
         if other.times > 1:
-            logits = logits.repeat_interleave(other.times, 0)
-            if filled is not None:
-                filled.batch_repeat_interleave(other.times)
+            rows = torch.arange(len(logits), device=logits.device).repeat_interleave(other.times)
+            logits = logits[rows]
+            if filled is not None:  # layers with a recurrent state cannot be repeated, but reordered
+                type(filled).reorder_cache(filled, rows)
         last = other.last_position
         branch = Branch(
             other.active,
