@@ -192,7 +192,7 @@ def rows_among(embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 def blank_images(inputs: dict[str, Any], length: int) -> dict[str, Any]:
     """Return image arguments for ``length`` tokens without an image, for models that insist on some (Idefics)."""
     looks = inputs.get("image_attention_mask")
-    if looks is None:
+    if looks is None or looks.dim() != 3:  # Phi-4's is of patches
         return {}
     names = ("pixel_values", "image_encoder_embeddings", "perceiver_embeddings")
     images = {name: torch.zeros_like(inputs[name][:, :1]) for name in names if inputs.get(name) is not None}

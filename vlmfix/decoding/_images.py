@@ -14,6 +14,16 @@ ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
 """The method of a model in which ``generate`` encodes images before the first forward (since transformers 5.1x)."""
 
 
+LOOKS = {"cross_attention_mask": 4, "image_attention_mask": 3}
+"""Arguments ``[batch, length, ...]`` that say which images a token looks at, and how many dimensions they have.
+
+Phi-4 has an ``image_attention_mask`` of four dimensions, which says which patches of a crop are padding.
+"""
+
+PACKED = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+"""Where pictures come as one row of patches (MiniCPM-V 4.6): the argument with their sizes in patches, ``[n, 2]``."""
+
+
 class RawImages:
     """What ``generate`` encoded: the processor's arguments, and for how many prompts."""
 
@@ -55,10 +65,18 @@ def encode_for_beams(model: Any, arguments: dict[str, Any], input_ids: Any, batc
 
 def is_image_argument(name: str, value: object) -> bool:
     """Whether an argument holds images as the processor gave them."""
-    is_named = name.startswith("pixel_values") or name in ("image_patches", "image_pixel_values")
+    is_named = name.startswith(("pixel_values", "image_pixel_values")) or name == "image_patches"
     if isinstance(value, (list, tuple)):
         return is_named and bool(value) and all(is_image_argument(name, each) for each in value)
     return is_named and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def looks_of(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the arguments that say which images a token looks at."""
+    found = {name: arguments.get(name) for name in LOOKS}
+    return {
+        name: value for name, value in found.items() if isinstance(value, torch.Tensor) and value.dim() == LOOKS[name]
+    }
 
 
 def replace_images(
@@ -75,11 +93,11 @@ def replace_images(
         if not is_image_argument(name, value):
             continue
         counts = _patches_per_image(arguments, "video" if "video" in name else "image")
-        strips = _strips_per_image(arguments, value)
-        if strips is not None:
-            replaced[name] = _as_strip(make(name, _as_patches(value), strips), value)
-        elif isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)):
             replaced[name] = type(value)(make(name, each, None) for each in value)
+        elif (sizes := _packed_sizes(arguments, name)) is not None:
+            pictures = [make(name, picture[None], None)[0] for picture in unpacked(value, sizes)]
+            replaced[name] = packed(pictures, value.shape[2])
         else:
             flat = counts is not None and value.dim() < 4 and sum(counts) == value.shape[-2]
             replaced[name] = make(name, value, counts if flat else None)
@@ -91,25 +109,39 @@ def _patches_per_image(arguments: Mapping[str, Any], modality: str) -> list[int]
     return None if grid is None else [int(count) for count in grid.prod(-1).tolist()]
 
 
-def _strips_per_image(arguments: Mapping[str, Any], value: Any) -> list[int] | None:
-    """How many patches each image has where all lie side by side, ``[1, channels, side, side * patches]``."""
-    sizes = arguments.get("target_sizes")  # MiniCPM-V
-    if sizes is None or not isinstance(value, torch.Tensor) or value.dim() != 4 or value.shape[0] != 1:
+def _packed_sizes(arguments: Mapping[str, Any], name: str) -> list[tuple[int, int]] | None:
+    sizes, value = arguments.get(PACKED.get(name, "")), arguments[name]
+    if sizes is None or value.dim() != 4 or value.shape[0] != 1:
         return None
-    counts = [int(count) for count in sizes.prod(-1).tolist()]
-    return counts if sum(counts) * value.shape[2] == value.shape[3] else None
+    found = [(int(height), int(width)) for height, width in sizes.tolist()]
+    return found if sum(height * width for height, width in found) * value.shape[2] == value.shape[3] else None
 
 
-def _as_patches(strip: torch.Tensor) -> torch.Tensor:
-    """``[1, channels, side, side * patches]`` as ``[patches, channels * side * side]``."""
-    _, channels, side, width = strip.shape
-    return strip.reshape(channels, side, width // side, side).permute(2, 0, 1, 3).flatten(1)
+def unpacked(images: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Put pictures together that came as rows of patches.
+
+    Args:
+        images: ``[1, channels, patch, patches * patch]``: the patches of all pictures beside each other, row by row.
+        sizes: Height and width of each picture in patches.
+
+    Returns:
+        The pictures, each ``[channels, height * patch, width * patch]``.
+    """
+    channels, patch = images.shape[1:3]
+    parts = torch.split(images[0], [height * width * patch for height, width in sizes], dim=-1)
+    return [
+        part.reshape(channels, patch, height, width, patch).transpose(1, 2).reshape(channels, height * patch, -1)
+        for part, (height, width) in zip(parts, sizes, strict=True)
+    ]
 
 
-def _as_strip(patches: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Undo ``_as_patches``."""
-    _, channels, side, _ = like.shape
-    return patches.reshape(-1, channels, side, side).permute(1, 2, 0, 3).reshape(like.shape)
+def packed(pictures: Sequence[torch.Tensor], patch: int) -> torch.Tensor:
+    """Undo ``unpacked``: pictures ``[channels, height, width]`` as ``[1, channels, patch, patches * patch]``."""
+    parts = [
+        picture.reshape(len(picture), -1, patch, picture.shape[-1]).transpose(1, 2).reshape(len(picture), patch, -1)
+        for picture in pictures
+    ]
+    return torch.cat(parts, dim=-1)[None]
 
 
 def each_image(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfix.decoding._images import RawImages, encode_for_beams, is_image_argument, replace_images
+from vlmfix.decoding._images import RawImages, encode_for_beams, is_image_argument, looks_of, replace_images
 from vlmfix.decoding.base import DecodingMethod, OtherTokens
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.images import blank_images
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from vlmfix.run import Run
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-LOOKS = ("cross_attention_mask", "image_attention_mask")
-"""Arguments ``[batch, length, ...]`` that say which images a token looks at, where images are no tokens."""
 NOT_HANDED_ON = ("past_key_values", "use_cache", "return_dict", "cache_position", "labels", "logits_to_keep")
 WATCHED = ("output_attentions", "output_hidden_states")
 
@@ -60,7 +58,7 @@ class OtherPrompt:
         """Return the arguments of a forward that only reads what is behind the shared tokens."""
         start, length = self.shared.shape[1], self.length
         found = dict(self.arguments)
-        for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES, *LOOKS):
+        for name in ("input_ids", "inputs_embeds", *TOKEN_TYPES, *looks_of(found)):
             value = found.get(name)
             if isinstance(value, torch.Tensor) and value.shape[1] == length:
                 found[name] = value[:, start:]
@@ -282,15 +280,12 @@ def _add_rest(
     new = inputs["input_ids"].shape[1]
     columns = torch.where(is_old, columns, new - 1)  # new tokens are text, like the last one
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    # Phi-4's mask of that name says which of a crop's patches are picture.
-    by_token = [
-        name for name in (*TOKEN_TYPES, *LOOKS) if inputs.get(name) is not None and inputs[name].shape[1] >= new
-    ]
-    for name in by_token:
-        if not removes or name == "token_type_ids":  # others say where images are
+    looks = looks_of(inputs)
+    for name in (*TOKEN_TYPES, *looks):
+        if inputs.get(name) is not None and (not removes or name == "token_type_ids"):  # others say where images are
             arguments[name] = inputs[name][:, -new:][rows, columns.clamp(0, new - 1)]
     if removes:
         arguments.update(blank_images(inputs, found.length))
         return
-    skipped = ("input_ids", "attention_mask", "position_ids", *by_token, *NOT_HANDED_ON, *WATCHED)
+    skipped = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *looks, *NOT_HANDED_ON, *WATCHED)
     arguments.update({name: value for name, value in inputs.items() if name not in skipped})

@@ -24,9 +24,9 @@ from vlmfix.attention import RUN_KWARG
 from vlmfix.begin import parameter_names
 from vlmfix.decoding._branch import Branch, PairRun, Pending, joined_arguments
 from vlmfix.decoding._caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
-from vlmfix.decoding._images import RawImages
+from vlmfix.decoding._images import RawImages, looks_of
 from vlmfix.decoding._outputs import cache_of, logits_of, rows_of, with_last_logits
-from vlmfix.decoding._prompts import LOOKS, WATCHED, OtherPrompt, with_other_image, with_other_tokens
+from vlmfix.decoding._prompts import WATCHED, OtherPrompt, with_other_image, with_other_tokens
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.text_only import positions_kept
 
@@ -256,10 +256,10 @@ class TwoBranches:
         positions = branch.positions(inputs.get("position_ids"), steps)
         if positions is not None:
             arguments["position_ids"] = positions
-        for name in LOOKS:
-            if name in arguments and arguments[name].shape[1] > 1:  # of the answer, what its last token looks at
+        for name, looks in looks_of(arguments).items():
+            if looks.shape[1] > 1:  # of the answer, what its last token looks at
                 length = branch.valid.shape[1] + steps
-                arguments[name] = arguments[name][:, -1:].expand(-1, length, *arguments[name].shape[2:])
+                arguments[name] = looks[:, -1:].expand(-1, length, *looks.shape[2:])
         if inputs.get("cache_position") is not None:  # transformers 4
             arguments["cache_position"] = torch.full_like(inputs["cache_position"], branch.cache.get_seq_length())
         for name in ("logits_to_keep", "use_cache"):
