@@ -511,6 +511,26 @@ def waits_of_a_step(model: Any) -> int:
     return len(waits)
 
 
+@EACH
+@pytest.mark.parametrize("by_config", [True, False], ids=["config", "argument"])
+def test_watched_states_are_those_of_the_own_branch(build: Any, name: str, by_config: bool) -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    patch(model, name)
+    expected = generate(model, EVEN, 3)[1]
+    watched = {"output_hidden_states": True, "output_attentions": True}
+    if by_config:
+        for config in (model.config, model.config.text_config):
+            for each in watched:
+                setattr(config, each, True)
+    cache, options = DynamicCache(config=model.config), {} if by_config else watched
+    forward(model, EVEN, past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        out = model(input_ids=expected[:, 0].argmax(-1)[:, None], past_key_values=cache, use_cache=True, **options)
+    assert {each.shape[0] for each in (*out.hidden_states, *out.attentions)} == {2}
+    assert cache.get_seq_length() == EVEN["input_ids"].shape[1] + 1
+
+
 # Families.
 
 

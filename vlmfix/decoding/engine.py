@@ -140,8 +140,9 @@ class TwoBranches:
 
     def _can_join(self, inputs: dict[str, Any], branch: Branch) -> bool:
         """Whether a step can be one forward over both branches."""
-        if any(inputs.get(name) for name in WATCHED):
-            return False
+        configs = (self._anatomy.model.config, self._anatomy.text_config)
+        if any(inputs.get(name) or any(getattr(each, name, False) for each in configs) for name in WATCHED):
+            return False  # they are asked for of the model's own branch
         return inputs.get("position_ids") is not None or not hasattr(self._anatomy.inner, "rope_deltas")
 
     @staticmethod
