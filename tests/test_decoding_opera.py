@@ -245,6 +245,14 @@ def test_the_row_read_is_that_of_eager_attention(build: Any, kind: str, monkeypa
         assert float(found.sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_models_own_number_of_beams_counts(tiny: Any) -> None:
+    vlmfix.patch(tiny, "opera", num_beams=5)
+    wanted, other = search(tiny, ONE, 14, num_beams=2), search(tiny, ONE, 14)
+    tiny.generation_config.num_beams = 2
+    found = search(tiny, ONE, 14)
+    assert torch.equal(found[1], wanted[1]) and not torch.equal(found[1], other[1])
+
+
 def test_padding_changes_nothing(tiny: Any) -> None:
     vlmfix.patch(tiny, "opera")
     ids, score = search(tiny, ONE, 14)

@@ -46,7 +46,8 @@ class BeamsLookingAhead:
                 raise UnsupportedFeatureError(
                     f"opera searches beams by itself, from an empty cache, for the best. Leave {name} out."
                 )
-        num_beams = self._num_beams(kwargs.pop("num_beams", None), kwargs.get("generation_config"))
+        config = kwargs.get("generation_config") or model.generation_config
+        num_beams = self._num_beams(kwargs.pop("num_beams", None), config)
         input_ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         if input_ids is None:
             raise UnsupportedFeatureError("opera needs the prompt's tokens to find the image. Pass input_ids.")
