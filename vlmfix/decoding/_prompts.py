@@ -197,7 +197,7 @@ def with_other_tokens(
     _add_positions(
         found, anatomy, inputs, others=filled, starts=starts, past=past, new=new, removes=method.removes_image
     )
-    _add_rest(found, anatomy, inputs, columns, sources >= 0, removes=method.removes_image)
+    _add_rest(found, inputs, columns, sources >= 0, removes=method.removes_image)
     if not past and _may_share({**found.arguments, **_token_types(inputs)}) and "position_ids" in found.arguments:
         shared = _shared_columns(filled, length, starts)
         images = (image.gather(1, columns.clamp(0, new - 1)) & (sources >= 0)).any(0).nonzero().flatten().tolist()
@@ -267,7 +267,6 @@ def _continued_positions(
 
 def _add_rest(
     found: OtherPrompt,
-    anatomy: Anatomy,
     inputs: dict[str, Any],
     columns: torch.Tensor,
     is_old: torch.Tensor,
