@@ -78,6 +78,12 @@ EXEMPTIONS = (
     Exemption(OLD_4, r"::test_generate_continues_a_conversation\[.*", "upstream: second image in a later turn"),
     Exemption(OLD_4, r"::test_compiled_decoding_\w+\[.*", "upstream: the static cache's length does not compile"),
     Exemption(
+        ANY_OLD,
+        r"::test_compiled_decoding_\w+\[(act|cmai).*",
+        "upstream: the static cache counts its keys with operations, which become a second graph of each step",
+        since=(5, 0),
+    ),
+    Exemption(
         OLD_4,
         r"test_families\.py::test_(strength_zero|vhr_acts)\w+\[glm4v(_moe)?\]",
         "known: the image-free pass of vhr fails on GLM-4V",

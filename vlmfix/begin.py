@@ -254,8 +254,10 @@ def length_of(cache: Any) -> int | torch.Tensor:
 
 def is_empty(cache: Any) -> bool:
     """Whether a cache holds no token, as far as that can be told without waiting for the device."""
+    if torch.compiler.is_compiling() and getattr(cache, "is_compileable", False):
+        return False  # Older versions would count its keys here, in a graph of its own.
     length = cache.get_seq_length()
     if isinstance(length, torch.Tensor):
         # A static cache counts on the device; waiting for it at every step would cost more than it can find.
-        return length.device.type == "cpu" and not torch.compiler.is_compiling() and int(length) == 0
+        return length.device.type == "cpu" and int(length) == 0
     return int(length) == 0
