@@ -22,6 +22,20 @@ from .samples import Answer, Sample
 from .shards import Elsewhere, Shard
 
 
+def load_run_model(run: EvalRun, shard: Shard) -> Any:
+    """Load a run's model, for one of its processes.
+
+    Raises:
+        VlmfixError: Loading failed.
+    """
+    return load_model(
+        run.source,
+        dtype=run.settings["model"]["dtype"],
+        device=shard.device(run.device),
+        attn_implementation=run.options.attn_implementation,
+    )
+
+
 def generate_answers(
     run: EvalRun,
     plan: AnswerPlan,
@@ -49,12 +63,7 @@ def generate_answers(
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
     """
     if model is None:
-        model = load_model(
-            run.source,
-            dtype=run.settings["model"]["dtype"],
-            device=shard.device(run.device),
-            attn_implementation=run.options.attn_implementation,
-        )
+        model = load_run_model(run, shard)
     with fitting_threads(model):
         share = _Share(run, plan, log, model)
         if shard.is_main:

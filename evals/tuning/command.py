@@ -12,10 +12,9 @@ from vlmfix.errors import DataError, VlmfixError
 from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_names
 
 from ..answer_plan import AnswerPlan
-from ..answering import generate_answers
+from ..answering import generate_answers, load_run_model
 from ..cache import AnswerLog, write_json
 from ..config import EvalOptions, method_specs, parse_settings
-from ..models import load_model
 from ..planning import ANSWERS, CONFIG, RUNS, EvalRun, check_folder, plan_run, read_config, with_methods, write_config
 from ..runner import evaluate
 from ..scoring import score_run
@@ -80,7 +79,7 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
         VlmfixError: Something is missing or contradictory, or no setting lowers hallucination within the margin (the
             recipe is not written; the runs are kept).
     """
-    if not Shard.here().is_main or Shard.here().world > 1:
+    if Shard.here().world > 1:
         raise VlmfixError("tune runs in one process; start it without torchrun or accelerate launch")
     fixed = parse_settings(options.settings)
     start = starting_setting(options.method, fixed)
@@ -155,14 +154,15 @@ class _Tried:
 def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Callable[[str], None]) -> _Tried:
     """Evaluate setting after setting with one loaded model; answers of an earlier, interrupted run are used again."""
     loaded: list[Any] = []
+    shard = Shard.here()
 
     def answered(run: EvalRun, log: AnswerLog) -> Goal:
         plan = AnswerPlan(run)
         missing = plan.missing(log)
         if missing:
             if not loaded:
-                loaded.append(_load(run))
-            generate_answers(run, plan, log, missing, Shard.here(), model=loaded[0])
+                loaded.append(load_run_model(run, shard))
+            generate_answers(run, plan, log, missing, shard, model=loaded[0])
         return goal_of(
             score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0]
         )
@@ -184,15 +184,6 @@ def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Cal
     if not (base.folder / CONFIG).is_file() or read_config(base.folder)["settings"] != final.settings:
         write_config(final, runtime=None, resolved=None)  # Nothing was missing, of a run that had tried more.
     return tried
-
-
-def _load(run: EvalRun) -> Any:
-    return load_model(
-        run.source,
-        dtype=run.settings["model"]["dtype"],
-        device=run.device,
-        attn_implementation=run.options.attn_implementation,
-    )
 
 
 def _describe(goal: Goal) -> str:
