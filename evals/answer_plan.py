@@ -17,7 +17,7 @@ from .samples import Answer, Answers, Sample
 from .shards import Shard
 
 #: Answers as the log keeps them, by key.
-Records = Mapping[str, Mapping[str, Any]]
+LoggedAnswers = Mapping[str, Mapping[str, Any]]
 
 
 class AnswerPlan:
@@ -69,7 +69,7 @@ class AnswerPlan:
                     batch = group[start : start + self.run.batch_size]
                     yield [*batch, *(second[sample] for sample in batch if sample in second)]
 
-    def prompt(self, spec: MethodSpec, sample: Sample, records: Records) -> str | None:
+    def prompt(self, spec: MethodSpec, sample: Sample, records: LoggedAnswers) -> str | None:
         """What the processor reads; None if the answer that a second turn follows is not in the log."""
         if sample.second is None:
             return self._prompts[_shape(sample)]
@@ -79,7 +79,7 @@ class AnswerPlan:
         turns = ((sample.question, str(before["text"])),)
         return self._builder(sample.second, image=sample.path is not None, before=turns)
 
-    def key(self, spec: MethodSpec, sample: Sample, records: Records = MappingProxyType({})) -> str | None:
+    def key(self, spec: MethodSpec, sample: Sample, records: LoggedAnswers = MappingProxyType({})) -> str | None:
         """The key of one answer: everything that decides it; None where ``prompt`` is None."""
         prompt = self.prompt(spec, sample, records)
         if prompt is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .plots import COLOURS
 from .columns import Metric, used_metrics
 from .invented import categories
 from .labels import place_labels
@@ -13,8 +14,6 @@ from .pareto import axes, flat_front, pareto
 from .report_tables import long_heading
 from .tables import excludes_zero, number, signed, survives
 
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-"""Of the methods, in their order; the baseline has that of text."""
 BARS = 4
 """Rows up to which invented objects are drawn as bars; more are a table."""
 TOP = 16.0

@@ -161,7 +161,7 @@ class PopeTable:
             "recall": _ratio(c["TP"], positives),
             "f1": _ratio(2 * c["TP"], c["TP"] + c["FP"] + positives),
             "yes_ratio": (c["TP"] + c["FP"]) / c["n"],
-            "mcc": _mcc(c["TP"], c["FP"], c["TN"], c["FN"]),
+            "mcc": _mcc_of_counts(c["TP"], c["FP"], c["TN"], c["FN"]),
         }
         if self.score is not None:
             summary["auc"] = auc(self.score, self.label)
@@ -294,6 +294,6 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else 0.0
 
 
-def _mcc(tp: int, fp: int, tn: int, fn: int) -> float:
+def _mcc_of_counts(tp: int, fp: int, tn: int, fn: int) -> float:
     margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / math.sqrt(margins) if margins else 0.0
