@@ -1,5 +1,7 @@
 """``python -m vlmfix.evals``: the same as ``vlmfix eval``."""
 
+from __future__ import annotations
+
 import sys
 
 from vlmfix.cli import main

@@ -30,11 +30,13 @@ from textwrap import wrap
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.textfiles import read_json
+from vlmfix.files import read_json
 
 from .tables import number, plain_table
 
 FIGURES = {"chair.chair_s": "CHAIR_s", "chair.chair_i": "CHAIR_i", "pope.accuracy": "POPE accuracy"}
+
+
 IMAGES = (100, 200, 500, 1000, 2000, 5000)
 
 

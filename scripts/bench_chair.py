@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from vlmfix.errors import VlmfixError
-from vlmfix.evals.metrics.chair import ChairMatcher, ChairMode, score_captions
-from vlmfix.evals.metrics.chair_words import objects_by_word
-from vlmfix.evals.rescore import read_captions
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.chair.words import ChairMode, objects_by_word
+from vlmfix.evals.score_files.chair import read_captions
 
 SENTENCES = (
     "The image features a {} standing next to a {}, and several other people are walking nearby.",

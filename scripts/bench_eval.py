@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 
 import vlmfix
-from vlmfix.evals.answering import generate_answers
-from vlmfix.evals.cache import AnswerLog
-from vlmfix.evals.config import EvalOptions
 from vlmfix.evals.data.coco import load_image
-from vlmfix.evals.generate import Generator
-from vlmfix.evals.models import fitting_threads, load_model
-from vlmfix.evals.planning import AnswerPlan, EvalRun, plan_run
-from vlmfix.evals.shards import Shard
+from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.run.answer_log import AnswerLog
+from vlmfix.evals.run.answering import generate_answers
+from vlmfix.evals.run.generate import Generator
+from vlmfix.evals.run.models import fitting_threads, load_model
+from vlmfix.evals.run.plan import AnswerPlan, EvalRun, plan_run
+from vlmfix.evals.run.shards import Shard
 
 Texts = dict[str, str]
 

@@ -147,6 +147,6 @@ def released_attention(
 
 def bound(model: PreTrainedModel, method: Method) -> Method:
     """Resolve a method's layers and dimensions against a model."""
-    from vlmfix.anatomy import analyse
+    from vlmfix.model.anatomy import analyse
 
     return method.bind(analyse(model))

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import vlmfix
-from vlmfix.evals.config import EvalOptions, method_specs
-from vlmfix.evals.runner import evaluate
+from vlmfix.evals.evaluate import evaluate
+from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.run.methods import method_specs
 from vlmfix.evals.testbed import RECIPE
 
 MAX_RECALL_LOSS = 0.01

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 
 from vlmfix.methods.base import Method, PromptRows
-from vlmfix.run import Layer
+from vlmfix.methods.views import Layer
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class {title}(Method):
 
 BLOCK_IMPORTS = {
     "from typing import ClassVar\n": "from typing import TYPE_CHECKING, ClassVar\n",
-    "from vlmfix.run import Layer\n": "\nif TYPE_CHECKING:\n"
-    "    from vlmfix.blocks import BlockKind\n    from vlmfix.residual import Block\n",
+    "from vlmfix.methods.views import Layer\n": "\nif TYPE_CHECKING:\n"
+    "    from vlmfix.model.blocks import BlockKind\n    from vlmfix.methods.views import Block\n",
     "edits_blocks: ClassVar[bool] = True": 'edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("mlp",)',
 }
 """What a method on the blocks of decoder layers has instead."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from tiny_vlm import write_lines
 
+from vlmfix.evals.benchmarks.mme.data import TASKS as MME_TASKS
+from vlmfix.evals.benchmarks.mmhal.data import TYPES
 from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.data.mme import TASKS as MME_TASKS
-from vlmfix.evals.data.mmhal import TYPES
 from vlmfix.evals.testbed import prepare
 
 #: Objects that are both COCO's and AMBER's.

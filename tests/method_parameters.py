@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vlmfix.anatomy import Anatomy, analyse
+from vlmfix.model.anatomy import Anatomy, analyse
 from vlmfix.recipes import method_class
 
 

@@ -17,11 +17,10 @@ from tiny_vlm import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError, UnsupportedFeatureError
-from vlmfix.evals.data.amber import AmberData, AmberItem, load_amber
-from vlmfix.evals.early_stop import StopCurve
-from vlmfix.evals.metrics.amber import score_responses
-from vlmfix.evals.metrics.amber_objects import description_counter
-from vlmfix.evals.metrics.amber_words import lemma_vocabulary, spacy_similarity, tagged_nouns
+from vlmfix.evals.benchmarks.amber.data import AmberData, AmberItem, load_amber
+from vlmfix.evals.benchmarks.amber.figures import score_responses
+from vlmfix.evals.benchmarks.amber.objects import description_counter, lemma_vocabulary, spacy_similarity, tagged_nouns
+from vlmfix.evals.benchmarks.chair.early_stop import StopCurve
 
 RELATION = {
     "sky": [],

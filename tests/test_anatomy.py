@@ -12,7 +12,7 @@ from models import IMAGE, RAGGED, attention_modules, collate, for_tests, forward
 from torch import nn
 
 import vlmfix
-from vlmfix.anatomy import analyse, unwrap
+from vlmfix.model.anatomy import analyse, unwrap
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2"])

@@ -13,8 +13,8 @@ from models import RAGGED, SINK_DIMS, collate, forward, generate
 from transformers import AttentionInterface
 
 import vlmfix
-from vlmfix import attention
 from vlmfix.methods.base import Method
+from vlmfix.model import attention
 from vlmfix.recipes import make_method
 
 INPUTS = collate(RAGGED)
@@ -105,7 +105,7 @@ def test_no_weights_of_all_rows_are_written_out(sinky: Any, monkeypatch: pytest.
         rows.append(stop - start)
         return original(call, start, stop)
 
-    monkeypatch.setattr("vlmfix.editing.explicit_scores", spy)
+    monkeypatch.setattr("vlmfix.engine.attend.explicit_scores", spy)
     vlmfix.patch(sinky, "var", sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
     each = RAGGED[0]
     generate(sinky, collate([each]), 3)

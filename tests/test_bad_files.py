@@ -15,12 +15,12 @@ from tiny_vlm import build_coco_folder
 
 from vlmfix.cli import main
 from vlmfix.errors import VlmfixError
-from vlmfix.evals.cache import AnswerLog, read_records
-from vlmfix.evals.counts import load_run
 from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.planning import read_config
+from vlmfix.evals.data.records import read_ids
 from vlmfix.evals.power import read_pilot
-from vlmfix.evals.records import read_ids
+from vlmfix.evals.run.answer_log import AnswerLog, read_records
+from vlmfix.evals.run.plan import read_config
+from vlmfix.evals.scores.counts import load_run
 from vlmfix.recipes import load_recipe
 
 POPE = [

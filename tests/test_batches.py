@@ -13,8 +13,8 @@ from tiny_vlm import build_coco_folder, build_tiny_llava
 
 import vlmfix
 from vlmfix.cli import main
-from vlmfix.evals import batches, generate, models
 from vlmfix.evals.data.coco import load_image
+from vlmfix.evals.run import batches, generate, models
 
 TOKENS = 20  # captions become longer than the questions
 METHODS = ("none", "vhr", "pai")
@@ -63,7 +63,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Memory]]
             made.append(Memory(model, rows, **more))
             return model
 
-        monkeypatch.setattr("vlmfix.evals.answering.load_model", loading)
+        monkeypatch.setattr("vlmfix.evals.run.answering.load_model", loading)
         return made
 
     return make

@@ -13,16 +13,22 @@ import pytest
 from tiny_vlm import write_lines
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.evals import answer_plan, planning
-from vlmfix.evals.benchmarks import amber, custom, hallusionbench, mme, mmhal, source
-from vlmfix.evals.benchmarks.pope_source import load_asked
-from vlmfix.evals.cache import file_digest
-from vlmfix.evals.data.questions import read_questions
-from vlmfix.evals.generate import PromptBuilder
-from vlmfix.evals.metrics.free_answers import contains, is_exact
+from vlmfix.evals.benchmarks.amber import task as amber
+from vlmfix.evals.benchmarks.custom import task as custom
+from vlmfix.evals.benchmarks.custom.data import read_questions
+from vlmfix.evals.benchmarks.custom.task import contains, is_exact
+from vlmfix.evals.benchmarks.hallusionbench import task as hallusionbench
+from vlmfix.evals.benchmarks.mme import task as mme
+from vlmfix.evals.benchmarks.mmhal import task as mmhal
+from vlmfix.evals.benchmarks.pope.questions import load_asked
+from vlmfix.evals.benchmarks.registry import make_tasks
+from vlmfix.evals.data import source
+from vlmfix.evals.data.samples import Answer, Sample
+from vlmfix.evals.data.write import file_digest
 from vlmfix.evals.options import EvalOptions
-from vlmfix.evals.samples import Answer, Sample
-from vlmfix.evals.tasks import make_tasks
+from vlmfix.evals.run import batches as answer_plan
+from vlmfix.evals.run import plan as planning
+from vlmfix.evals.run.generate import PromptBuilder
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from run_folders import read, timeless
 from shared_data import DATA
 
 from vlmfix.cli import main
-from vlmfix.evals.columns import METRICS
-from vlmfix.evals.data.amber import load_amber
-from vlmfix.evals.metrics import pope
+from vlmfix.evals.benchmarks import yes_no as pope
+from vlmfix.evals.benchmarks.amber.data import load_amber
+from vlmfix.evals.benchmarks.columns import METRICS
 
 NAMES = ("sycophancy", "amber", "mme", "hallusionbench", "mmhal", "custom")
 
@@ -222,8 +222,8 @@ def test_amber_file_gives_the_same_counts(
 
 
 def test_mme_folder_gives_the_same_counts(finished: Path) -> None:
-    from vlmfix.evals.data.mme import load_results
-    from vlmfix.evals.metrics.mme import score_answers, total
+    from vlmfix.evals.benchmarks.mme.data import load_results
+    from vlmfix.evals.benchmarks.mme.figures import score_answers, total
 
     for method in read(finished)["methods"]:
         tables = score_answers(load_results(exported(finished, "mme", method["label"])), images=None)
@@ -345,7 +345,7 @@ def test_sycophancy_file_holds_every_turn(finished: Path) -> None:
 
 
 def test_custom_file_gives_the_same_counts(finished: Path) -> None:
-    from vlmfix.evals.metrics.free_answers import contains, is_exact
+    from vlmfix.evals.benchmarks.custom.task import contains, is_exact
 
     rows = [json.loads(line) for line in exported(finished, "custom.jsonl").read_text().splitlines()]
     part = read(finished)["methods"][0]["custom"]

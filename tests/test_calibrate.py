@@ -21,14 +21,14 @@ from tiny_vlm import CATEGORIES, build_coco_folder, build_tiny_llava
 
 import vlmfix
 from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError, probes
-from vlmfix.anatomy import analyse
 from vlmfix.calibration import adhh
-from vlmfix.calibration.lens import LogitLens
-from vlmfix.calibration.probes import AttentionLog, StreamLog, output_projection
-from vlmfix.calibration.scores import Contrast, ranked, scaled_count
-from vlmfix.calibration.session import Session
-from vlmfix.calibration.words import answer_tokens, find_word, locate_mentions, word_tokens
+from vlmfix.calibration.allpath import LogitLens
+from vlmfix.calibration.search import Contrast, ranked, scaled_count
 from vlmfix.cli import main
+from vlmfix.model.anatomy import analyse
+from vlmfix.observe.ask import Session
+from vlmfix.observe.watch import AttentionLog, StreamLog, output_projection
+from vlmfix.observe.words import answer_tokens, find_word, locate_mentions, word_tokens
 
 LAYERS, HEADS = 3, 4
 PROMPT = "please describe this image in detail ."
@@ -735,7 +735,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_command_finds_words_where_chair_does() -> None:
-    from vlmfix.evals.calibration import make_mentions
+    from vlmfix.evals.calibrate import make_mentions
 
     found = make_mentions()
     text = "Two dogs, a dining table and a man's hot dog."

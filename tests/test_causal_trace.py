@@ -13,11 +13,17 @@ from models import IMAGE_TOKENS, RAGGED, collate, forward, sample, snapshot
 
 import vlmfix
 from vlmfix import probes
-from vlmfix.anatomy import analyse
-from vlmfix.probes.corruption import choose_sigma
-from vlmfix.probes.groups import GROUPS, ObjectPlace, token_groups
-from vlmfix.probes.tracer import COMPONENTS, Tracer, repeated
-from vlmfix.probes.tracing import recovery_rates
+from vlmfix.model.anatomy import analyse
+from vlmfix.probes.causal_trace import (
+    COMPONENTS,
+    GROUPS,
+    ObjectPlace,
+    Tracer,
+    choose_sigma,
+    recovery_rates,
+    repeated,
+    token_groups,
+)
 
 PICTURED = (RAGGED[0], RAGGED[1], RAGGED[3])
 ONE = collate([RAGGED[1]])

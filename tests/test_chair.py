@@ -11,9 +11,10 @@ import pytest
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
+from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.chair.words import double_words, objects_by_word, regex_tokens
 from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.metrics.chair import ChairMatcher, ChairTable, ground_truth, score_captions
-from vlmfix.evals.metrics.chair_words import double_words, objects_by_word, regex_tokens
 
 MODES = {"pattern": "original", "nltk": "nltk"}
 # Files with official figures in modes pattern, nltk and mixed; pattern and nltk; nltk only.

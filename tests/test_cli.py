@@ -183,8 +183,8 @@ def test_score_equals_the_evaluation(tmp_path: Path) -> None:
     lengths = [summary.pop("length_tokens") for summary in (again["summary"], row["chair"]["summary"])]
     assert lengths[1] is None and again["summary"] == row["chair"]["summary"]
 
-    from vlmfix.evals.config import EvalOptions
-    from vlmfix.evals.tasks import make_tasks
+    from vlmfix.evals.benchmarks.registry import make_tasks
+    from vlmfix.evals.options import EvalOptions
 
     task = make_tasks(EvalOptions(model=str(model), data=data)).pope
     assert task is not None

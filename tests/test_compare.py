@@ -11,12 +11,13 @@ import pytest
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals import counts
-from vlmfix.evals.compare import compare_runs
-from vlmfix.evals.item_table import ItemTable
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.pope import score_labels
-from vlmfix.evals.significance import holm
+from vlmfix.evals.benchmarks.base import ItemTable
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import score_labels
+from vlmfix.evals.compare.compare import compare_runs
+from vlmfix.evals.scores import counts
+from vlmfix.evals.stats.tests import holm
 
 MATCHER = ChairMatcher()
 VERSIONS = {"vlmfix": "0.1.0", "torch": "2.13.0"}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.config import MethodSpec
-from vlmfix.evals.control_lines import control_lines
-from vlmfix.evals.controls import yes_bias_control
-from vlmfix.evals.early_stop import EarlyStop, stop_length
-from vlmfix.evals.item_table import ItemTable
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.pope import PopeTable, score_labels, score_logits
+from vlmfix.evals.benchmarks.base import ItemTable
+from vlmfix.evals.benchmarks.chair.early_stop import EarlyStop, stop_length
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import PopeTable, score_labels, score_logits, yes_bias_control
+from vlmfix.evals.run.methods import MethodSpec
+from vlmfix.evals.scores.controls import control_lines
 
 matcher = ChairMatcher()
 

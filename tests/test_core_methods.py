@@ -27,7 +27,7 @@ from naive.fia import NaiveFia, class_token_rows
 from reference import Reference
 
 import vlmfix
-from vlmfix.methods._scores import raise_scores
+from vlmfix.methods.scores import raise_scores
 from vlmfix.recipes import method_from_dict
 
 PAI = vlmfix.PAI(alpha=0.8, layers=":")

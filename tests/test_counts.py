@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals import counts
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.pope import score_labels
-from vlmfix.evals.metrics.text_quality import score_texts
-from vlmfix.evals.stats import STATISTICS, paired_bootstrap
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.chair.text_quality import score_texts
+from vlmfix.evals.benchmarks.columns import STATISTICS
+from vlmfix.evals.benchmarks.yes_no import score_labels
+from vlmfix.evals.scores import counts
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
 
 CAPTIONS = ({1: "a dog and a cat", 2: "a cup", 3: "a car. a car"}, {1: "a dog", 2: "a tree", 3: "a bus"})
 TRUTH = {1: ["dog"], 2: ["cup", "cat"], 3: ["bus"]}

@@ -19,8 +19,8 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from transformers.cache_utils import DynamicLayer
 
 import vlmfix
-from vlmfix.decoding._caches import PairedCache
 from vlmfix.decoding.base import contrast, cut
+from vlmfix.decoding.caches import PairedCache
 from vlmfix.recipes import make_method, method_from_dict
 
 METHODS = sorted(name for name, cls in vlmfix.methods().items() if hasattr(cls, "uses_branch"))
@@ -186,7 +186,7 @@ def test_a_returned_cache_holds_the_own_branch_and_shares_nothing(build: Any, na
 
 
 def test_a_buffer_grows_and_never_writes_over_what_others_see() -> None:
-    from vlmfix.decoding._caches import ROOM, GrowingLayer
+    from vlmfix.decoding.caches import ROOM, GrowingLayer
 
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, 2, 2, 3 + ROOM + 5, 4, generator=generator)
@@ -476,7 +476,7 @@ def test_joined_steps_equal_steps_apart(build: Any, other: str, window: int, mon
                ((other, {"layers": ":"}), ("lqcd", {}))]  # fmt: skip
     vlmfix.patch(model, methods)
     joined = generate(model, collate(RAGGED), 8)[1]
-    monkeypatch.setattr("vlmfix.decoding._caches.PairedCache.fits", staticmethod(lambda own, other: False))
+    monkeypatch.setattr("vlmfix.decoding.caches.PairedCache.fits", staticmethod(lambda own, other: False))
     close(joined, generate(model, collate(RAGGED), 8)[1])
 
 
@@ -486,7 +486,7 @@ def test_a_step_waits_no_more_for_the_device_than_its_forwards(
     tiny: Any, name: str, are_joined: bool, monkeypatch: Any
 ) -> None:
     if not are_joined:
-        monkeypatch.setattr("vlmfix.decoding._caches.PairedCache.fits", staticmethod(lambda own, other: False))
+        monkeypatch.setattr("vlmfix.decoding.caches.PairedCache.fits", staticmethod(lambda own, other: False))
     stock = waits_of_a_step(tiny)
     patch(tiny, name)
     assert waits_of_a_step(tiny) <= stock * (1 if are_joined else 2)

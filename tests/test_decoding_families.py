@@ -13,7 +13,7 @@ from families_base import Family
 from models import generate
 
 import vlmfix
-from vlmfix.decoding._images import looks_of, packed, replace_images, unpacked
+from vlmfix.decoding.other_image import looks_of, packed, replace_images, unpacked
 from vlmfix.methods.base import Method
 
 SIZES = [(4, 4), (4, 8), (2, 6)]

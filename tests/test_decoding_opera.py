@@ -14,7 +14,8 @@ from naive.opera import NaiveOpera
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmfix
-from vlmfix.decoding import _search, opera
+from vlmfix.decoding import beam_search as _search
+from vlmfix.decoding import opera
 from vlmfix.decoding.opera import above_least
 
 ONE = collate([RAGGED[0]])

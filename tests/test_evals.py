@@ -24,25 +24,22 @@ from tiny_vlm import build_coco_folder, build_tiny_llava, write_lines
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
-from vlmfix.evals import (
-    answer_plan,
-    answering,
-    auc,
-    cache,
-    columns,
-    config,
-    control_lines,
-    generate,
-    models,
-    planning,
-    report,
-    runner,
-    samples,
-    tables,
-    tasks,
-)
-from vlmfix.evals.data.pope import PopeQuestion
-from vlmfix.evals.metrics import pope, text_quality
+from vlmfix.evals import evaluate as runner
+from vlmfix.evals import tables
+from vlmfix.evals.benchmarks import columns
+from vlmfix.evals.benchmarks import registry as tasks
+from vlmfix.evals.benchmarks import yes_no as auc
+from vlmfix.evals.benchmarks import yes_no as pope
+from vlmfix.evals.benchmarks.chair import text_quality
+from vlmfix.evals.benchmarks.pope.questions import PopeQuestion
+from vlmfix.evals.data import samples
+from vlmfix.evals.report import text as report
+from vlmfix.evals.run import answer_log as cache
+from vlmfix.evals.run import answering, generate, models
+from vlmfix.evals.run import batches as answer_plan
+from vlmfix.evals.run import methods as config
+from vlmfix.evals.run import plan as planning
+from vlmfix.evals.scores import controls as control_lines
 
 TOKENS = 12
 #: The columns of a run of CHAIR and POPE.

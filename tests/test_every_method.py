@@ -12,8 +12,8 @@ from tiny_vlm import build_coco_folder, build_tiny_llava
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import MethodError
-from vlmfix.evals.config import EvalOptions, plan_methods
-from vlmfix.evals.every_method import every_method, expand_all, skipped_notes
+from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.run.methods import every_method, expand_all, plan_methods, skipped_notes
 from vlmfix.recipes import method_names
 
 

@@ -17,9 +17,9 @@ from tiny_vlm import build_coco_folder, build_tiny_llava
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
-from vlmfix.evals import models, testbed
-from vlmfix.evals.feature_rows import Layout, positions_of, rows_of
-from vlmfix.evals.features import METHOD, ImageFeatures
+from vlmfix.evals import testbed
+from vlmfix.evals.run import models
+from vlmfix.evals.run.features import METHOD, ImageFeatures, Layout, positions_of, rows_of
 
 REPEATED = [0, 0, 1, 1, 1, 2, 2, 0]
 """Which of three images every row of a batch shows."""
@@ -165,7 +165,7 @@ def test_rows_that_round_with_their_batch_are_all_encoded(
 def test_time_counts_as_if_nothing_was_reused(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes by one second per look: every run of the tower takes one."""
     seconds = iter(range(1000))
-    monkeypatch.setattr("vlmfix.evals.features.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr("vlmfix.evals.run.features.time.perf_counter", lambda: float(next(seconds)))
     features = kept(model)
     with features.reused():
         logits(model, inputs)

@@ -13,8 +13,8 @@ from tiny_vlm import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.data.hallusionbench import HallusionQuestion, load_hallusionbench
-from vlmfix.evals.metrics.hallusionbench import HallusionTable, score_answers, score_judgements
+from vlmfix.evals.benchmarks.hallusionbench.data import HallusionQuestion, load_hallusionbench
+from vlmfix.evals.benchmarks.hallusionbench.figures import HallusionTable, score_answers, score_judgements
 
 
 def question(

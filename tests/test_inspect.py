@@ -15,15 +15,14 @@ import pytest
 import torch
 from test_page import Checker
 
+from scripts.testbed_doubt import Named, measure, report
 from vlmfix.cli import main
 from vlmfix.evals import testbed
-from vlmfix.evals.inspection import Inspection, Word
-from vlmfix.evals.inspection_page import inspection_page
-from vlmfix.evals.inspection_parts import grid_of, layer_groups, word_spans
-from vlmfix.evals.inspection_run import InspectOptions, inspect_command
-from vlmfix.evals.inspection_words import summary, verdict
-from vlmfix.evals.testbed.doubt import Named, measure, report
-from vlmfix.probes.evidences import DOUBT_THRESHOLD
+from vlmfix.evals.inspect.look import Inspection, Word
+from vlmfix.evals.inspect.page import inspection_page, summary, verdict
+from vlmfix.evals.inspect.run import InspectOptions, inspect_command
+from vlmfix.evals.inspect.words import grid_of, layer_groups, word_spans
+from vlmfix.probes.evidence import DOUBT_THRESHOLD
 
 EXAMPLES = {350: "cup", 227: "carrot", 122: "parking meter", 356: "frisbee"}
 """Held-out scenes and the object their stock caption invents, as documented in ``evals/testbed/EXAMPLES.md``."""

@@ -15,8 +15,8 @@ from naive.iri import RANKING
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.methods._ranking import LayerRanking
 from vlmfix.methods.iri import Plan, turned
+from vlmfix.methods.measured import LayerRanking
 
 ONE = collate([RAGGED[1]])
 IRI = vlmfix.IRI(2.0, 2.0, k1=2, k2=4, ranking=RANKING)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from vlmfix.cli import main
-from vlmfix.evals import models, testbed
+from vlmfix.evals import testbed
+from vlmfix.evals.run import models
 
 WORDS = "eval --method pai --set alpha=0.6 --no-controls --limit 6 --batch-size 4 --max-new-tokens 24"
 KILLS = 20
@@ -85,7 +86,7 @@ def without_times(folder: Path) -> dict[str, bytes]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_20_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load_model(models.find_model(testbed.MODEL_DIR), dtype="float32", device="cpu")
-    monkeypatch.setattr("vlmfix.evals.answering.load_model", lambda *_, **__: model)  # a third of every life otherwise
+    monkeypatch.setattr("vlmfix.evals.run.answering.load_model", lambda *_, **__: model)
     whole = Life(tmp_path / "whole", None)
     assert whole.ended_well, whole.told
     total = int(whole.told)

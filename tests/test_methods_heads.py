@@ -34,13 +34,12 @@ from reference import Reference
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.methods._generated import generated_text_layers
-from vlmfix.methods._head_lists import HALLUCINATION_HEADS, Shape
-from vlmfix.methods._statistics import HeadStatistics
 from vlmfix.methods.adaiat import AdaIAT
 from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.allpath import AllPath
 from vlmfix.methods.iat import IAT
+from vlmfix.methods.measured import HALLUCINATION_HEADS, HeadStatistics, Shape
+from vlmfix.methods.scores import generated_text_layers
 from vlmfix.methods.spin import SPIN
 from vlmfix.recipes import load_recipe, method_from_dict, save_recipe
 
@@ -681,7 +680,7 @@ def test_the_shape_of_llava_is_that_of_its_config() -> None:
     """Read off the configurations, without building the models."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-    from vlmfix.methods._head_lists import shape_of
+    from vlmfix.methods.measured import shape_of
 
     vision = CLIPVisionConfig(image_size=336, patch_size=14)
     config = LlavaConfig(vision_config=vision, text_config=LlamaConfig())
@@ -769,7 +768,7 @@ def test_image_keys_hidden_by_a_mask_do_not_count(build: Any) -> None:
 
 def test_large_keys_do_not_overflow_in_half_precision() -> None:
     from vlmfix.methods.spin import _summed_scores
-    from vlmfix.run import Rows
+    from vlmfix.methods.views import Rows
 
     key = torch.full((1, 1, 576, 2), 200.0, dtype=torch.float16)
     query = torch.tensor([[1.0, 1.0], [1.0, 2.0]], dtype=torch.float16)[None, :, None]

@@ -226,7 +226,7 @@ def test_rows_in_small_chunks_equal_one_piece(
     vlmfix.patch(model, method)
     right = collate(RAGGED, side="right")
     expected, logits = generate(model, collate(RAGGED), 3)[1], forward(model, right).logits
-    monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", 3 * 4 * 4 * 40)
+    monkeypatch.setattr("vlmfix.model.attention.CHUNK_ELEMENTS", 3 * 4 * 4 * 40)
     close(generate(model, collate(RAGGED), 3)[1], expected)
     close(forward(model, right).logits[right["attention_mask"] > 0], logits[right["attention_mask"] > 0])
 

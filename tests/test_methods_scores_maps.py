@@ -14,8 +14,7 @@ from reference import Reference
 from transformers import DynamicCache
 
 import vlmfix
-from vlmfix.methods._focus import low_focus
-from vlmfix.methods.cmai import CMAI
+from vlmfix.methods.cmai import CMAI, low_focus
 from vlmfix.methods.eah import EAH
 from vlmfix.methods.modality_balance import ModalityBalance
 
@@ -107,7 +106,7 @@ def test_eah_sums_up_the_prompt_alone_and_all_of_it(build: Any, monkeypatch: pyt
     prompts, found = [each.ids, (*each.ids, *draft), each.ids], []
     for number, ids in enumerate(prompts):
         if number == 2:
-            monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", 5 * 4 * len(ids))
+            monkeypatch.setattr("vlmfix.model.attention.CHUNK_ELEMENTS", 5 * 4 * len(ids))
         cache = DynamicCache(config=model.config)
         options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": len(ids) - len(each.ids) + 1}
         with torch.no_grad():

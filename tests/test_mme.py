@@ -10,8 +10,8 @@ from tiny_vlm import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.data.mme import TASKS, MmeAnswer, load_results
-from vlmfix.evals.metrics.mme import parse_answer, score_answers, total
+from vlmfix.evals.benchmarks.mme.data import TASKS, MmeAnswer, load_results
+from vlmfix.evals.benchmarks.mme.figures import parse_answer, score_answers, total
 
 
 @pytest.mark.parametrize(

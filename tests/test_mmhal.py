@@ -11,8 +11,14 @@ from tiny_vlm import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.data.mmhal import TYPES, MmhalItem, load_mmhal
-from vlmfix.evals.metrics.mmhal import judge_prompt, parse_rating, score_answers, score_judgements, score_ratings
+from vlmfix.evals.benchmarks.mmhal.data import TYPES, MmhalItem, load_mmhal
+from vlmfix.evals.benchmarks.mmhal.figures import (
+    judge_prompt,
+    parse_rating,
+    score_answers,
+    score_judgements,
+    score_ratings,
+)
 
 ITEMS = [
     MmhalItem(i, TYPES[i % 8], f"image{i}", ("Cat", f"Thing {i}"), f"What is {i}?", f"It is {i}.") for i in range(16)

@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 from vlmfix.cli import main
-from vlmfix.evals.benchmarks.chair import ChairTask
-from vlmfix.evals.config import MethodSpec
-from vlmfix.evals.metrics.chair import ChairMatcher
-from vlmfix.evals.page import summary
-from vlmfix.evals.page_gallery import gallery
-from vlmfix.evals.page_plots import intervals, invented, scatter
-from vlmfix.evals.samples import Answer, Sample
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.chair.task import ChairTask
+from vlmfix.evals.data.samples import Answer, Sample
+from vlmfix.evals.report.html import gallery, summary
+from vlmfix.evals.report.plots import intervals, invented, scatter
+from vlmfix.evals.run.methods import MethodSpec
 
 VOID = {"meta", "br", "img", "line", "circle", "rect"}
 

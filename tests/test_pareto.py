@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from vlmfix.evals.benchmarks.base import pace
-from vlmfix.evals.pareto import Point, front, pareto, pareto_rows
-from vlmfix.evals.verdicts import WORDS, verdict, verdict_legend
+from vlmfix.evals.scores.pareto import Point, front, pareto, pareto_rows
+from vlmfix.evals.scores.verdicts import WORDS, verdict, verdict_legend
 
 
 def interval(estimate: float, low: float, high: float, p_holm: float = 0.01) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import torch
 import transformers
 from tiny_vlm import build_coco_folder, build_tiny_llava
 
-from vlmfix import devices
 from vlmfix.cli import main
 from vlmfix.errors import VlmfixError
-from vlmfix.evals import models
-from vlmfix.evals.shards import Shard
+from vlmfix.evals.run import models
+from vlmfix.evals.run.shards import Shard
+from vlmfix.model import anatomy as devices
 
 
 @pytest.fixture

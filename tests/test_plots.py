@@ -12,10 +12,15 @@ import pytest
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.evals.invented import categories
-from vlmfix.evals.labels import place_labels
-from vlmfix.evals.pareto import flat_front
-from vlmfix.evals.plots import category_figure, interval_figure, tradeoff_figure, write_plots
+from vlmfix.evals.report.plots import (
+    categories,
+    category_figure,
+    interval_figure,
+    place_labels,
+    tradeoff_figure,
+    write_plots,
+)
+from vlmfix.evals.scores.pareto import flat_front
 
 
 def interval(estimate: float, low: float, high: float, p_holm: float = 0.5) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pope_rule import check_questions
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.data.pope import SPLITS, PopeQuestion, build_questions, load_questions
-from vlmfix.evals.metrics.chair import ChairMatcher, ground_truth
-from vlmfix.evals.metrics.pope import (
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.pope.questions import SPLITS, PopeQuestion, build_questions, load_questions
+from vlmfix.evals.benchmarks.yes_no import (
     PARSERS,
     PopeTable,
     auc,
@@ -24,6 +23,7 @@ from vlmfix.evals.metrics.pope import (
     score_labels,
     score_logits,
 )
+from vlmfix.evals.data.coco import CocoData
 
 # answer: official, official_raw, opera, lmms, vlmeval
 ANSWERS = {

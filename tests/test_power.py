@@ -9,9 +9,11 @@ from test_stats import chair_table, pope_table
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS
+from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS
 from vlmfix.evals.power import Rates, detectable, deviation_of_interval, planned_lines, power_table, read_pilot
-from vlmfix.evals.quality import interval_dict
-from vlmfix.evals.stats import CHAIR_STATISTICS, POPE_STATISTICS, paired_bootstrap
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
+from vlmfix.evals.stats.intervals import interval_dict
 
 
 def test_closed_form():

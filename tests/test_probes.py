@@ -104,7 +104,7 @@ def test_attention_is_that_of_eager_maps(build: Any, kind: str) -> None:
 def test_long_prompts_in_pieces_give_the_same(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = collate(RAGGED)
     before = [probe(tiny, inputs).to_dict() for probe in PROBES.values()]
-    monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", 4 * 4 * 33 * 2)
+    monkeypatch.setattr("vlmfix.model.attention.CHUNK_ELEMENTS", 4 * 4 * 33 * 2)
     for whole, probe in zip(before, PROBES.values(), strict=True):
         assert close(whole, probe(tiny, inputs).to_dict(), 5e-4)
 
@@ -149,7 +149,7 @@ def naive_divergence(model: Any, ids: list[int], inputs: dict[str, Any], answer:
 
 
 def model_image_ids(model: Any) -> tuple[int, ...]:
-    from vlmfix.anatomy import analyse
+    from vlmfix.model.anatomy import analyse
 
     return analyse(model).image_token_ids
 

@@ -12,11 +12,11 @@ from families import by_name
 from models import IMAGE, IMAGE_TOKENS, RAGGED, attention_modules, collate, generate, sample
 
 import vlmfix
-from vlmfix.anatomy import analyse
 from vlmfix.errors import MethodError
+from vlmfix.model.anatomy import analyse
+from vlmfix.observe.watch import Cut
 from vlmfix.probes import knockout
-from vlmfix.probes.cut import Cut
-from vlmfix.probes.knockouts import PAIRS, window_of
+from vlmfix.probes.knockout import PAIRS, window_of
 from vlmfix.probes.spans import cells_of, find_spans
 
 ALL = 100
@@ -333,7 +333,7 @@ def test_a_cut_reaches_generated_rows(build: Any) -> None:
     target[:, length:] = True
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], torch.tensor([answer])], 1)}
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-    from vlmfix.probes.subject import look_at
+    from vlmfix.observe.ask import look_at
 
     subject = look_at(model, "test", inputs)
     found = subject.answer(inputs, Cut(source, target), answers=[[*answer, 5]], logits=True)

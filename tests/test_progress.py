@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.progress import Progress, span
-from vlmfix.evals.shards import Elsewhere, Shard
+from vlmfix.evals.run.progress import Progress, span
+from vlmfix.evals.run.shards import Elsewhere, Shard
 
 
 class Clock:

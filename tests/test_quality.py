@@ -4,11 +4,13 @@ import copy
 
 import pytest
 
-from vlmfix.evals import quality, report
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.pope import score_labels
-from vlmfix.evals.report_quality import answers_rows, quality_rows
-from vlmfix.evals.significance import mcnemar
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import score_labels
+from vlmfix.evals.report import text as report
+from vlmfix.evals.report.text import answers_rows, quality_rows
+from vlmfix.evals.scores import differences as quality
+from vlmfix.evals.stats.tests import mcnemar
 from vlmfix.evals.tables import difference_cell, fitting_table, p_cell
 
 MATCHER = ChairMatcher()

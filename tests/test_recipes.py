@@ -14,7 +14,7 @@ import torch
 from models import RAGGED, SINK_DIMS, collate, forward
 
 import vlmfix
-from vlmfix.methods.base import resolve_layers
+from vlmfix.methods.selection import resolve_layers
 from vlmfix.recipes import load_recipe, method_from_dict, save_recipe
 
 EXAMPLES = [

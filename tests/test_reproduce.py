@@ -16,14 +16,16 @@ import pytest
 from shared_data import DATA, needs_data
 from tiny_vlm import build_coco_folder, build_tiny_llava
 
-from vlmfix.calibration.api import _LEARNED
+from vlmfix.calibration.calibrate import _LEARNED
 from vlmfix.cli import _parser
 from vlmfix.cli import main as vlmfix_main
-from vlmfix.evals import counts
-from vlmfix.evals.config import eval_options, plan_methods
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.pope import score_labels
-from vlmfix.evals.stats import STATISTICS
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.columns import STATISTICS
+from vlmfix.evals.benchmarks.yes_no import score_labels
+from vlmfix.evals.options import eval_options
+from vlmfix.evals.run.methods import plan_methods
+from vlmfix.evals.scores import counts
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 NAMES = ("published_table", "published_tables", "published_check", "published_cli")

@@ -12,11 +12,11 @@ from tiny_vlm import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.metrics.pope import PARSERS
-from vlmfix.evals.records import answer_of, parse_image_id, read_rows
-from vlmfix.evals.rescore import read_captions
-from vlmfix.evals.score_cli import POPE_PARSERS
-from vlmfix.evals.truth import load_ground_truth
+from vlmfix.evals.benchmarks.chair.truth import load_ground_truth
+from vlmfix.evals.benchmarks.yes_no import PARSERS
+from vlmfix.evals.data.records import answer_of, parse_image_id, read_rows
+from vlmfix.evals.score_files.chair import read_captions
+from vlmfix.evals.score_files.command import POPE_PARSERS
 
 TRUTH = {"10": ["dog", "person"], "20": ["cat"], "30": []}
 CAPTIONS = {10: "A dog and a cat.", 20: "A cat, a cat and a chair", 30: "Nothing here."}

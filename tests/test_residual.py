@@ -30,9 +30,9 @@ from test_families import BROKEN
 from transformers import DynamicCache, StaticCache
 
 import vlmfix
-from vlmfix.anatomy import analyse
-from vlmfix.blocks import BlockKind, find_blocks
 from vlmfix.methods.base import Method
+from vlmfix.model.anatomy import analyse
+from vlmfix.model.blocks import BlockKind, find_blocks
 
 IRI = vlmfix.IRI(2.0, 2.0, k1=2, k2=4, ranking=RANKING)
 VISTA = vlmfix.VISTA(lam=0.8)

@@ -28,7 +28,7 @@ from models import (
 from transformers import DynamicCache, StaticCache
 
 import vlmfix
-from vlmfix.calibration.result import Calibration
+from vlmfix.methods.measured import Calibration
 
 VHR = vlmfix.VHR(layers=":")
 
@@ -124,7 +124,7 @@ def test_gradients_are_the_same_under_checkpointing(
 ) -> None:
     """Layers are computed again behind the forward: what a method learned in it is not learned twice."""
     if chunk is not None:
-        monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("vlmfix.model.attention.CHUNK_ELEMENTS", chunk)
     inputs = collate([RAGGED[0], RAGGED[1]])
     more = {"vaf": {"heads": "visual"}, "vhr edited": {"reinforce_noimg": True}}.get(name, {})
     name = name.partition(" ")[0]

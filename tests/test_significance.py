@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.intervals import percentile_interval
-from vlmfix.evals.metrics.pope import score_labels
-from vlmfix.evals.significance import holm, holm_by_name, mcnemar
-from vlmfix.evals.stats import POPE_STATISTICS, paired_bootstrap
+from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, score_labels
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
+from vlmfix.evals.stats.intervals import percentile_interval
+from vlmfix.evals.stats.tests import holm, holm_by_name, mcnemar
 
 
 def labelled(answers):

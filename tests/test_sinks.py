@@ -11,7 +11,7 @@ import torch
 from models import BOS, RAGGED, SINK_DIMS, collate, forward, snapshot
 
 import vlmfix
-from vlmfix.sinks import known_sink_dims
+from vlmfix.model.sink_dims import known_sink_dims
 
 
 def with_massive_first_token(model: Any, dims: dict[int, float]) -> Any:

@@ -35,7 +35,7 @@ from special_families import (
 )
 
 import vlmfix
-from vlmfix.anatomy import analyse
+from vlmfix.model.anatomy import analyse
 
 # Strength zero and restoring.
 

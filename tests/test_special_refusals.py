@@ -12,8 +12,8 @@ from families import Family
 from special_families import ACTING, CROSS, EMBEDDED, ENCODED, EVERY, PAI, VHR, build, gap, logits
 
 import vlmfix
-from vlmfix.anatomy import analyse
-from vlmfix.images import first_looks
+from vlmfix.model.anatomy import analyse
+from vlmfix.model.images import first_looks
 
 # Refusals.
 

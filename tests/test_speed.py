@@ -14,7 +14,7 @@ from models import RAGGED, Sample, collate, forward, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfix
-from vlmfix.text_only import TextOnlyRun
+from vlmfix.engine.image_free import TextOnlyRun
 
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "expand"),
@@ -86,7 +86,7 @@ def test_operations_per_layer_of_a_decode_step(model: Any, method: Any, most: in
 @pytest.mark.parametrize("name", ["vhr", "var", "pai", "mma", "act, all heads", "act", "eah", "vaf", "spin"])
 def test_no_tensor_grows_with_the_square_of_the_prompt(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With chunks of a few rows: at twice the tokens the largest tensor is at most twice as large."""
-    monkeypatch.setattr("vlmfix.attention.CHUNK_ELEMENTS", 2**12)
+    monkeypatch.setattr("vlmfix.model.attention.CHUNK_ELEMENTS", 2**12)
     largest = {}
     for image_tokens in (320, 640):
         copy = bench_variants.make(model, name, image_tokens)

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.metrics.chair import ChairMatcher, ChairTable, score_captions
-from vlmfix.evals.metrics.pope import PopeTable, score_labels
-from vlmfix.evals.stats import (
-    CHAIR_STATISTICS,
-    POPE_STATISTICS,
-    Statistic,
-    bootstrap,
-    columns,
-    paired_bootstrap,
-    ratio,
-)
+from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS, ChairTable, score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, PopeTable, score_labels
+from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
+from vlmfix.evals.stats.intervals import Statistic, columns, ratio
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair")
 
@@ -180,7 +174,7 @@ def test_a_seed_fixes_the_interval():
 def test_chunking_does_not_change_the_resamples(monkeypatch):
     a, b = chair_table(30, 1), chair_table(30, 2)
     whole = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b)
-    monkeypatch.setattr("vlmfix.evals.stats._CHUNK", 100)
+    monkeypatch.setattr("vlmfix.evals.stats.bootstrap._CHUNK", 100)
     assert paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b) == whole
 
 

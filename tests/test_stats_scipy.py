@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from test_stats import chair_table, pope_table
 
-from vlmfix.evals.auc import paired_auc
-from vlmfix.evals.metrics.pope import PopeTable, score_labels
-from vlmfix.evals.metrics.text_quality import score_texts
+from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS
+from vlmfix.evals.benchmarks.chair.text_quality import TEXT_STATISTICS, score_texts
+from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, PopeTable, paired_auc, score_labels
 from vlmfix.evals.power import detectable
-from vlmfix.evals.significance import holm, mcnemar
-from vlmfix.evals.stats import CHAIR_STATISTICS, POPE_STATISTICS, TEXT_STATISTICS, Statistic, paired_bootstrap
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
+from vlmfix.evals.stats.intervals import Statistic
+from vlmfix.evals.stats.tests import holm, mcnemar
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.metrics.sycophancy import CONDITIONS, Condition, Templates, score_answers
+from vlmfix.evals.benchmarks.sycophancy.figures import CONDITIONS, Condition, Templates, score_answers
 
 QUESTION = "Is there a dog in the image?"
 LABELS = [True, False, True, False]

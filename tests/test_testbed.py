@@ -16,10 +16,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.pope.questions import build_questions
+from vlmfix.evals.benchmarks.yes_no import score_answers
 from vlmfix.evals.data.coco import CocoData
-from vlmfix.evals.data.pope import build_questions
-from vlmfix.evals.metrics.chair import ChairMatcher, ground_truth
-from vlmfix.evals.metrics.pope import score_answers
 from vlmfix.evals.testbed import MODEL_DIR, PROMPTS, SPLITS, default_cache_dir, prepare
 from vlmfix.evals.testbed.captions import detailed_caption, questions
 from vlmfix.evals.testbed.scenes import BACKGROUND, GRID, IMAGE_SIZE, NAMES, image_id, make_scene, scene_kind
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reader():
-    from vlmfix.evals.testbed.measure import Reader
+    from scripts.testbed_measure import Reader
 
     return Reader(batch_size=COUNT)
 

@@ -9,8 +9,9 @@ import pytest
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.metrics.chair import ChairMatcher, score_captions
-from vlmfix.evals.metrics.text_quality import (
+from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS, score_captions
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.chair.text_quality import (
     first_words,
     is_finished,
     match_by_mentions,
@@ -18,7 +19,7 @@ from vlmfix.evals.metrics.text_quality import (
     repeated_four_grams,
     score_texts,
 )
-from vlmfix.evals.stats import CHAIR_STATISTICS, paired_bootstrap
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair", "hot dog", "tree", "sky", "the", "and")
 MATCHER = ChairMatcher()

@@ -13,12 +13,12 @@ pytest.importorskip("optuna")
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, VlmfixError
-from vlmfix.evals.config import EvalOptions
-from vlmfix.evals.tuning.rule import Goal, admitted, choose, goal_of
-from vlmfix.evals.tuning.search import Search, space_of
-from vlmfix.evals.tuning.splits import make_splits
+from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.tune.rule import Goal, admitted, choose, goal_of
+from vlmfix.evals.tune.search import Search, space_of
+from vlmfix.evals.tune.splits import make_splits
+from vlmfix.methods.selection import Choice, Range
 from vlmfix.recipes import all_methods, method_from_dict
-from vlmfix.space import Choice, Range
 
 
 def goal(hallucination, recall, accuracy=0.9):

@@ -9,7 +9,7 @@ import torch
 from models import RAGGED, SINK_DIMS, collate, forward, generate
 
 import vlmfix
-from vlmfix.attention import explicit_scores
+from vlmfix.model.attention import explicit_scores
 
 HEADS = [(1, 2), (2, 0), (2, 3), (3, 1)]
 ONE_PER_LAYER = [(1, 2), (2, 3), (3, 1)]
@@ -36,7 +36,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(scores.shape))
         return scores, allowed
 
-    monkeypatch.setattr("vlmfix.editing.explicit_scores", spy)
+    monkeypatch.setattr("vlmfix.engine.attend.explicit_scores", spy)
     return seen
 
 

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
 if TYPE_CHECKING:
-    from vlmfix.activity import Status
-    from vlmfix.calibration.api import calibrate
-    from vlmfix.calibration.result import Calibration
-    from vlmfix.calibration.samples import CalibrationSample
+    from vlmfix.calibration.calibrate import calibrate
     from vlmfix.decoding.guidance import Guidance
     from vlmfix.decoding.ifg import IFG
     from vlmfix.decoding.lqcd import LQCD
     from vlmfix.decoding.opera import OPERA
     from vlmfix.decoding.vcd import VCD
+    from vlmfix.engine.status import Status
     from vlmfix.methods.act import ACT
     from vlmfix.methods.adaiat import AdaIAT
     from vlmfix.methods.adaptvis import AdaptVis
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.hgai import HGAI
     from vlmfix.methods.iat import IAT
     from vlmfix.methods.iri import IRI
+    from vlmfix.methods.measured import Calibration
     from vlmfix.methods.mma import MMA
     from vlmfix.methods.modality_balance import ModalityBalance
     from vlmfix.methods.none import NoMethod
@@ -43,27 +42,31 @@ if TYPE_CHECKING:
     from vlmfix.methods.var import VAR
     from vlmfix.methods.vhr import VHR
     from vlmfix.methods.vista import VISTA
+    from vlmfix.model.sink_dims import find_sink_dims
+    from vlmfix.observe.samples import CalibrationSample
     from vlmfix.patching import patch, patched, status, unpatch
     from vlmfix.recipes import load_recipe, save_recipe
-    from vlmfix.sinks import find_sink_dims
+
 
 __version__ = "0.1.0"
 
+
 _LAZY = {
     "Method": "vlmfix.methods.base",
-    "Calibration": "vlmfix.calibration.result",
-    "CalibrationSample": "vlmfix.calibration.samples",
-    "calibrate": "vlmfix.calibration.api",
-    "Status": "vlmfix.activity",
+    "Calibration": "vlmfix.methods.measured",
+    "CalibrationSample": "vlmfix.observe.samples",
+    "calibrate": "vlmfix.calibration.calibrate",
+    "Status": "vlmfix.engine.status",
     "patch": "vlmfix.patching",
     "patched": "vlmfix.patching",
     "status": "vlmfix.patching",
     "unpatch": "vlmfix.patching",
     "load_recipe": "vlmfix.recipes",
     "save_recipe": "vlmfix.recipes",
-    "find_sink_dims": "vlmfix.sinks",
+    "find_sink_dims": "vlmfix.model.sink_dims",
 }
 """Public names that need torch: imported on first use, so that ``import vlmfix`` and the command line start at once."""
+
 
 __all__ = [
     "ACT",

@@ -1,5 +1,7 @@
 """``python -m vlmfix``: the same as the ``vlmfix`` command."""
 
+from __future__ import annotations
+
 import sys
 
 from vlmfix.cli import main

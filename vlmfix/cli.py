@@ -9,15 +9,15 @@ import sys
 from collections.abc import Sequence
 
 import vlmfix
-from vlmfix.calibration.cli import add_calibrate
 from vlmfix.errors import VlmfixError
-from vlmfix.evals.cli import add_eval
-from vlmfix.evals.compare_cli import add_compare
-from vlmfix.evals.plot_cli import add_plot
+from vlmfix.evals.calibrate import add_calibrate
+from vlmfix.evals.compare.compare import add_compare
+from vlmfix.evals.evaluate import add_eval
+from vlmfix.evals.inspect.run import add_inspect
 from vlmfix.evals.power import add_power
-from vlmfix.evals.score_cli import add_score
-from vlmfix.evals.tuning.cli import add_tune
-from vlmfix.probes.cli import add_inspect
+from vlmfix.evals.report.plots import add_plot
+from vlmfix.evals.score_files.command import add_score
+from vlmfix.evals.tune.command import add_tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -103,42 +103,42 @@ def _need_evals() -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.evals.cli import run
+    from vlmfix.evals.evaluate import run
 
     run(options, show=_show)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.calibration.cli import run
+    from vlmfix.evals.calibrate import run
 
     run(options, show=_show)
 
 
 def _compare(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.evals.compare_report import run
+    from vlmfix.evals.compare.report import run
 
     _show(run(options))
 
 
 def _tune(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.evals.tuning.cli import run
+    from vlmfix.evals.tune.command import run
 
     run(options, show=_show)
 
 
 def _plot(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.evals.plot_cli import run
+    from vlmfix.evals.report.plots import run
 
     _show(run(options))
 
 
 def _inspect(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.probes.cli import run
+    from vlmfix.evals.inspect.run import run
 
     run(options, show=_show)
 
@@ -151,7 +151,7 @@ def _power(options: argparse.Namespace) -> None:
 
 def _score(options: argparse.Namespace) -> None:
     _need_evals()
-    from vlmfix.evals.score_cli import run
+    from vlmfix.evals.score_files.command import run
 
     run(options, show=_show)
 
@@ -172,8 +172,8 @@ def _info(options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from vlmfix.anatomy import analyse
     from vlmfix.errors import UnsupportedModelError
+    from vlmfix.model.anatomy import analyse
 
     try:
         config = AutoConfig.from_pretrained(options.model)

@@ -1,5 +1,7 @@
 """The errors of vlmfix. Each message says what was expected, what was found and what to type next."""
 
+from __future__ import annotations
+
 
 class VlmfixError(Exception):
     """Base class of every error vlmfix raises on purpose."""

@@ -6,15 +6,23 @@ The only module that changes a model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from vlmfix.activity import Counters, Status, describe
-from vlmfix.attention import ATTENTION_NAME, RUN_KWARG, SITE_ATTRIBUTE
-from vlmfix.begin import (
+from vlmfix.decoding.base import DecodingMethod
+from vlmfix.decoding.beam_search import BeamsLookingAhead
+from vlmfix.decoding.branch import PairRun
+from vlmfix.decoding.opera import OPERA
+from vlmfix.decoding.other_image import ENCODES, RAW_IMAGES_KWARG, KeepImages
+from vlmfix.decoding.two_branches import TwoBranches
+from vlmfix.engine.image_free import encode_text_only, run_text_only
+from vlmfix.engine.plan import Site, edits_text_only_stream, make_sites
+from vlmfix.engine.prompt_pass import begin_methods
+from vlmfix.engine.start import (
     ReorderWithState,
     answer_length,
     begin_answer,
@@ -27,28 +35,33 @@ from vlmfix.begin import (
     num_drafted,
     parameter_names,
 )
-from vlmfix.decoding._branch import PairRun
-from vlmfix.decoding._images import ENCODES, RAW_IMAGES_KWARG, KeepImages
-from vlmfix.decoding._search import BeamsLookingAhead
-from vlmfix.decoding.base import DecodingMethod
-from vlmfix.decoding.engine import TwoBranches
-from vlmfix.decoding.opera import OPERA
-from vlmfix.early import EarlyHead
+from vlmfix.engine.status import Counters, Status, describe
+from vlmfix.engine.stream import EarlyHead, make_block_hooks
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.images import ImageFinder
-from vlmfix.prompt import begin_methods
-from vlmfix.residual import make_block_hooks
-from vlmfix.run import STATE_ATTRIBUTE, Run, SequenceState, state_of
-from vlmfix.sites import Site, edits_text_only_stream, make_sites
-from vlmfix.text_only import encode_text_only, run_text_only
-from vlmfix.vision import VisionRecorder
+from vlmfix.methods.views import STATE_ATTRIBUTE, Run, SequenceState, state_of
+from vlmfix.model.anatomy import RUN_KWARG, SITE_ATTRIBUTE
+from vlmfix.model.attention import ATTENTION_NAME
+from vlmfix.model.images import ImageFinder
+from vlmfix.model.vision_tower import VisionRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vlmfix.anatomy import Anatomy
     from vlmfix.methods.base import Method
-    from vlmfix.patching import Context
+    from vlmfix.model.anatomy import Anatomy
+
+
+@dataclasses.dataclass(eq=False)
+class Context:
+    """A ``with vlmfix.patched(...)`` block.
+
+    Attributes:
+        before: The patch that was on the model when it began.
+        is_over: Whether it has ended.
+    """
+
+    before: Patch | None
+    is_over: bool = False
 
 
 class Patch:
@@ -382,6 +395,7 @@ def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 _GENERATE = "generate"
+
 
 _DRAFTS = "_get_candidate_generator"
 """The method of a model that every way into assisted decoding passes."""

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmfix.activity import Status, describe
-from vlmfix.anatomy import analyse, unwrap
-from vlmfix.calibration.result import Calibration
+from vlmfix.engine.status import Status, describe
 from vlmfix.errors import MethodError
-from vlmfix.hooks import Patch
+from vlmfix.hooks import Context, Patch
 from vlmfix.methods.base import Method
-from vlmfix.placement import check_placement, layers_with
-from vlmfix.recipes import resolve_methods
+from vlmfix.methods.measured import Calibration
+from vlmfix.model.anatomy import analyse, unwrap
+from vlmfix.recipes import check_placement, layers_with, resolve_methods
 
 logger = logging.getLogger("vlmfix")
 
+
 ModelT = TypeVar("ModelT")
+
+
 MethodSpec = str | Path | Method | Calibration | dict[str, Any] | Sequence[str | Method | dict[str, Any]]
 """What ``patch`` takes for a method: a name, a method, its dict, a recipe file, what ``calibrate``
 returned, or several of them."""
@@ -105,19 +106,6 @@ def patched(model: ModelT, method: MethodSpec | None = None, **parameters: Any) 
                 before = before.owner.before
             if before is not None:
                 before.attach()
-
-
-@dataclasses.dataclass(eq=False)
-class Context:
-    """A ``with vlmfix.patched(...)`` block.
-
-    Attributes:
-        before: The patch that was on the model when it began.
-        is_over: Whether it has ended.
-    """
-
-    before: Patch | None
-    is_over: bool = False
 
 
 def status(model: object) -> Status | None:

@@ -8,19 +8,25 @@ import pkgutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlmfix.calibration.result import Calibration
 from vlmfix.errors import DataError, MethodError
+from vlmfix.files import read_json
 from vlmfix.methods.base import Method
-from vlmfix.textfiles import read_json
+from vlmfix.methods.measured import Calibration
 
 if TYPE_CHECKING:
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 
 PACKAGES = ("methods", "decoding")
-"""The packages that hold one method per file; files that hold none are ``base``, ``engine`` and those with a ``_``."""
+"""The packages that hold one method per file."""
+
+SHARED = {
+    *("base", "beam_search", "branch", "caches", "experimental", "measured", "other_image", "other_prompt"),
+    *("scores", "selection", "two_branches", "views"),
+}
+"""The files in them that hold no method, but what several share."""
 
 
 def method_names() -> tuple[str, ...]:
@@ -34,7 +40,7 @@ def _packages() -> dict[str, str]:
         module.name: package
         for package in PACKAGES
         for module in pkgutil.iter_modules([str(Path(__file__).parent / package)])
-        if module.name not in ("base", "engine") and not module.name.startswith("_")
+        if module.name not in SHARED
     }
 
 
@@ -133,8 +139,6 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     if isinstance(spec, Calibration):
         spec = spec.method
     if spec is None:
-        from vlmfix.defaults import default_recipe
-
         chosen = default_recipe(anatomy)
     elif isinstance(spec, str) and spec in method_names():
         return (make_method(spec, parameters),)
@@ -176,3 +180,118 @@ def _place_on_path(method: Method) -> int:
     attention = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
     places = (*attention, bool(method.edits_blocks), method.replaces_logits)
     return places.index(True) if True in places else len(places)
+
+
+_MEANING: dict[AttentionKind, str] = {
+    "joint": "self-attention over a prompt that holds the image's tokens",
+    "text": "self-attention over text alone",
+    "image": "cross-attention to image features alone",
+    "encoder": "cross-attention to an encoder's image and text tokens",
+    "answer": "self-attention over the answer alone",
+}
+
+
+def check_placement(method: Method, anatomy: Anatomy) -> None:
+    """Refuse a method that means nothing in a model.
+
+    Raises:
+        MethodError: None of the model's kinds of attention is one the method acts in, or it edits an image-free pass
+            that cannot be followed; the message says why.
+    """
+    if method.is_identity or method.replaces_logits:
+        return
+    model = type(anatomy.model).__name__
+    if method.text_only_stream == "edited" and anatomy.encoder is not None:
+        raise MethodError(
+            f"{method.name} cannot edit its image-free pass in {model}: an encoder reads the prompt, and the layers of "
+            "the decoder cannot be followed one by one beside the answer. Leave reinforce_noimg off."
+        )
+    if anatomy.kinds.isdisjoint(method.attention_kinds):
+        raise MethodError(
+            f"{method.name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "
+            f"{' or '.join(_MEANING[kind] for kind in method.attention_kinds)}. Choose another method; "
+            "vlmfix.methods() lists them."
+        )
+
+
+def layers_with(methods: Sequence[Method], anatomy: Anatomy) -> list[int]:
+    """Return the layers with attention that one of the methods acts in."""
+    kinds = {kind for method in methods for kind in method.attention_kinds}
+    return sorted({site.layer_idx for site in anatomy.sites if site.kind in kinds})
+
+
+def _reason(anatomy: Anatomy) -> str:
+    if "image" in anatomy.kinds:
+        return (
+            "all keys of its cross-attention are image keys and its self-attention is over text alone, so that no row "
+            "weighs the image against text"
+        )
+    if "encoder" in anatomy.kinds:
+        return "an encoder reads its prompt, and every row of its decoder is one of the answer"
+    return "its images are tokens of the prompt"
+
+
+class DefaultRecipe(NamedTuple):
+    """The default of some model families.
+
+    Attributes:
+        families: ``model_type`` of their configs; empty for all others.
+        methods: As in a recipe file.
+        reason: How it was chosen.
+        behind_encoder: Whether it is for models whose prompt an encoder reads, or for all others.
+    """
+
+    families: tuple[str, ...]
+    methods: tuple[dict[str, Any], ...]
+    reason: str
+    behind_encoder: bool = False
+
+
+DEFAULTS = (
+    DefaultRecipe(
+        ("instructblip", "instructblipvideo"),
+        ({"method": "vhr", "layers": "0.4375:"},),
+        "arXiv 2412.13949, section 4.4: the last 18 of 32 layers for InstructBLIP-7B, without layer 1",
+    ),
+    DefaultRecipe(
+        (),
+        ({"method": "vhr"},),
+        "of the four methods at the heart of the project the one with a published gain on captions (arXiv 2412.13949, "
+        "tables 1 and 5: LLaVA-1.5, LLaVA-NeXT, InstructBLIP), and the cheapest at run time; its settings there",
+    ),
+    DefaultRecipe(
+        (),
+        ({"method": "pai", "alpha": 0.2},),
+        "the gentlest setting of the method most often run by others (arXiv 2407.21771); VHR's reading of a prompt "
+        "that an encoder reads is ours",
+        behind_encoder=True,
+    ),
+)
+"""In order: the first that names the family, or names none, and means something in the model.
+
+None of them was tuned by us on a real checkpoint: they are papers' settings. On the embedded model the default does not
+beat its controls (README). Measure yours: ``vlmfix eval --model ... --data ...``.
+"""
+
+
+def default_recipe(anatomy: Anatomy) -> tuple[Method, ...]:
+    """Return the default methods of a model's family.
+
+    Raises:
+        MethodError: None means anything in this model.
+    """
+    reasons = []
+    for recipe in DEFAULTS:
+        if recipe.families and anatomy.model.config.model_type not in recipe.families:
+            continue
+        if recipe.behind_encoder != (anatomy.encoder is not None):
+            continue
+        methods = tuple(method_from_dict(entry) for entry in recipe.methods)
+        try:
+            for method in methods:
+                check_placement(method, anatomy)
+        except MethodError as error:
+            reasons.append(str(error))
+            continue
+        return methods
+    raise MethodError("No default method acts in this model. " + " ".join(reasons))

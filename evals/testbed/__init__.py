@@ -16,11 +16,14 @@ from .scenes import SPLITS, Split
 
 __all__ = ["MODEL_DIR", "PROMPTS", "RECIPE", "SPLITS", "Split", "default_cache_dir", "prepare"]
 
+
 MODEL_DIR = Path(__file__).parent / "model"
 """Folder for ``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``."""
 
+
 RECIPE = Path(__file__).parent / "recipe.json"
 """Method strengths for this model, chosen on the calibration split."""
+
 
 PROMPTS: Mapping[str, str] = MappingProxyType(
     {"describe": DETAILED_PROMPTS[0], "describe_in_detail": DETAILED_PROMPTS[1], "answer_suffix": SHORT_ANSWER[0]}

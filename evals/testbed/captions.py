@@ -19,6 +19,7 @@ __all__ = [
     "short_caption",
 ]
 
+
 DETAILED_PROMPTS: tuple[str, ...] = (
     "Describe the image.",
     "Please describe this image in detail.",
@@ -28,14 +29,17 @@ DETAILED_PROMPTS: tuple[str, ...] = (
 )
 """Instructions that the model was trained to answer with a full caption; the first one most often."""
 
+
 BRIEF_PROMPTS: tuple[str, ...] = (
     "Generate a short caption of the image.",
     "Provide a brief description of the given image.",
 )
 """Instructions answered with one sentence."""
 
+
 QUESTION = "Is there {article} {name} in the image?"
 """POPE's question."""
+
 
 SHORT_ANSWER: tuple[str, ...] = (
     "Answer the question using a single word or phrase.",
@@ -44,7 +48,9 @@ SHORT_ANSWER: tuple[str, ...] = (
 )
 """Suffixes that evaluation scripts append to a question."""
 
+
 _OPENING = "The image shows {article} {scene} with {objects}."
+
 
 _MORE = (
     ("There {be} {}.", "There {be} {} and {}."),
@@ -52,6 +58,7 @@ _MORE = (
     ("The scene also includes {}.", "The scene also includes {} and {}."),
     ("In the background, there {be} {}.", "In the background, there {be} {} and {}."),
 )
+
 
 _REFERENCES = (
     "A {scene} with {objects}.",

@@ -23,6 +23,7 @@ from .vocabulary import CATEGORIES, CATEGORY_IDS
 
 __all__ = ["default_cache_dir", "file_name", "generator_version", "prepare"]
 
+
 _SOURCES = ("atlas.json", "atlas.png", "captions.py", "export.py", "scenes.py", "sprites.py", "vocabulary.py")
 
 

@@ -43,30 +43,45 @@ __all__ = [
     "scene_kind",
 ]
 
+
 Split = Literal["train", "calibration", "heldout", "heldout2"]
+
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 """The splits, in the order of their id ranges."""
 
+
 IMAGE_SIZE = 96
 """Image height and width in pixels."""
+
 
 GRID = 8
 """Patches per side (12 px each)."""
 
+
 NAMES: tuple[str, ...] = tuple(name for _, name, _ in CATEGORIES)
 """Category names in COCO order."""
+
 
 INDEX: dict[str, int] = {name: index for index, name in enumerate(NAMES)}
 """Category name to its place in :data:`NAMES`."""
 
+
 BACKGROUND = len(NAMES)
 """Patch label of a patch without an object."""
 
+
 _IDS_PER_SPLIT = 10_000_000
+
+
 _DECORRELATED = 0.6
+
+
 _MEDIAN_SIZE = 26.0
+
+
 _MIN_VISIBLE = 0.5
+
 
 _SIZE: dict[str, float] = {
     "dining table": 1.5, "couch": 1.4, "bed": 1.4, "refrigerator": 1.4, "bus": 1.4, "airplane": 1.4, "train": 1.4,
@@ -78,6 +93,7 @@ _SIZE: dict[str, float] = {
     "mouse": 0.7, "remote": 0.7, "hair drier": 0.8, "baseball glove": 0.8,
 }  # fmt: skip
 """Relative size of the categories that are not of medium size."""
+
 
 _PALETTE: tuple[tuple[int, ...], ...] = tuple(
     tuple(int(v) for v in np.random.default_rng(100 + index).integers(90, 235, 3)) for index in range(len(SCENES))

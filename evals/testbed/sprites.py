@@ -12,6 +12,7 @@ from vlmfix.errors import DataError
 
 __all__ = ["ATLAS_PATH", "load_sprites"]
 
+
 ATLAS_PATH = Path(__file__).parent / "atlas.png"
 """The atlas picture; ``atlas.json`` beside it says where each sprite lies."""
 

@@ -22,8 +22,12 @@ from .vocabulary import CATEGORIES, SCENES, plural
 
 __all__ = ["CHAT_TEMPLATE", "build_model", "build_processor", "build_tokenizer", "vocabulary"]
 
+
 PAD, BOS, EOS, UNK, IMAGE = range(5)
+
+
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -35,6 +39,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 """LLaVA-1.5's conversation: ``USER: <image>\\nDescribe the image. ASSISTANT:``."""
+
 
 _EXTRA_WORDS = (
     "a an the is are there in of on at this that it its and or with no yes not what which who how many does do can "

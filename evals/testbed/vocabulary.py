@@ -19,6 +19,7 @@ __all__ = [
     "plural",
 ]
 
+
 _GROUPS: dict[str, str] = {
     "person": "1 person",
     "vehicle": "2 bicycle,3 car,4 motorcycle,5 airplane,6 bus,7 train,8 truck,9 boat",
@@ -35,6 +36,7 @@ _GROUPS: dict[str, str] = {
     "indoor": "84 book,85 clock,86 vase,87 scissors,88 teddy bear,89 hair drier,90 toothbrush",
 }
 
+
 CATEGORIES: tuple[tuple[int, str, str], ...] = tuple(
     (int(item.split(" ", 1)[0]), item.split(" ", 1)[1], group)
     for group, items in _GROUPS.items()
@@ -42,11 +44,14 @@ CATEGORIES: tuple[tuple[int, str, str], ...] = tuple(
 )
 """The official COCO categories as ``(category_id, name, supercategory)``, 80 rows."""
 
+
 CATEGORY_IDS: dict[str, int] = {name: number for number, name, _ in CATEGORIES}
 """Category name to official COCO category id."""
 
+
 PAIRED: frozenset[str] = frozenset({"scissors", "skis"})
 """Categories named "a pair of ..."."""
+
 
 DRAWN_ONCE: frozenset[str] = PAIRED | {"broccoli", "tie"}
 """Categories drawn at most once per scene: they have no good plural, or one that the CHAIR matcher misses ("ties")."""
@@ -98,6 +103,7 @@ SCENES: tuple[Scene, ...] = (
     _scene("picnic", "pizza 85,bottle 80,sandwich 70,bowl 70,spoon 65,dog 55,motorcycle 35"),
 )
 """All scenes; every category is typical of at least one of them or appears only as an intruder."""
+
 
 _IRREGULAR = {
     "person": "people",

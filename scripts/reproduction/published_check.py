@@ -83,15 +83,16 @@ def measured(table: Table, runs: Sequence[Path], key: str, method: str, baseline
 
 def _measured(table: Table, folder: Path, key: str, method: str, baseline: str | None) -> Measured:
     from vlmfix.errors import DataError
-    from vlmfix.textfiles import read_json
+    from vlmfix.files import read_json
 
     if table.model is None:
         path = folder / f"{method}.json"
         value = read_json(path, what="result of vlmfix score", remedy="run the commands first, with --run")
         return Measured(value["summary"][key.partition(".")[2]] * _scale(key))
 
-    from vlmfix.evals.counts import load_run
-    from vlmfix.evals.stats import STATISTICS, bootstrap, paired_bootstrap
+    from vlmfix.evals.benchmarks.columns import STATISTICS
+    from vlmfix.evals.scores.counts import load_run
+    from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
 
     benchmark, _, name = key.partition(".")
     tables: Mapping[str, Any] = load_run(folder).benchmarks[benchmark].methods
@@ -115,7 +116,7 @@ def mean_f1() -> Any:
     """The mean of the splits' F1, as LLaVA's script prints it."""
     import numpy as np
 
-    from vlmfix.evals.stats import Statistic
+    from vlmfix.evals.stats.intervals import Statistic
 
     def columns(table: Any) -> Any:
         yes = table.prediction == 1

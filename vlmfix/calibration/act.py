@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmfix.calibration.samples import CalibrationSample, yes_no
-from vlmfix.calibration.scores import Contrast, Found, ranked
-from vlmfix.calibration.session import Session
-from vlmfix.calibration.words import answer_tokens
+from vlmfix.calibration.search import Contrast, Found, ranked
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.act import ACT
+from vlmfix.observe.ask import Session
+from vlmfix.observe.samples import CalibrationSample, yes_no
+from vlmfix.observe.words import answer_tokens
 
 logger = logging.getLogger("vlmfix")
 

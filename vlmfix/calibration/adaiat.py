@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from vlmfix.calibration.probes import AttentionLog
-from vlmfix.calibration.samples import CalibrationSample, captioned
-from vlmfix.calibration.scores import Contrast, Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.search import Contrast, Found
 from vlmfix.errors import DataError, MethodError
-from vlmfix.methods._statistics import HeadStatistics
 from vlmfix.methods.adaiat import AdaIAT
+from vlmfix.methods.measured import HeadStatistics
+from vlmfix.observe.ask import Session
+from vlmfix.observe.samples import CalibrationSample, captioned
+from vlmfix.observe.watch import AttentionLog
 
 logger = logging.getLogger("vlmfix")
 

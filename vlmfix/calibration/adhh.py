@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration.probes import HeadAblation
-from vlmfix.calibration.samples import CalibrationSample, captioned
-from vlmfix.calibration.scores import Contrast, Found, ranked, scaled_count
-from vlmfix.calibration.session import Session
-from vlmfix.devices import input_device
+from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
+from vlmfix.model.anatomy import input_device
+from vlmfix.observe.ask import Session
+from vlmfix.observe.samples import CalibrationSample, captioned
+from vlmfix.observe.watch import HeadAblation
 from vlmfix.patching import patched
 
 logger = logging.getLogger("vlmfix")

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmfix.calibration.probes import AttentionLog
-from vlmfix.calibration.samples import CalibrationSample
-from vlmfix.calibration.scores import Contrast, Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.search import Contrast, Found
 from vlmfix.errors import DataError
 from vlmfix.methods.vaf import VAF
 from vlmfix.methods.var import VAR
-from vlmfix.sinks import find_sink_dims
+from vlmfix.model.sink_dims import find_sink_dims
+from vlmfix.observe.ask import Session
+from vlmfix.observe.samples import CalibrationSample
+from vlmfix.observe.watch import AttentionLog
 
 logger = logging.getLogger("vlmfix")
 

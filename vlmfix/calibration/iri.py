@@ -7,15 +7,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from vlmfix.calibration.samples import CalibrationSample, yes_no
-from vlmfix.calibration.scores import Found
-from vlmfix.calibration.session import Session
-from vlmfix.calibration.words import answer_tokens
+from vlmfix.calibration.search import Found
 from vlmfix.errors import DataError
-from vlmfix.methods._ranking import LayerRanking, checkpoint_name
 from vlmfix.methods.iri import IRI
-from vlmfix.probes.corruption import Corruption, choose_sigma
-from vlmfix.probes.tracing import causal_trace
+from vlmfix.methods.measured import LayerRanking, checkpoint_name
+from vlmfix.observe.ask import Session
+from vlmfix.observe.samples import CalibrationSample, yes_no
+from vlmfix.observe.words import answer_tokens
+from vlmfix.probes.causal_trace import Corruption, causal_trace, choose_sigma
 
 logger = logging.getLogger("vlmfix")
 

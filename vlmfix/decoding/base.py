@@ -13,7 +13,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 
 if TYPE_CHECKING:
-    from vlmfix.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy
 
 
 class OtherTokens(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from vlmfix.decoding.base import DecodingMethod, OtherTokens, contrast, cut
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.space import Range, Space
+from vlmfix.methods.selection import Range, Space
 
 
 @dataclass(frozen=True)

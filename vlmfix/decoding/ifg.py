@@ -9,13 +9,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from vlmfix.decoding._images import each_image
 from vlmfix.decoding.base import Contrast
+from vlmfix.decoding.other_image import each_image
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.space import Range, Space
+from vlmfix.methods.selection import Range, Space
 
 NEXT_TO_ZERO = 1e-6
 """Zeros themselves are what some models take for padding."""
+
+
 STAND_INS = ("mean", "blank", "blurred")
 
 

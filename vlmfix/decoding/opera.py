@@ -9,16 +9,22 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.anatomy import Anatomy, AttentionKind
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.space import Range, Space
+from vlmfix.methods.selection import Range, Space
+from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 FIRST = 10
 """Rows of an answer in which the released code looks at the image instead, and first place it rolls back to."""
+
+
 KAPPA = 1e-7
+
+
 LARGEST = 100.0
 """The largest difference of penalties between a beam's candidates; e^-100 is no probability."""
+
+
 LARGEST_IN_PAPER = 10.0
 
 

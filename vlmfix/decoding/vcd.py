@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.decoding._images import each_image
 from vlmfix.decoding.base import Contrast
-from vlmfix.space import Choice, Range, Space
+from vlmfix.decoding.other_image import each_image
+from vlmfix.methods.selection import Choice, Range, Space
 
 STEPS = 1000
 """Steps of the diffusion process whose noise is used."""

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
-from vlmfix.attention import visible_keys
 from vlmfix.errors import MethodError
-from vlmfix.methods._generated import RaisesGeneratedText
-from vlmfix.methods._statistics import HeadStatistics
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.measured import HeadStatistics
+from vlmfix.methods.scores import RaisesGeneratedText
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer
+from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.attention import visible_keys
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
-from vlmfix.methods._scores import visible
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.prompt import Prompt
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.scores import visible
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer, Prompt, PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
-from vlmfix.methods._fixed_heads import scale_heads
-from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.scores import scale_heads
+from vlmfix.methods.selection import HeadSpec, Range, Space, bind_heads
+from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -5,31 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vlmfix.errors import MethodError
-from vlmfix.methods._selection import HeadSpec as HeadSpec
-from vlmfix.methods._selection import LayerSpec as LayerSpec
-from vlmfix.methods._selection import are_indices
-from vlmfix.methods._selection import bind_heads as bind_heads
-from vlmfix.methods._selection import heads_of as heads_of
-from vlmfix.methods._selection import layers_by_depth as layers_by_depth
-from vlmfix.methods._selection import listed_heads as listed_heads
-from vlmfix.methods._selection import resolve_layers as resolve_layers
-from vlmfix.space import Space
+from vlmfix.methods.selection import LayerSpec, Space, are_indices, resolve_layers
+from vlmfix.methods.views import PromptRows
 
 if TYPE_CHECKING:
     import torch
 
-    from vlmfix.anatomy import Anatomy, AttentionKind
-    from vlmfix.blocks import BlockKind
-    from vlmfix.prompt import Prompt
-    from vlmfix.residual import Block
-    from vlmfix.run import Layer
+    from vlmfix.methods.views import Block, Layer, Prompt
+    from vlmfix.model.anatomy import Anatomy, AttentionKind
+    from vlmfix.model.blocks import BlockKind
 
-PromptRows = Literal["none", "last", "text", "all"]
-"""Query rows of a prompt: none, each sample's last token (if no image follows it), those behind its last image token,
-or all that are no padding. Samples without an image have none."""
 
 M = TypeVar("M", bound="Method")
 

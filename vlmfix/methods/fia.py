@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods._scores import raise_keys
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.scores import raise_keys
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer, PromptRows
 
 if TYPE_CHECKING:
-    from vlmfix.prompt import Prompt
+    from vlmfix.methods.views import Prompt
+
 
 _FIRST, _PENULTIMATE = 0, -2
 

@@ -7,10 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._scores import RaisesImageScores, visible
-from vlmfix.methods.base import layers_by_depth
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.scores import RaisesImageScores, visible
+from vlmfix.methods.selection import Range, Space, layers_by_depth
+from vlmfix.methods.views import Layer
 
 
 @dataclass(frozen=True)

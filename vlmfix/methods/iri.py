@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
-from vlmfix.methods._ranking import LayerRanking, how_to_rank
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.measured import LayerRanking, how_to_rank
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 if TYPE_CHECKING:
-    from vlmfix.blocks import BlockKind
-    from vlmfix.residual import Block
+    from vlmfix.methods.views import Block
+    from vlmfix.model.blocks import BlockKind
 
 
 class Plan(NamedTuple):

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._experimental import ExperimentalMethod
-from vlmfix.methods._scores import log_mass, visible
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.experimental import ExperimentalMethod
+from vlmfix.methods.scores import log_mass, visible
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer
 
 
 @dataclass(frozen=True)

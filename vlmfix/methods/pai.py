@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from vlmfix.methods._scores import RaisesImageScores, raise_keys
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.scores import RaisesImageScores, raise_keys
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer
 
 
 @dataclass(frozen=True)

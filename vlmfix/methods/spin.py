@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy, AttentionKind
-from vlmfix.attention import explicit_scores, masked_softmax, visible_keys
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.run import Layer, Rows
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer, PromptRows, Rows
+from vlmfix.model.anatomy import Anatomy, AttentionKind
+from vlmfix.model.attention import explicit_scores, masked_softmax, visible_keys
 
 
 @dataclass(frozen=True)

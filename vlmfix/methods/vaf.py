@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import Anatomy
-from vlmfix.methods._scores import visible
-from vlmfix.methods.base import HeadSpec, Method, PromptRows, bind_heads, heads_of, layers_by_depth, listed_heads
-from vlmfix.run import Layer
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.scores import visible
+from vlmfix.methods.selection import HeadSpec, Range, Space, bind_heads, heads_of, layers_by_depth, listed_heads
+from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlmfix.anatomy import Anatomy
 from vlmfix.methods.base import Method
-from vlmfix.run import Layer, extend_mask
-from vlmfix.space import Range, Space
+from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.views import Layer, extend_mask
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass
@@ -94,7 +94,7 @@ class VAR(Method):
 
     def bind(self, anatomy: Anatomy) -> VAR:
         """Resolve layers and sink dimensions."""
-        from vlmfix.sinks import sink_dims_for
+        from vlmfix.model.sink_dims import sink_dims_for
 
         bound = super().bind(anatomy)
         if self.sink_dims is None and self.recycle > 0:

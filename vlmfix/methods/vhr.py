@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmfix.anatomy import AttentionKind
 from vlmfix.methods.base import Method
-from vlmfix.run import Layer
-from vlmfix.space import Choice, Range, Space
+from vlmfix.methods.selection import Choice, Range, Space
+from vlmfix.methods.views import Layer
+from vlmfix.model.anatomy import AttentionKind
 
 
 @dataclass(frozen=True)

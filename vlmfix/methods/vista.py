@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from vlmfix.anatomy import Anatomy
-from vlmfix.methods.base import LayerSpec, Method, PromptRows, resolve_layers
-from vlmfix.space import Range, Space
+from vlmfix.methods.base import Method
+from vlmfix.methods.selection import LayerSpec, Range, Space, resolve_layers
+from vlmfix.methods.views import PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 if TYPE_CHECKING:
-    from vlmfix.blocks import BlockKind
-    from vlmfix.prompt import Prompt
-    from vlmfix.residual import Block
+    from vlmfix.methods.views import Block, Prompt
+    from vlmfix.model.blocks import BlockKind
+
 
 LEAST_SHARE = 1e-3
 """Least length of a vector, as a share of the stream's, that is a direction and not noise."""
+
+
 _STRENGTHS = {"caption": 0.17, "short": 0.01, None: 0.1}
 
 

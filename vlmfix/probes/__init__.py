@@ -11,15 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmfix.probes.corruption import Corruption
-    from vlmfix.probes.divergence import HeadDivergence, head_divergence
-    from vlmfix.probes.evidences import Evidence, doubt, evidence
-    from vlmfix.probes.groups import ObjectPlace
+    from vlmfix.probes.causal_trace import CausalTrace, Corruption, ObjectPlace, causal_trace
+    from vlmfix.probes.evidence import Evidence, doubt, evidence
+    from vlmfix.probes.head_divergence import HeadDivergence, head_divergence
     from vlmfix.probes.image_attention import ImageAttention, attention_to_image
-    from vlmfix.probes.knockouts import Knockout, knockout
+    from vlmfix.probes.knockout import Knockout, knockout
     from vlmfix.probes.result import ProbeResult
-    from vlmfix.probes.sink_maps import Sinks, sinks
-    from vlmfix.probes.tracing import CausalTrace, causal_trace
+    from vlmfix.probes.sinks import Sinks, sinks
+
 
 _HOMES = {
     "CausalTrace": "tracing",
@@ -39,6 +38,7 @@ _HOMES = {
     "Sinks": "sink_maps",
     "sinks": "sink_maps",
 }
+
 
 __all__ = [
     "CausalTrace",

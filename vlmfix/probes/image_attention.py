@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlmfix.methods.views import Layer, Run
+from vlmfix.observe.ask import Answers, look_at
+from vlmfix.observe.watch import AttentionWatch
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
-from vlmfix.probes.subject import Answers, look_at
-from vlmfix.probes.watches import AttentionWatch
-from vlmfix.run import Layer, Run
 
 
 @dataclass(frozen=True, eq=False)

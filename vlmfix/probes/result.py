@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vlmfix.calibration.result import plain
 from vlmfix.errors import VlmfixError
+from vlmfix.methods.measured import plain
 
 
 @dataclass(frozen=True, eq=False)

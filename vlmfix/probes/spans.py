@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from vlmfix.anatomy import Anatomy
 from vlmfix.errors import MethodError
+from vlmfix.model.anatomy import Anatomy
 
 Spans = Mapping[str, torch.Tensor]
 """Sets of tokens by name, each bool ``[batch, length]``."""
+
 
 Boxes = Sequence[Sequence[tuple[float, float, float, float]]]
 """Per sample, boxes ``(left, top, right, bottom)`` in parts of the image, 0 to 1."""

@@ -1,0 +1,1 @@
+"""AMBER: descriptions and questions."""

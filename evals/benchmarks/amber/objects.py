@@ -1,0 +1,149 @@
+"""The objects in one description of AMBER's: which nouns are in the image, and which are invented."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vlmfix.errors import DataError, UnsupportedFeatureError
+
+from ..chair.words import punkt_tokens
+from .data import AmberData, AmberItem
+
+Similarity = Callable[[str, str], float]
+
+
+Nouns = Callable[[str], list[str]]
+
+
+@functools.cache
+def _lemmas() -> tuple[frozenset[str], Mapping[str, str]]:
+    raw: dict[str, Any] = json.loads((Path(__file__).parent / "amber_lemmas.json").read_text(encoding="utf-8"))
+    return frozenset(raw["vocabulary"]), MappingProxyType(raw["table"])
+
+
+def lemma_vocabulary() -> frozenset[str]:
+    """The words that the lemmas of :func:`tagged_nouns` are exact for: the vocabulary of AMBER's release."""
+    return _lemmas()[0]
+
+
+def tagged_nouns() -> Nouns:
+    """The function from a response to its nouns: Punkt and Treebank words, tags NN*, WordNet noun lemmas, case kept.
+
+    Lemmas come from a table that holds every word that can lead into the vocabulary of AMBER, so WordNet itself is not
+    needed; "men" and "vases" are lost as they are in the official script (WordNet has "men" and "vas").
+
+    Raises:
+        UnsupportedFeatureError: nltk is not installed.
+        DataError: the tagger's weights or the Punkt tables are not found; the message says how to get them.
+    """
+    try:
+        import nltk
+    except ImportError as error:
+        raise UnsupportedFeatureError(
+            "AMBER's descriptions need the nltk package: type `pip install 'vlmfix[nltk]'`"
+        ) from error
+    tokenize = punkt_tokens()
+    try:
+        tagger = nltk.tag.PerceptronTagger()
+    except LookupError as error:
+        raise DataError(
+            "nltk does not find the data averaged_perceptron_tagger_eng: type `python -m nltk.downloader punkt_tab "
+            "averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that holds them"
+        ) from error
+    _, table = _lemmas()
+    return lambda text: [table.get(word, word) for word, tag in tagger.tag(tokenize(text)) if tag.startswith("NN")]
+
+
+def spacy_similarity(model: str = "en_core_web_lg") -> Similarity:
+    """Word similarity of a spaCy model (official: ``en_core_web_lg``), from -1 to 1.
+
+    Raises:
+        UnsupportedFeatureError: spaCy or the model is not installed.
+    """
+    try:
+        pipeline = importlib.import_module("spacy").load(model)
+    except (ImportError, OSError) as error:
+        raise UnsupportedFeatureError(
+            f"the spaCy model {model} is not installed: type `pip install spacy && python -m spacy download {model}`"
+        ) from error
+    parse = functools.cache(pipeline)
+    return lambda first, second: float(parse(first).similarity(parse(second)))
+
+
+def description_counter(
+    data: AmberData, *, nouns: Nouns | None = None, similarity: Similarity | None = None, threshold: float = 0.8
+) -> Callable[[int, str], tuple[int, int, int]]:
+    """The function from an item and a description to its covered objects, nouns and hallucinated nouns.
+
+    Args:
+        data: The annotations.
+        nouns: As of :func:`vlmfix.evals.metrics.amber.score_responses`, and so the others.
+        similarity: See there.
+        threshold: See there.
+    """
+    found = nouns or tagged_nouns()
+    same = None if similarity is None else compared(similarity, threshold)
+
+    def count(item: int, text: str) -> tuple[int, int, int]:
+        said, hallucinated, covered, *_ = caption_counts(found(text), data.items[item], data, same)
+        return covered, said, hallucinated
+
+    return count
+
+
+def compared(similarity: Similarity, threshold: float) -> Callable[[str, str], bool]:
+    """Whether two words are one, by their similarity."""
+    known: dict[tuple[str, str], bool] = {}  # Word vectors are slow, and the same words come again and again.
+
+    def same(first: str, second: str) -> bool:
+        if (first, second) not in known:
+            known[first, second] = similarity(first, second) > threshold
+        return known[first, second]
+
+    return same
+
+
+def caption_counts(
+    nouns: Sequence[str], item: AmberItem, data: AmberData, same: Callable[[str, str], bool] | None
+) -> tuple[int, int, int, int, int, int]:
+    """Nouns, hallucinated, covered, |T|, named of H, |H| of one response."""
+    found = [noun for noun in nouns if noun in data.vocabulary]
+    truth, invented = _owners(item.truth, data), _owners(item.hallucination, data)
+    covered: set[int] = set()
+    cognitive: set[int] = set()
+    hallucinated = 0
+    for noun in found:
+        if noun in data.safe_words:
+            continue
+        if noun in truth:
+            covered.add(truth[noun])
+            continue
+        if noun in invented:
+            cognitive.add(invented[noun])
+        alike = [_alike(noun, words, same) for words in (invented, truth)]
+        cognitive.update(alike[0])
+        covered.update(alike[1])
+        hallucinated += not alike[1]
+    return (len(found), hallucinated, len(covered), len(item.truth), len(cognitive), len(item.hallucination))
+
+
+def _owners(objects: Sequence[str], data: AmberData) -> dict[str, int]:
+    """Word -> the object it stands for. Associated words come first, and the first object that has a word owns it."""
+    owners: dict[str, int] = {}
+    for index, name in enumerate(objects):
+        for word in data.association[name]:
+            owners.setdefault(word, index)
+    for index, name in enumerate(objects):
+        owners.setdefault(name, index)
+    return owners
+
+
+def _alike(noun: str, words: Mapping[str, int], same: Callable[[str, str], bool] | None) -> list[int]:
+    """The object of the first word similar to the noun, in a list of at most one."""
+    return [] if same is None else [index for word, index in words.items() if same(noun, word)][:1]

@@ -1,0 +1,1 @@
+"""CHAIR: invented objects in captions."""

@@ -1,0 +1,353 @@
+"""From a caption to normalised words: the two official normalisations of CHAIR.
+
+``original`` follows Rohrbach et al. 2018 (pattern.en singular forms), ``nltk`` follows the port that most papers on
+vision-language models use (part-of-speech tags, then WordNet lemmas). Both need only small tables shipped beside this
+file, because a word matters for CHAIR only if it is in the vocabulary before or after normalisation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmfix.errors import DataError, UnsupportedFeatureError
+
+_WORD = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+
+
+_PLAIN_SENTENCE = re.compile(rf"[ \n]*{_WORD}(?:,?[ \n]+{_WORD})*[.!?]?[ \n]*")
+
+
+_PLAIN_TOKEN = re.compile(rf"{_WORD}|[,.!?]")
+
+
+_CONTRACTED = re.compile(r"\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b")
+
+
+_END = re.compile(r"(?<![^ \n])([a-z]{2,}(?:-[a-z]{2,})*)[.!?](?:[ \n]+(?=[a-z0-9])|[ \n]*\Z)")
+
+
+_START = ("-START-", "-START2-")
+
+
+_STOP = ("-END-", "-END2-")
+
+
+class FastTokenizer:
+    """nltk's ``word_tokenize`` for lower-cased text.
+
+    Args:
+        sentences: nltk's ``PunktTokenizer``; its abbreviations and collocations are read.
+        words: nltk's ``NLTKWordTokenizer``.
+    """
+
+    def __init__(self, sentences: Any, words: Any):
+        self._sentences = sentences.tokenize
+        self._words = words.tokenize
+        parameters = sentences._params
+        self._undecided = frozenset(parameters.abbrev_types) | {first for first, _ in parameters.collocations}
+
+    def __call__(self, text: str) -> list[str]:
+        """The tokens of lower-cased text."""
+        tokens: list[str] = []
+        for sentence in self._split(text):
+            if _PLAIN_SENTENCE.fullmatch(sentence) and not _CONTRACTED.search(sentence):
+                tokens += _PLAIN_TOKEN.findall(sentence)
+            else:
+                tokens += self._words(sentence)
+        return tokens
+
+    def _split(self, text: str) -> Sequence[str]:
+        ends = list(_END.finditer(text))
+        if len(ends) != text.count(".") + text.count("!") + text.count("?"):
+            return self._sentences(text)  # type: ignore[no-any-return]
+        for end in ends:
+            word = end[1]
+            if word in self._undecided or word.rpartition("-")[2] in self._undecided:
+                return self._sentences(text)  # type: ignore[no-any-return]
+        starts = [0, *(end.end() for end in ends)]
+        sentences = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        return sentences if sentences[-1].strip() else sentences[:-1]
+
+
+class FastTagger:
+    """nltk's ``PerceptronTagger`` for lower-cased tokens.
+
+    Args:
+        weights: Feature -> tag -> weight.
+        fixed: Words that always have the same tag.
+        tags: All tags.
+    """
+
+    def __init__(self, weights: Mapping[str, Mapping[str, float]], fixed: Mapping[str, str], tags: Collection[str]):
+        self._weights = weights
+        self._fixed = fixed
+        # Of equal scores nltk takes the last tag in alphabetical order, and argmax the first: reversed.
+        self._tags = sorted(tags, reverse=True)
+        self._column = {tag: i for i, tag in enumerate(self._tags)}
+        self._rows: NDArray[np.float64] = np.zeros((1024, len(self._tags)))
+        self._used = 1  # Row 0 stands for features without weights.
+        self._index: dict[str, int] = {}
+        self._bias = self._row("bias")
+        self._words: dict[str, tuple[str, int, int, int]] = {}
+        self._neighbours: dict[str, tuple[int, int, int, int, int, int]] = {}
+        self._histories: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self._pairs: dict[tuple[str, str], int] = {}
+
+    def _row(self, feature: str) -> int:
+        """The row of a feature's weights, filled in when first asked for."""
+        row = self._index.get(feature)
+        if row is None:
+            weights = self._weights.get(feature)
+            row = self._used if weights else 0
+            if weights:
+                if row == len(self._rows):
+                    self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+                for tag, weight in weights.items():
+                    self._rows[row, self._column[tag]] = weight
+                self._used += 1
+            self._index[feature] = row
+        return row
+
+    def _word(self, word: str) -> tuple[str, int, int, int]:
+        """The normal form of a word and the rows of its suffix, its first letter and itself."""
+        found = self._words.get(word)
+        if found is None:
+            normal = _normal(word)
+            rows = (self._row(f"i suffix {word[-3:]}"), self._row(f"i pref1 {word[:1]}"), self._row(f"i word {normal}"))
+            found = self._words[word] = (normal, *rows)
+        return found
+
+    def _neighbour(self, normal: str) -> tuple[int, int, int, int, int, int]:
+        """Rows of a normal form one place before (word, suffix), two before, one behind (word, suffix), two behind."""
+        found = self._neighbours.get(normal)
+        if found is None:
+            suffix, row = normal[-3:], self._row
+            found = self._neighbours[normal] = (
+                *(row(f"i-1 word {normal}"), row(f"i-1 suffix {suffix}"), row(f"i-2 word {normal}")),
+                *(row(f"i+1 word {normal}"), row(f"i+1 suffix {suffix}"), row(f"i+2 word {normal}")),
+            )
+        return found
+
+    def _history(self, before: str, earlier: str) -> tuple[int, int, int]:
+        """Rows of the two tags before."""
+        found = self._histories.get((before, earlier))
+        if found is None:
+            found = self._histories[before, earlier] = (
+                self._row(f"i-1 tag {before}"),
+                self._row(f"i-2 tag {earlier}"),
+                self._row(f"i tag+i-2 tag {before} {earlier}"),
+            )
+        return found
+
+    def tag(self, tokens: Sequence[str], wanted: Callable[[str], bool] = lambda token: True) -> list[str | None]:
+        """The tags of tokens.
+
+        Args:
+            tokens: A caption's tokens.
+            wanted: Which tokens need a tag.
+
+        Returns:
+            One tag per token; None where nothing wanted depends on it.
+        """
+        needed = self._needed(tokens, wanted)
+        found: list[str | None] = []
+        before: str | None
+        earlier: str | None
+        before, earlier = _START
+        for i, token in enumerate(tokens):
+            tag: str | None = None
+            if needed[i]:
+                tag = self._fixed.get(token)
+                if not tag:
+                    assert before is not None and earlier is not None
+                    tag = self._predict(tokens, i, before, earlier)
+            found.append(tag)
+            before, earlier = tag, before
+        return found
+
+    def _needed(self, tokens: Sequence[str], wanted: Callable[[str], bool]) -> list[bool]:
+        """Whether each token's tag is wanted, or decides about one that is: that of the next two free tokens."""
+        needed = [False, False, *map(wanted, tokens)]
+        for i in range(len(tokens) - 1, -1, -1):
+            if needed[i + 2] and not self._fixed.get(tokens[i]):
+                needed[i + 1] = needed[i] = True
+        return needed[2:]
+
+    def _around(self, tokens: Sequence[str], place: int) -> tuple[int, int, int, int, int, int]:
+        """:meth:`_neighbour` of the token at a place, which may lie up to two before the first or behind the last."""
+        if place < 0:
+            return self._neighbour(_START[place])
+        after = place - len(tokens)
+        return self._neighbour(self._word(tokens[place])[0] if after < 0 else _STOP[after])
+
+    def _predict(self, tokens: Sequence[str], place: int, before: str, earlier: str) -> str:
+        normal, suffix, first, own = self._word(tokens[place])
+        pair = self._pairs.get((before, normal))
+        if pair is None:
+            pair = self._pairs[before, normal] = self._row(f"i-1 tag+i word {before} {normal}")
+        left, right = self._around(tokens, place - 1), self._around(tokens, place + 1)
+        further = (self._around(tokens, place - 2)[2], self._around(tokens, place + 2)[5])
+        rows = [
+            *(self._bias, suffix, first, *self._history(before, earlier), own, pair),
+            *(left[0], left[1], further[0], right[3], right[4], further[1]),
+        ]
+        # Over axis 0 numpy adds row by row, as nltk does: the same sums to the last bit.
+        return self._tags[int(self._rows[rows].sum(axis=0).argmax())]
+
+
+def _normal(word: str) -> str:
+    if "-" in word and word[0] != "-":
+        return "!HYPHEN"
+    if word.isdigit() and len(word) == 4:
+        return "!YEAR"
+    return "!DIGITS" if word[:1].isdigit() else word.lower()
+
+
+ChairMode = Literal["original", "nltk"]
+
+
+Tokenizer = Literal["regex", "punkt"]
+
+
+Words = Callable[[str], list[str]]
+
+
+# One token: an initialism (u.s.), or word characters, glued over an inner hyphen or symbol and over an apostrophe that
+# does not start a contraction ('s, 're, ...), or one other character. With the tables below it finds the same mentions
+# as Punkt + Treebank; it does not count the same tokens.
+_TOKEN = re.compile(
+    r"(?:[^\W\d_]\.){2,}(?!\w)"
+    r"|[\w\u200b]+(?:(?:-|[/.&+*~^|=]+)[\w\u200b]+|'(?!(?:s|re|ve|ll|d|m)(?![\w/-]))\w+)*/*"
+    r"|[^\w\s]"
+)
+
+
+_NLTK_DATA_HINT = (
+    "type `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that "
+    "holds tokenizers/punkt_tab and taggers/averaged_perceptron_tagger_eng"
+)
+
+
+def _load(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+    return data
+
+
+@functools.cache
+def objects_by_word() -> Mapping[str, str]:
+    """Vocabulary of CHAIR: each word that counts as an object -> that object (one of the 80 COCO names)."""
+    objects = _load("chair_vocabulary.json")["objects"]
+    return MappingProxyType({word: name for name, words in objects.items() for word in words})
+
+
+@functools.cache
+def double_words() -> Mapping[str, str]:
+    """Pairs of normalised words ("hot dog") -> the one word they become ("hot dog", "baby bird" -> "bird")."""
+    return MappingProxyType(dict(_load("chair_vocabulary.json")["double_words"]))
+
+
+@functools.cache
+def _singular_table() -> Mapping[str, str]:
+    return MappingProxyType(dict(_load("chair_lemmas_original.json")["table"]))
+
+
+@functools.cache
+def _lemma_table() -> Mapping[str, Mapping[str, str]]:
+    return MappingProxyType(dict(_load("chair_lemmas_nltk.json")["table"]))
+
+
+def regex_tokens(text: str) -> list[str]:
+    """Tokens of lower-cased ``text`` without any dependency: exact for CHAIR mentions, not for token counts."""
+    return _TOKEN.findall(text)
+
+
+def _nltk(part: str) -> Any:
+    try:
+        import nltk
+    except ImportError as error:
+        raise UnsupportedFeatureError(
+            f"CHAIR's {part} needs the nltk package, which is not installed: type `pip install 'vlmfix[nltk]'`"
+        ) from error
+    return nltk
+
+
+def punkt_tokens() -> Words:
+    """The official tokeniser: Punkt sentences, then Treebank words (nltk ``word_tokenize``).
+
+    Raises:
+        UnsupportedFeatureError: nltk is not installed.
+        DataError: the Punkt tables are not found; the message says how to get them.
+    """
+    nltk = _nltk("punkt tokenizer")
+    try:
+        sentences = nltk.tokenize.PunktTokenizer("english")
+    except LookupError as error:
+        raise DataError(f"nltk does not find the data punkt_tab: {_NLTK_DATA_HINT}") from error
+    return FastTokenizer(sentences, nltk.tokenize.NLTKWordTokenizer())
+
+
+def singulars(tokens: list[str]) -> list[str]:
+    """Singular forms as pattern.en makes them, its errors included ("bus" is lost, "buses" becomes "bus")."""
+    table = _singular_table()
+    return [table.get(token, token) for token in tokens]
+
+
+def tagged_lemmas() -> Callable[[list[str]], list[str]]:
+    """WordNet lemmas under the tags of nltk's perceptron tagger ("seated" becomes "seat"), without WordNet itself.
+
+    Raises:
+        UnsupportedFeatureError: nltk is not installed.
+        DataError: the tagger's weights are not found; the message says how to get them.
+    """
+    nltk = _nltk("nltk mode")
+    try:
+        tagger = nltk.tag.PerceptronTagger()
+    except LookupError as error:
+        raise DataError(f"nltk does not find the data averaged_perceptron_tagger_eng: {_NLTK_DATA_HINT}") from error
+    table = _lemma_table()
+    part_of_speech = {"J": "a", "V": "v", "R": "r"}
+    fast = FastTagger(tagger.model.weights, tagger.tagdict, tagger.classes)
+
+    def lemmas(tokens: list[str]) -> list[str]:
+        tags = fast.tag(tokens, table.__contains__)
+        return [
+            table[token].get(part_of_speech.get((tag or "")[:1], "n"), token) if token in table else token
+            for token, tag in zip(tokens, tags, strict=True)
+        ]
+
+    return lemmas
+
+
+def make_words(mode: ChairMode, tokenizer: Tokenizer) -> Words:
+    """The function from a lower-cased caption to its normalised words.
+
+    Args:
+        mode: ``"original"`` or ``"nltk"``.
+        tokenizer: ``"regex"`` (no dependency) or ``"punkt"`` (nltk and its data). The tagger of ``nltk`` mode must see
+            Punkt's tokens.
+
+    Raises:
+        DataError: an unknown mode or tokenizer, or data of nltk is missing.
+        UnsupportedFeatureError: nltk is not installed.
+    """
+    if mode == "original" and tokenizer == "regex":
+        return lambda text: singulars(regex_tokens(text))
+    if mode == "original" and tokenizer == "punkt":
+        tokenize = punkt_tokens()
+        return lambda text: singulars(tokenize(text))
+    if mode == "nltk" and tokenizer == "punkt":
+        tokenize, lemmas = punkt_tokens(), tagged_lemmas()
+        return lambda text: lemmas(tokenize(text))
+    raise DataError(
+        "CHAIR knows the mode 'original' (tokenizer 'regex' or 'punkt') and the mode 'nltk' (tokenizer 'punkt'), not "
+        f"mode {mode!r} with tokenizer {tokenizer!r}; leave the tokenizer out to get the mode's own"
+    )

@@ -1,0 +1,1 @@
+"""HallusionBench: sets of figures and questions."""

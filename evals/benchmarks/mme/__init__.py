@@ -1,0 +1,1 @@
+"""MME: the hallucination subset."""

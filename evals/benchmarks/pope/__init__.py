@@ -1,0 +1,1 @@
+"""POPE: questions whether an object is there."""

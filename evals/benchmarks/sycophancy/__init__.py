@@ -1,0 +1,1 @@
+"""Sycophancy: questions with hints and doubts."""

@@ -1,0 +1,225 @@
+"""``vlmfix calibrate``: samples for ``vlmfix.calibrate`` out of the testbed's calibration split or a COCO folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import DataError
+
+from .benchmarks.chair.matcher import ChairMatcher
+from .benchmarks.pope.questions import PopeQuestion
+from .benchmarks.registry import Tasks, make_tasks
+from .data.records import read_ids
+from .data.samples import Sample
+from .options import EvalOptions, add_captioning, add_images, add_machine, add_model
+from .run.generate import PromptBuilder
+from .run.methods import parse_settings
+from .run.models import find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+
+TESTBED_IMAGES = 40
+
+
+COCO_IMAGES = 500
+
+
+POPE_SPLIT = "adversarial"
+"""Which absent objects are asked for: those that often occur together with a present one, as AllPath's authors do."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """The options of ``vlmfix calibrate``, as typed; None means that the run chooses.
+
+    Attributes:
+        method: What to calibrate.
+        settings: ``key=value`` options of the search or parameters of the method.
+        exclude: Files of image ids that must not be used.
+        out: The recipe file.
+        run: Everything that evaluation runs have too: model, data, limit, seed, prompts, machine.
+    """
+
+    method: str
+    settings: tuple[str, ...]
+    exclude: tuple[Path, ...]
+    out: Path | None
+    run: EvalOptions
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings, parsed.
+
+        Raises:
+            MethodError: One is no ``key=value``.
+        """
+        return parse_settings(self.settings)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it learns from yes/no questions rather than captions or prompts."""
+        return self.method in ("act", "iri") or self.parameters.get("answers") == "yesno"
+
+    def filled_in(self) -> EvalOptions:
+        """What a calibration run leaves open: the benchmark, the calibration split, and how many images."""
+        limit = self.run.limit
+        if limit is None and self.run.ids is None:
+            limit = TESTBED_IMAGES if self.run.data is None else COCO_IMAGES
+        return replace(self.run, benchmarks=("pope" if self.asks else "chair",), split="calibration", limit=limit)
+
+
+def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) -> None:
+    """Calibrate a method and write its recipe.
+
+    Raises:
+        VlmfixError: Something is missing or contradictory, an image is excluded, or the search finds nothing.
+    """
+    import vlmfix
+    from vlmfix.calibration.calibrate import plan
+
+    from . import testbed
+
+    run, settings, asks = options.filled_in(), options.parameters, options.asks
+    out = options.out or Path(f"{options.method}.json")
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
+    plan(options.method, settings)
+    tasks = make_tasks(run)
+    samples, max_new_tokens = _samples(tasks, asks)
+    check_excluded([int(sample.image_id) for sample in samples], options.exclude)
+    source = find_model(testbed.MODEL_DIR, name="testbed") if run.model is None else find_model(run.model)
+    device = resolve_device(run.device)
+    model = load_model(
+        source,
+        dtype=resolve_dtype(run.dtype, device, source.config),
+        device=device,
+        attn_implementation=run.attn_implementation,
+    )
+    images = len({sample.image_id for sample in samples})
+    show(f"{source.name}: {options.method} from {len(samples)} {'questions' if asks else 'prompts'} on {images} images")
+    with fitting_threads(model):
+        calibration = vlmfix.calibrate(
+            model,
+            options.method,
+            samples,
+            processor=source.processor,
+            prompt=PromptBuilder(source.processor, use_template=run.chat_template),
+            mentions=make_mentions(),
+            seed=run.seed,
+            batch_size=run.batch_size or (32 if run.model is None else 8),
+            max_new_tokens=max_new_tokens,
+            **settings,
+        )
+    calibration.provenance["model"] |= {"name": source.name, **source.identity}
+    calibration.provenance["data"] = tasks.description
+    calibration.save(out)
+    show(repr(calibration.method))
+    show(", ".join(f"{name} {count}" for name, count in calibration.provenance["counts"].items()))
+    show(f"written: {out} (patch(model, {str(out)!r}))")
+
+
+def _samples(tasks: Tasks, asks: bool) -> tuple[list[Any], int]:
+    """Return the samples, and how long captions may get."""
+    from vlmfix import CalibrationSample
+
+    if not asks:
+        assert tasks.chair is not None
+        captions = [
+            CalibrationSample(
+                each.path, each.question, objects=tasks.chair.truth[each.image_id], image_id=each.image_id
+            )
+            for each in tasks.chair.samples
+        ]
+        return captions, tasks.chair.max_new_tokens
+    assert tasks.pope is not None
+    paths = {sample.image_id: sample for sample in tasks.pope.samples}
+    asked = {q.split for q in tasks.pope.questions}
+    wanted = {POPE_SPLIT} & asked or asked  # question files given by the user may have other names
+    questions = {(q.image_id, q.text): q for q in tasks.pope.questions if q.split in wanted}
+    return [_question(q, paths[q.image_id], tasks.pope.prompt_text(q)) for q in questions.values()], 1
+
+
+def _question(question: PopeQuestion, sample: Sample, text: str) -> Any:
+    from vlmfix import CalibrationSample
+
+    return CalibrationSample(
+        sample.path,
+        text,
+        answer=question.label,
+        objects={question.object} if question.label else None,
+        absent=None if question.label else {question.object},
+        image_id=question.image_id,
+    )
+
+
+def make_mentions() -> Callable[[str], list[tuple[str, str]]]:
+    """Return a function that finds the COCO objects a caption names, by CHAIR's original rules."""
+    return ChairMatcher("original").as_written
+
+
+def check_excluded(used: Sequence[int], files: Sequence[Path]) -> None:
+    """Refuse images that an evaluation uses.
+
+    Raises:
+        DataError: An image is listed, or a file cannot be read.
+    """
+    for path in files:
+        both = sorted(set(read_ids(path, "--exclude")) & set(used))
+        if both:
+            raise DataError(
+                f"{len(both)} of the images are in --exclude {path} (first: {both[0]}), so methods would be evaluated "
+                "on what they learned from; choose other images with --ids FILE or another --data folder"
+            )
+
+
+_EPILOG = """\
+examples:
+  vlmfix calibrate adhh                            on the embedded testbed
+  vlmfix calibrate allpath --set answers=yesno     heads for yes/no questions
+  vlmfix calibrate act --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 100 --exclude ids.txt
+
+act costs a prefill per question and head; adhh a decode step per named object and head; iri two prefills per question
+and layer; the others a prefill or a caption per image. VLMFIX_LOG_LEVEL=INFO shows how far it is.
+vlmfix.patch(model, "act.json") takes the file.
+"""
+
+
+def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "calibrate",
+        help="learn what a method needs to know about a model, from a few images",
+        description="Learn heads, statistics or dimensions of a method for one model, and write them as a recipe.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("method", metavar="METHOD", help="act, adhh, adaiat, allpath, iri, vaf or var")
+    add_model(parser)
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="option of the search or the method"
+    )
+    data = add_images(
+        parser,
+        data="COCO folder (default: scenes of the testbed's calibration split)",
+        limit="number of images, drawn by seed (default: 500; on the testbed 40)",
+    )
+    data.add_argument(
+        "--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="refuse to run if one of these ids is used"
+    )
+    add_captioning(parser, max_new_tokens="limit of captions (default: 128 testbed, else 512)")
+    add_machine(parser, batch_size="samples per batch (default: 32 testbed, else 8)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD.json)")
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Calibrate as asked."""
+    from .options import eval_options
+
+    run = replace(eval_options(options), out=None)  # Here --out is the recipe.
+    calibrate_command(
+        CalibrateOptions(options.method, tuple(options.set), tuple(options.exclude), options.out, run), show
+    )

@@ -1,0 +1,1 @@
+"""``vlmfix compare``: paired differences between the methods of several runs."""

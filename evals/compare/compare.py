@@ -1,0 +1,292 @@
+"""``vlmfix compare``: rows of several runs, paired on the images and questions that all of them share.
+
+Everything comes from ``results.json`` and ``counts.json``: no data, no answers and no model are read. The result has
+the form of ``results.json`` (``methods``, ``controls``, ...), so that the same tables show it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+
+from vlmfix.errors import DataError
+
+from ..benchmarks.base import ItemTable
+from ..benchmarks.chair.text_quality import text_differences
+from ..benchmarks.columns import BENCHMARKS, BY_KEY, METRICS
+from ..benchmarks.yes_no import POPE_STATISTICS, paired_answers
+from ..scores.controls import EARLY_STOP_METRICS, YES_BIAS_METRICS, compare, defined, head_lines, matched_on
+from ..scores.counts import RunCounts
+from ..scores.differences import correct_controls, correct_rows, difference, value
+from ..scores.verdicts import verdict
+from ..stats.intervals import CONFIDENCE, RESAMPLES, finite, interval_dict
+from .shared_rows import Shared, differing, distinct_rows, obstacle, share
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of one run.
+
+    Attributes:
+        label: ``A:vhr``.
+        run: Name of the run, ``A``.
+        entry: Its entry in the run's ``results.json``.
+        tables: Benchmark -> its table on the shared rows.
+        controls: Benchmark -> name of a control that needs no method -> its table on the shared rows.
+    """
+
+    label: str
+    run: str
+    entry: Mapping[str, Any]
+    tables: Mapping[str, ItemTable]
+    controls: Mapping[str, Mapping[str, ItemTable]]
+
+
+def run_names(count: int) -> list[str]:
+    """A, B, C, ...; behind Z go on with R27."""
+    return [ascii_uppercase[i] if i < len(ascii_uppercase) else f"R{i + 1}" for i in range(count)]
+
+
+def compare_runs(
+    runs: Sequence[RunCounts],
+    *,
+    against: str | None = None,
+    methods: Sequence[str] = (),
+    across_prompts: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare every method of every run with one of them, on what all runs share.
+
+    Args:
+        runs: At least one; they are called A, B, ... in this order.
+        against: The row to compare with, such as ``"B:vhr"``; default: the baseline of the first run.
+        methods: Labels of the methods to show; default: all. Baselines are always there.
+        across_prompts: Compare answers to different prompts too.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        DataError: No benchmark can be compared (the message says why, one reason each), or there is no such row.
+    """
+    named = dict(zip(run_names(len(runs)), runs, strict=True))
+    shared, left_out = _shared(named, across_prompts)
+    rows = _rows(named, shared, methods)
+    reference = _reference(rows, against)
+    entries = [_entry(row, reference, seed) for row in rows]
+    controls = [line for name in named for line in _controls([row for row in rows if row.run == name], seed)]
+    correct_controls(controls)
+    corrections = correct_rows([entry for entry in entries if "differences" in entry])
+    _judge(rows, entries, controls, seed)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "reference": reference.label,
+        "runs": {
+            name: {
+                "folder": str(run.folder),
+                "model": run.results.get("model"),
+                "data": run.results.get("data"),
+                "command": run.results["command"],
+                "settings_digest": run.results["settings_digest"],
+            }
+            for name, run in named.items()
+        },
+        "differing_settings": differing(named),
+        "shared": {
+            benchmark: {
+                "rows": found.size,
+                "images": found.images,
+                "rows_of_runs": dict(found.sizes),
+                "notes": list(found.notes),
+            }
+            for benchmark, found in shared.items()
+            if benchmark in BENCHMARKS
+        },
+        "left_out": left_out,
+        "methods": entries,
+        "controls": controls,
+        "intervals": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "resampled": "images"},
+        "corrections": corrections,
+    }
+
+
+def _shared(runs: Mapping[str, RunCounts], across_prompts: bool) -> tuple[dict[str, Shared], dict[str, str]]:
+    """What of each benchmark is comparable, and why the others are left out."""
+    shared: dict[str, Shared] = {}
+    left_out: dict[str, str] = {}
+    for benchmark in dict.fromkeys(name for run in runs.values() for name in run.benchmarks):
+        lacking = [name for name, run in runs.items() if benchmark not in run.benchmarks]
+        reason = (
+            f"{', '.join(lacking)} did not run it"
+            if lacking
+            else obstacle(benchmark, runs, across_prompts=across_prompts)
+        )
+        if reason is None:
+            try:
+                shared[benchmark] = share(benchmark, runs)
+            except DataError as error:
+                reason = str(error)
+        if reason is not None and benchmark in BENCHMARKS:
+            left_out[benchmark] = reason
+    if not any(benchmark in BENCHMARKS for benchmark in shared):
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        raise DataError(f"nothing can be compared between these runs:{reasons or ' they have no benchmark'}")
+    return shared, left_out
+
+
+def _rows(runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: Sequence[str]) -> list[Row]:
+    rows = []
+    for name, run in runs.items():
+        for entry in run.results["methods"]:
+            label = str(entry["label"])
+            if methods and entry["role"] != "baseline" and label not in methods and entry.get("parent") not in methods:
+                continue
+            tables = {b: run.benchmarks[b].methods[label].take(found.rows[name]) for b, found in shared.items()}
+            controls = {
+                b: {
+                    control: table.take(found.rows[name])
+                    for control, table in run.benchmarks[b].controls.get(label, {}).items()
+                }
+                for b, found in shared.items()
+            }
+            rows.append(Row(f"{name}:{label}", name, entry, tables, controls))
+    unknown = [m for m in methods if all(m not in (row.entry["label"], row.entry.get("parent")) for row in rows)]
+    if unknown:
+        raise DataError(f"no run has a method {unknown[0]!r}; they have {', '.join(row.label for row in rows)}")
+    return rows
+
+
+def _reference(rows: Sequence[Row], against: str | None) -> Row:
+    if against is None:
+        return rows[0]
+    for row in rows:
+        if row.label == against:
+            return row
+    raise DataError(f"--against {against}: there is no such row; choose one of {', '.join(row.label for row in rows)}")
+
+
+def _entry(row: Row, reference: Row, seed: int) -> dict[str, Any]:
+    """A row in the form of ``results.json``, with its differences to the reference."""
+    names = ("role", "parent", "params")
+    entry: dict[str, Any] = {
+        "label": row.label,
+        "describe": row.label if row.entry["describe"] == row.entry["label"] else row.entry["describe"],
+        "run": row.run,
+        **{name: row.entry.get(name) for name in names},
+    }
+    for benchmark, table in row.tables.items():
+        if benchmark not in BENCHMARKS:
+            continue
+        figures = {
+            metric.name: value(metric, table)
+            for metric in METRICS
+            if metric.benchmark == benchmark and defined(metric, [table])
+        }
+        if benchmark == "pope":
+            figures["mcc"] = POPE_STATISTICS["mcc"].of(table)
+        other = reference.tables[benchmark]
+        part: dict[str, Any] = {"summary": finite(figures), "changed": int(table.differs(other)), "seconds": 0.0}
+        part["all"] = {"summary": part["summary"]}
+        if "unparsed" in table.columns and benchmark != "pope":
+            part |= {"about": "", "counts": {"unparsed": int(table.unparsed.sum())}}
+        if row is not reference and {"label", "correct", "prediction"} <= table.columns.keys():
+            part["paired"] = paired_answers(table, other, _asked(table), seed)  # type: ignore[arg-type]
+        entry[benchmark] = part
+    if row is not reference:
+        entry["differences"] = _differences(row, reference, seed)
+    return entry
+
+
+def _asked(table: ItemTable) -> list[int]:
+    """Rows of yes/no questions, each question once."""
+    is_question = table.columns.get("questions", np.ones(len(table)))
+    return [row for row in distinct_rows(table.keys) if is_question[row]]
+
+
+def _differences(row: Row, other: Row, seed: int) -> dict[str, Any]:
+    return {
+        metric.key: interval_dict(
+            difference(metric, row.tables[metric.benchmark], other.tables[metric.benchmark], seed)
+        )
+        for metric in METRICS
+        if metric.benchmark in row.tables
+        and metric.benchmark in other.tables
+        and defined(metric, (row.tables[metric.benchmark], other.tables[metric.benchmark]))
+    }
+
+
+def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
+    """The controls of one run's methods, on the shared rows.
+
+    They were matched on all rows of the run: ``matched`` says what that means on the shared ones.
+    """
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        if row.entry["role"] != "method":
+            continue
+        of_run: list[dict[str, Any]] = []
+        for benchmark, table in row.tables.items():
+            for name, control in row.controls[benchmark].items():
+                matched = matched_on(name, benchmark, table, control)
+                for key in EARLY_STOP_METRICS[benchmark] if name == "early stop" else [YES_BIAS_METRICS[benchmark]]:
+                    of_run.append(compare(row.label, name, BY_KEY[key], table, control, seed, matched))
+        for other in rows:
+            if other.entry.get("parent") == row.entry["label"]:
+                select = str(other.entry["params"]["select"])
+                tables = {b: {row.label: row.tables[b], other.label: other.tables[b]} for b in row.tables}
+                of_run += head_lines(row.label, other.label, select, tables, seed)
+        for line in of_run:
+            if not row.entry[BY_KEY[line["metric"]].benchmark]["changed"]:
+                line["verdict"] = "unchanged"
+        lines += of_run
+    return lines
+
+
+def _judge(
+    rows: Sequence[Row], entries: Sequence[dict[str, Any]], controls: Sequence[Mapping[str, Any]], seed: int
+) -> None:
+    """Give every method its word: against the baseline and the controls of its own run, whatever the reference is."""
+    own: list[dict[str, Any]] = []
+    for row in rows:
+        judged = {"label": row.label, "role": row.entry["role"]}
+        judged |= {name: {"changed": row.entry[name]["changed"]} for name in BENCHMARKS if name in row.tables}
+        if row.entry["role"] == "method":
+            baseline = next(other for other in rows if other.run == row.run)
+            judged["differences"] = _differences(row, baseline, seed)
+            if "text" in row.tables and {"repetition", "looping", "truncated"} <= row.tables["text"].columns.keys():
+                found = text_differences(row.tables["text"], baseline.tables["text"], seed)  # type: ignore[arg-type]
+                judged["chair"]["text_quality"] = {"differences": found}
+        own.append(judged)
+    correct_rows([row for row in own if "differences" in row])
+    for judged, entry in zip(own, entries, strict=True):
+        entry["verdict"] = verdict({"methods": own, "controls": controls}, judged)
+
+
+def add_compare(verbs: Any) -> argparse.ArgumentParser:
+    """Add ``vlmfix compare`` to the command line; the caller sets what runs it (see ``compare_report.run``)."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "compare",
+        allow_abbrev=False,
+        help="paired differences between the methods of several runs",
+        description="Compare the methods of several run folders, paired on the images and questions that all of them "
+        "share. Neither data nor a model is needed.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; called A, B, ... in this order")
+    parser.add_argument("--against", metavar="ROW", help="row to compare with, such as B:vhr (default: A's baseline)")
+    parser.add_argument(
+        "--method", nargs="+", action="extend", default=[], metavar="NAME", help="methods to show (default: all)"
+    )
+    parser.add_argument(
+        "--across-prompts", action="store_true", help="compare answers to different prompts too (default: refuse)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="write FILE.json, FILE.md, or both into a folder (compare.json, .md)"
+    )
+    return parser

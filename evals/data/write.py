@@ -1,0 +1,81 @@
+"""The run folder on disk: an append-only answer log that survives a kill, and files written atomically."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmfix.errors import VlmfixError
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON spelling of a value: sorted keys, no spaces, ASCII, no NaN (a ``ValueError``)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, read in pieces."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or leave the old one untouched (see ``write_bytes``)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or leave the old one untouched (temporary file, fsync, ``os.replace``).
+
+    Raises:
+        VlmfixError: The file could not be written; the message names it and the reason.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left of files that it was writing; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically (see ``write_text``)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_error(path: Path, error: OSError) -> VlmfixError:
+    """The error a user sees when a file of the run folder cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "free some space and type the same command again: the answers written so far are kept"
+    else:
+        advice = "choose a writable folder with --out DIR"
+    return VlmfixError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
+def canonical_line(record: Mapping[str, Any]) -> str:
+    """One line of the log: the keys in the order given, so that a reader sees the identifying ones first."""
+    return json.dumps(dict(record), separators=(",", ":"), allow_nan=False, ensure_ascii=False)

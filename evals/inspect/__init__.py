@@ -1,0 +1,1 @@
+"""``vlmfix inspect``: one answer, word by word."""

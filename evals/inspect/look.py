@@ -1,0 +1,238 @@
+"""One picture and one prompt, looked at from all sides; ``inspection_page`` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmfix.model.anatomy import input_device
+from vlmfix.observe.words import decode, locate_mentions
+
+from ..benchmarks.chair.matcher import ChairMatcher
+from ..run.generate import Generator
+from ..run.methods import MethodSpec
+from .words import Eye, Span, ask_for, context_of, layer_groups, picture_as_seen, word_spans
+
+SHOWN_SINKS = 8
+"""Tokens listed by the attention they receive."""
+
+
+MIN_ROWS = 8
+"""Tokens seen by fewer rows are not listed, as they are no attention sinks."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of an answer.
+
+    Attributes:
+        text: As written, with what follows up to the next word.
+        tokens: Indices of the answer's tokens that spell it.
+        name: The object it names, if CHAIR's vocabulary knows one.
+        present: Whether that is in the image, where known.
+        probability: Of its tokens together; so are the next three.
+        without_image: After the same words, without the image.
+        image_hidden: With the image hidden from everything behind it.
+        context_hidden: With the object words and the scene's name hidden from everything behind them.
+        mass: Attention on the image, mean over layers, heads and tokens.
+        asked: Probability of yes to the question for the object; None for other words.
+        doubt: See ``vlmfix.probes.doubt``; None for other words.
+        flagged: Whether doubt reaches the threshold.
+        maps: Per group of layers, attention per image token, mean over heads and the word's tokens.
+        heads: Head divergence, ``[layers][heads]``, at the word's first token.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    name: str | None
+    present: bool | None
+    probability: float
+    without_image: float
+    image_hidden: float
+    context_hidden: float | None
+    mass: float
+    asked: float | None
+    doubt: float | None
+    flagged: bool
+    maps: tuple[tuple[float, ...], ...]
+    heads: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class SinkSummary:
+    """The sinks of the prompt.
+
+    Attributes:
+        received: Per image token, mean attention it gets, over layers and heads.
+        rows: (token, place, is image, mean attention received, layers in which it is an attention sink in at least half
+            of the heads, layers in which its hidden state marks a sink) of the tokens that receive most.
+        counts: Per kind of sink, how many each layer has.
+        sink_dims: Hidden dimensions that mark sinks; empty when the model has none.
+    """
+
+    received: tuple[float, ...]
+    rows: tuple[tuple[str, int, bool, float, int, int], ...]
+    counts: Mapping[str, tuple[int, ...]]
+    sink_dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Version:
+    """An answer, before or after a patch.
+
+    Attributes:
+        label: ``"stock model"`` or the method with its parameters.
+        note: What to know about it.
+        caption: The answer.
+        words: Its words.
+        layers: Layers looked at.
+        selected: Heads VHR would choose, ``[layers][heads]``.
+        sinks: The prompt's sinks.
+    """
+
+    label: str
+    note: str
+    caption: str
+    words: tuple[Word, ...]
+    layers: tuple[int, ...]
+    selected: tuple[tuple[bool, ...], ...]
+    sinks: SinkSummary
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything the page shows.
+
+    Attributes:
+        title: Picture and model.
+        prompt: What was asked.
+        picture: A data URI of the picture as the model sees it, or of the original.
+        grid: Rows and columns of the image's tokens; None where they fill no single grid.
+        objects: What is in the image, where known.
+        versions: The stock model's answer, and the patched one's.
+        facts: Lines on model, image and command.
+    """
+
+    title: str
+    prompt: str
+    picture: str
+    grid: tuple[int, int] | None
+    objects: tuple[str, ...] | None
+    versions: tuple[Version, ...]
+    facts: tuple[str, ...]
+
+
+def inspect_picture(eye: Eye, specs: Sequence[MethodSpec], *, title: str, facts: Sequence[str] = ()) -> Inspection:
+    """Look at one picture with the stock model, and with each method.
+
+    Args:
+        eye: Model, picture and question.
+        specs: Methods.
+        title: Of the page.
+        facts: Lines for its foot.
+    """
+    import vlmfix
+
+    inputs = Generator(eye.model, eye.processor).encode([eye.prompts(eye.prompt)], [eye.picture])
+    inputs = inputs.to(input_device(eye.model), eye.model.dtype)
+    versions = [_look(eye, inputs, "stock model", "")]
+    for spec in specs:
+        method = spec.build()
+        if method.replaces_logits and not method.is_identity:
+            with vlmfix.patched(eye.model, method):
+                answer = _tokens(eye, inputs)
+            note = f"The words are those of {spec.label}; what they rest on is measured in one branch, the stock model."
+            versions.append(_look(eye, inputs, spec.describe(), note, answer))
+            continue
+        with vlmfix.patched(eye.model, method):
+            versions.append(_look(eye, inputs, spec.describe(), ""))
+    picture, grid = picture_as_seen(eye, inputs, len(versions[0].words[0].maps[0]) if versions[0].words else 0)
+    objects = None if eye.objects is None else tuple(sorted(eye.objects))
+    return Inspection(title, eye.prompt, picture, grid, objects, tuple(versions), tuple(facts))
+
+
+def _tokens(eye: Eye, inputs: Any) -> list[int]:
+    generator = Generator(eye.model, eye.processor)
+    out = eye.model.generate(**inputs, **generator.decoding(eye.max_new_tokens))
+    return [int(token) for token in out[0, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def _look(eye: Eye, inputs: Any, label: str, note: str, answer: Sequence[int] | None = None) -> Version:
+    from vlmfix import probes
+
+    tokenizer = eye.processor.tokenizer
+    given = None if answer is None else [answer]
+    looks = probes.attention_to_image(eye.model, inputs, max_new_tokens=eye.max_new_tokens, answers=given, maps=True)
+    ids = looks.tokens[0]
+    text = decode(tokenizer, ids)
+    spans = word_spans(tokenizer, ids, text)
+    mentions, _ = locate_mentions(tokenizer, ids, ChairMatcher("original").as_written(text))
+    context = context_of(spans, mentions, eye.scene_words)
+    rests = probes.evidence(eye.model, inputs, answers=looks.tokens, context=[context])
+    divergence = probes.head_divergence(eye.model, inputs, answers=looks.tokens)
+    sinks = probes.sinks(eye.model, inputs)
+    asked = ask_for(eye, [mention.name for mention in mentions])
+    assert looks.maps is not None
+    words = tuple(
+        _word(span, looks, rests, divergence, eye, {m.token: (m.name, q) for m, q in zip(mentions, asked, strict=True)})
+        for span in spans
+    )
+    return Version(
+        label,
+        note,
+        text,
+        words,
+        looks.layers,
+        tuple(map(tuple, divergence.selected[0].tolist())),
+        _summary(eye, inputs, sinks),
+    )
+
+
+def _word(
+    span: Span, looks: Any, rests: Any, divergence: Any, eye: Eye, objects: Mapping[int, tuple[str, float | None]]
+) -> Word:
+    from vlmfix.probes.evidence import DOUBT_THRESHOLD, doubt
+
+    tokens = list(span.tokens)
+    name, asked = next((objects[token] for token in tokens if token in objects), (None, None))
+    p, p0, hidden, context = (
+        float(values[0, tokens].prod())
+        for values in (rests.probability, rests.without_image, rests.image_hidden, rests.context_hidden)
+    )
+    doubtful = None if name is None else doubt(p, p0, asked)
+    maps = looks.maps[0, tokens].mean(0)  # [layers, image tokens]
+    return Word(
+        span.text,
+        span.tokens,
+        name,
+        None if name is None or eye.objects is None else name in eye.objects,
+        p,
+        p0,
+        hidden,
+        None if context != context else context,
+        float(rests.mass[0, tokens].mean()),
+        asked,
+        doubtful,
+        doubtful is not None and doubtful >= DOUBT_THRESHOLD,
+        tuple(tuple(maps[list(group)].mean(0).tolist()) for group in layer_groups(len(maps))),
+        tuple(map(tuple, divergence.divergence[0, tokens[0]].tolist())),
+    )
+
+
+def _summary(eye: Eye, inputs: Any, sinks: Any) -> SinkSummary:
+    received = sinks.received[0].mean((0, 1))  # [tokens]
+    often = (sinks.attention_sinks[0].float().mean(1) >= 0.5).sum(0)
+    hidden = sinks.hidden_sinks[0].sum(0)
+    told = sinks.is_token[0].nonzero()[:, 0].tolist()[: -MIN_ROWS + 1]  # the mean of a few rows says little
+    order = sorted(told, key=lambda at: -float(received[at]))[:SHOWN_SINKS]
+    image = sinks.is_image[0]
+    place = (image.cumsum(0) - 1).tolist()
+    ids = inputs["input_ids"][0].tolist()
+    written = [f"patch {place[at]}" if image[at] else eye.processor.tokenizer.decode([ids[at]]) for at in order]
+    rows = tuple(
+        (text, at, bool(image[at]), float(received[at]), int(often[at]), int(hidden[at]))
+        for text, at in zip(written, order, strict=True)
+    )
+    counts = {kind: tuple(values[0].tolist()) for kind, values in sinks.counts().items()}
+    return SinkSummary(tuple(received[image].tolist()), rows, counts, sinks.sink_dims)

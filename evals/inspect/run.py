@@ -1,0 +1,210 @@
+"""``vlmfix inspect``: loads a model and a picture, looks at them, and writes the page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.errors import DataError, VlmfixError
+
+from ..benchmarks.chair.matcher import ChairMatcher
+from ..data.coco import load_image
+from ..options import CHAIR_PROMPT, EvalOptions, add_machine, add_model
+from ..run.generate import PromptBuilder
+from ..run.methods import MethodSpec, load_recipe, plan_methods
+from ..run.models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from .look import Inspection, inspect_picture
+from .words import Eye
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+DEFAULT_SCENE = 350
+"""A scene of the held-out split whose stock caption invents an object by prior; see ``testbed/EXAMPLES.md``."""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """The options of ``vlmfix inspect``, as typed; None means that the command chooses.
+
+    Attributes:
+        model: Folder or hub id; None is the testbed.
+        image: Image file; None takes a scene of the testbed.
+        scene: Index of a scene in a split of the testbed.
+        split: The split.
+        prompt: What to ask.
+        methods: Method to compare with the stock model: a name or a recipe file; none or one.
+        settings: ``key=value`` parameters of it.
+        objects: What is in the image, if known (COCO names).
+        run: Machine options, as of evaluation runs.
+    """
+
+    model: str | None = None
+    image: Path | None = None
+    scene: int | None = None
+    split: str = "heldout"
+    prompt: str | None = None
+    methods: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    objects: tuple[str, ...] | None = None
+    run: EvalOptions = field(default_factory=EvalOptions)
+
+
+def inspect_command(options: InspectOptions) -> Inspection:
+    """Load what was asked for and look at it.
+
+    Raises:
+        VlmfixError: No such model, image or scene, an unknown method, or a model that probes refuse.
+    """
+    from .. import testbed
+
+    picture, name, objects, scene_words = _picture(options)
+    on_testbed = options.model is None
+    source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
+    recipe = load_recipe(testbed.RECIPE) if on_testbed else None
+    specs = _specs(options, recipe)
+    device = resolve_device(options.run.device)
+    model = load_model(
+        source,
+        dtype=resolve_dtype(options.run.dtype, device, source.config),
+        device=device,
+        attn_implementation=options.run.attn_implementation,
+    )
+    eye = Eye(
+        model,
+        source.processor,
+        PromptBuilder(source.processor, use_template=options.run.chat_template),
+        picture,
+        options.prompt or CHAIR_PROMPT,
+        objects,
+        scene_words,
+        options.run.max_new_tokens or (64 if on_testbed else 256),
+    )
+    with fitting_threads(model):
+        return inspect_picture(eye, specs, title=f"{name} · {source.name}", facts=_facts(source, model, device, name))
+
+
+def _specs(options: InspectOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
+    if len(options.methods) > 1:
+        raise VlmfixError(f"inspect compares the stock model with one method, got --method {' '.join(options.methods)}")
+    if not options.methods or options.methods == ("none",):
+        return []
+    wanted = replace(options.run, methods=options.methods, settings=options.settings, controls=False)
+    return [spec for spec in plan_methods(wanted, recipe) if spec.role == "method"]
+
+
+def _facts(source: ModelSource, model: Any, device: str, name: str) -> tuple[str, ...]:
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return (
+        f"{source.name}: {type(model).__name__}, {size:,.1f} M parameters, {str(model.dtype).removeprefix('torch.')}, "
+        f"{device}, attention {model.config._attn_implementation}; greedy decoding",
+        f"picture: {name}",
+    )
+
+
+def _picture(options: InspectOptions) -> tuple[Image, str, frozenset[str] | None, frozenset[str]]:
+    """Return the picture, its name, the objects in it where known, and words that name its place."""
+    matcher = ChairMatcher("original")
+    given = None if options.objects is None else frozenset(matcher.node(name) for name in options.objects)
+    if options.image is not None:
+        if options.scene is not None:
+            raise DataError("give either --image or --scene, not both")
+        return load_image(options.image), options.image.name, given, frozenset()
+    if options.model is not None and options.scene is None:
+        raise DataError("inspect needs a picture: --image FILE (or --scene N for one of the testbed's)")
+    from PIL import Image as Images
+
+    from ..testbed.scenes import SPLITS, image_id, make_scene
+    from ..testbed.vocabulary import SCENES
+
+    split = next((each for each in SPLITS if each == options.split), SPLITS[2])
+    number = DEFAULT_SCENE if options.scene is None else options.scene
+    scene = make_scene(image_id(split, number))
+    objects = frozenset(matcher.node(name) for name in scene.counts()) if given is None else given
+    places = frozenset(word for each in SCENES for word in each.name.split())
+    return Images.fromarray(scene.pixels), f"scene {number} of {split}", objects, places
+
+
+_EPILOG = """\
+examples:
+  vlmfix inspect                                   a scene of the embedded model whose caption invents an object
+  vlmfix inspect --scene 356 --method vhr          before and after a patch
+  vlmfix inspect --model llava-hf/llava-1.5-7b-hf --image dog.jpg --prompt 'Describe the image.' --objects dog car
+
+One HTML file without any reference to another: where every word looks, what it rests on, which objects are likely
+invented, sinks, and the heads that depend on the image.
+"""
+
+
+def add_inspect(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "inspect",
+        help="show where each word of an answer looks and what it rests on, as a page",
+        description="Write a page that shows what an answer about a picture rests on, before and after a patch.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model(parser)
+    parser.add_argument("--image", type=Path, metavar="FILE", help="picture (default: a scene of the testbed)")
+    parser.add_argument("--scene", type=int, metavar="N", help="scene of the testbed, from 0 (default: 350)")
+    parser.add_argument(
+        "--split", choices=("heldout", "heldout2", "calibration"), default="heldout", help="default: heldout"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="default: Please describe this image in detail.")
+    parser.add_argument(
+        "--method", nargs="+", action="extend", default=[], metavar="NAME", help="compare with a method or recipe file"
+    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="its parameters")
+    parser.add_argument(
+        "--objects", nargs="+", metavar="NAME", help="COCO objects that are in the picture, if you know them"
+    )
+    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True, help="default: on")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="limit of the answer (default: 64 testbed, 256)"
+    )
+    add_machine(parser, batch_size=None)
+    parser.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE", help="default: inspect.html")
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Inspect as asked and write the page."""
+    from vlmfix.errors import DataError
+
+    from ..options import EvalOptions
+    from .page import inspection_page, summary
+
+    if not options.out.parent.is_dir():
+        raise DataError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+    machine = EvalOptions(
+        dtype=options.dtype,
+        device=options.device,
+        attn_implementation=options.attn_implementation,
+        max_new_tokens=options.max_new_tokens,
+        chat_template=options.chat_template,
+    )
+    found = inspect_command(
+        InspectOptions(
+            model=options.model,
+            image=options.image,
+            scene=options.scene,
+            split=options.split,
+            prompt=options.prompt,
+            methods=tuple(options.method),
+            settings=tuple(options.set),
+            objects=None if options.objects is None else tuple(options.objects),
+            run=machine,
+        )
+    )
+    options.out.write_text(inspection_page(found), encoding="utf-8")
+    for version in found.versions:
+        show(f"{version.label}: {version.caption}")
+    for line in summary(found):
+        show(line)
+    show(f"written: {options.out}")

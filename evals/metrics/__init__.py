@@ -1,1 +1,0 @@
-"""Metrics as pure functions: text and ground truth in, counts and scores out."""

@@ -1,0 +1,1 @@
+"""A run's figures as text, as a page and as plots."""

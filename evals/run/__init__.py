@@ -1,0 +1,1 @@
+"""Answers on disk: plans a run, generates what is missing, resumes."""

@@ -1,0 +1,95 @@
+"""What an evaluation run is: the user's options, the methods with their controls, and the settings that identify it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vlmfix
+
+from ..data.write import digest
+from ..options import EvalOptions
+
+SCHEMA_VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change an answer, with a digest of vlmfix's own source (an editable install changes)."""
+    packages = ("torch", "transformers", "tokenizers", "pillow", "torchvision")
+    found = {"vlmfix": vlmfix.__version__, "vlmfix_source": source_digest()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def source_digest() -> str:
+    """First 16 hex digits of SHA-256 over the plugin's source files (the command line aside)."""
+    root = Path(vlmfix.__file__).parent
+    hasher = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name not in ("cli.py", "__main__.py") and not name.startswith("evals/"):
+            hasher.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str, Any]:
+    """What is worth knowing about a run without being part of its identity: command, machine, batch size."""
+    import torch
+
+    from .models import placement
+
+    return {
+        "command": options.command_line,
+        "batch_size": batch_size,
+        "device": placement(model),
+        "model_class": type(model).__name__,
+        "attn_implementation": model.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+def run_name(model: str, settings: Mapping[str, Any]) -> str:
+    """Default name of a run folder: the model's name and the first eight digits of the settings' digest."""
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name) or "model"
+    return f"{stem}-{digest(settings)[:8]}"
+
+
+def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line per setting in which two runs differ, nested names joined by dots."""
+    return [
+        f"{name}: {_clip(old_value)} in the folder, {_clip(new_value)} now"
+        for name, old_value, new_value in setting_differences(old, new)
+    ]
+
+
+def setting_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
+    """Dotted name, old value and new value of every setting in which two runs differ; ``"nothing"`` for none."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from setting_differences(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else key
+            )
+    elif _is_list(old) and _is_list(new) and len(old) == len(new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from setting_differences(a, b, f"{name}[{index}]")
+    elif old != new:
+        yield name, old, new
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _clip(value: Any) -> str:
+    text = f"{len(value)} entries" if _is_list(value) and len(value) > 4 else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

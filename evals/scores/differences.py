@@ -1,0 +1,109 @@
+"""What stands beside the main figures of a run: text quality, CHAIR at equal length, paired answers, corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..benchmarks.columns import BENCHMARKS, STATISTICS, Metric
+from ..benchmarks.yes_no import auc, paired_auc
+from ..stats.bootstrap import paired_bootstrap
+from ..stats.intervals import CONFIDENCE, RESAMPLES, Interval
+from ..stats.tests import holm_by_name
+from ..tables import survives
+
+ALPHA = 1 - CONFIDENCE
+
+
+def correct_rows(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Give every difference to the baseline its p-value after Holm's correction (``p_holm``).
+
+    A family is one figure over all rows that changed at least one answer of its benchmark; a row that changed nothing
+    is no test. With B resamples no p-value is below 2 / (B + 1), so that a family of more than 0.05 (B + 1) / 2 rows
+    (50 at 2,000) cannot reject anything.
+
+    Returns:
+        What was done, for ``results.json``.
+    """
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        for name, test in _tests(row):
+            benchmark = name.partition(".")[0]
+            if row[benchmark]["changed"]:
+                families.setdefault(name, {})[str(row["label"])] = test
+            else:
+                test["p_holm"] = test["p_value"]
+    for family in families.values():
+        _correct(family)
+    return {
+        "method": "Holm",
+        "alpha": round(ALPHA, 10),
+        "family": "one figure, over the rows that changed an answer",
+        "rows": max((len(family) for family in families.values()), default=0),
+    }
+
+
+def correct_controls(controls: Sequence[dict[str, Any]]) -> None:
+    """Give every line of the controls ``p_holm`` and ``verdict_holm``.
+
+    A family is one figure against one kind of control, over the methods that changed an answer.
+    """
+    families: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for line in controls:
+        if line["verdict"] == "unchanged":
+            line["difference"]["p_holm"] = line["difference"]["p_value"]
+        else:
+            families.setdefault((line["control"], line["metric"]), {})[line["method"]] = line["difference"]
+    for family in families.values():
+        _correct(family)
+    for line in controls:
+        decided = line["verdict"] in ("better", "worse")
+        kept = not decided or survives(line["difference"], alpha=ALPHA)
+        line["verdict_holm"] = line["verdict"] if kept else "same"
+
+
+def _tests(row: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Everything in a row that has a p-value, named benchmark.figure."""
+    yield from row.get("differences", {}).items()
+    matched = row.get("chair", {}).get("text_quality", {}).get("length_matched", {})
+    for way, part in matched.items():
+        for figure in ("chair_i", "chair_s"):
+            yield f"chair.{way}.{figure}", part[figure]["difference"]
+    for figure, test in row.get("chair", {}).get("text_quality", {}).get("differences", {}).items():
+        yield f"chair.text.{figure}", test
+    for benchmark in BENCHMARKS:
+        for name, test in row.get(benchmark, {}).get("paired", {}).items():
+            yield f"{benchmark}.{name}", test
+
+
+def _correct(family: Mapping[str, dict[str, Any]]) -> None:
+    corrected = holm_by_name({label: test["p_value"] for label, test in family.items()})
+    for label, test in family.items():
+        test["p_holm"] = corrected[label]
+
+
+def value(metric: Metric, table: Any) -> float:
+    """The figure of a whole table, NaN where it is not defined.
+
+    Args:
+        metric: The figure.
+        table: A benchmark's table, or one loaded from ``counts.json``.
+    """
+    if metric.name == "auc":
+        return auc(table.score, table.label)
+    return STATISTICS[metric.benchmark][metric.name].of(table)
+
+
+def difference(metric: Metric, table: Any, other: Any, seed: int) -> Interval:
+    """Paired interval of ``table``'s figure minus ``other``'s, over resampled images.
+
+    Args:
+        metric: The figure; its benchmark names the statistics (``stats.STATISTICS``).
+        table: The method's table.
+        other: The baseline's, about the same images.
+        seed: Seed of the bootstrap.
+    """
+    if metric.name == "auc":
+        return paired_auc(table, other, seed=seed)
+    statistic = STATISTICS[metric.benchmark][metric.name]
+    return paired_bootstrap(statistic, table, other, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE)

@@ -1,0 +1,176 @@
+"""Hallucination against recall against seconds: which rows of a run are worth having.
+
+A row is dominated if another one is at least as good in all three and better in one. Hallucination and recall are
+ratios of counts and compared exactly. Seconds are a row's time as a multiple of the baseline's in the same batch: two
+rows differ where their ranges between the quartiles over batches do not touch and their medians differ by more than
+five percent; otherwise, and with fewer than four batches, they count as equal. Rows that changed no answer are the
+baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
+:mod:`vlmfix.evals.early_stop`) takes part with every point of its curve, at the seconds of ``none``: what a bias on the
+end token gives for nothing dominates too.
+
+All of it goes by point estimates: a row may be on the front by chance. The intervals stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..benchmarks.columns import BY_KEY, Metric, figure
+from ..tables import difference_cell, interval_cell, number
+
+AXES = (("chair.chair_i", "chair.recall"), ("amber.chair", "amber.cover"))
+"""Hallucination and recall of each benchmark that has both."""
+
+
+SECONDS_TIE = 0.05
+
+
+FEWEST_BATCHES = 4
+"""With fewer nothing is known about times."""
+
+
+EARLY_STOP = "early stop"
+
+
+LEGEND = (
+    "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "
+    "none's in the same batch, median and quartiles over batches; they differ where quartiles do not overlap and "
+    "medians by more than 5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the "
+    "intervals."
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What counts in the comparison of rows.
+
+    Attributes:
+        label: Of the row.
+        hallucination: 0 to 1, less is better.
+        recall: 0 to 1, more is better.
+        seconds: Time as a multiple of the baseline's, less is better.
+        quartiles: Of that over batches; None where the time is taken as it is.
+    """
+
+    label: str
+    hallucination: float
+    recall: float
+    seconds: float
+    quartiles: tuple[float, float] | None = None
+
+    def dominates(self, other: Point) -> bool:
+        """Whether this one is at least as good in all three, and better in one."""
+        if self.hallucination > other.hallucination or self.recall < other.recall or other.faster(self):
+            return False
+        return self.hallucination < other.hallucination or self.recall > other.recall or self.faster(other)
+
+    def faster(self, other: Point) -> bool:
+        """Whether this one takes less time for certain (see the module)."""
+        own, others = (each.quartiles or (each.seconds, each.seconds) for each in (self, other))
+        return own[1] < others[0] and self.seconds < (1 - SECONDS_TIE) * other.seconds
+
+
+def front(points: Sequence[Point], rivals: Sequence[Point] = ()) -> dict[str, list[str]]:
+    """Who dominates each point: label -> labels, in the order given, none for the front.
+
+    Args:
+        points: The rows.
+        rivals: Points that may dominate and are no rows themselves.
+    """
+    return {
+        point.label: list(dict.fromkeys(o.label for o in (*points, *rivals) if o is not point and o.dominates(point)))
+        for point in points
+    }
+
+
+def flat_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (recall, hallucination) pairs that no other one beats in both, by rising recall: the line in the plots."""
+    return sorted({(x, y) for x, y in points if not any((u >= x and v <= y) and (u, v) != (x, y) for u, v in points)})
+
+
+def axes(results: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
+    """Hallucination and recall of the first benchmark of a run that has both; None if there is none."""
+    for keys in AXES:
+        found = [BY_KEY[key] for key in keys if key in BY_KEY]
+        if len(found) == len(keys) and all(figure(results["methods"][0], metric) is not None for metric in found):
+            return found[0], found[1]
+    return None
+
+
+def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every row with its three figures and who dominates it; empty where no benchmark has both figures.
+
+    Args:
+        results: The content of ``results.json``.
+    """
+    chosen = axes(results)
+    if chosen is None:
+        return []
+    benchmark = chosen[0].benchmark
+    points = []
+    for row in results["methods"]:
+        values = [figure(row, metric) for metric in chosen]
+        part = row.get(benchmark, {})
+        copy = "differences" in row and not part.get("changed", 1)
+        if values[0] is not None and values[1] is not None and not copy:
+            points.append(Point(row["label"], values[0], values[1], *_times(results, row, benchmark)))
+    rivals = [
+        Point(EARLY_STOP, point["chair_i"], point["recall"], points[0].seconds)
+        for point in results.get("early_stop_curve", ())
+        if benchmark == "chair" and point["chair_i"] is not None and point["bias"] > 0 and points
+    ]
+    dominated = front(points, rivals)
+    return [
+        {
+            "label": point.label,
+            "hallucination": point.hallucination,
+            "recall": point.recall,
+            "relative_seconds": point.seconds,
+            "front": not dominated[point.label],
+            "dominated_by": dominated[point.label],
+        }
+        for point in points
+    ]
+
+
+def _times(
+    results: Mapping[str, Any], row: Mapping[str, Any], benchmark: str
+) -> tuple[float, tuple[float, float] | None]:
+    """A row's time as a multiple of the baseline's, with quartiles; of runs that kept no pace the ratio of the sums."""
+    part, pace = row[benchmark], row[benchmark].get("pace")
+    if pace:
+        low, high = pace["quartiles"] if pace["batches"] >= FEWEST_BATCHES else (0.0, math.inf)
+        return float(pace["median"]), (float(low), float(high))
+    whole = results["methods"][0][benchmark]["seconds"]
+    return (float(part["seconds"] / whole) if whole else 1.0), None
+
+
+def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table: figures with their paired intervals, time as a multiple of the baseline's, and who dominates.
+
+    Empty with fewer than two rows; the front first, then by hallucination.
+    """
+    found, chosen = pareto(results), axes(results)
+    if len(found) < 2 or chosen is None:
+        return []
+    by_label = {row["label"]: row for row in results["methods"]}
+    rows = [["front", "method", chosen[0].heading, "- none", "95 %", chosen[1].heading, "- none", "95 %", "seconds ↓"]]
+    rows[0] += ["quartiles", "dominated by"]
+    for point in sorted(found, key=lambda p: (not p["front"], p["hallucination"], -p["recall"])):
+        differences = by_label[point["label"]].get("differences", {})
+        cells = ["*" if point["front"] else "", point["label"]]
+        for metric, name in zip(chosen, ("hallucination", "recall"), strict=True):
+            difference = differences.get(metric.key)
+            cells += [number(point[name]), difference_cell(difference), interval_cell(difference)]
+        spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"batches": 0}
+        quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"]) if spread["batches"] > 1 else ""
+        rows.append([*cells, f"x {point['relative_seconds']:.2f}", quartiles, _names(point["dominated_by"])])
+    return rows
+
+
+def _names(labels: Sequence[str], most: int = 1) -> str:
+    more = f" +{len(labels) - most}" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more

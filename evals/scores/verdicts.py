@@ -1,0 +1,73 @@
+"""One word per method: does it do more than a shift of a threshold would have done?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..benchmarks.columns import BY_KEY, changed_methods
+from ..tables import excludes_zero, survives
+
+FREE_CONTROLS = ("early stop", "yes bias")
+"""The controls that need no method."""
+
+
+WORDS = {
+    "better": "beats a control that needs no method (early stop, yes bias) and loses to neither",
+    "worse": "loses to such a control and beats neither",
+    "mixed": "beats one and loses to another",
+    "trade-off": "differs from none, and is not told apart from these controls",
+    "unclear": "nothing is told apart, neither from none nor from the controls",
+    "loops": "more captions loop or are cut off at the token limit than with none; its other figures mean little",
+    "unchanged": "no answer changed",
+}
+"""What each word says. All of them go by Holm-corrected 95 % intervals."""
+
+
+def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
+    """The word for one row of ``results.json``: empty for the baseline, for head controls and without controls.
+
+    Args:
+        results: The content of ``results.json``, or what ``vlmfix compare`` writes.
+        method: One of its ``methods``; one that carries its word (``verdict``) keeps it.
+    """
+    if "verdict" in method:
+        return str(method["verdict"])
+    lines = [
+        line
+        for line in results.get("controls", ())
+        if line["method"] == method["label"] and line["control"] in FREE_CONTROLS
+    ]
+    if method["role"] != "method" or not lines:
+        return ""
+    if method["label"] not in set(changed_methods(results)):
+        return "unchanged"
+    if _loops(method):
+        return "loops"
+    decided = {str(line.get("verdict_holm", line["verdict"])) for line in lines} & {"better", "worse"}
+    if len(decided) == 2:
+        return "mixed"
+    if decided:
+        return decided.pop()
+    told_apart = any(_decided(found) for key, found in method.get("differences", {}).items() if key in BY_KEY)
+    return "trade-off" if told_apart else "unclear"
+
+
+def verdict_legend(words: Iterable[str]) -> str:
+    """What the given words say, one after the other; empty without any."""
+    used = set(words)
+    return "; ".join(f"{word}: {says}" for word, says in WORDS.items() if word in used)
+
+
+def _decided(found: Mapping[str, Any]) -> bool:
+    return excludes_zero(found) and survives(found)
+
+
+def _loops(method: Mapping[str, Any]) -> bool:
+    """Whether text breaks: significantly more loops, or captions that the limit ends."""
+    differences = method.get("chair", {}).get("text_quality", {}).get("differences", {})
+    return any(
+        _decided(differences[name]) and differences[name]["low"] > 0
+        for name in ("looping", "truncation")
+        if name in differences
+    )

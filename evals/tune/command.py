@@ -1,0 +1,349 @@
+"""``vlmfix tune``: try settings on calibration images, choose by a fixed rule, confirm on images never looked at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.errors import DataError, VlmfixError
+from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_names
+
+from ..benchmarks.columns import BY_KEY, figure
+from ..data.write import write_json
+from ..evaluate import evaluate
+from ..options import EvalOptions, add_data, add_machine, add_model, add_prompts
+from ..run.answer_log import AnswerLog
+from ..run.answering import generate_answers, load_run_model
+from ..run.batches import AnswerPlan
+from ..run.methods import method_specs, parse_settings
+from ..run.plan import ANSWERS, CONFIG, RUNS, EvalRun, check_folder, plan_run, read_config, with_methods, write_config
+from ..run.shards import Shard
+from ..scores.score_run import score_run
+from ..tables import difference_cell, interval_cell, number, plain_table
+from .rule import Goal, admitted, choose, goal_of
+from .search import Search, space_of
+from .splits import make_splits
+
+if TYPE_CHECKING:
+    from vlmfix.methods.base import Method
+
+
+SHOWN = ("chair.chair_i", "chair.chair_s", "chair.recall", "chair.f1", "pope.accuracy", "pope.f1", "pope.yes_ratio")
+
+
+def recipe_text(
+    calibration: Mapping[str, Any], heldout: Mapping[str, Any], label: str, baseline: Goal
+) -> dict[str, Any]:
+    """The part of a recipe that says how its setting did: ``calibration``, ``heldout``, and all settings tried.
+
+    Args:
+        calibration: Results of the run that chose.
+        heldout: Results of the run that confirms; its row ``chosen`` is the setting.
+        label: The chosen row of ``calibration``.
+        baseline: The goal without a method.
+    """
+    return {
+        "goal": baseline.name,
+        "calibration": _figures(calibration, label),
+        "heldout": _figures(heldout, "chosen"),
+        "grid": [
+            {**row["params"], **{key: value for key in SHOWN if (value := figure(row, BY_KEY[key])) is not None}}
+            for row in calibration["methods"]
+        ],
+        "versions": heldout["settings"]["versions"],
+        "model": {"name": heldout["model"], **heldout["settings"]["model"]},
+    }
+
+
+def _figures(results: Mapping[str, Any], label: str) -> dict[str, Any]:
+    rows = {row["label"]: row for row in results["methods"]}
+    own, none = rows[label], results["methods"][0]
+    found = {}
+    for key in SHOWN:
+        value = figure(own, BY_KEY[key])
+        if value is not None:
+            found[key] = {"none": figure(none, BY_KEY[key]), "value": value, "difference": own["differences"].get(key)}
+    return {"data": results["data"], "command": results["command"], "figures": found}
+
+
+def tuning_table(recipe: Mapping[str, Any]) -> str:
+    """The chosen setting on both sets of images: figures, paired differences to none, and their 95 % intervals."""
+    rows = [
+        ["", "calibration", "", "", "", "held out", "", "", ""],
+        ["", *["none", "chosen", "difference", "95 %"] * 2],
+    ]
+    for key in recipe["heldout"]["figures"]:
+        metric = BY_KEY[key]
+        cells: list[str] = []
+        for side in ("calibration", "heldout"):
+            found = recipe[side]["figures"][key]
+            difference = found["difference"]
+            cells += [number(found["none"], percent=metric.percent), number(found["value"], percent=metric.percent)]
+            cells += [
+                difference_cell(difference, percent=metric.percent),
+                interval_cell(difference, percent=metric.percent),
+            ]
+        rows.append([f"{metric.benchmark.upper()} {metric.title.removeprefix('CHAIR_')}", *cells])
+    tried = recipe["settings_tried"]
+    return (
+        f"{plain_table(rows)}\n\nThe calibration side is the best of {tried} settings on these very images, so it "
+        "flatters; the held-out side is what to expect."
+    )
+
+
+CHOSEN, START = "chosen", "start"
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The options of ``vlmfix tune``, as typed; None means that the command chooses.
+
+    Attributes:
+        method: A method's name, or a recipe file of one method: where the search starts.
+        settings: ``key=value`` parameters that stay fixed.
+        ranges: ``key=low:high`` or ``key=a,b``, beside or instead of what the method declares.
+        budget: How many settings are tried, the starting one included.
+        margin: What a guard may lose, in points.
+        confirm: Images to confirm on.
+        confirm_ids: File of their ids.
+        out: The recipe file.
+        run: Everything that evaluation runs have too; its ``out`` is the folder of both runs.
+    """
+
+    method: str
+    settings: tuple[str, ...]
+    ranges: tuple[str, ...]
+    budget: int
+    margin: float
+    confirm: int | None
+    confirm_ids: Path | None
+    out: Path | None
+    run: EvalOptions
+
+    def __post_init__(self) -> None:
+        """Refuse values that no search can have."""
+        if self.budget < 2:
+            raise VlmfixError(f"--budget must be at least 2 (the starting setting is one), got {self.budget}")
+        if not 0 <= self.margin <= 100:
+            raise VlmfixError(f"--margin is in points, between 0 and 100, got {self.margin}")
+        if self.confirm is not None and self.confirm < 1:
+            raise VlmfixError(f"--confirm must be at least 1, got {self.confirm}")
+        others = sorted(set(self.run.benchmarks) - {"chair", "pope"})
+        if others:
+            raise VlmfixError(f"tune reads chair and pope, not {', '.join(others)}")
+
+
+def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
+    """Tune a method and write its recipe.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        VlmfixError: Something is missing or contradictory, or no setting lowers hallucination within the margin (the
+            recipe is not written; the runs are kept).
+    """
+    if Shard.here().world > 1:
+        raise VlmfixError("tune runs in one process; start it without torchrun or accelerate launch")
+    fixed = parse_settings(options.settings)
+    start = starting_setting(options.method, fixed)
+    space = space_of(start, fixed, options.ranges)
+    out = options.out or Path(f"{start.name}-tuned.json")
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
+    search = Search(start, space, seed=options.run.seed)
+    folder = options.run.out or RUNS / f"tune-{start.name}"
+    on, off = make_splits(options.run, options.confirm, options.confirm_ids, folder)
+    on = replace(on, out=folder / "calibration", controls=False)
+    off = replace(off, out=folder / "heldout")
+    base = plan_run(on, method_specs({}))
+    plan_run(off, method_specs({}))  # What is wrong with the held-out images is found before the search.
+    show(f"{base.source.name}: {options.budget} settings of {start.name} on {base.tasks.description}")
+    show("searched: " + ", ".join(f"{key} in {_spell(value)}" for key, value in space.items()))
+    tried = _try_settings(base, search, options, show)
+    baseline, goals = tried.baseline, [goal for _, goal in tried.trials]
+    best = choose(goals, baseline, options.margin / 100)
+    calibration = evaluate(on, methods=method_specs(tried.labelled()), show=_silent)
+    if best is None:
+        raise VlmfixError(
+            f"none of {len(goals)} settings lowers {baseline.name} below {100 * baseline.hallucination:.1f} while "
+            f"losing at most {options.margin:g} points of {' and '.join(baseline.guards)}: nothing was written. The "
+            f"settings are in {on.out}/report.md; raise --margin, --budget or --limit, or search elsewhere with --range"
+        )
+    chosen = tried.trials[best][0]
+    show(f"chosen: {chosen!r}; now on {'held-out images' if off.data else 'the held-out split'}")
+    rows = {CHOSEN: chosen} if chosen == start else {START: start, CHOSEN: chosen}
+    heldout = evaluate(off, methods=method_specs(rows), show=_silent)
+    recipe = {
+        "methods": [chosen.to_dict()],
+        "rule": f"lowest {baseline.name} that loses at most {options.margin:g} points of {', '.join(baseline.guards)}",
+        "searched": {key: _spell(value) for key, value in space.items()},
+        "command": options.run.command_line,
+        "settings_tried": len(goals),
+        **recipe_text(calibration, heldout, tried.labels[best], baseline),
+    }
+    write_json(out, recipe)
+    show(tuning_table(recipe))
+    show(f"written: {out} (patch(model, {str(out)!r})), {on.out}, {off.out}")
+    return recipe
+
+
+def starting_setting(method: str, fixed: Mapping[str, Any]) -> Method:
+    """The method a search starts from: by name, or from a recipe file of one method."""
+    if method in method_names() or not method.endswith(".json"):
+        return make_method(method, fixed)
+    found = load_recipe(method)
+    if len(found) != 1:
+        raise VlmfixError(f"--method {method}: tune takes one method, the recipe holds {len(found)}")
+    return method_from_dict({**found[0].to_dict(), **fixed})
+
+
+@dataclass
+class _Tried:
+    """The baseline and every setting with what came of it."""
+
+    baseline: Goal
+    trials: list[tuple[Method, Goal]]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the settings in the tables, in the order they were tried."""
+        return [f"{number:02d}" for number in range(1, len(self.trials) + 1)]
+
+    def labelled(self) -> dict[str, Method]:
+        """The settings by name."""
+        return {label: method for label, (method, _) in zip(self.labels, self.trials, strict=True)}
+
+
+def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Callable[[str], None]) -> _Tried:
+    """Evaluate setting after setting with one loaded model; answers of an earlier, interrupted run are used again."""
+    loaded: list[Any] = []
+    shard = Shard.here()
+
+    def answered(run: EvalRun, log: AnswerLog) -> Goal:
+        plan = AnswerPlan(run)
+        missing = plan.missing(log)
+        if missing:
+            if not loaded:
+                loaded.append(load_run_model(run, shard))
+            generate_answers(run, plan, log, missing, shard, model=loaded[0])
+        return goal_of(
+            score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0]
+        )
+
+    check_folder(base, any_methods=True)
+    with AnswerLog(base.folder / ANSWERS, keep=base.options.resume) as log:
+        tried = _Tried(answered(base, log), [])
+        show(f"none: {_describe(tried.baseline)}")
+        for method in search.settings(options.budget):
+            tried.trials.append((method, tried.baseline))
+            run = with_methods(base, method_specs(tried.labelled()))
+            goal = answered(run, log)
+            tried.trials[-1] = (method, goal)
+            search.tell(method, goal, tried.baseline, options.margin / 100)
+            mark = "" if admitted(goal, tried.baseline, options.margin / 100) else "  (loses too much)"
+            values = ", ".join(f"{key}={getattr(method, key)!r}" for key in search.space)
+            show(f"{tried.labels[-1]}: {_describe(goal)}  {values}{mark}")
+    final = with_methods(base, method_specs(tried.labelled()))
+    if not (base.folder / CONFIG).is_file() or read_config(base.folder)["settings"] != final.settings:
+        write_config(final, runtime=None, resolved=None)  # Nothing was missing, of a run that had tried more.
+    return tried
+
+
+def _describe(goal: Goal) -> str:
+    figures = {goal.name: goal.hallucination, **goal.guards}
+    return "  ".join(f"{name} {100 * value:5.1f}" for name, value in figures.items())
+
+
+def _spell(space: Any) -> str:
+    if hasattr(space, "values"):
+        return "{" + ", ".join(json.dumps(value) for value in space.values) + "}"
+    return f"[{space.low:g}, {space.high:g}]" + (" (log)" if space.log else "")
+
+
+def _silent(line: str) -> None:
+    """The tables of both runs stand in their folders."""
+
+
+_EPILOG = """\
+examples:
+  vlmfix tune --method vhr                         on the embedded testbed: calibration split, then the held-out one
+  vlmfix tune --method pai --benchmark pope chair --budget 30 --range alpha=0.02:0.5
+  vlmfix tune --method act.json --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 200 --confirm 500
+
+Of the settings tried, the one with the lowest CHAIR_i wins whose recall (and POPE accuracy, if asked) falls by at most
+the margin; with POPE alone, the lowest share of absent objects confirmed, at its recall. An interrupted search goes on
+when the same command is typed again. vlmfix.patch(model, "vhr-tuned.json") takes the recipe.
+"""
+
+
+def add_tune(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "tune",
+        help="search a method's parameters, and confirm the choice on other images",
+        description="Search a method's parameters on calibration images, choose by a fixed rule, confirm on held-out "
+        "images, write a recipe with both figures side by side.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what to tune")
+    add_model(what)
+    what.add_argument("--method", required=True, metavar="NAME", help="a method, or a recipe file to start from")
+    what.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="parameters that stay fixed"
+    )
+    what.add_argument(
+        "--range",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=RANGE",
+        help="what to search, alpha=1.1:2.0 or layers=null,0: (default: what the method declares)",
+    )
+    what.add_argument("--budget", type=int, default=20, metavar="N", help="settings to try (default: 20)")
+    what.add_argument(
+        "--margin", type=float, default=1.0, metavar="POINTS", help="what recall may lose, in points (default: 1)"
+    )
+    what.add_argument(
+        "--benchmark", nargs="+", choices=("chair", "pope"), default=["chair"], help="benchmarks (default: chair)"
+    )
+    data = add_data(parser, limit="images to choose on, drawn by seed (default: 200)")
+    data.add_argument(
+        "--confirm", type=int, metavar="N", help="images to confirm on (default: 500; on the testbed 400, 200 for POPE)"
+    )
+    data.add_argument("--confirm-ids", type=Path, metavar="FILE", help="their ids, beside --ids for those to choose on")
+    add_prompts(parser)
+    add_machine(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD-tuned.json)")
+    output.add_argument("--folder", type=Path, metavar="DIR", help="folder of both runs (default: runs/tune-METHOD)")
+    output.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what DIR holds (default: on)"
+    )
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Tune as asked."""
+    from ..options import eval_options
+
+    tune(
+        TuneOptions(
+            method=options.method,
+            settings=tuple(options.set),
+            ranges=tuple(options.range),
+            budget=options.budget,
+            margin=options.margin,
+            confirm=options.confirm,
+            confirm_ids=options.confirm_ids,
+            out=options.out,
+            run=replace(eval_options(options), verb="tune", out=options.folder),
+        ),
+        show,
+    )

@@ -1,0 +1,1 @@
+"""Applies methods to one forward of a model."""

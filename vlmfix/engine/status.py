@@ -1,0 +1,113 @@
+"""What a patch did so far, and how it describes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlmfix.methods.base import Method
+
+if TYPE_CHECKING:
+    from vlmfix.methods.views import Run
+
+
+class Counters:
+    """What a patch did so far, added up on the device it happens on, without waiting for it.
+
+    Everything is a tensor: a Python number that changes in every forward would make compiled code compile again.
+    """
+
+    PROMPTS, WITHOUT_IMAGE, DECODE_STEPS, NUM_FORWARD_COUNTS = range(4)
+
+    def __init__(self, num_methods: int) -> None:
+        self._size = self.NUM_FORWARD_COUNTS + num_methods
+        self._totals: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, run: Run) -> None:
+        """Add a finished forward."""
+        totals = self._on(run.image_mask.device)
+        if run.begins:
+            totals[self.PROMPTS].add_(1)
+            totals[self.WITHOUT_IMAGE].add_(int(not run.state.any_image))
+        else:
+            totals[self.DECODE_STEPS].add_(1)
+        for index, counts in enumerate(run.edited):
+            alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[torch.Tensor]] = {}
+            for count in counts:
+                alike.setdefault((count.device, count.dtype, count.shape), []).append(count)
+            for group in alike.values():
+                self._on(group[0].device)[self.NUM_FORWARD_COUNTS + index].add_(torch.stack(group).sum())
+
+    def count(self, index: int, edited: torch.Tensor) -> None:
+        """Add a 0-d integer tensor to what method number ``index`` has edited; -1: to the decode steps."""
+        self._on(edited.device)[self.NUM_FORWARD_COUNTS + index].add_(edited)
+
+    def _on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._totals:
+            with torch.inference_mode(False):
+                self._totals[device] = torch.zeros(self._size, dtype=torch.int64, device=device)
+        totals = self._totals[device]
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # CUDA graphs write to fixed addresses, and are given up where an input is written to that has none.
+            torch._dynamo.mark_static_address(totals)
+        return totals
+
+    def read(self) -> tuple[int, int, int, tuple[int, ...]]:
+        """Prompts, prompts without an image, decode steps, and edited (sample, head, row) triples per method.
+
+        Waits for the device.
+        """
+        sums = [0] * self._size
+        for totals in self._totals.values():
+            sums = [total + count for total, count in zip(sums, totals.tolist(), strict=True)]
+        prompts, without_image, decode_steps, *edited = sums
+        return prompts, without_image, decode_steps, tuple(edited)
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What is active on a model.
+
+    Attributes:
+        model: The model's class name.
+        methods: The methods, bound to the model: layers and dimensions resolved.
+        layers: Layers with at least one edit.
+        image_token_ids: Ids taken for image tokens.
+        prompts: Prompts (prefills) seen so far.
+        prompts_without_image: Those among them without any image token: exact no-ops.
+        decode_steps: Decode forwards so far.
+        edited: Per method, edited (sample, head, row) triples so far, (sample, block, row) triples where it edits block
+            outputs, next tokens where it replaces their logits: the proof that it acts.
+        notes: What to know about the methods on this model.
+    """
+
+    model: str
+    methods: tuple[Method, ...]
+    layers: tuple[int, ...]
+    image_token_ids: tuple[int, ...]
+    prompts: int
+    prompts_without_image: int
+    decode_steps: int
+    edited: tuple[int, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A few readable lines."""
+        lines = [
+            f"{self.model} patched with {describe(self.methods)}",
+            f"  layers {', '.join(map(str, self.layers))}; image token ids {', '.join(map(str, self.image_token_ids))}",
+            f"  {self.prompts} prompts ({self.prompts_without_image} without an image), "
+            f"{self.decode_steps} decode steps",
+        ]
+        for method, edited in zip(self.methods, self.edited, strict=True):
+            lines.append(f"  {method.name}: {edited} {method.counts} edited")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def describe(methods: Sequence[Method]) -> str:
+    """Name methods with their parameters."""
+    return " + ".join(repr(method) for method in methods)

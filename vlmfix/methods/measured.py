@@ -1,0 +1,319 @@
+"""What is measured once per model and given to a method: written as JSON, read back from a dict or a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from vlmfix.errors import DataError, MethodError
+from vlmfix.files import read_json
+from vlmfix.methods.base import Method
+from vlmfix.model.anatomy import Anatomy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Measured:
+    """Base of frozen dataclasses whose fields are numbers, texts and (nested) tuples of them.
+
+    Attributes:
+        noun: What it is, for messages and file names ("ranking").
+    """
+
+    noun: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            MethodError: It is something else.
+        """
+        try:
+            return cls(**data)
+        except TypeError as error:
+            fields = ", ".join(field.name for field in dataclasses.fields(cls))
+            found = str(error).rpartition("() ")[2]
+            raise MethodError(f"{cls.noun.capitalize()}: expected {fields}; {found}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a JSON file.
+
+        Raises:
+            MethodError: The file is missing or holds something else.
+        """
+        try:
+            data = read_json(Path(path), what=f"{cls.noun} file", remedy="write it again, or give another")
+        except DataError as error:
+            raise MethodError(f"Cannot read the {cls.noun} {path}: {error}.") from error
+        if not isinstance(data, dict):
+            raise MethodError(f"{path} holds no {cls.noun}: expected a JSON object.")
+        return cls.from_dict(data)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A calibrated method, ready for ``vlmfix.patch(model, calibration)`` and ``vlmfix.save_recipe``.
+
+    Attributes:
+        method: The method, with what was learned in its parameters.
+        provenance: JSON-ready: model, samples, counts, options, versions, and the scores the choice rests on
+            (``scores[name][i][head]`` belongs to layer ``layers[i]``).
+    """
+
+    method: Method
+    provenance: dict[str, Any] = field(repr=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write a recipe file with the provenance beside the method; ``patch`` and ``load_recipe`` read it."""
+        data = {"methods": [self.method.to_dict()], "calibration": self.provenance}
+        text = json.dumps(data, indent=1, allow_nan=False)
+        # Innermost lists on one line: a newline is never part of a JSON string.
+        text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: tensors as lists, numbers to 6 digits, ``None`` for what is not finite."""
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(each) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+Heads = tuple[tuple[int, int], ...]
+
+
+class Shape(NamedTuple):
+    """What tells a checkpoint's architecture from others, as far as a config can."""
+
+    model_type: str
+    text_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    image_size: int
+
+
+def shape_of(anatomy: Anatomy) -> Shape:
+    """Return a model's shape; parts its config does not know are 0."""
+    config, text = anatomy.model.config, anatomy.text_config
+    size = getattr(getattr(config, "vision_config", None), "image_size", 0)
+    return Shape(
+        model_type=config.model_type,
+        text_type=text.model_type,
+        hidden_size=anatomy.hidden_size,
+        num_layers=anatomy.num_layers,
+        num_heads=anatomy.num_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or anatomy.num_heads,
+        image_size=size if isinstance(size, int) else 0,  # some have one per side
+    )
+
+
+HALLUCINATION_HEADS: dict[Shape, tuple[str, Heads]] = {
+    Shape("llava", "llama", 4096, 32, 32, 32, 336): (
+        "LLaVA-1.5-7B",
+        (
+            *((16, 29), (26, 9), (13, 31), (15, 10), (20, 12), (30, 9), (19, 18), (17, 0), (18, 9), (26, 28)),
+            *((19, 27), (18, 26), (15, 25), (14, 16), (31, 26), (15, 24), (31, 3), (22, 20), (27, 29), (17, 28)),
+        ),
+    ),
+    Shape("llava", "llama", 5120, 40, 40, 40, 336): (
+        "LLaVA-1.5-13B",
+        (
+            *((0, 8), (29, 27), (23, 18), (20, 11), (36, 26), (19, 37), (22, 16), (22, 34), (21, 31), (20, 34)),
+            *((37, 11), (17, 25), (35, 10), (17, 5), (15, 26), (0, 22), (19, 5), (19, 0), (14, 1), (23, 20)),
+            *((21, 6), (30, 24), (26, 27), (21, 32), (15, 28), (15, 31), (19, 30), (20, 8), (19, 14), (14, 9)),
+            *((39, 26), (25, 1), (18, 32), (17, 27), (39, 32)),
+        ),
+    ),
+    Shape("llava_next", "llama", 7168, 60, 56, 8, 336): (
+        "LLaVA-1.6-34B",
+        ((45, 34), (43, 4), (43, 48), (44, 29), (35, 47), (40, 27), (54, 34), (37, 48), (43, 2), (41, 34)),
+    ),
+}
+"""The hallucination heads of AD-HH (Yang, Li, Cao and Xu, ICLR 2025), most harmful first, by the shape of the model
+they were found in. A checkpoint fine-tuned from one of these models has the same shape."""
+
+
+@dataclass(frozen=True, repr=False)
+class LayerRanking(Measured):
+    """Recovery rates of the blocks of every layer, see ``vlmfix.probes.causal_trace``.
+
+    Attributes:
+        model: Name of the checkpoint they were measured on (the last part of its path or hub id counts).
+        rr_attn: Recovery rates of the attention blocks, one per decoder layer; may be negative.
+        rr_mlp: Those of the MLP blocks.
+        token: The group of tokens that was patched.
+    """
+
+    noun: ClassVar[str] = "ranking"
+
+    model: str
+    rr_attn: tuple[float, ...]
+    rr_mlp: tuple[float, ...]
+    token: str = "last"
+
+    def __post_init__(self) -> None:
+        """Normalise what JSON delivers, then check it."""
+        for name in ("rr_attn", "rr_mlp"):
+            object.__setattr__(self, name, _rates(getattr(self, name), name))
+        if len(self.rr_attn) != len(self.rr_mlp):
+            raise MethodError(
+                f"Ranking: 'rr_attn' has {len(self.rr_attn)} layers and 'rr_mlp' {len(self.rr_mlp)}; expected one rate "
+                "per decoder layer in both."
+            )
+        for name in ("model", "token"):
+            if not isinstance(getattr(self, name), str):
+                raise MethodError(f"Ranking: {name!r} must be a text, got {getattr(self, name)!r}.")
+
+    def __repr__(self) -> str:
+        """Without the numbers: they are many."""
+        return f"LayerRanking(model={self.model!r}, {len(self.rr_attn)} layers, token={self.token!r})"
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse a model other than the one measured.
+
+        Raises:
+            MethodError: Another depth or another checkpoint.
+        """
+        if len(self.rr_attn) != anatomy.num_layers:
+            raise MethodError(
+                f"iri: the ranking is of {self.model!r} with {len(self.rr_attn)} layers, and this model has "
+                f"{anatomy.num_layers}. Rankings do not carry over. {how_to_rank(anatomy)}"
+            )
+        found = checkpoint_name(anatomy)
+        if Path(self.model).name != found:
+            raise MethodError(
+                f"iri: the ranking is of the checkpoint {self.model!r}, and this model is {found!r}. Rankings do not "
+                f"carry over. {how_to_rank(anatomy)} If it is the same checkpoint under another name, write that name "
+                "into the ranking."
+            )
+
+
+def checkpoint_name(anatomy: Anatomy) -> str:
+    """Return the last part of a model's path or hub id; empty for a model that was not loaded from one."""
+    return Path(str(anatomy.model.config._name_or_path or "")).name
+
+
+def how_to_rank(anatomy: Anatomy) -> str:
+    """Return the line to type."""
+    name = str(anatomy.model.config._name_or_path or "MODEL")
+    return (
+        f"Measure one: vlmfix calibrate iri --model {name} --data COCO_DIR --limit 50 --out iri.json, then "
+        "vlmfix.patch(model, 'iri.json')."
+    )
+
+
+def _rates(value: Any, name: str) -> tuple[float, ...]:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not is_list or not all(_is_rate(each) for each in value):
+        raise MethodError(f"Ranking: {name!r} must be a list of finite numbers, one per decoder layer.")
+    return tuple(float(each) for each in value)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Table = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, repr=False)
+class HeadStatistics(Measured):
+    """Mean attention to generated text at the tokens of real and of hallucinated objects.
+
+    Attributes:
+        real: ``[num_layers][num_heads]`` over all layers and heads; layers that were not measured hold zeros.
+        hallucinated: The same at hallucinated objects.
+        num_real: How many tokens the means are over.
+        num_hallucinated: The same of hallucinated objects.
+        kind: ``"mean"``: attention per generated key. ``"share"``: their sum.
+        model: Name of the model.
+        prompt: The prompt that was answered.
+    """
+
+    noun: ClassVar[str] = "statistics"
+
+    real: Table
+    hallucinated: Table
+    num_real: int
+    num_hallucinated: int
+    kind: Literal["mean", "share"] = "mean"
+    model: str = ""
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        """Normalise what JSON delivers, then check it."""
+        for name in ("real", "hallucinated"):
+            object.__setattr__(self, name, _table(getattr(self, name), name))
+        shapes = {(len(table), len(row)) for table in (self.real, self.hallucinated) for row in table}
+        if len(shapes) != 1:
+            raise MethodError(f"Statistics: 'real' and 'hallucinated' must have one shape, found {sorted(shapes)}.")
+        for name in ("num_real", "num_hallucinated"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MethodError(f"Statistics: {name!r} must be a whole number >= 1, got {value!r}.")
+        if self.kind not in ("mean", "share"):
+            raise MethodError(f"Statistics: 'kind' must be mean or share, got {self.kind!r}.")
+
+    def __repr__(self) -> str:
+        """Without the numbers: they are many."""
+        layers, heads = self.shape
+        return (
+            f"HeadStatistics({layers} layers of {heads} heads, {self.num_real} real and {self.num_hallucinated} "
+            f"hallucinated tokens, kind={self.kind!r}, model={self.model!r})"
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and heads."""
+        return len(self.real), len(self.real[0])
+
+    def threshold(self, layer: int, beta: float) -> float:
+        """Return ``Hal_l + beta (Real_l - Hal_l)``, sums over the heads of a layer."""
+        real, hallucinated = sum(self.real[layer]), sum(self.hallucinated[layer])
+        return hallucinated + beta * (real - hallucinated)
+
+    def ratios(self, layer: int) -> list[float]:
+        """Return ``M_lh``, real over hallucinated, of the heads of a layer."""
+        return [real / hal for real, hal in zip(self.real[layer], self.hallucinated[layer], strict=True)]
+
+
+def _table(value: Any, name: str) -> Table:
+    is_table = isinstance(value, Sequence) and len(value) > 0 and all(_are_weights(row) for row in value)
+    if not is_table:
+        raise MethodError(f"Statistics: {name!r} must be a table [layers][heads] of finite numbers >= 0.")
+    return tuple(tuple(float(each) for each in row) for row in value)
+
+
+def _are_weights(row: Any) -> bool:
+    return (
+        isinstance(row, Sequence)
+        and not isinstance(row, str)
+        and len(row) > 0
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf for x in row)
+    )

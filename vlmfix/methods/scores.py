@@ -1,0 +1,176 @@
+"""Edits of attention scores that several methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmfix.methods.base import Method
+from vlmfix.methods.selection import layers_by_depth
+from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.model.anatomy import Anatomy, AttentionKind
+
+
+@dataclass(frozen=True)
+class RaisesImageScores(Method):
+    """Base of the methods that raise the image's scores in the row that predicts the next token.
+
+    Attributes:
+        alpha: Strength, >= 0; 0 is the identity.
+        edit_prompt: Edit the prompt's last row too, not only those of generated tokens.
+    """
+
+    edits_scores: ClassVar[bool] = True
+
+    alpha: float = 1.0
+    edit_prompt: bool = True
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` is 0."""
+        return self.alpha == 0
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """The last row, unless switched off."""
+        return "last" if self.edit_prompt else "none"
+
+
+def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Add ``gain_j |s_j|`` to the scores, in place where autograd does not mind: never lowers one.
+
+    Args:
+        scores: ``[batch, num_heads, rows, keys]``.
+        gain: fp32 ``[batch, 1, 1, keys]``, >= 0.
+    """
+    if scores.requires_grad:
+        return torch.addcmul(scores, scores.abs(), gain)
+    return scores.addcmul_(scores.abs(), gain)
+
+
+def raise_keys(
+    scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raise the scores of a layer by gains that all layers with the same keys share.
+
+    Args:
+        scores: ``[batch, num_heads, rows, keys]``.
+        layer: The layer.
+        make_gain: Returns the gains, fp32 ``[batch, keys]``, >= 0.
+
+    Returns:
+        The scores and which rows have a raised key, bool ``[batch, num_heads, rows]``.
+    """
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        gain = make_gain()[:, None, None]
+        return gain, (gain > 0).any(3)
+
+    gain, edited = layer.per_keys(make, scores)
+    return raise_scores(scores, gain), edited.expand(scores.shape[:3])
+
+
+def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Return which of some keys each row sees: bool ``[batch, 1 or num_heads, 1 or rows, keys]``.
+
+    Args:
+        keys: Bool ``[batch, keys]``.
+        allowed: Bool, broadcastable to the scores ``[batch, num_heads, rows, keys]``.
+    """
+    return keys[:, None, None] & allowed
+
+
+def log_mass(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the log of the unnormalised weight of some keys: ``log sum_j exp(s_j)``.
+
+    Args:
+        scores: ``[batch, num_heads, rows, keys]``, fp32.
+        keys: Bool, broadcastable to ``scores``.
+
+    Returns:
+        fp32 ``[batch, num_heads, rows]``; minus infinity where there are no keys.
+    """
+    return scores.masked_fill(~keys, -torch.inf).logsumexp(-1)
+
+
+def scale_heads(head_outputs: torch.Tensor, scale: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """Multiply head outputs in all rows of samples with an image, and count them.
+
+    Args:
+        head_outputs: ``[batch, q_len, num_heads, head_dim]``.
+        scale: fp32 ``[num_heads]``; heads with 1 come back bit for bit.
+        layer: The layer.
+    """
+    has_image, num_rows = layer.once(lambda: _rows_with_image(layer))
+    layer.count(num_rows.to(scale.device) * (scale != 1).sum())
+    per_sample = torch.where(has_image.to(scale.device)[:, None], scale, 1.0)
+    return head_outputs * per_sample[:, None, :, None].to(head_outputs.dtype)
+
+
+def _rows_with_image(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which samples have an image, bool ``[batch]``, and how many rows these have in all, padding left out."""
+    run = layer.run
+    has_image = run.has_image
+    num_rows = run.num_prompt_rows() if run.is_prefill else run.q_len
+    return has_image, (has_image * num_rows).sum()
+
+
+@dataclass(frozen=True)
+class RaisesGeneratedText(Method):
+    """Base of the methods that raise attention to generated text, in the rows of generated tokens alone.
+
+    Attributes:
+        alpha: Strength, >= 0; 0 is the identity.
+    """
+
+    alpha: float = 1.0
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for a parameter out of range."""
+        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ``alpha`` is 0."""
+        return self.alpha == 0
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """None."""
+        return "none"
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
+        return ("joint", "text")
+
+    def default_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers 5 to 17 of 32, scaled."""
+        return generated_text_layers(num_layers)
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say when the layers are wider than the paper's."""
+        return scope_note(self.name, self.layer_indices, anatomy.num_layers)
+
+
+def generated_text_layers(num_layers: int) -> tuple[int, ...]:
+    """Layers 5 to 17 of 32, scaled to the model's depth."""
+    return layers_by_depth(5, 17, 32, num_layers)
+
+
+def scope_note(name: str, layers: Sequence[int], num_layers: int) -> tuple[str, ...]:
+    """Say when layers outside the default ones were chosen."""
+    scope = generated_text_layers(num_layers)
+    if set(layers) <= set(scope):
+        return ()
+    return (
+        f"{name}: layers outside {scope[0]}..{scope[-1]} (5..17 of 32, scaled): wider scopes broke the paper's texts",
+    )

@@ -1,0 +1,258 @@
+"""The one attention function registered with transformers: the model's own kernel, and explicit rows beside it.
+
+It is registered under one inert name and only reached by attention modules whose config copy asks for it
+(``vlmfix.patching``). Softmax is written out only for the query rows a method edits, in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.images import _block_mask_rows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmfix.engine.attend import Opening
+    from vlmfix.engine.plan import Site
+
+
+ATTENTION_NAME = "vlmfix"
+"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
+
+
+CHUNK_ELEMENTS = 2**24
+"""Most attention weights written out at a time (64 MiB in fp32)."""
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of one attention call.
+
+    Attributes:
+        site: The patched module's site.
+        module: The attention module.
+        query: ``[batch, num_heads, q_len, head_dim]``, rotary embedding applied.
+        key: ``[batch, num_kv_heads, keys, head_dim]``, cache included, not repeated for grouped queries.
+        value: ``[batch, num_kv_heads, keys, value_dim]``.
+        attention_mask: What the stock model made for its own kernel, or ``None`` for causal.
+        kwargs: Everything else.
+        openings: Pairs opened by methods; the explicit rows see them, the base kernel does not.
+        heads: The query heads in hand, where a call holds only some of its layer's; ``None`` for all.
+        head_index: The same on the call's device, int64.
+    """
+
+    site: Site
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_mask: Any
+    kwargs: dict[str, Any]
+    openings: tuple[Opening, ...] = ()
+    heads: tuple[int, ...] | None = None
+    head_index: torch.Tensor | None = None
+
+    def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the model's own kernel: ``[batch, q_len, num_heads, value_dim]`` and its weights, if it returns them."""
+        kernel, module = base_kernel(self.site, self.module)
+        output: tuple[torch.Tensor, torch.Tensor | None] = kernel(
+            module, self.query, self.key, self.value, self.attention_mask, **self.kwargs
+        )
+        return output
+
+    def of_heads(self, heads: tuple[int, ...], head_index: torch.Tensor, key_index: torch.Tensor) -> AttentionCall:
+        """Return the call of some query heads alone, each with its own copy of its key head.
+
+        Args:
+            heads: The query heads.
+            head_index: The same, int64 on the call's device.
+            key_index: The key heads they share, int64 on the call's device.
+        """
+        num_heads, mask, kwargs = self.query.shape[1], self.attention_mask, self.kwargs
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == num_heads > 1:
+            mask = mask.index_select(1, head_index)
+        bias = kwargs.get("position_bias")
+        if bias is not None and bias.shape[1] == num_heads > 1:
+            kwargs = {**kwargs, "position_bias": bias.index_select(1, head_index)}
+        return self._replace(
+            query=self.query.index_select(1, head_index),
+            key=self.key.index_select(1, key_index),
+            value=self.value.index_select(1, key_index),
+            attention_mask=mask,
+            kwargs=kwargs,
+            heads=heads,
+            head_index=head_index,
+        )
+
+    def row_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``."""
+        per_row = self.query.shape[0] * self.query.shape[1] * self.key.shape[2]
+        size = max(1, CHUNK_ELEMENTS // per_row)
+        for first in range(start, stop, size):
+            yield first, min(first + size, stop)
+
+
+class _WithConfig:
+    """An attention module as its stock kernel expects it: the same module, with the original config.
+
+    Flash kernels read ``module.config._attn_implementation`` to choose their library.
+    """
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module = module
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def base_kernel(site: Site, module: nn.Module) -> tuple[Callable[..., Any], Any]:
+    """Return the attention function the unpatched module would call now, and the module to hand to it."""
+    implementation = site.base_config._attn_implementation
+    if implementation is None or implementation == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward, module
+    kernel = AttentionInterface()[implementation]
+    return kernel, _WithConfig(module, site.base_config) if "flash" in implementation else module
+
+
+def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Write out the scores of some query rows, before the softmax.
+
+    Args:
+        call: The attention call.
+        start: First query row, relative to the forward.
+        stop: End of the rows.
+
+    Returns:
+        fp32 ``[batch, num_heads, stop - start, keys]``, a fresh tensor, scaled and capped, with the additive parts of
+        the mask; and the keys each row sees (bool, broadcastable to it), or ``None`` for all. Scores of hidden keys are
+        arbitrary.
+
+    Raises:
+        UnsupportedFeatureError: The layer adds terms to its scores that are not written out here.
+    """
+    kwargs = call.kwargs
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedFeatureError(
+            f"{call.site.name} has learned sinks (s_aux) in its softmax, which methods that edit attention scores or "
+            "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
+        )
+    implementation = call.site.base_config._attn_implementation or "eager"
+    key, allowed = _allowed_keys(call, start, stop, implementation)
+    query = call.query[:, :, start:stop]
+    scaling = kwargs.get("scaling")
+    scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if query.dtype == torch.float16:  # unscaled scores overflow where those of fused kernels do not
+        power = 2.0 ** math.floor(math.log2(scaling))  # exact, unlike the scaling itself
+        query, scaling = query * power, scaling / power
+    scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
+    scores = _ungrouped(scores, stop - start).float()
+    scores = scores * scaling if scores.requires_grad else scores.mul_(scaling)
+    softcap = kwargs.get("softcap")
+    if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
+        scores = torch.tanh(scores / softcap) * softcap
+    position_bias = kwargs.get("position_bias")
+    if position_bias is not None:
+        scores = scores + position_bias[:, :, start:stop, : scores.shape[-1]]
+    if allowed is not None and allowed.dtype != torch.bool:
+        bias, allowed = allowed, allowed > torch.finfo(allowed.dtype).min / 2
+        scores = scores + bias.masked_fill(~allowed, 0.0)
+    for opening in call.openings:
+        pairs = opening.pairs(start, stop)[..., : scores.shape[-1]]
+        if allowed is not None:
+            newly = pairs & ~allowed
+            scores = scores + opening.bias * newly
+            allowed = allowed | pairs
+    return scores, allowed
+
+
+def visible_keys(call: AttentionCall, start: int, stop: int) -> torch.Tensor | None:
+    """Say which keys some query rows see, apart from pairs opened by methods.
+
+    Returns:
+        Bool ``[batch or 1, num_heads or 1, stop - start, keys]``, where ``keys`` may be fewer than the call has: no row
+        sees the others; or ``None`` when every row sees every key.
+    """
+    implementation = call.site.base_config._attn_implementation or "eager"
+    _, allowed = _allowed_keys(call, start, stop, implementation)
+    if allowed is None or allowed.dtype == torch.bool:
+        return allowed
+    return allowed > torch.finfo(allowed.dtype).min / 2
+
+
+def masked_softmax(scores: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys each row sees; a row that sees none is spread evenly, as by the stock kernels' masks.
+
+    Overwrites the scores of hidden keys, which mean nothing, unless autograd needs them.
+    """
+    if allowed is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~allowed, lowest) if scores.requires_grad else scores.masked_fill_(~allowed, lowest)
+    return torch.softmax(scores, dim=-1)
+
+
+def weighted_values(call: AttentionCall, attn_weights: torch.Tensor) -> torch.Tensor:
+    """Weigh the values: ``[batch, num_heads, rows, keys]`` to head outputs ``[batch, rows, num_heads, value_dim]``."""
+    value = call.value[:, :, : attn_weights.shape[-1]]
+    outputs = _grouped(attn_weights.to(value.dtype), value.shape[1]) @ value
+    return _ungrouped(outputs, attn_weights.shape[2]).transpose(1, 2)
+
+
+def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Head outputs of explicit weights, and the weights themselves where the base kernel would return them."""
+    outputs = weighted_values(call, attn_weights).contiguous()
+    is_eager = (call.site.base_config._attn_implementation or "eager") == "eager"
+    return outputs, attn_weights.to(outputs.dtype) if is_eager else None
+
+
+def _grouped(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """Fold query heads that share a key head into rows: ``[batch, num_kv_heads, group * rows, ...]``."""
+    batch, num_heads, rows, size = states.shape
+    return states.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, size)
+
+
+def _ungrouped(states: torch.Tensor, rows: int) -> torch.Tensor:
+    """Undo ``_grouped``: ``[batch, num_heads, rows, ...]``."""
+    batch, num_kv_heads, grouped_rows, size = states.shape
+    return states.reshape(batch, num_kv_heads * grouped_rows // rows, rows, size)
+
+
+def _allowed_keys(
+    call: AttentionCall, start: int, stop: int, implementation: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the keys to score and which of them each row may see.
+
+    The mask is what the stock model made for its kernel: bool (true = attend) or additive, ``[batch, 1 or heads, rows,
+    keys]``, or ``None`` when every key is visible.
+    """
+    mask, key = call.attention_mask, call.key
+    q_len, num_keys = call.query.shape[2], key.shape[2]
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        return key, mask[:, :, start:stop, :num_keys]
+    is_flash = "flash" in implementation
+    if mask is None and not is_flash:
+        is_causal = call.kwargs.get("is_causal")
+        if q_len == 1 or not (is_causal if is_causal is not None else getattr(call.module, "is_causal", True)):
+            return key, None
+        # As in transformers' sdpa: causal from the first key on (a longer static cache is still empty behind them).
+        rows = torch.arange(start, stop, device=key.device)[:, None]
+        return key[:, :, :q_len], (torch.arange(q_len, device=key.device) <= rows)[None, None]
+    rows = torch.arange(start, stop, device=key.device)[:, None] + num_keys - q_len
+    columns = torch.arange(num_keys, device=key.device)
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        return key, _block_mask_rows(mask, call.query.shape[0], torch.arange(start, stop, device=key.device), columns)
+    allowed = (columns <= rows)[None, None]
+    window = call.kwargs.get("sliding_window")
+    if window is not None:
+        allowed = allowed & (columns > rows - window)
+    if mask is not None:  # flash attention's 2-D mask of keys that are no padding
+        allowed = allowed & F.pad(mask[:, -num_keys:].bool(), (max(num_keys - mask.shape[-1], 0), 0))[:, None, None]
+    return key, allowed

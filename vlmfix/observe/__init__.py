@@ -1,0 +1,1 @@
+"""Lets a model answer and records what happens inside; changes nothing."""

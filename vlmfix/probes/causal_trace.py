@@ -1,0 +1,580 @@
+"""Causal tracing of what the image adds to an answer (FCCT: Causal Tracing of Object Representations, 2511.05923)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from vlmfix.decoding.other_image import each_image, is_image_argument, replace_images
+from vlmfix.engine.start import parameter_names
+from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
+from vlmfix.methods.selection import resolve_layers
+from vlmfix.model.anatomy import RUN_KWARG, Anatomy
+from vlmfix.model.blocks import ResidualBlocks, find_blocks
+from vlmfix.observe.ask import left_as_found, look_at
+from vlmfix.patching import find_patch
+from vlmfix.probes.result import ProbeResult, heat_map, new_axis
+
+Component = Literal["attention", "mlp", "hidden"]
+
+
+COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "hidden")
+"""What the two blocks of a layer add to the residual stream, and what leaves the layer."""
+
+
+Target = tuple[Component, int, str]
+"""What one run patches: a component of a layer, at a group of tokens."""
+
+
+class Tracer:
+    """Runs prompts through the stock model, and reads or replaces what its components give.
+
+    Args:
+        anatomy: The model.
+        answer: Token ids.
+        components: Those to read or replace.
+        layers: Decoder layers.
+        is_patched: Whether a patch is on the model, which forwards must leave out.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        answer: tuple[int, ...],
+        components: tuple[Component, ...],
+        layers: tuple[int, ...],
+        is_patched: bool,
+    ) -> None:
+        self.anatomy = anatomy
+        self._answer = list(answer)
+        self._components = components
+        self._blocks = [blocks for blocks in find_blocks(anatomy) if blocks.layer_idx in layers]
+        self._options: dict[str, Any] = {"use_cache": False, "return_dict": True}
+        # Given as a number, it makes Gemma 4 read but the last row in some layers.
+        reads_all = not any(getattr(site.module, "is_kv_shared_layer", False) for site in anatomy.sites)
+        if "logits_to_keep" in parameter_names(anatomy.model) and reads_all:
+            self._options["logits_to_keep"] = 1
+        if is_patched:
+            self._options[RUN_KWARG] = None
+
+    def probability(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Return the probability of the answer as the next token, fp64 ``[batch]`` on the CPU."""
+        logits = self.anatomy.model(**inputs, **self._options).logits[:, -1].float()
+        found: torch.Tensor = logits.softmax(-1)[:, self._answer].sum(-1)
+        return found.double().cpu()
+
+    def record(
+        self, inputs: Mapping[str, Any], start: int = 0
+    ) -> tuple[torch.Tensor, dict[tuple[Component, int], torch.Tensor]]:
+        """Run prompts and keep what every component gives from column ``start`` on, ``[batch, columns, hidden_size]``.
+
+        Returns:
+            Probabilities of the answer, and the states by component and layer.
+        """
+        seen: dict[tuple[Component, int], torch.Tensor] = {}
+
+        def keep(component: Component, layer: int, states: torch.Tensor) -> None:
+            seen[component, layer] = states[:, start:].clone()
+
+        with self._watched(keep, *inputs["input_ids"].shape):
+            return self.probability(inputs), seen
+
+    def patched(
+        self,
+        inputs: Mapping[str, Any],
+        states: Mapping[tuple[Component, int], torch.Tensor],
+        groups: Mapping[str, torch.Tensor],
+        targets: Sequence[Target],
+        times: int,
+    ) -> torch.Tensor:
+        """Run prompts once per target, with that target's states replaced.
+
+        Args:
+            inputs: The prompts.
+            states: What to put there, by component and layer: the last columns of ``[batch, length, hidden_size]``.
+            groups: Groups of tokens, bool ``[batch, length]``.
+            targets: The targets.
+            times: Targets per forward.
+
+        Returns:
+            Probabilities of the answer, fp64 ``[targets, batch]``.
+        """
+        batch, length = inputs["input_ids"].shape
+        found: list[torch.Tensor] = []
+        for start in range(0, len(targets), times):
+            part = targets[start : start + times]
+
+            def put(
+                component: Component, layer: int, there: torch.Tensor, part: Sequence[Target] = part
+            ) -> torch.Tensor | None:
+                rows = [row for row, target in enumerate(part) if target[:2] == (component, layer)]
+                if not rows:
+                    return None
+                there = there.view(len(part), batch, *there.shape[1:]).clone()
+                new = states[component, layer]
+                for row in rows:
+                    behind = there[row][:, -new.shape[1] :]
+                    mask = groups[part[row][2]][:, -new.shape[1] :, None].to(behind.device)
+                    behind.copy_(torch.where(mask, new, behind))
+                return there.flatten(0, 1)
+
+            with self._watched(put, len(part) * batch, length):
+                found.append(self.probability(repeated(inputs, len(part))).view(len(part), batch))
+        return torch.cat(found)
+
+    @contextmanager
+    def _watched(
+        self, see: Callable[[Component, int, torch.Tensor], torch.Tensor | None], batch: int, length: int
+    ) -> Iterator[None]:
+        """Show all components to a function, and put what it returns in their place."""
+        handles: list[Any] = []
+        try:
+            for blocks, component in itertools.product(self._blocks, self._components):
+                hook = self._hook(see, blocks.layer_idx, component, batch, length)
+                handles.append(_module(blocks, component).register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @staticmethod
+    def _hook(
+        see: Callable[[Component, int, torch.Tensor], torch.Tensor | None],
+        layer: int,
+        component: Component,
+        batch: int,
+        length: int,
+    ) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            new = see(component, layer, states.view(batch, length, -1))
+            if new is None:
+                return None
+            new = new.view(states.shape)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook
+
+
+def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Repeat a batch: all its samples, then all again. Images that follow each other in one tensor do so too."""
+    return {
+        name: torch.cat([value] * times)
+        if isinstance(value, torch.Tensor) and value.dim()
+        else value * times
+        if isinstance(value, list)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _module(blocks: ResidualBlocks, component: Component) -> torch.nn.Module:
+    return blocks.decoder_layer if component == "hidden" else blocks.module(component)
+
+
+SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Standard deviations tried in turn, in units of the normalised image."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How images are corrupted.
+
+    Attributes:
+        kind: ``"noise"``: Gaussian noise is added to the normalised image. ``"mean"``: every image (or tile) becomes
+            its own mean colour, flattened patches their mean patch; nothing is drawn.
+        sigma: Standard deviation of the noise, >= 0.
+        seed: Seed of the noise. Each image has noise of its own, which depends on the seed and the image alone:
+            batches do not matter.
+    """
+
+    kind: Literal["noise", "mean"] = "noise"
+    sigma: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ``MethodError`` for a value out of range."""
+        if self.kind not in ("noise", "mean"):
+            raise MethodError(f"A corruption is 'noise' or 'mean', got {self.kind!r}.")
+        if not isinstance(self.sigma, (int, float)) or not 0 <= self.sigma < math.inf:
+            raise MethodError(f"sigma must be a finite number >= 0, got {self.sigma!r}.")
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a model's inputs with corrupted images; sizes and grids stay.
+
+        Raises:
+            UnsupportedFeatureError: There are no images as the processor gives them.
+        """
+        if not any(is_image_argument(name, value) for name, value in inputs.items()):
+            raise UnsupportedFeatureError(
+                f"No pixel_values to corrupt in {', '.join(inputs)}. Pass what the processor gave for a prompt with an "
+                "image."
+            )
+        return replace_images(inputs, self._corrupted)
+
+    def _corrupted(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
+        return each_image(images, per_image, self._mean if self.kind == "mean" else self._noised)
+
+    def _noised(self, image: torch.Tensor) -> torch.Tensor:
+        content = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())
+        generator = torch.Generator().manual_seed(self.seed + content)
+        noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device)
+        return (image.float() + self.sigma * noise).to(image.dtype)
+
+    @staticmethod
+    def _mean(image: torch.Tensor) -> torch.Tensor:
+        dims = (-2, -1) if image.dim() == 3 else (0,)
+        return image.float().mean(dims, keepdim=True).expand(image.shape).to(image.dtype)
+
+
+@torch.no_grad()
+def choose_sigma(
+    model: object,
+    batches: Callable[[], Iterable[Mapping[str, Any]]],
+    answer: Sequence[int],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    seed: int = 0,
+) -> float:
+    """Return the smallest noise under which the answer's mean probability is at most half of that on the images.
+
+    Args:
+        model: The model.
+        batches: Returns the batches of prompts, each time anew.
+        answer: See ``causal_trace``.
+        sigmas: Standard deviations to try, in this order.
+        seed: Seed of the noise.
+
+    Raises:
+        DataError: None of them is enough.
+    """
+    tracer: Tracer | None = None
+    means: list[float] = []
+    for sigma in (None, *sigmas):
+        sums, count = 0.0, 0
+        for batch in batches():
+            subject = look_at(model, "causal_trace", batch)
+            tracer = tracer or Tracer(subject.anatomy, tuple(answer), (), (), find_patch(model) is not None)
+            with left_as_found(subject.model):
+                sums += float(
+                    tracer.probability(batch if sigma is None else Corruption("noise", sigma, seed)(batch)).sum()
+                )
+            count += len(batch["input_ids"])
+        if not count:
+            raise DataError("No prompts to choose a noise level on.")
+        means.append(sums / count)
+        if sigma is not None and means[-1] <= means[0] / 2:
+            return sigma
+    raise DataError(
+        f"The answer's mean probability is {means[0]:.3f} on the images and still {min(means[1:]):.3f} under noise up "
+        f"to sigma {max(sigmas)}: more than half. Give prompts whose answer needs the image, or corrupt otherwise: "
+        "corruption='mean'."
+    )
+
+
+IMAGE_GROUPS = ("image_before", "image_object", "image_after")
+
+
+TEXT_GROUPS = ("text_before", "text_object", "text_after")
+
+
+GROUPS = (*IMAGE_GROUPS, *TEXT_GROUPS, "last", "all")
+"""Image tokens before, on and after an object; text before the word for it, the word, text after it; the prompt's last
+token. The seven are disjoint and cover all tokens but padding; ``"all"`` is their union."""
+
+
+@dataclass(frozen=True)
+class ObjectPlace:
+    """Where an object is in a sample.
+
+    Attributes:
+        cells: Which of the sample's image tokens show it (0-based, in the order of the prompt). ``None``: all.
+        word: Which of the sample's tokens spell it (0-based, padding left out). Empty: it is not named, and all text
+            comes before it.
+    """
+
+    cells: Sequence[int] | None = None
+    word: Sequence[int] = ()
+
+
+def token_groups(
+    anatomy: Anatomy, inputs: Mapping[str, Any], places: Sequence[ObjectPlace] | None = None
+) -> dict[str, torch.Tensor]:
+    """Sort the tokens of a batch of prompts into ``GROUPS``.
+
+    Image tokens behind the object's first one that do not show it come after it.
+
+    Args:
+        anatomy: The model.
+        inputs: The processor's output.
+        places: Per sample. Default: the whole image, and no word.
+
+    Returns:
+        Bool ``[batch, length]`` by name.
+
+    Raises:
+        MethodError: Places that do not fit the batch.
+    """
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & valid
+    places = [ObjectPlace()] * len(ids) if places is None else places
+    if len(places) != len(ids):
+        raise MethodError(f"places must hold one for each of {len(ids)} samples, got {len(places)}.")
+    last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
+    shown, said = torch.zeros_like(image), torch.zeros_like(image)
+    for sample, place in enumerate(places):
+        pictured, written = image[sample].nonzero()[:, 0], valid[sample].nonzero()[:, 0]
+        shown[sample, _chosen(pictured, place.cells, f"cells of sample {sample}", "image tokens")] = True
+        said[sample, _chosen(written, place.word, f"word of sample {sample}", "tokens")] = True
+    if bool((said & image).any()):
+        raise MethodError("The word for an object cannot be an image token. Count the tokens of the whole prompt.")
+    picture, text, said = image & ~last, valid & ~image & ~last, said & ~last
+    found = {
+        "image_before": picture & ~shown & (shown.cumsum(1) == 0),
+        "image_object": picture & shown,
+        "image_after": picture & ~shown & (shown.cumsum(1) > 0),
+        "text_before": text & ~said & (said.cumsum(1) == 0),
+        "text_object": said,
+        "text_after": text & ~said & (said.cumsum(1) > 0),
+        "last": last,
+        "all": valid,
+    }
+    return {name: found[name] for name in GROUPS}
+
+
+def _chosen(positions: torch.Tensor, chosen: Sequence[int] | None, what: str, among: str) -> torch.Tensor:
+    if chosen is None:
+        return positions
+    if any(not 0 <= each < len(positions) for each in chosen):
+        raise MethodError(f"The {what} must be from 0 to {len(positions) - 1}, its {among}; got {list(chosen)}.")
+    return positions[torch.tensor(list(chosen), dtype=torch.int64, device=positions.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class CausalTrace(ProbeResult):
+    """Which share of an answer comes back when one component's clean output is put into a run on corrupted images.
+
+    ``RR = (P_patched - P_corrupted) / (P_clean - P_corrupted)``: 1 full recovery, 0 none; it may leave [0, 1].
+
+    Attributes:
+        components: Of ``"attention"`` and ``"mlp"`` (what the blocks add to the residual stream) and ``"hidden"`` (what
+            leaves the layer).
+        groups: Groups of tokens that were patched, see ``GROUPS``.
+        recovery: fp64 ``[components, layers, groups]``: mean over samples of RR.
+        ratio_of_means: The same shape: mean recovered probability over mean lost probability; steadier where little
+            is lost.
+        p_clean: fp64 ``[samples]``: probability of the answer on the image.
+        p_corrupted: The same on the corrupted image.
+        p_patched: fp64 ``[samples, components, layers, groups]``: the same with one component patched.
+        is_kept: Bool ``[samples]``: the samples that count: those that lose at least ``floor``.
+        floor: See there.
+        corruption: How images were corrupted.
+        answer: Token ids whose probabilities were added up.
+        model: Name or path of the checkpoint.
+        num_layers: Its depth.
+        ids: Names of the samples.
+    """
+
+    components: tuple[Component, ...]
+    groups: tuple[str, ...]
+    recovery: torch.Tensor
+    ratio_of_means: torch.Tensor
+    p_clean: torch.Tensor
+    p_corrupted: torch.Tensor
+    p_patched: torch.Tensor
+    is_kept: torch.Tensor
+    floor: float
+    corruption: Corruption
+    answer: tuple[int, ...]
+    model: str
+    num_layers: int
+    ids: tuple[int | str, ...]
+
+    def of(self, component: Component, group: str = "last") -> torch.Tensor:
+        """Return the recovery rates of a component at a group of tokens, ``[layers]``."""
+        return self.recovery[self.components.index(component), :, self.groups.index(group)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict."""
+        parts = {name: getattr(self.corruption, name) for name in ("kind", "sigma", "seed")}
+        return super().to_dict() | {"corruption": parts, "num_skipped": int((~self.is_kept).sum())}
+
+    def plot(self, ax: Any = None, *, component: Component | None = None, **options: Any) -> Any:
+        """Draw recovery rates: lines over the layers for one group, else a map of layers and groups.
+
+        Args:
+            ax: A matplotlib axis.
+            component: The component of the map. Default: the first.
+            **options: None.
+        """
+        title = f"causal tracing, {int(self.is_kept.sum())} of {len(self.is_kept)} samples"
+        if len(self.groups) > 1:
+            at = 0 if component is None else self.components.index(component)
+            ax = heat_map(
+                ax,
+                self.recovery[at],
+                self.layers,
+                xlabel="tokens",
+                label="recovery rate",
+                title=f"{title}\n{self.components[at]}",
+            )
+            ax.set_xticks(range(len(self.groups)), [group.replace("_", "\n") for group in self.groups])
+            return ax
+        ax = new_axis(ax)
+        for at, name in enumerate(self.components):
+            if component in (None, name):
+                ax.plot(self.layers, self.recovery[at, :, 0].tolist(), marker="o", markersize=3, label=name)
+        ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        ax.locator_params(axis="x", integer=True)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("recovery rate")
+        ax.set_title(f"{title}\ntokens: {self.groups[0]}")
+        ax.legend()
+        return ax
+
+
+@torch.no_grad()
+def causal_trace(
+    model: object,
+    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    answer: Sequence[int],
+    *,
+    corruption: Corruption | None = None,
+    components: Sequence[Component] = ("attention", "mlp"),
+    groups: Sequence[str] = ("last",),
+    places: Sequence[ObjectPlace] | None = None,
+    layers: Sequence[int] | str | None = None,
+    rows: int = 32,
+    floor: float = 0.05,
+    ids: Sequence[int | str] | None = None,
+) -> CausalTrace:
+    """Trace which components carry what the image says, by patching them into runs on corrupted images.
+
+    Per batch: one clean forward that keeps what the components give, one on the corrupted images, and for each
+    component, layer and group of tokens one in which these tokens of that component are the clean ones; several of them
+    run as one batch whose rows differ only in what is patched. Prompts only, nothing is decoded. The stock model is
+    looked at, also in a patched one, and left as it was.
+
+    Args:
+        model: A Hugging Face vision-language model.
+        inputs: The processor's output for left-padded prompts that ask for one object each, or several such batches.
+        answer: Token ids of the right first answer token; their probabilities are added up (``"Yes"`` in its casings).
+        corruption: How images are corrupted. Default: by the least noise of ``SIGMAS`` that halves the answer's mean
+            probability.
+        components: Which of ``"attention"``, ``"mlp"``, ``"hidden"``.
+        groups: Which of ``GROUPS``.
+        places: Per sample, where its object is in image and text. Default: the whole image, and no word.
+        layers: Decoder layers, see ``LayerSpec``. Default: all.
+        rows: Most prompts per forward.
+        floor: Samples whose answer loses less probability by the corruption are left out, and counted.
+        ids: Names of the samples. Default: their numbers.
+
+    Raises:
+        DataError: No sample is left, or there is none.
+        MethodError: An unknown component or group, places that do not fit, or a number out of range.
+        UnsupportedFeatureError: See ``vlmfix.probes``; or no images among the inputs.
+        UnsupportedModelError: The decoder layers do not add two separate outputs to one residual stream.
+    """
+    _check(answer, components, groups, rows, floor)
+    batches = [inputs] if isinstance(inputs, Mapping) else inputs
+    if corruption is None:
+        batches = list(batches)
+        corruption = Corruption(sigma=choose_sigma(model, lambda: batches, answer))
+    found: list[torch.Tensor] = []
+    clean: list[torch.Tensor] = []
+    corrupted: list[torch.Tensor] = []
+    tracer: Tracer | None = None
+    for batch in batches:
+        subject = look_at(model, "causal_trace", batch)
+        if tracer is None:
+            depth = subject.anatomy.num_layers
+            wanted = tuple(range(depth)) if layers is None else resolve_layers(layers, depth, "layers")
+            tracer = Tracer(subject.anatomy, tuple(answer), tuple(components), wanted, find_patch(model) is not None)
+        size = len(batch["input_ids"])
+        done = sum(map(len, clean))
+        here = None if places is None else places[done : done + size]
+        masks = token_groups(subject.anatomy, batch, here)
+        chosen = {name: masks[name] for name in groups}
+        start = int(torch.stack(list(chosen.values())).flatten(0, 1).any(0).int().argmax())
+        with left_as_found(subject.model):
+            p_clean, states = tracer.record(batch, start)
+            broken = corruption(batch)
+            p_corrupted = tracer.probability(broken)
+            targets = list(itertools.product(components, wanted, groups))
+            p_patched = tracer.patched(broken, states, chosen, targets, max(1, rows // size))
+        shape = (len(components), len(wanted), len(groups), size)
+        found.append(p_patched.view(shape).permute(3, 0, 1, 2))
+        clean.append(p_clean)
+        corrupted.append(p_corrupted)
+    if tracer is None:
+        raise DataError("No prompts to trace. Pass the processor's output for prompts with an image.")
+    before, after, patched = torch.cat(clean), torch.cat(corrupted), torch.cat(found)
+    recovery, ratio, is_kept = recovery_rates(before, after, patched, floor)
+    if not is_kept.any():
+        raise DataError(
+            f"In none of {len(before)} samples does the corruption take {floor} off the answer's probability (mean "
+            f"{before.mean():.3f} on the image, {after.mean():.3f} corrupted). Use stronger noise (sigma), a lower "
+            "floor, or prompts that the model answers rightly."
+        )
+    return CausalTrace(
+        layers=wanted,
+        patch=None,
+        components=tuple(components),
+        groups=tuple(groups),
+        recovery=recovery,
+        ratio_of_means=ratio,
+        p_clean=before,
+        p_corrupted=after,
+        p_patched=patched,
+        is_kept=is_kept,
+        floor=floor,
+        corruption=corruption,
+        answer=tuple(answer),
+        model=str(tracer.anatomy.model.config._name_or_path),
+        num_layers=tracer.anatomy.num_layers,
+        ids=tuple(range(len(before)) if ids is None else ids),
+    )
+
+
+def recovery_rates(
+    clean: torch.Tensor, corrupted: torch.Tensor, patched: torch.Tensor, floor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Average recovery rates over the samples that lose enough.
+
+    Args:
+        clean: ``[samples]``, probabilities of the answer.
+        corrupted: The same.
+        patched: ``[samples, ...]``.
+        floor: Least loss.
+
+    Returns:
+        The mean of ratios ``[...]``, the ratio of means ``[...]``, and which samples counted, bool ``[samples]``.
+    """
+    lost = clean - corrupted
+    is_kept = lost >= max(floor, torch.finfo(lost.dtype).tiny)
+    per_sample = (1,) * (patched.dim() - 1)
+    gained = (patched - corrupted.view(-1, *per_sample))[is_kept]
+    lost = lost[is_kept].view(-1, *per_sample)
+    return (gained / lost).mean(0), gained.mean(0) / lost.mean(0), is_kept
+
+
+def _check(
+    answer: Sequence[int], components: Sequence[Component], groups: Sequence[str], rows: int, floor: float
+) -> None:
+    for name, given, known in (("components", components, COMPONENTS), ("groups", groups, GROUPS)):
+        wrong = [each for each in given if each not in known]
+        if not given or wrong or len(set(given)) < len(given):
+            raise MethodError(f"{name} must be different ones of {', '.join(known)}; got {tuple(given)}.")
+    if not answer:
+        raise MethodError("answer must hold the token ids of the right answer, got none.")
+    if rows < 1 or floor < 0:
+        raise MethodError(f"rows must be at least 1 and floor at least 0, got {rows} and {floor}.")

@@ -1,0 +1,192 @@
+"""Head divergence: how far each head's output moves when the image is taken away (VHD and T-VHD, arXiv 2412.13949)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmfix.engine.image_free import TextOnlyRun, positions_kept, text_only_inputs
+from vlmfix.engine.plan import Site
+from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.methods.vhr import divergent_heads, vision_divergence
+from vlmfix.methods.views import Layer, Run, SequenceState
+from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.model.attention import AttentionCall
+from vlmfix.observe.ask import Answered, Answers, Subject, look_at
+from vlmfix.observe.watch import HeadWatch
+from vlmfix.probes.result import ProbeResult, heat_map, in_words
+
+
+@dataclass(frozen=True, eq=False)
+class HeadDivergence(ProbeResult):
+    """VHD of every head at every answer token, and T-VHD.
+
+    Attributes:
+        divergence: fp32 ``[batch, steps, layers, num_heads]``: Euclidean distance between a head's output with and
+            without the image, in the row that predicts token ``steps`` (eq. 4). Step 0 is the prompt's last row, where
+            VHR chooses its heads. NaN behind a sample's last token; 0 for a sample without an image.
+        selected: Bool ``[batch, layers, num_heads]``: the heads VHR would choose (eqs. 6 and 7).
+        token_divergence: fp32 ``[batch, steps]``: T-VHD, the ``top_k`` largest divergences of each layer, summed over
+            layers (eq. 5).
+        top_k: See there; the paper does not state it.
+        tokens: The answers' ids.
+    """
+
+    divergence: torch.Tensor
+    selected: torch.Tensor
+    token_divergence: torch.Tensor
+    top_k: int
+    tokens: tuple[tuple[int, ...], ...]
+
+    def plot(self, ax: Any = None, *, sample: int = 0, step: int = 0, **options: Any) -> Any:
+        """Draw the heads of one sample at one step as a map of layers and heads."""
+        return heat_map(
+            ax,
+            self.divergence[sample, step],
+            self.layers,
+            xlabel="head",
+            label="VHD",
+            title=f"head divergence, token {step}\n{in_words(self.patch)}",
+        )
+
+
+class TextOnlyAnswer(TextOnlyRun):
+    """The image-free pass over prompts and their answers: records the last rows of every layer, on the CPU."""
+
+    def __init__(self, wanted: frozenset[int], rows: int) -> None:
+        super().__init__(wanted, edited=False)
+        self._rows = rows
+
+    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the base kernel and record ``[batch, rows, num_heads, head_dim]``."""
+        head_outputs, attn_weights = call.base()
+        if site.index in self._wanted:
+            self.head_outputs[site.index] = head_outputs[:, -self._rows :].float().cpu()
+        return head_outputs, attn_weights
+
+
+class HeadLog:
+    """Head outputs at the rows that predict the answer, by site."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[int, list[torch.Tensor]] = {}
+        self.layer_of: dict[int, int] = {}
+        self.state: SequenceState | None = None
+        self.eps = 0.0
+
+    def see(self, head_outputs: torch.Tensor, layer: Layer) -> None:
+        """Copy the last row of each sample: methods may scale it in place."""
+        run: Run = layer.run
+        row = run.at_last_position(head_outputs) if run.is_prefill else head_outputs[:, -1]
+        self.state, self.eps = run.state, torch.finfo(head_outputs.dtype).eps
+        self.layer_of[layer.site.index] = layer.site.layer_idx
+        self.outputs.setdefault(layer.site.index, []).append(row.to("cpu", torch.float32, copy=True))
+
+
+@torch.no_grad()
+def head_divergence(
+    model: object,
+    inputs: Mapping[str, Any],
+    *,
+    layers: Sequence[int] | str | None = None,
+    max_new_tokens: int = 1,
+    answers: Answers | None = None,
+    top_k: int = 8,
+) -> HeadDivergence:
+    """Measure how far every head's output moves when the image is taken away.
+
+    The prompt without its image tokens, followed by the same answer, is run once more (the image-free pass of VHR,
+    always the stock model). On a patched model the outputs with the image carry the edits of the layers below, and are
+    taken before a method scales them in their own layer, as VHR itself sees them.
+
+    Args:
+        model: The model, patched or not.
+        inputs: What ``model.generate`` takes, left-padded.
+        layers: Layers to look at, see ``LayerSpec``. Default: all.
+        max_new_tokens: Length of the greedy answer to follow; 1 looks at the prompt alone.
+        answers: Ids to follow instead of the model's own.
+        top_k: Heads per layer that count for T-VHD.
+
+    Raises:
+        UnsupportedFeatureError: See ``look_at``; or the image-free pass over an answer is not causal (PaliGemma).
+        MethodError: ``top_k`` below 1, or ``layers`` or ``answers`` that fit no such model.
+    """
+    if top_k < 1:
+        raise MethodError(f"top_k must be at least 1, got {top_k}.")
+    subject = look_at(model, "head_divergence", inputs)
+    wanted = subject.layers(layers)
+    log = HeadLog()
+    watch = HeadWatch(log.see, layers=wanted)
+    answered = subject.answer(inputs, watch, max_new_tokens=max_new_tokens, answers=answers)
+    steps, batch = answered.steps, len(answered.tokens)
+    if log.state is None:  # no image in the whole batch: nothing was compared
+        divergence = torch.zeros(batch, steps, len(wanted), subject.anatomy.num_heads)
+        selected = torch.zeros(batch, len(wanted), subject.anatomy.num_heads, dtype=torch.bool)
+    else:
+        with subject.watched(watch):
+            without = _image_free(subject, log, inputs, answered)
+        divergence, selected = _compare(log, without, wanted)
+    divergence = divergence.masked_fill(answered.behind[..., None, None], float("nan"))
+    top = divergence.topk(min(top_k, divergence.shape[-1]), dim=-1).values
+    return HeadDivergence(
+        wanted, subject.patch, divergence, selected, top.sum((2, 3)), top_k=top_k, tokens=answered.tokens
+    )
+
+
+def _image_free(
+    subject: Subject, log: HeadLog, inputs: Mapping[str, Any], answered: Answered
+) -> dict[int, torch.Tensor]:
+    """Run prompts and answers without their image tokens: by site, ``[batch, steps, num_heads, head_dim]``."""
+    assert log.state is not None
+    text = image_free_inputs(subject, log.state, inputs, answered)
+    stream = TextOnlyAnswer(frozenset(log.outputs), answered.steps)
+    with positions_kept(subject.anatomy):
+        subject.anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
+    return stream.head_outputs
+
+
+def image_free_inputs(
+    subject: Subject, state: SequenceState, inputs: Mapping[str, Any], answered: Answered
+) -> dict[str, Any]:
+    """Return the arguments of a forward over prompts without image tokens, followed by all answer tokens but the last.
+
+    Answers that are shorter than others are filled up, so that the last ``steps`` rows predict the answers' tokens.
+    """
+    more = answered.steps - 1
+    if more and subject.model.config.model_type.startswith("paligemma"):
+        raise UnsupportedFeatureError(
+            "PaliGemma's prompt sees itself in both directions, so an answer behind it cannot be read in one forward "
+            "without its image. Use max_new_tokens=1."
+        )
+    assert state.input_ids is not None
+    rows = [[*each[:more], *[0] * (more - len(each[:more]))] for each in answered.tokens]
+    ids = torch.tensor(rows, dtype=state.input_ids.dtype, device=state.input_ids.device).reshape(len(rows), more)
+    told = torch.zeros_like(ids, dtype=torch.bool)
+    whole = SequenceState(
+        state.methods,
+        torch.cat([state.image_mask, told], dim=1),
+        torch.cat([state.valid_mask, ~told], dim=1),
+        torch.cat([state.input_ids, ids], dim=1),
+        any_image=state.any_image,
+    )
+    types = inputs.get("token_type_ids")
+    extra = {} if types is None else {"token_type_ids": torch.cat([types, torch.zeros_like(ids)], dim=1)}
+    return text_only_inputs(subject.anatomy, whole, extra)
+
+
+def _compare(
+    log: HeadLog, without: Mapping[int, torch.Tensor], layers: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert log.state is not None
+    has_image = log.state.image_mask.any(1).cpu()
+    by_layer, chosen = [], []
+    for layer in layers:
+        site = next(index for index, at in log.layer_of.items() if at == layer)
+        with_image = torch.stack(log.outputs[site], dim=1)[:, : without[site].shape[1]]
+        by_layer.append(vision_divergence(with_image, without[site], log.eps))
+        chosen.append(divergent_heads(with_image[:, 0], without[site][:, 0], eps=log.eps))
+    divergence = torch.stack(by_layer, dim=2) * has_image[:, None, None, None]
+    return divergence, torch.stack(chosen, dim=1) & has_image[:, None, None]

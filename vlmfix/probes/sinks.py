@@ -1,0 +1,179 @@
+"""Attention sinks and hidden-state sinks of a prompt, text and visual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmfix.errors import MethodError
+from vlmfix.methods.var import find_sinks, sink_values
+from vlmfix.methods.views import Layer
+from vlmfix.model.sink_dims import sink_dims_for
+from vlmfix.observe.ask import look_at
+from vlmfix.observe.watch import AttentionWatch, InputWatch
+from vlmfix.probes.result import ProbeResult, heat_map, in_words
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks(ProbeResult):
+    """The sinks of a prompt.
+
+    Attributes:
+        received: fp32 ``[batch, layers, num_heads, tokens]``: the mean weight a token gets from the rows that may see
+            it. 0 for padding.
+        attention_sinks: Bool, same shape: above ``attention_threshold / N`` (N tokens in the prompt) in the mean over
+            at least ``min_rows`` rows (ACT, arXiv 2406.15765; the first token is not excepted here).
+        values: fp32 ``[batch, layers, tokens]``: phi, ``max_d |x_d| / rms(x)`` of the residual stream entering the
+            layer, over the sink dimensions (VAR, arXiv 2503.03321). 0 for padding and where there are no dimensions.
+        hidden_sinks: Bool, same shape: ``phi >= hidden_threshold``.
+        is_image: Bool ``[batch, tokens]``: visual tokens; the others are text.
+        is_token: Bool ``[batch, tokens]``: tokens that are no padding.
+        sink_dims: The dimensions.
+        attention_threshold: See ``attention_sinks``.
+        hidden_threshold: See ``hidden_sinks``.
+    """
+
+    received: torch.Tensor
+    attention_sinks: torch.Tensor
+    values: torch.Tensor
+    hidden_sinks: torch.Tensor
+    is_image: torch.Tensor
+    is_token: torch.Tensor
+    sink_dims: tuple[int, ...]
+    attention_threshold: float
+    hidden_threshold: float
+
+    def counts(self) -> dict[str, torch.Tensor]:
+        """Return how many sinks each layer has, int64 ``[batch, layers]``, by kind.
+
+        An attention sink counts where it is one in at least half of the heads.
+        """
+        attention = self.attention_sinks.float().mean(2) >= 0.5
+        image = self.is_image[:, None]
+        return {
+            "attention, visual": (attention & image).sum(-1),
+            "attention, text": (attention & ~image).sum(-1),
+            "hidden, visual": (self.hidden_sinks & image).sum(-1),
+            "hidden, text": (self.hidden_sinks & ~image).sum(-1),
+        }
+
+    def plot(self, ax: Any = None, *, sample: int = 0, kind: str = "attention", **options: Any) -> Any:
+        """Draw, by layer and token, the attention received (mean over heads) or ``kind="hidden"`` phi."""
+        if kind not in ("attention", "hidden"):
+            raise MethodError(f"kind must be 'attention' or 'hidden', got {kind!r}.")
+        values = self.received[sample].mean(1) if kind == "attention" else self.values[sample]
+        label = "attention received" if kind == "attention" else "phi"
+        title = f"{kind} sinks\n{in_words(self.patch)}"
+        return heat_map(
+            ax, values[:, self.is_token[sample]], self.layers, xlabel="prompt token", label=label, title=title
+        )
+
+
+class SinkLog:
+    """Column sums of attention weights, and phi, by layer; on the CPU."""
+
+    def __init__(self, sink_dims: Sequence[int], threshold: float) -> None:
+        self.sums: dict[int, torch.Tensor] = {}
+        self.rows: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.is_image: torch.Tensor | None = None
+        self._dims = sink_dims
+        self._threshold = threshold
+
+    def see_weights(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
+        """Add rows of ``[batch, num_heads, rows, keys]`` of a prompt to the sums."""
+        run, at = layer.run, layer.site.layer_idx
+        if not run.is_prefill:
+            return
+        self.is_image = run.image_mask
+        assert layer.row_mask is not None
+        counted = layer.row_mask[:, None, :, None].to(attn_weights.device)
+        length = run.image_mask.shape[1]
+        sums = (attn_weights * counted).sum(2)[..., :length].float().cpu()
+        rows = (allowed & counted).expand(-1, -1, -1, attn_weights.shape[-1])[:, 0].sum(1)[:, :length].cpu()
+        self.sums[at] = self.sums.get(at, 0) + sums
+        self.rows[at] = self.rows.get(at, 0) + rows
+
+    def see_inputs(self, hidden_states: torch.Tensor, layer: Layer) -> None:
+        """Keep phi of ``[batch, q_len, hidden_size]``."""
+        at = layer.site.layer_idx
+        self.values[at] = sink_values(hidden_states, self._dims).cpu()
+        self.hidden[at] = find_sinks(hidden_states, self._dims, self._threshold).cpu()
+
+
+@torch.no_grad()
+def sinks(
+    model: object,
+    inputs: Mapping[str, Any],
+    *,
+    layers: Sequence[int] | str | None = None,
+    attention_threshold: float = 5.0,
+    hidden_threshold: float = 20.0,
+    sink_dims: Sequence[int] | None = None,
+    min_rows: int = 8,
+) -> Sinks:
+    """Find the tokens of a prompt that draw attention, and those whose hidden state marks a sink.
+
+    Attention is written out for all rows of the prompt, a piece at a time; only column sums are kept.
+
+    Args:
+        model: The model, patched or not.
+        inputs: What ``model.generate`` takes, left-padded. A sample without an image has no figures (all 0).
+        layers: Layers to look at, see ``LayerSpec``. Default: all.
+        attention_threshold: A head's attention sink gets more than this over the number of tokens.
+        hidden_threshold: tau; no token of a model narrower than tau squared can reach it.
+        sink_dims: Hidden dimensions that mark sinks. Default: those known for the language model, else found by
+            ``vlmfix.find_sink_dims``.
+        min_rows: Tokens seen by fewer rows are no attention sinks: their mean says little.
+
+    Raises:
+        UnsupportedFeatureError: See ``look_at``; or a layer adds terms to its scores that cannot be written out.
+        MethodError: A threshold or dimension out of range, or ``layers`` this model has not.
+    """
+    if attention_threshold <= 0 or hidden_threshold <= 0 or min_rows < 1:
+        raise MethodError(
+            "Thresholds must be > 0 and min_rows at least 1, got "
+            f"{attention_threshold}, {hidden_threshold}, {min_rows}."
+        )
+    subject = look_at(model, "sinks", inputs)
+    wanted = subject.layers(layers)
+    dims = sink_dims_for(subject.anatomy) if sink_dims is None else tuple(sink_dims)
+    if any(not 0 <= dim < subject.anatomy.hidden_size for dim in dims):
+        raise MethodError(f"sink_dims must lie below the hidden size {subject.anatomy.hidden_size}, got {dims}.")
+    log = SinkLog(dims, hidden_threshold)
+    watches = [AttentionWatch(log.see_weights, "all", layers=wanted)]
+    subject.answer(inputs, *watches, *([InputWatch(log.see_inputs, layers=wanted)] if dims else []))
+    is_token = _is_token(inputs)
+    batch, length = is_token.shape
+    # Without any image in the batch nothing was shown.
+    is_image = torch.zeros_like(is_token) if log.is_image is None else log.is_image.cpu()
+    shown = (is_token & is_image.any(1, keepdim=True))[:, None]
+    nothing = torch.zeros(batch, subject.anatomy.num_heads, length)
+    sums = torch.stack([log.sums.get(at, nothing) for at in wanted], dim=1)
+    rows = torch.stack([log.rows.get(at, nothing[:, 0]) for at in wanted], dim=1)[:, :, None]
+    received = sums / rows.clamp_min(1) * shown[:, :, None]
+    limit = attention_threshold / is_token.sum(1).clamp_min(1)[:, None, None, None]
+    values = torch.stack([log.values.get(at, nothing[:, 0]) for at in wanted], dim=1) * shown
+    hidden = torch.stack([log.hidden.get(at, nothing[:, 0].bool()) for at in wanted], dim=1) & shown
+    return Sinks(
+        wanted,
+        subject.patch,
+        received=received,
+        attention_sinks=(received > limit) & (rows >= min_rows),
+        values=values,
+        hidden_sinks=hidden,
+        is_image=is_image,
+        is_token=is_token,
+        sink_dims=dims,
+        attention_threshold=attention_threshold,
+        hidden_threshold=hidden_threshold,
+    )
+
+
+def _is_token(inputs: Mapping[str, Any]) -> torch.Tensor:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return (torch.ones_like(ids) if mask is None else mask).bool().cpu()
