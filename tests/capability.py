@@ -21,9 +21,9 @@ from PIL import Image
 from transformers import AttentionInterface, BatchFeature
 
 import vlmfix
+from vlmfix.engine.attend import ATTENTION_NAME
 from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import analyse
-from vlmfix.model.attention import ATTENTION_NAME
 
 TOLERANCE = 1e-5
 VISIBLE = 1e-3

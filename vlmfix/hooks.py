@@ -19,6 +19,7 @@ from vlmfix.decoding.branch import PairRun
 from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.other_image import ENCODES, RAW_IMAGES_KWARG, KeepImages
 from vlmfix.decoding.two_branches import TwoBranches
+from vlmfix.engine.attend import ATTENTION_NAME
 from vlmfix.engine.image_free import encode_text_only, run_text_only
 from vlmfix.engine.plan import Site, edits_text_only_stream, make_sites
 from vlmfix.engine.prompt_pass import begin_methods
@@ -40,7 +41,6 @@ from vlmfix.engine.stream import EarlyHead, make_block_hooks
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.views import STATE_ATTRIBUTE, Run, SequenceState, state_of
 from vlmfix.model.anatomy import RUN_KWARG, SITE_ATTRIBUTE
-from vlmfix.model.attention import ATTENTION_NAME
 from vlmfix.model.images import ImageFinder
 from vlmfix.model.vision_tower import VisionRecorder
 

@@ -16,7 +16,6 @@ from transformers import AttentionInterface
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import (
-    ATTENTION_NAME,
     AttentionCall,
     _allowed_keys,
     explicit_attention,
@@ -146,6 +145,9 @@ def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor
     )
     return outputs.transpose(1, 2)
 
+
+ATTENTION_NAME = "vlmfix"
+"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
 
 Edits = Sequence[tuple["Method", "Layer"]]
 """Methods that edit scores or weights in a layer, in the order of the path, each with its view of the layer."""

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from vlmfix.engine.plan import Site
 
 
-ATTENTION_NAME = "vlmfix"
-"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
-
-
 CHUNK_ELEMENTS = 2**24
 """Most attention weights written out at a time (64 MiB in fp32)."""
 

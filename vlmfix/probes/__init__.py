@@ -7,38 +7,13 @@ it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vlmfix.probes.causal_trace import CausalTrace, Corruption, ObjectPlace, causal_trace
-    from vlmfix.probes.evidence import Evidence, doubt, evidence
-    from vlmfix.probes.head_divergence import HeadDivergence, head_divergence
-    from vlmfix.probes.image_attention import ImageAttention, attention_to_image
-    from vlmfix.probes.knockout import Knockout, knockout
-    from vlmfix.probes.result import ProbeResult
-    from vlmfix.probes.sinks import Sinks, sinks
-
-
-_HOMES = {
-    "CausalTrace": "tracing",
-    "causal_trace": "tracing",
-    "Corruption": "corruption",
-    "Evidence": "evidences",
-    "doubt": "evidences",
-    "evidence": "evidences",
-    "HeadDivergence": "divergence",
-    "head_divergence": "divergence",
-    "ImageAttention": "image_attention",
-    "attention_to_image": "image_attention",
-    "Knockout": "knockouts",
-    "knockout": "knockouts",
-    "ObjectPlace": "groups",
-    "ProbeResult": "result",
-    "Sinks": "sink_maps",
-    "sinks": "sink_maps",
-}
-
+from vlmfix.probes.causal_trace import CausalTrace, Corruption, ObjectPlace, causal_trace
+from vlmfix.probes.evidence import Evidence, doubt, evidence
+from vlmfix.probes.head_divergence import HeadDivergence, head_divergence
+from vlmfix.probes.image_attention import ImageAttention, attention_to_image
+from vlmfix.probes.knockout import Knockout, knockout
+from vlmfix.probes.result import ProbeResult
+from vlmfix.probes.sinks import Sinks, sinks
 
 __all__ = [
     "CausalTrace",
@@ -58,16 +33,3 @@ __all__ = [
     "knockout",
     "sinks",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vlmfix.probes' has no attribute {name!r}")
-    value = getattr(import_module(f"vlmfix.probes.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Also the names that nobody has used yet."""
-    return sorted({*globals(), *__all__})
