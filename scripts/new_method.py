@@ -88,7 +88,7 @@ EDITS = {
     "heads": '''
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Edit ``[batch, q_len, num_heads, head_dim]``, in prompts with an image only."""
-        has_image = layer.run.has_image.to(head_outputs.device)
+        has_image = layer.forward.has_image.to(head_outputs.device)
         layer.count(has_image.sum() * head_outputs.shape[1] * head_outputs.shape[2])
         return head_outputs * (1 + self.strength * has_image[:, None, None, None]).to(head_outputs.dtype)
 ''',

@@ -14,7 +14,7 @@ from models import RAGGED, Sample, collate, forward, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfix
-from vlmfix.engine.image_free import TextOnlyRun
+from vlmfix.engine.image_free import TextOnlyForward
 
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "expand"),
@@ -136,13 +136,13 @@ def test_compiled_steps_write_only_to_fixed_addresses(model: Any, name: str) -> 
 def text_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many texts the attention of an image-free pass saw."""
     seen: list[int] = []
-    attend = TextOnlyRun.attend
+    attend = TextOnlyForward.attend
 
     def spy(self: Any, site: Any, call: Any) -> Any:
         seen.append(call.query.shape[0])
         return attend(self, site, call)
 
-    monkeypatch.setattr(TextOnlyRun, "attend", spy)
+    monkeypatch.setattr(TextOnlyForward, "attend", spy)
     yield seen
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from vlmfix.decoding.base import DecodingMethod
 from vlmfix.decoding.beam_search import BeamsLookingAhead
-from vlmfix.decoding.branch import PairRun
+from vlmfix.decoding.branch import PairedForward
 from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.other_image import ENCODES, RAW_IMAGES_KWARG, KeepImages
 from vlmfix.decoding.two_branches import TwoBranches
@@ -39,8 +39,8 @@ from vlmfix.engine.start import (
 from vlmfix.engine.status import Counters, Status, describe
 from vlmfix.engine.stream import EarlyHead, make_block_hooks
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.views import STATE_ATTRIBUTE, Run, SequenceState, state_of
-from vlmfix.model.anatomy import RUN_KWARG, SITE_ATTRIBUTE
+from vlmfix.methods.views import STATE_ATTRIBUTE, Forward, SequenceState, state_of
+from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
 from vlmfix.model.images import ImageFinder
 from vlmfix.model.vision_tower import VisionRecorder
 
@@ -169,20 +169,20 @@ class Patch:
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Add the ``Run`` of this forward to its keyword arguments, unless the caller (or an outer hook) chose one."""
+        """Add a ``Forward`` to the keyword arguments, unless the caller (or an outer hook) chose one."""
         raw = None
         if RAW_IMAGES_KWARG in kwargs:
             kwargs = dict(kwargs)
             raw = kwargs.pop(RAW_IMAGES_KWARG)
-        if RUN_KWARG in kwargs:
-            if module is self.anatomy.inner and isinstance(kwargs[RUN_KWARG], Run):
-                kwargs[RUN_KWARG].hold_past()
+        if FORWARD_KWARG in kwargs:
+            if module is self.anatomy.inner and isinstance(kwargs[FORWARD_KWARG], Forward):
+                kwargs[FORWARD_KWARG].hold_past()
             return None if raw is None else (args, kwargs)
         inputs = {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
         cache = inputs.get("past_key_values")
         state = state_of(cache)
         if self.anatomy.encoder is not None:
-            return args, {**kwargs, RUN_KWARG: self._begin_answer(module, cache, state, inputs)}
+            return args, {**kwargs, FORWARD_KWARG: self._begin_answer(module, cache, state, inputs)}
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -195,19 +195,19 @@ class Patch:
         if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
             if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
                 check_batch(state, tokens.shape[0])
-            run = self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
+            forward = self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
         else:
-            run = self._begin_prompt(module, cache, state, inputs, drafted)
+            forward = self._begin_prompt(module, cache, state, inputs, drafted)
         if self.branches is not None and module is self.anatomy.model:
-            chosen, kwargs = self.branches.begin(run, inputs, kwargs, raw)
-            if isinstance(chosen, PairRun):
-                return (), {**kwargs, RUN_KWARG: chosen}
-        rows = every_row(kwargs, tokens) if self._edits_shared and run.state.any_image else {}
-        return args, {**kwargs, **rows, RUN_KWARG: run}
+            chosen, kwargs = self.branches.begin(forward, inputs, kwargs, raw)
+            if isinstance(chosen, PairedForward):
+                return (), {**kwargs, FORWARD_KWARG: chosen}
+        rows = every_row(kwargs, tokens) if self._edits_shared and forward.state.any_image else {}
+        return args, {**kwargs, **rows, FORWARD_KWARG: forward}
 
     def _begin_decode(
         self, module: nn.Module, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int
-    ) -> Run:
+    ) -> Forward:
         self._check_same_methods(state)
         keeps_ids = self._needs_text and not torch.compiler.is_compiling()
         past: int | torch.Tensor = 0
@@ -222,14 +222,14 @@ class Patch:
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
         state.is_answered = True
-        run = Run(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
-        run.past_is_live = isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
-        return run
+        forward = Forward(state, self.counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        forward.past_is_live = isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
+        return forward
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_prompt(
         self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any], drafted: int
-    ) -> Run:
+    ) -> Forward:
         past, state = self._continued(cache, state)
         if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
             raise UnsupportedFeatureError(
@@ -243,7 +243,7 @@ class Patch:
         prompt_len = image_mask.shape[1] - drafted
         if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
             drafted = 0  # a prompt whose caller wants many logits
-        run = begin_prompt(
+        forward = begin_prompt(
             self.methods,
             self.counters,
             input_ids=input_ids,
@@ -254,10 +254,10 @@ class Patch:
             drafted=drafted,
             text_only=lambda new_state: run_text_only(self.anatomy, self.sites, new_state, inputs, embeds),
         )
-        begin_methods(self.anatomy, self._head(module), run, inputs, self.vision, embeds)
+        begin_methods(self.anatomy, self._head(module), forward, inputs, self.vision, embeds)
         if cache is not None:
-            self._keep(cache, run.state)
-        return run
+            self._keep(cache, forward.state)
+        return forward
 
     def _is_step_without_cache(self, inputs: dict[str, Any]) -> bool:
         """Whether a forward is one of ``generate`` without a cache, which asks for few logits where it can."""
@@ -265,14 +265,16 @@ class Patch:
         few = inputs.get("logits_to_keep") is not None or "logits_to_keep" not in takes
         return few and inputs.get("use_cache") is False
 
-    def _begin_answer(self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]) -> Run:
+    def _begin_answer(
+        self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]
+    ) -> Forward:
         """Start a forward of an encoder-decoder model: every token of its decoder counts as generated."""
         if state is not None and not is_empty(cache):
             self._check_same_methods(state)
             past: int | torch.Tensor = length_of(cache)
         else:
             past, state = self._continued(cache, state)
-        run = begin_answer(
+        forward = begin_answer(
             self.methods,
             self.counters,
             encoded=None if state else self.images.find_encoded(inputs, is_inside=self._is_inside(module)),
@@ -281,11 +283,11 @@ class Patch:
             q_len=answer_length(inputs),
             text_only=lambda encoded: encode_text_only(self.anatomy, self.sites, encoded, inputs),
         )
-        if run.begins:
-            begin_methods(self.anatomy, self._head(module), run, inputs, self.vision)
+        if forward.begins:
+            begin_methods(self.anatomy, self._head(module), forward, inputs, self.vision)
             if cache is not None:
-                self._keep(cache, run.state)
-        return run
+                self._keep(cache, forward.state)
+        return forward
 
     def _continued(self, cache: Any, state: SequenceState | None) -> tuple[int, SequenceState | None]:
         """Return how many tokens a forward continues, and what is known about them."""
@@ -325,11 +327,11 @@ class Patch:
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Settle what was learned, keep the state on a new cache, mix logits, run the other branch."""
-        run = kwargs.get(RUN_KWARG)
-        if not isinstance(run, (Run, PairRun)):
+        forward = kwargs.get(FORWARD_KWARG)
+        if not isinstance(forward, (Forward, PairedForward)):
             return None
-        own = run.own if isinstance(run, PairRun) else run
-        if own is run and not own.finished:
+        own = forward.own if isinstance(forward, PairedForward) else forward
+        if own is forward and not own.finished:
             self._settle(own, output)
         mixed = None
         if own.early and module is self.anatomy.language_model:
@@ -337,15 +339,15 @@ class Patch:
             mixed = output = self.early_head.mix(own, output, inputs)
         if self.branches is None or module is not self.anatomy.model:
             return mixed
-        return self.branches.finish(run, output)
+        return self.branches.finish(forward, output)
 
-    def _settle(self, run: Run, output: Any) -> None:
-        run.finish()
-        if run.begins:
+    def _settle(self, forward: Forward, output: Any) -> None:
+        forward.finish()
+        if forward.begins:
             parts = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
             for cache in parts:
                 if hasattr(cache, "get_seq_length"):
-                    self._keep(cache, run.state)
+                    self._keep(cache, forward.state)
 
     def status(self) -> Status:
         """Describe the patch."""
@@ -370,16 +372,16 @@ class LayerHook:
         self.site = site
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Show the layer's input to the run."""
-        run = kwargs.get(RUN_KWARG)
-        if run is not None:
-            run.before_layer(self.site, args, kwargs)
+        """Show the layer's input to the forward."""
+        forward = kwargs.get(FORWARD_KWARG)
+        if forward is not None:
+            forward.before_layer(self.site, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Tell the run that the layer is done."""
-        run = kwargs.get(RUN_KWARG)
-        if run is not None:
-            run.after_layer(self.site)
+        """Tell the forward that the layer is done."""
+        forward = kwargs.get(FORWARD_KWARG)
+        if forward is not None:
+            forward.after_layer(self.site)
 
 
 _PAGED = "init_continuous_batching"

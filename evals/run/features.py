@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from vlmfix.model.anatomy import RUN_KWARG, analyse
+from vlmfix.model.anatomy import FORWARD_KWARG, analyse
 
 _STATES = ("last_hidden_state", "hidden_states", "attentions")
 
@@ -256,7 +256,7 @@ class ImageFeatures:
 
     def _features(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Some models hand on what a patch gives their text layers, which the vision part does not read.
-        arguments = {name: value for name, value in kwargs.items() if name != RUN_KWARG}
+        arguments = {name: value for name, value in kwargs.items() if name != FORWARD_KWARG}
         arguments |= {str(i): value for i, value in enumerate(args)}
         rows = _num_rows(arguments)
         if rows is None or torch.is_grad_enabled():

@@ -15,7 +15,7 @@ from vlmfix.decoding.opera import FIRST, OPERA
 from vlmfix.decoding.other_prompt import TOKEN_TYPES
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.views import state_of
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.model.attention import AttentionCall, explicit_scores, masked_softmax
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class BeamsLookingAhead:
 
 
 class RowRecorder:
-    """Takes the place of a ``Run``: plain attention, and the last row of one layer kept.
+    """Takes the place of a ``Forward``: plain attention, and the last row of one layer kept.
 
     Attributes:
         row: fp32 ``[rows, keys]``, the maximum over heads divided by its sum.
@@ -373,7 +373,7 @@ class Search:
             next_sequence_length=self._length - cache.get_seq_length(),
             **{**continued(self.model_kwargs, self.num_beams, more), "past_key_values": cache},
         )
-        output = self.model(**{**arguments, "return_dict": True, RUN_KWARG: self.recorder})
+        output = self.model(**{**arguments, "return_dict": True, FORWARD_KWARG: self.recorder})
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vlmfix.engine.plan import Site
-    from vlmfix.methods.views import Run
+    from vlmfix.methods.views import Forward
 
 
 @dataclass
@@ -81,16 +81,16 @@ class Pending:
     cache: Any = None
 
 
-class PairRun:
-    """A step of both branches in one forward; takes the place of the ``Run`` in the keyword arguments.
+class PairedForward:
+    """A step of both branches in one forward; takes the place of the ``Forward`` in the keyword arguments.
 
     Attributes:
-        own: The run of the model's own branch, which is what attention methods see.
+        own: The forward of the model's own branch, which is what attention methods see.
         branch: The other branch.
         cache: The model's own cache.
     """
 
-    def __init__(self, own: Run, branch: Branch, cache: Any) -> None:
+    def __init__(self, own: Forward, branch: Branch, cache: Any) -> None:
         self.own = own
         self.branch = branch
         self.cache = cache
@@ -192,16 +192,16 @@ def cache_of(output: Any, inputs: dict[str, Any]) -> Any:
     return next((part for part in parts if hasattr(part, "get_seq_length")), inputs.get("past_key_values"))
 
 
-def with_last_logits(run: Run, output: Any, result: torch.Tensor) -> Any:
+def with_last_logits(forward: Forward, output: Any, result: torch.Tensor) -> Any:
     """Put fp32 ``[batch, vocab]`` in the place of the last token's logits; rounded only beside those of others."""
     logits = logits_of(output)
     if logits.shape[1] == 1:
         logits = result[:, None]
     else:
         logits = logits.clone()
-        if run.is_prefill and logits.shape[1] == run.q_len:
-            places = torch.arange(run.q_len, device=logits.device)[None, :, None].expand(len(result), -1, 1)
-            last = run.at_last_position(places)[:, 0]
+        if forward.is_prefill and logits.shape[1] == forward.q_len:
+            places = torch.arange(forward.q_len, device=logits.device)[None, :, None].expand(len(result), -1, 1)
+            last = forward.at_last_position(places)[:, 0]
         else:
             last = torch.full_like(result[:, 0], logits.shape[1] - 1, dtype=torch.int64)
         logits[torch.arange(len(result), device=logits.device), last] = result.to(logits.dtype)

@@ -14,7 +14,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.images import blank_images
 
 if TYPE_CHECKING:
-    from vlmfix.methods.views import Run
+    from vlmfix.methods.views import Forward
     from vlmfix.model.anatomy import Anatomy
 
 
@@ -76,14 +76,14 @@ class OtherPrompt:
 
 
 def with_other_image(
-    method: DecodingMethod, anatomy: Anatomy, run: Run, inputs: dict[str, Any], raw: RawImages | None
+    method: DecodingMethod, anatomy: Anatomy, forward: Forward, inputs: dict[str, Any], raw: RawImages | None
 ) -> OtherPrompt:
     """Prepare the same tokens with another image.
 
     Args:
         method: Makes the image.
         anatomy: The model.
-        run: The forward of the model's own branch.
+        forward: The forward of the model's own branch.
         inputs: Its arguments by name.
         raw: The images, when ``generate`` has encoded them itself.
 
@@ -91,9 +91,9 @@ def with_other_image(
         UnsupportedFeatureError: Only encoded images were given.
     """
     arguments = {name: value for name, value in inputs.items() if name not in (*NOT_HANDED_ON, *WATCHED)}
-    batch, times = run.image_mask.shape[0], 1
+    batch, times = forward.image_mask.shape[0], 1
     encoded = arguments.pop("mm_encoder_outputs", None)
-    if raw is not None and _is_repeated(run, inputs, raw):
+    if raw is not None and _is_repeated(forward, inputs, raw):
         times = batch // raw.batch
         arguments = {name: _first_of(name, value, times, batch) for name, value in arguments.items()}
         arguments.update(raw.arguments)
@@ -105,7 +105,7 @@ def with_other_image(
             f"{method.name} needs the image itself, and the model was called with mm_encoder_outputs alone. Pass "
             "pixel_values."
         )
-    has_new_image = bool(run.image_mask[:, int(run.past) :].any())
+    has_new_image = bool(forward.image_mask[:, int(forward.past) :].any())
     is_given = any(is_image_argument(*each) for each in arguments.items()) or "mm_encoder_outputs" in arguments
     if has_new_image and not is_given:
         raise UnsupportedFeatureError(
@@ -113,18 +113,18 @@ def with_other_image(
             "the processor gave."
         )
     arguments = replace_images(arguments, method.other_images)
-    found = OtherPrompt(arguments, times, run.has_image, None, run.valid_mask[::times])
-    prefix = torch.where(run.image_mask.any(1), run.image_mask.int().argmax(1), run.image_mask.shape[1] - 1)
-    if not run.past and _may_share(arguments) and _has_positions(arguments, found.length):
+    found = OtherPrompt(arguments, times, forward.has_image, None, forward.valid_mask[::times])
+    prefix = torch.where(forward.image_mask.any(1), forward.image_mask.int().argmax(1), forward.image_mask.shape[1] - 1)
+    if not forward.past and _may_share(arguments) and _has_positions(arguments, found.length):
         found.shared = torch.arange(int(prefix.min()), device=prefix.device).expand(batch // times, -1)
     return found
 
 
-def _is_repeated(run: Run, inputs: dict[str, Any], raw: RawImages) -> bool:
+def _is_repeated(forward: Forward, inputs: dict[str, Any], raw: RawImages) -> bool:
     """Whether rows are the prompts of ``generate``, or those repeated for their beams, with no answers behind them."""
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     times = tokens.shape[0] // raw.batch
-    return times == 1 or (not run.past and torch.equal(tokens, tokens[::times].repeat_interleave(times, 0)))
+    return times == 1 or (not forward.past and torch.equal(tokens, tokens[::times].repeat_interleave(times, 0)))
 
 
 def _may_share(arguments: dict[str, Any]) -> bool:
@@ -149,14 +149,14 @@ def _first_of(name: str, value: Any, times: int, batch: int) -> Any:
 
 
 def with_other_tokens(
-    method: DecodingMethod, anatomy: Anatomy, run: Run, inputs: dict[str, Any], known: torch.Tensor | None
+    method: DecodingMethod, anatomy: Anatomy, forward: Forward, inputs: dict[str, Any], known: torch.Tensor | None
 ) -> OtherPrompt:
     """Prepare a prompt of other tokens.
 
     Args:
         method: Makes it.
         anatomy: The model.
-        run: The forward of the model's own branch.
+        forward: The forward of the model's own branch.
         inputs: Its arguments by name.
         known: Which tokens of the other branch's cache are no padding, bool ``[batch, length]``.
 
@@ -166,13 +166,13 @@ def with_other_tokens(
     input_ids = inputs.get("input_ids")
     if input_ids is None:
         raise UnsupportedFeatureError(f"{method.name} changes the prompt and needs its tokens. Pass input_ids.")
-    past, new = int(run.past), run.q_len
-    valid, image = run.valid_mask[:, past:], run.image_mask[:, past:]
+    past, new = int(forward.past), forward.q_len
+    valid, image = forward.valid_mask[:, past:], forward.image_mask[:, past:]
     if not anatomy.image_token_ids:
         image = torch.zeros_like(image)  # its images are no tokens
     own = [row[kept].tolist() for row, kept in zip(input_ids, valid, strict=True)]
     flags = [row[kept].tolist() for row, kept in zip(image, valid, strict=True)]
-    has_image = run.has_image.tolist()
+    has_image = forward.has_image.tolist()
     others = [
         method.other_tokens(ids, is_image) if wanted else None
         for ids, is_image, wanted in zip(own, flags, has_image, strict=True)

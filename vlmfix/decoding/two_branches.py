@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from vlmfix.decoding.branch import (
     Branch,
-    PairRun,
+    PairedForward,
     Pending,
     cache_of,
     joined_arguments,
@@ -36,12 +36,12 @@ from vlmfix.decoding.other_prompt import WATCHED, OtherPrompt, with_other_image,
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.engine.start import parameter_names
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
     from vlmfix.decoding.base import DecodingMethod
     from vlmfix.engine.status import Counters
-    from vlmfix.methods.views import Run
+    from vlmfix.methods.views import Forward
     from vlmfix.model.anatomy import Anatomy
 
 
@@ -58,35 +58,35 @@ class TwoBranches:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(
-        self, run: Run, inputs: dict[str, Any], kwargs: dict[str, Any], raw: RawImages | None
+        self, forward: Forward, inputs: dict[str, Any], kwargs: dict[str, Any], raw: RawImages | None
     ) -> tuple[Any, dict[str, Any]]:
         """Prepare the other branch's part of a forward.
 
         Args:
-            run: The forward of the model's own branch.
+            forward: The forward of the model's own branch.
             inputs: Its arguments by name.
             kwargs: Its keyword arguments.
             raw: The images, when ``generate`` has encoded them itself.
 
         Returns:
-            What goes into the forward as its run, and its keyword arguments.
+            The ``Forward`` to hand down, and the keyword arguments.
 
         Raises:
             UnsupportedFeatureError: Something the method is not defined for, or cannot be done beside two branches.
         """
-        if not run.state.any_image:
-            return run, kwargs
-        self._check(run, inputs)
-        branch = run.state.branch
-        if branch is not None and 0 < int(run.past) < branch.own_length:
+        if not forward.state.any_image:
+            return forward, kwargs
+        self._check(forward, inputs)
+        branch = forward.state.branch
+        if branch is not None and 0 < int(forward.past) < branch.own_length:
             raise UnsupportedFeatureError(
                 "This cache was cropped into its prompt, which the two branches do not have in common. Start with an "
                 "empty cache."
             )
         if not self._method.uses_branch:
-            run.pending = Pending()
-        elif run.is_prefill:
-            run.pending = self._begin_prompt(run, inputs, raw)
+            forward.pending = Pending()
+        elif forward.is_prefill:
+            forward.pending = self._begin_prompt(forward, inputs, raw)
         elif branch is None:
             raise UnsupportedFeatureError(f"{self._method.name} knows nothing of this cache's prompt. Start anew.")
         else:
@@ -96,12 +96,12 @@ class TwoBranches:
                 if not self._can_join(inputs, branch):
                     branch.cache, branch.pair = branch.pair.other(), None
             if branch.pair is not None:
-                return PairRun(run, branch, cache), joined_arguments(branch, branch.pair, inputs, kwargs)
+                return PairedForward(forward, branch, cache), joined_arguments(branch, branch.pair, inputs, kwargs)
             self._follow_crop(branch, cache)
-            run.pending = Pending(inputs)
-        return run, kwargs
+            forward.pending = Pending(inputs)
+        return forward, kwargs
 
-    def _check(self, run: Run, inputs: dict[str, Any]) -> None:
+    def _check(self, forward: Forward, inputs: dict[str, Any]) -> None:
         name = self._method.name
         cache = inputs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
@@ -109,7 +109,7 @@ class TwoBranches:
                 f"{name} runs a second branch, whose cache grows beside that of the first; a static cache has no room "
                 "for it. Leave cache_implementation at its default."
             )
-        if run.q_len != run.prompt_len and (run.is_prefill or run.q_len > 1):
+        if forward.q_len != forward.prompt_len and (forward.is_prefill or forward.q_len > 1):
             raise UnsupportedFeatureError(
                 f"{name} defines the logits of the next token only, and this forward wants those of several (assisted "
                 "decoding, or logits_to_keep > 1). Leave assistant_model and prompt_lookup_num_tokens unset."
@@ -123,9 +123,9 @@ class TwoBranches:
                 "processor gave it."
             )
 
-    def _begin_prompt(self, run: Run, inputs: dict[str, Any], raw: RawImages | None) -> Pending:
-        cache, branch = inputs.get("past_key_values"), run.state.branch
-        past, known = int(run.past), None
+    def _begin_prompt(self, forward: Forward, inputs: dict[str, Any], raw: RawImages | None) -> Pending:
+        cache, branch = inputs.get("past_key_values"), forward.state.branch
+        past, known = int(forward.past), None
         if past and branch is not None:
             if branch.pair is not None:
                 branch.pair.crop(past)
@@ -133,17 +133,17 @@ class TwoBranches:
             self._follow_crop(branch, cache)
             other_cache = branch.cache
             known = F.pad(branch.valid, (0, past - branch.own_length), value=True)
-            known[:, branch.valid.shape[1] :] &= run.valid_mask[:, branch.own_length : past]
+            known[:, branch.valid.shape[1] :] &= forward.valid_mask[:, branch.own_length : past]
         elif past and is_plain(cache):
-            known, other_cache = run.valid_mask[:, :past], with_new_layers(cache)
+            known, other_cache = forward.valid_mask[:, :past], with_new_layers(cache)
         else:
-            known, other_cache = (run.valid_mask[:, :past] if past else None), copy.deepcopy(cache)
+            known, other_cache = (forward.valid_mask[:, :past] if past else None), copy.deepcopy(cache)
         if self._method.changes_image:
-            other = with_other_image(self._method, self._anatomy, run, inputs, raw)
+            other = with_other_image(self._method, self._anatomy, forward, inputs, raw)
         else:
-            other = with_other_tokens(self._method, self._anatomy, run, inputs, known)
+            other = with_other_tokens(self._method, self._anatomy, forward, inputs, known)
         if branch is not None:
-            run.state.branch = None
+            forward.state.branch = None
         return Pending(inputs, other, other_cache)
 
     def _can_join(self, inputs: dict[str, Any], branch: Branch) -> bool:
@@ -164,43 +164,47 @@ class TwoBranches:
     # After it.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def finish(self, run: Any, output: Any) -> Any:
+    def finish(self, forward: Any, output: Any) -> Any:
         """Put the contrast into the output of a forward.
 
         Args:
-            run: What ``begin`` returned.
+            forward: What ``begin`` returned.
             output: The output of the model.
 
         Returns:
             The output with the logits of the next token replaced.
         """
-        if isinstance(run, PairRun):
-            return self._finish_pair(run, output)
-        pending: Pending | None = run.pending
+        if isinstance(forward, PairedForward):
+            return self._finish_pair(forward, output)
+        pending: Pending | None = forward.pending
         if pending is None:
             return output
-        run.pending = None
+        forward.pending = None
         logits = logits_of(output)
-        own = run.at_last_position(logits) if run.is_prefill and logits.shape[1] == run.q_len else logits[:, -1]
+        own = (
+            forward.at_last_position(logits)
+            if forward.is_prefill and logits.shape[1] == forward.q_len
+            else logits[:, -1]
+        )
         own = own.float()
         if not self._method.uses_branch:
-            return self._replaced(run, output, own, own, run.has_image, None)
+            return self._replaced(forward, output, own, own, forward.has_image, None)
         if pending.other is not None:
-            other, branch = self._read_prompt(pending.other, pending.cache, output, run, pending.inputs)
+            other, branch = self._read_prompt(pending.other, pending.cache, output, forward, pending.inputs)
         else:
-            branch = run.state.branch
+            branch = forward.state.branch
             other = self._read_step(branch, pending.inputs)
-        return self._replaced(run, output, own, other, branch.active, branch.swapped)
+        return self._replaced(forward, output, own, other, branch.active, branch.swapped)
 
-    def _finish_pair(self, run: PairRun, output: Any) -> Any:
-        branch, pair = run.branch, run.branch.pair
+    def _finish_pair(self, forward: PairedForward, output: Any) -> Any:
+        branch, pair = forward.branch, forward.branch.pair
         assert pair is not None
-        pair.show(run.cache)
+        pair.show(forward.cache)
         batch = branch.active.shape[0]
         logits = logits_of(output)[:, -1].float()
-        output = rows_of(output, batch, {id(pair.cache): run.cache})
-        run.own.finish()
-        return self._replaced(run.own, output, logits[:batch], logits[batch:], branch.active, branch.swapped)
+        output = rows_of(output, batch, {id(pair.cache): forward.cache})
+        forward.own.finish()
+        return self._replaced(forward.own, output, logits[:batch], logits[batch:], branch.active, branch.swapped)
 
     @torch.no_grad()
     def _run(
@@ -211,7 +215,7 @@ class TwoBranches:
         ends = valid is None or bool(valid[:, -1].all())  # of a step, nothing is asked that the device must answer
         if ends and "logits_to_keep" in parameter_names(self._anatomy.model):
             arguments = {**arguments, "logits_to_keep": 1}
-        options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True, RUN_KWARG: None}
+        options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True, FORWARD_KWARG: None}
         with positions_kept(self._anatomy):
             output = self._anatomy.model(**{**arguments, **options})
         logits: torch.Tensor = output.logits
@@ -223,13 +227,13 @@ class TwoBranches:
         return last.float(), getattr(output, "past_key_values", None)
 
     def _read_prompt(
-        self, other: OtherPrompt, cache: Any, output: Any, run: Run, inputs: dict[str, Any]
+        self, other: OtherPrompt, cache: Any, output: Any, forward: Forward, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, Branch]:
         own_cache = cache_of(output, inputs)
         arguments = other.arguments
         if cache is None and own_cache is not None and is_plain(own_cache):
             cache = emptied(own_cache)  # the model made its own
-        may_share = all(method is self._method or method.is_identity for method in run.state.methods)
+        may_share = all(method is self._method or method.is_identity for method in forward.state.methods)
         if may_share and own_cache is not None and cache is not None:
             if copy_columns(cache, own_cache, other.shared):
                 arguments = other.behind_shared()
@@ -244,16 +248,16 @@ class TwoBranches:
             other.active,
             other.swapped,
             other.valid.repeat_interleave(other.times, 0),
-            int(run.past) + run.q_len,
+            int(forward.past) + forward.q_len,
             last,
         )
         if own_cache is not None:
-            if PairedCache.fits(own_cache, filled) and self._edits_can_split(run):
+            if PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
                 branch.pair = PairedCache(own_cache, filled)
                 branch.pair.show(own_cache)
             else:
                 branch.cache = filled
-            run.state.branch = branch
+            forward.state.branch = branch
         return logits, branch
 
     def _read_step(self, branch: Branch, inputs: dict[str, Any]) -> torch.Tensor:
@@ -276,15 +280,15 @@ class TwoBranches:
         logits, _ = self._run(arguments, branch.cache, None, use_cache=True)
         return logits
 
-    def _edits_can_split(self, run: Run) -> bool:
+    def _edits_can_split(self, forward: Forward) -> bool:
         """Whether what other methods edit can be kept to the rows of the model's own branch."""
-        if any(method.edits_blocks and not method.is_identity for method in run.state.methods):
+        if any(method.edits_blocks and not method.is_identity for method in forward.state.methods):
             return False
         return bool(self._anatomy.text_config._attn_implementation != "flex_attention")
 
     def _replaced(
         self,
-        run: Run,
+        forward: Forward,
         output: Any,
         own: torch.Tensor,
         other: torch.Tensor,
@@ -298,4 +302,4 @@ class TwoBranches:
             first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
         result = torch.where(active[:, None], self._method.combine(first, second), own)
         self._counters.count(self._index, active.sum())
-        return with_last_logits(run, output, result)
+        return with_last_logits(forward, output, result)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from vlmfix.engine.plan import Site
     from vlmfix.methods.base import Method
-    from vlmfix.methods.views import Layer, Rows, Run
+    from vlmfix.methods.views import Forward, Layer, Rows
 
 
 class Opening:
@@ -47,10 +47,10 @@ class Opening:
 
     def pairs(self, start: int, stop: int) -> torch.Tensor:
         """Return the pairs of some query rows, aligned with the call's keys: bool ``[batch, 1, rows, keys]``."""
-        call, run = self._layer.call, self._layer.run
+        call, forward = self._layer.call, self._layer.forward
         assert call is not None
         num_keys = call.key.shape[2]
-        offset, past = run.key_offset(self._layer.site, num_keys), run.past
+        offset, past = forward.key_offset(self._layer.site, num_keys), forward.past
         assert isinstance(offset, int)
         assert isinstance(past, int)
         pairs = self._method.open_mask(self._layer, start, stop).to(call.query.device)
@@ -85,7 +85,7 @@ def vlmfix_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    vlmfix: Run | _Missing | None = _MISSING,
+    vlmfix: Forward | _Missing | None = _MISSING,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a patched module, with the signature of transformers' attention functions.
@@ -153,56 +153,60 @@ Edits = Sequence[tuple["Method", "Layer"]]
 """Methods that edit scores or weights in a layer, in the order of the path, each with its view of the layer."""
 
 
-def attend(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(forward: Forward, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention with the edits of a site; without any, exactly what the base kernel returns."""
-    if not run.state.any_image:
+    if not forward.state.any_image:
         return call.base()
-    if run.is_prefill and site.masks:
-        call = call._replace(openings=tuple(Opening(method, run.layer(site, n).at(call)) for n, method in site.masks))
+    if forward.is_prefill and site.masks:
+        call = call._replace(
+            openings=tuple(Opening(method, forward.layer(site, n).at(call)) for n, method in site.masks)
+        )
     if site.scores or site.weights:
-        head_outputs, weights = _with_edits(run, site, call)
+        head_outputs, weights = _with_edits(forward, site, call)
     elif call.openings:
-        head_outputs, weights = _over_base(run, call, call, [])
+        head_outputs, weights = _over_base(forward, call, call, [])
     else:
         head_outputs, weights = call.base()
     for index, method in site.heads:
-        head_outputs = method.edit_heads(head_outputs, run.layer(site, index).at(call))
+        head_outputs = method.edit_heads(head_outputs, forward.layer(site, index).at(call))
     return head_outputs, weights
 
 
-def _with_edits(run: Run, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _with_edits(forward: Forward, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edit scores and weights of the heads that the methods of a site ask for."""
-    edits = [(method, run.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
+    edits = [(method, forward.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
     edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
     heads = site.written_heads
     if heads is not None and len(heads) >= call.key.shape[1]:  # copies of their keys would be more than there are
         heads = None
-    if not run.is_prefill and any(method.edits_decode for method, _ in edits):
+    if not forward.is_prefill and any(method.edits_decode for method, _ in edits):
         # The base kernel would compute the same rows a second time.
         if heads is None:
-            return explicit_attention(call, _edited_weights(run, call, 0, run.q_len, edits, observe=True)[0])
-        return explicit_attention(call, _with_edited_heads(run, call, heads, run.head_index(site, call)[0], edits))
+            return explicit_attention(call, _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)[0])
+        return explicit_attention(
+            call, _with_edited_heads(forward, call, heads, forward.head_index(site, call)[0], edits)
+        )
     if not edits and not call.openings:
         return call.base()
-    part = call if heads is None else call.of_heads(heads, *run.head_index(site, call))
-    return _over_base(run, call, part, [(method, layer.at(part)) for method, layer in edits])
+    part = call if heads is None else call.of_heads(heads, *forward.head_index(site, call))
+    return _over_base(forward, call, part, [(method, layer.at(part)) for method, layer in edits])
 
 
 def _with_edited_heads(
-    run: Run, call: AttentionCall, heads: tuple[int, ...], head_index: torch.Tensor, edits: Edits
+    forward: Forward, call: AttentionCall, heads: tuple[int, ...], head_index: torch.Tensor, edits: Edits
 ) -> torch.Tensor:
     """Write out the weights of all heads of a decode step, of which some are edited: no key is copied for these few."""
     part = call._replace(heads=heads, head_index=head_index)
-    scores, allowed = explicit_scores(call, 0, run.q_len)
+    scores, allowed = explicit_scores(call, 0, forward.q_len)
     mine = allowed if allowed is None or allowed.shape[1] == 1 else allowed.index_select(1, head_index)
     edits = [(method, layer.at(part)) for method, layer in edits]
     own = (scores.index_select(1, head_index), mine)
-    attn_weights, _ = _edited_weights(run, part, 0, run.q_len, edits, observe=True, written=own)
+    attn_weights, _ = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
     return masked_softmax(scores, allowed).index_copy(1, head_index, attn_weights)
 
 
-def _rows(run: Run, method: Method) -> Rows:
-    return run.rows(method.prompt_rows, method.edits_decode)
+def _rows(forward: Forward, method: Method) -> Rows:
+    return forward.rows(method.prompt_rows, method.edits_decode)
 
 
 def _observes(method: Method, layer: Layer) -> bool:
@@ -219,35 +223,35 @@ def _base(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _over_base(
-    run: Run, call: AttentionCall, part: AttentionCall, edits: Edits
+    forward: Forward, call: AttentionCall, part: AttentionCall, edits: Edits
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk.
 
     Args:
-        run: The forward.
+        forward: The forward.
         call: The attention call.
         part: The same for the heads to be written out.
         edits: Those of scores and weights.
     """
     head_outputs, weights = _base(call)
     if call.openings:
-        _write_opened_rows(run, call, head_outputs, weights)
-    wanted = [_rows(run, method) for method, _ in edits]
-    observed = [run.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
+        _write_opened_rows(forward, call, head_outputs, weights)
+    wanted = [_rows(forward, method) for method, _ in edits]
+    observed = [forward.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
         return head_outputs, weights
     chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     observe_first = len(chunks) > 1 and bool(observed)
-    if observe_first and not run.finished:
+    if observe_first and not forward.finished:
         for number, (method, layer) in enumerate(edits):
             if _observes(method, layer):
                 for start, stop in chunks:
-                    show = (method, layer.at(part, run.rows(method.observed_rows).part(start, stop)))
+                    show = (method, layer.at(part, forward.rows(method.observed_rows).part(start, stop)))
                     with torch.no_grad():
-                        _edited_weights(run, part, start, stop, edits[:number], show_to=show)
+                        _edited_weights(forward, part, start, stop, edits[:number], show_to=show)
     for start, stop in chunks:
-        attn_weights, edited = _edited_weights(run, part, start, stop, edits, observe=not observe_first)
+        attn_weights, edited = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
         if edited is not None:
             _write_heads(head_outputs[:, start:stop], weighted_values(part, attn_weights), edited, part.head_index)
             if weights is not None:
@@ -255,8 +259,10 @@ def _over_base(
     return head_outputs, weights
 
 
-def _write_opened_rows(run: Run, call: AttentionCall, head_outputs: torch.Tensor, weights: torch.Tensor | None) -> None:
-    chunks = list(call.row_chunks(0, run.image_stop))
+def _write_opened_rows(
+    forward: Forward, call: AttentionCall, head_outputs: torch.Tensor, weights: torch.Tensor | None
+) -> None:
+    chunks = list(call.row_chunks(0, forward.image_stop))
     for start, stop in chunks:
         opened = torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
         if weights is None:
@@ -293,7 +299,7 @@ def _write_weights(
 
 
 def _edited_weights(
-    run: Run,
+    forward: Forward,
     call: AttentionCall,
     start: int,
     stop: int,
@@ -306,7 +312,7 @@ def _edited_weights(
     """Write out the weights of some rows, edited.
 
     Args:
-        run: The forward.
+        forward: The forward.
         call: The attention call.
         start: First row.
         stop: End of the rows.
@@ -321,20 +327,20 @@ def _edited_weights(
     """
     scores, allowed = explicit_scores(call, start, stop) if written is None else written
     states, is_softmaxed = scores, False
-    every_key = run.every_key(scores.device)
+    every_key = forward.every_key(scores.device)
     selected: torch.Tensor | None = None
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
-        if observe and _observes(method, layer) and not run.finished:  # checkpointing computes layers again
+        if observe and _observes(method, layer) and not forward.finished:  # checkpointing computes layers again
             with torch.no_grad():
-                seen = layer.at(call, run.rows(method.observed_rows).part(start, stop))
+                seen = layer.at(call, forward.rows(method.observed_rows).part(start, stop))
                 observed = states if is_softmaxed else masked_softmax(states, allowed)
                 method.observe(observed, every_key if allowed is None else allowed, seen)
-        rows = _rows(run, method).part(start, stop)
+        rows = _rows(forward, method).part(start, stop)
         here = layer.at(call, rows)
         # A lone edit of a prompt may spoil the other rows: they are not used.
-        keep = states.clone() if rows.mask is not None and (len(edits) > 1 or not run.is_prefill) else None
+        keep = states.clone() if rows.mask is not None and (len(edits) > 1 or not forward.is_prefill) else None
         if method.edits_weights:
             states, edited = method.edit_weights(states, here)
         else:
@@ -348,7 +354,7 @@ def _edited_weights(
             shown = states > torch.finfo(states.dtype).min / 2
             allowed = shown if allowed is None else allowed & shown
         if show_to is None:
-            here.count(edited.sum() if run.is_prefill else edited)
+            here.count(edited.sum() if forward.is_prefill else edited)
         selected = edited if selected is None else selected | edited
     attn_weights = states if is_softmaxed else masked_softmax(states, allowed)
     if show_to is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.model.attention import AttentionCall
 from vlmfix.model.images import blank_images
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmfix.engine.plan import Site
     from vlmfix.engine.stream import StreamRecorder
     from vlmfix.methods.base import Method
-    from vlmfix.methods.views import Layer, Run, SequenceState
+    from vlmfix.methods.views import Forward, Layer, SequenceState
     from vlmfix.model.anatomy import Anatomy
     from vlmfix.model.images import Encoded
 
@@ -33,8 +33,8 @@ _OF_TOKENS = frozenset({"attention_mask", "position_ids", "token_type_ids"})
 """Arguments of a text that have a number for every token."""
 
 
-class TextOnlyRun:
-    """A forward over the prompts without their images; takes the place of a ``Run`` in the keyword arguments.
+class TextOnlyForward:
+    """A forward over the prompts without their images; takes the place of a ``Forward`` in the keyword arguments.
 
     Attributes:
         head_outputs: Per site index, head outputs at the last position, ``[batch, num_heads, head_dim]``.
@@ -90,12 +90,12 @@ class TextOnlyRun:
         if self._edited and site.index in self._wanted:
             self._advance(site)
 
-    def after_layer_of_image_run(self, site: Site, run: Run) -> None:
+    def after_layer_of_image_run(self, site: Site, forward: Forward) -> None:
         """Leave this layer, with the edits the prompt has just chosen for it."""
         if not self._edited or site.index not in self._calls:  # without an image, some layers are skipped
             return
         self._frozen[site.index] = [
-            (method, run.layer(site, index)) for index, method in site.heads if method.text_only_stream == "edited"
+            (method, forward.layer(site, index)) for index, method in site.heads if method.text_only_stream == "edited"
         ]
         self._hidden_states = self._advance(site)
 
@@ -175,7 +175,7 @@ def run_text_only(
     state: SequenceState,
     inputs: dict[str, Any],
     embeds: torch.Tensor | None = None,
-) -> TextOnlyRun | None:
+) -> TextOnlyForward | None:
     """Run the prompts of a batch without their image tokens, see ``text_only_inputs``.
 
     Args:
@@ -197,7 +197,7 @@ def run_text_only(
     text = text_only_inputs(anatomy, state, inputs, embeds)
     copies = stream.distinct(text)
     with positions_kept(anatomy):
-        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
+        anatomy.inner(**text, use_cache=False, **{FORWARD_KWARG: stream})
     if copies is not None:
         stream.head_outputs = {index: heads[copies.to(heads.device)] for index, heads in stream.head_outputs.items()}
     return stream
@@ -209,14 +209,14 @@ def run_image_free(
     state: SequenceState,
     inputs: dict[str, Any],
     embeds: torch.Tensor | None,
-    stand_in: TextOnlyRun | StreamRecorder,
+    stand_in: TextOnlyForward | StreamRecorder,
     *,
     without: Sequence[int] = (),
 ) -> None:
     """Run the prompts of a batch without their image tokens, see ``text_only_inputs``; ``stand_in`` records."""
     text = text_only_inputs(anatomy, state, inputs, embeds, without=without)
     with positions_kept(anatomy):
-        anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stand_in})
+        anatomy.inner(**text, use_cache=False, **{FORWARD_KWARG: stand_in})
 
 
 @contextmanager
@@ -234,7 +234,7 @@ def positions_kept(anatomy: Anatomy) -> Iterator[None]:
 @torch.no_grad()
 def encode_text_only(
     anatomy: Anatomy, sites: Sequence[Site], encoded: Encoded, inputs: dict[str, Any]
-) -> TextOnlyRun | None:
+) -> TextOnlyForward | None:
     """Let an encoder read the prompts of a batch without their image tokens, and the decoder begin its answer.
 
     Encoders count positions from the left, so rows are right-padded to one length.
@@ -268,14 +268,14 @@ def encode_text_only(
     else:
         text = {"inputs_embeds": encoded.tokens.gather(1, order[..., None].expand(-1, -1, encoded.tokens.shape[2]))}
     text["attention_mask"] = keep.gather(1, order).long()
-    anatomy.inner(**text, **answer, use_cache=False, **{RUN_KWARG: stream})
+    anatomy.inner(**text, **answer, use_cache=False, **{FORWARD_KWARG: stream})
     return stream
 
 
-def _stream(sites: Sequence[Site]) -> TextOnlyRun | None:
+def _stream(sites: Sequence[Site]) -> TextOnlyForward | None:
     modes = {site.index: {method.text_only_stream for _, method in site.heads} - {None} for site in sites}
     wanted = frozenset(index for index, asked in modes.items() if asked)
-    return TextOnlyRun(wanted, edited=any("edited" in asked for asked in modes.values())) if wanted else None
+    return TextOnlyForward(wanted, edited=any("edited" in asked for asked in modes.values())) if wanted else None
 
 
 def _lengths(keep: torch.Tensor) -> list[int]:

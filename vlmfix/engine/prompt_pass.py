@@ -9,8 +9,8 @@ import torch
 
 from vlmfix.engine.image_free import run_image_free
 from vlmfix.engine.stream import StreamRecorder
-from vlmfix.methods.views import SHARED, Prompt, Run
-from vlmfix.model.anatomy import RUN_KWARG, image_markers
+from vlmfix.methods.views import SHARED, Forward, Prompt
+from vlmfix.model.anatomy import FORWARD_KWARG, image_markers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def begin_methods(
     anatomy: Anatomy,
     model: nn.Module,
-    run: Run,
+    forward: Forward,
     inputs: dict[str, Any],
     vision: VisionRecorder | None,
     embeds: torch.Tensor | None = None,
@@ -32,61 +32,63 @@ def begin_methods(
     Args:
         anatomy: The model.
         model: The model with a language-model head that ``inputs`` are for.
-        run: The forward that is about to begin.
+        forward: The forward that is about to begin.
         inputs: Its arguments.
         vision: What the vision tower attended to, for methods that ask for it.
         embeds: The prompt's embeddings ``[batch, length, hidden_size]``, where its ids cannot be known.
     """
-    if not run.state.any_image:
+    if not forward.state.any_image:
         return
 
     def first_logits() -> torch.Tensor:
-        return _first_logits(model, run, inputs)
+        return _first_logits(model, forward, inputs)
 
     def patch_attention() -> dict[int, torch.Tensor]:
         assert vision is not None
         return vision.patch_attention()
 
     def last_states() -> dict[int, torch.Tensor]:
-        recorder = StreamRecorder(run.at_last_position)
-        _read_prompt(model, run, inputs, recorder)
+        recorder = StreamRecorder(forward.at_last_position)
+        _read_prompt(model, forward, inputs, recorder)
         return recorder.states
 
     def last_states_text_only() -> dict[int, torch.Tensor]:
         recorder = StreamRecorder(lambda states: states[:, -1])
         markers = image_markers(anatomy.model.config)
-        run_image_free(anatomy, run.state, inputs, embeds, recorder, without=markers)
+        run_image_free(anatomy, forward.state, inputs, embeds, recorder, without=markers)
         return recorder.states
 
-    for index, method in enumerate(run.state.methods):
+    for index, method in enumerate(forward.state.methods):
         if method.reads_prompt and not method.is_identity:
-            known = run.state.learned.get((index, SHARED))
-            run.state.learned[index, SHARED] = method.begin(
-                Prompt(run, first_logits, patch_attention, last_states, last_states_text_only, known)
+            known = forward.state.learned.get((index, SHARED))
+            forward.state.learned[index, SHARED] = method.begin(
+                Prompt(forward, first_logits, patch_attention, last_states, last_states_text_only, known)
             )
 
 
-def _first_logits(model: nn.Module, run: Run, inputs: dict[str, Any]) -> torch.Tensor:
-    logits = _read_prompt(model, run, inputs, None)
-    if run.state.in_encoder:
+def _first_logits(model: nn.Module, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
+    logits = _read_prompt(model, forward, inputs, None)
+    if forward.state.in_encoder:
         return logits[:, -1].float()
-    if logits.shape[1] == run.q_len:
-        return run.at_last_position(logits).float()
-    return logits[:, run.prompt_len - run.q_len - 1].float()
+    if logits.shape[1] == forward.q_len:
+        return forward.at_last_position(logits).float()
+    return logits[:, forward.prompt_len - forward.q_len - 1].float()
 
 
 @torch.no_grad()
-def _read_prompt(model: nn.Module, run: Run, inputs: dict[str, Any], stand_in: StreamRecorder | None) -> torch.Tensor:
+def _read_prompt(
+    model: nn.Module, forward: Forward, inputs: dict[str, Any], stand_in: StreamRecorder | None
+) -> torch.Tensor:
     """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
     cache = inputs.get("past_key_values")
-    if not run.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
+    if not forward.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
         cache = None
     options = {
         **{name: value for name, value in inputs.items() if name not in ("labels", "output_attentions")},
         "past_key_values": copy.deepcopy(cache),  # the prompt itself must find it as it was
         "use_cache": cache is not None,
         "return_dict": True,
-        RUN_KWARG: stand_in,
+        FORWARD_KWARG: stand_in,
     }
     logits: torch.Tensor = model(**options).logits
     return logits

@@ -1,4 +1,4 @@
-"""Begins forwards: a ``Run`` and the state of its sequences, for a prompt read now or one an encoder has read."""
+"""Begins forwards: a ``Forward`` and the state of its sequences, for a prompt read now or one an encoder has read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.views import Run, SequenceState, extend_mask, state_of
+from vlmfix.methods.views import Forward, SequenceState, extend_mask, state_of
 from vlmfix.model.images import attended_keys
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlmfix.engine.image_free import TextOnlyRun
+    from vlmfix.engine.image_free import TextOnlyForward
     from vlmfix.engine.status import Counters
     from vlmfix.methods.base import Method
     from vlmfix.model.images import Encoded
@@ -43,8 +43,8 @@ def begin_prompt(
     known: SequenceState | None,
     past: int,
     drafted: int,
-    text_only: Callable[[SequenceState], TextOnlyRun | None],
-) -> Run:
+    text_only: Callable[[SequenceState], TextOnlyForward | None],
+) -> Forward:
     """Start a forward that reads a prompt.
 
     Args:
@@ -59,7 +59,7 @@ def begin_prompt(
         text_only: Runs the image-free pass for a state, or returns ``None``.
 
     Returns:
-        The run; its state must be stored on the cache.
+        The forward; its state must be stored on the cache.
 
     Raises:
         UnsupportedFeatureError: The cache belongs to a batch of another size.
@@ -97,7 +97,7 @@ def begin_prompt(
         decoded=decoded,
         branch=None if known is None else known.branch,
     )
-    run = Run(
+    forward = Forward(
         state,
         counters,
         is_prefill=True,
@@ -110,20 +110,20 @@ def begin_prompt(
             "image_stop": max((max(image_end + 1 - past, 0) for image_end, _ in with_image), default=0),
         },
     )
-    _check_whole_prompt(known, run)
+    _check_whole_prompt(known, forward)
     if state.any_image:
-        run.text_only = text_only(state)
-    return run
+        forward.text_only = text_only(state)
+    return forward
 
 
-def _check_whole_prompt(known: SequenceState | None, run: Run) -> None:
+def _check_whole_prompt(known: SequenceState | None, forward: Forward) -> None:
     """Refuse to go on with a prompt that was edited as if it had ended."""
     if known is None or known.is_answered or not known.any_image:
         return
-    old, new = run.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
-    behind = run.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
+    old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
+    behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
     has_further_image = bool((behind.any(1) & new.any(1)).any())  # rows before it were edited as if behind the last one
-    for method in run.state.methods:
+    for method in forward.state.methods:
         needs_it = method.needs_whole_prompt or (has_further_image and method.prompt_rows == "text")
         if needs_it and not method.is_identity:
             raise UnsupportedFeatureError(
@@ -141,8 +141,8 @@ def begin_answer(
     known: SequenceState | None,
     past: int | torch.Tensor,
     q_len: int,
-    text_only: Callable[[Encoded], TextOnlyRun | None],
-) -> Run:
+    text_only: Callable[[Encoded], TextOnlyForward | None],
+) -> Forward:
     """Start a forward of a decoder whose encoder has read the prompt: all its rows are those of generated tokens.
 
     Args:
@@ -155,7 +155,7 @@ def begin_answer(
         text_only: Runs the image-free pass for what was encoded, or returns ``None``.
 
     Returns:
-        The run; a new state must be stored on the cache.
+        The forward; a new state must be stored on the cache.
     """
     state = known
     if state is None:
@@ -170,11 +170,11 @@ def begin_answer(
             all_images=all(has_image),
             in_encoder=True,
         )
-    run = Run(state, counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
-    run.begins = known is None
+    forward = Forward(state, counters, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+    forward.begins = known is None
     if encoded is not None and state.any_image:
-        run.text_only = text_only(encoded)
-    return run
+        forward.text_only = text_only(encoded)
+    return forward
 
 
 class ReorderWithState:

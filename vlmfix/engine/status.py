@@ -12,7 +12,7 @@ import torch
 from vlmfix.methods.base import Method
 
 if TYPE_CHECKING:
-    from vlmfix.methods.views import Run
+    from vlmfix.methods.views import Forward
 
 
 class Counters:
@@ -27,15 +27,15 @@ class Counters:
         self._size = self.NUM_FORWARD_COUNTS + num_methods
         self._totals: dict[torch.device, torch.Tensor] = {}
 
-    def add(self, run: Run) -> None:
+    def add(self, forward: Forward) -> None:
         """Add a finished forward."""
-        totals = self._on(run.image_mask.device)
-        if run.begins:
+        totals = self._on(forward.image_mask.device)
+        if forward.begins:
             totals[self.PROMPTS].add_(1)
-            totals[self.WITHOUT_IMAGE].add_(int(not run.state.any_image))
+            totals[self.WITHOUT_IMAGE].add_(int(not forward.state.any_image))
         else:
             totals[self.DECODE_STEPS].add_(1)
-        for index, counts in enumerate(run.edited):
+        for index, counts in enumerate(forward.edited):
             alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[torch.Tensor]] = {}
             for count in counts:
                 alike.setdefault((count.device, count.dtype, count.shape), []).append(count)

@@ -1,6 +1,6 @@
 """Edits of the residual stream: hooks on decoder layers and their blocks, and a forward that records the stream.
 
-Blocks and the norms behind them take no keyword arguments, so the ``Run`` that reaches a decoder layer is laid down
+Blocks and the norms behind them take no keyword arguments, so the ``Forward`` that reaches a decoder layer is laid down
 there for the hooks inside, per thread.
 """
 
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
-from vlmfix.methods.views import Block, Run
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.methods.views import Block, Forward
+from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.model.attention import AttentionCall
 from vlmfix.model.blocks import BlockKind, ResidualBlocks, final_norm, find_blocks
 
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
-def keep_early(run: Run, layer_idx: int, hidden_states: torch.Tensor, methods: Sequence[tuple[int, Method]]) -> None:
+def keep_early(
+    forward: Forward, layer_idx: int, hidden_states: torch.Tensor, methods: Sequence[tuple[int, Method]]
+) -> None:
     """Keep the rows of ``[batch, q_len, hidden_size]`` that predict new tokens, and count them once per forward."""
-    rows, batch = run.rows("last"), run.state.image_mask.shape[0]
+    rows, batch = forward.rows("last"), forward.state.image_mask.shape[0]
     states = hidden_states[:batch, rows.start : rows.stop]  # the other branch of a contrast comes behind
-    run.early[layer_idx] = states
+    forward.early[layer_idx] = states
     for index, method in methods:
         if layer_idx == max(method.early_layers):
             mask = torch.ones_like(states[..., 0]) if rows.mask is None else rows.mask
-            run.edited[index].append(mask.sum(dtype=torch.int64))
+            forward.edited[index].append(mask.sum(dtype=torch.int64))
 
 
 class EarlyHead:
@@ -67,22 +69,22 @@ class EarlyHead:
         if isinstance(head, nn.Module):
             self._softcap, self._scale, self._divisor = _behind_head(anatomy, head)
 
-    def mix(self, run: Run, output: Any, inputs: dict[str, Any]) -> Any:
+    def mix(self, forward: Forward, output: Any, inputs: dict[str, Any]) -> Any:
         """Return a forward's output with mixed logits in the rows that predict new tokens of prompts with an image.
 
         Args:
-            run: The forward.
+            forward: The forward.
             output: What the model with the head returned, an object with ``logits`` or a tuple.
             inputs: Its arguments by name.
         """
         if isinstance(output, tuple):
             where = 0 if inputs.get("labels") is None else 1  # the loss comes first
-            return (*output[:where], self._mixed(run, output[where], inputs), *output[where + 1 :])
-        return dataclasses.replace(output, logits=self._mixed(run, output.logits, inputs))
+            return (*output[:where], self._mixed(forward, output[where], inputs), *output[where + 1 :])
+        return dataclasses.replace(output, logits=self._mixed(forward, output.logits, inputs))
 
-    def _mixed(self, run: Run, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def _mixed(self, forward: Forward, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Mix ``[batch, kept, vocab]``."""
-        rows, wanted = run.rows("last"), inputs.get("logits_to_keep")
+        rows, wanted = forward.rows("last"), inputs.get("logits_to_keep")
         if rows.start >= rows.stop:
             return logits
         num_rows = rows.stop - rows.start
@@ -91,18 +93,18 @@ class EarlyHead:
             inside = (place >= 0) & (place < num_rows)
             start, chosen = 0, place.clamp(0, num_rows - 1)
         else:
-            first = run.q_len - logits.shape[1]
+            first = forward.q_len - logits.shape[1]
             start, skipped = max(rows.start - first, 0), max(first - rows.start, 0)
             chosen = torch.arange(skipped, num_rows, device=logits.device)
             inside = torch.ones_like(chosen, dtype=torch.bool)
-        batch = run.state.image_mask.shape[0]
+        batch = forward.state.image_mask.shape[0]
         mask = inside.expand(batch, -1)
         if rows.mask is not None:
             mask = mask & rows.mask.to(logits.device)[:, chosen]
         before = logits[:batch, start:]
         after = before.float()
         for _, method in self.mixing:
-            states = [run.early[layer][:, chosen.to(run.early[layer].device)] for layer in method.early_layers]
+            states = [forward.early[layer][:, chosen.to(forward.early[layer].device)] for layer in method.early_layers]
             early = [self._read(each, normed=method.early_norm).to(logits.device) for each in states]
             after = method.mix_logits(after, early)
         mixed = torch.where(mask[..., None], after.to(logits.dtype), before)
@@ -142,7 +144,7 @@ def _behind_head(anatomy: Anatomy, head: nn.Module) -> tuple[float | None, float
 
 
 class StreamRecorder:
-    """A forward of the stock model; takes the place of a ``Run`` in the keyword arguments.
+    """A forward of the stock model; takes the place of a ``Forward`` in the keyword arguments.
 
     Attributes:
         states: By decoder layer, what left it at each sample's last position: ``[batch, hidden_size]``.
@@ -182,8 +184,8 @@ class BlockHooks:
         self.blocks = blocks
         self.methods = tuple(methods)
         self.early = tuple(early)
-        self._runs: dict[int, weakref.ref[Run]] = {}
-        self._traced: Run | None = None
+        self._runs: dict[int, weakref.ref[Forward]] = {}
+        self._traced: Forward | None = None
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -199,38 +201,38 @@ class BlockHooks:
         return handles
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Lay the run down for the blocks."""
-        run = own_run(kwargs.get(RUN_KWARG, _MISSING))
-        if run is _MISSING:
+        """Attach the forward to the layer so that its block hooks can find it."""
+        forward = own_forward(kwargs.get(FORWARD_KWARG, _MISSING))
+        if forward is _MISSING:
             raise UnsupportedFeatureError(
                 f"Decoder layer {self.blocks.layer_idx} of a patched model was reached without going through the "
                 "model's own forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
                 "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
             )
-        self._lay_down(run)
+        self._lay_down(forward)
 
     def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lay it down again: checkpointing computes what is inside a layer a second time, without the layer's hooks."""
-        if torch.is_grad_enabled() and RUN_KWARG in kwargs:
-            self._lay_down(own_run(kwargs[RUN_KWARG]))
+        if torch.is_grad_enabled() and FORWARD_KWARG in kwargs:
+            self._lay_down(own_forward(kwargs[FORWARD_KWARG]))
 
-    def _lay_down(self, run: Any) -> None:
-        is_edited = isinstance(run, Run) and run.state.any_image
+    def _lay_down(self, forward: Any) -> None:
+        is_edited = isinstance(forward, Forward) and forward.state.any_image
         if torch.compiler.is_compiling():  # one thread at a time traces, and compiled code keeps nothing
-            self._traced = run if is_edited else None
+            self._traced = forward if is_edited else None
         elif is_edited:
-            self._runs[threading.get_ident()] = weakref.ref(run)
+            self._runs[threading.get_ident()] = weakref.ref(forward)
         else:
             self._runs.pop(threading.get_ident(), None)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Take the run up again; keep what leaves the layer, where it is read."""
-        run = own_run(kwargs.get(RUN_KWARG))
+        """Detach the forward; keep what leaves the layer, where it is read."""
+        forward = own_forward(kwargs.get(FORWARD_KWARG))
         hidden_states = output[0] if isinstance(output, tuple) else output
-        if isinstance(run, StreamRecorder):
-            run.record(self.blocks.layer_idx, hidden_states)
-        elif isinstance(run, Run) and self.early and run.state.any_image:
-            keep_early(run, self.blocks.layer_idx, hidden_states, self.early)
+        if isinstance(forward, StreamRecorder):
+            forward.record(self.blocks.layer_idx, hidden_states)
+        elif isinstance(forward, Forward) and self.early and forward.state.any_image:
+            keep_early(forward, self.blocks.layer_idx, hidden_states, self.early)
         if torch.compiler.is_compiling():
             self._traced = None
         else:
@@ -244,40 +246,40 @@ class BlockHooks:
         """Edit what the MLP adds."""
         return self._edit("mlp", output)
 
-    def _run(self) -> Run | None:
+    def _run(self) -> Forward | None:
         if torch.compiler.is_compiling():
             return self._traced
         kept = self._runs.get(threading.get_ident())
         return None if kept is None else kept()
 
     def _edit(self, kind: BlockKind, output: Any) -> Any:
-        run = self._run()
-        if run is None:
+        forward = self._run()
+        if forward is None:
             return None
         states = output[0] if isinstance(output, tuple) else output
-        every = states.reshape(-1, run.q_len, states.shape[-1])
-        batch = run.state.image_mask.shape[0]
+        every = states.reshape(-1, forward.q_len, states.shape[-1])
+        batch = forward.state.image_mask.shape[0]
         rows = every[:batch]  # the other branch of a contrast comes behind
         for index, method in self.methods:
             if kind in method.edits_blocks:
-                rows = edit_rows(rows, run, method, Block(run, self.blocks.layer_idx, kind, index), index)
+                rows = edit_rows(rows, forward, method, Block(forward, self.blocks.layer_idx, kind, index), index)
         if batch < every.shape[0]:
             rows = torch.cat([rows, every[batch:]])
         edited = rows.reshape(states.shape)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
 
-def own_run(run: Any) -> Any:
-    """Return the run of the model's own branch, where a forward is one over two branches."""
-    return getattr(run, "own", run)
+def own_forward(forward: Any) -> Any:
+    """Return the forward of the model's own branch, where a forward is one over two branches."""
+    return getattr(forward, "own", forward)
 
 
-def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, index: int) -> torch.Tensor:
+def edit_rows(states: torch.Tensor, forward: Forward, method: Method, block: Block, index: int) -> torch.Tensor:
     """Let a method edit its rows of a block's output.
 
     Args:
         states: ``[batch, q_len, hidden_size]``.
-        run: The forward.
+        forward: The forward.
         method: The method.
         block: Its view of the block.
         index: The method's number.
@@ -285,7 +287,7 @@ def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, inde
     Returns:
         The output with these rows replaced; ``states`` itself where there are none.
     """
-    rows = run.rows(method.prompt_rows, method.edits_decode)
+    rows = forward.rows(method.prompt_rows, method.edits_decode)
     if rows.start >= rows.stop:
         return states
     before = states[:, rows.start : rows.stop]
@@ -295,11 +297,11 @@ def edit_rows(states: torch.Tensor, run: Run, method: Method, block: Block, inde
     after = after.to(states.dtype)
     if rows.mask is None:
         count = before.shape[0] * before.shape[1]
-        run.edited[index].append(torch.full((), count, dtype=torch.int64, device=before.device))
+        forward.edited[index].append(torch.full((), count, dtype=torch.int64, device=before.device))
     else:
         mask = rows.mask.to(states.device)
         after = torch.where(mask[..., None], after, before)
-        run.edited[index].append(mask.sum())
+        forward.edited[index].append(mask.sum())
     if rows.stop - rows.start == states.shape[1]:
         return after
     return torch.cat([states[:, : rows.start], after, states[:, rows.stop :]], dim=1)

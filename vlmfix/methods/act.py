@@ -47,9 +47,9 @@ class ColumnMeans:
         cls, known: ColumnMeans | None, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer, *, frozen: bool
     ) -> ColumnMeans:
         """Add the rows a method observes, see ``Method.observe``."""
-        run, (start, stop) = layer.run, layer.rows
+        forward, (start, stop) = layer.forward, layer.rows
         batch, num_heads, _, num_keys = attn_weights.shape
-        offset = run.key_offset(layer.site, num_keys)
+        offset = forward.key_offset(layer.site, num_keys)
         seen = allowed.any(1, keepdim=True).expand(batch, 1, stop - start, num_keys)
         mask = None if layer.row_mask is None else layer.row_mask.to(seen.device)
         if known is None:
@@ -57,7 +57,7 @@ class ColumnMeans:
             known = cls(
                 sums=attn_weights.new_zeros(batch, num_heads + 1, num_keys),
                 tokens=attn_weights.new_zeros(batch),
-                length=run.past,
+                length=forward.past,
                 offset=offset,
                 rows=attn_weights.new_zeros(batch, num_heads + 1, 0, num_keys),
                 frozen=frozen,
@@ -68,9 +68,9 @@ class ColumnMeans:
                 "cache."
             )
         if start == 0:
-            known = known._settled(run.past)
+            known = known._settled(forward.past)
         known = known._aligned(offset, num_keys)
-        prompt = max(min(run.prompt_len - start, stop - start), 0) if run.is_prefill else 0
+        prompt = max(min(forward.prompt_len - start, stop - start), 0) if forward.is_prefill else 0
         if prompt:
             assert mask is not None
             counted = mask[:, None, None, :prompt].float()  # a product, so that no row is written out again
@@ -79,7 +79,7 @@ class ColumnMeans:
                 known,
                 sums=known.sums + torch.cat(parts, dim=1)[:, :, 0],
                 tokens=known.tokens + mask[:, :prompt].sum(1),
-                length=run.past + start + prompt,
+                length=forward.past + start + prompt,
             )
         if prompt == stop - start:
             return known
@@ -95,14 +95,14 @@ class ColumnMeans:
             fp32 ``[batch, num_heads + 1, rows or 1, keys]``, ``[batch, rows or 1]``. In a prompt, all its rows share
             the same.
         """
-        run, (start, stop) = layer.run, layer.rows
+        forward, (start, stop) = layer.forward, layer.rows
         sums, tokens = self.sums[:, :, None], self.tokens[:, None]
-        if self.frozen or (run.is_prefill and stop <= run.prompt_len):
+        if self.frozen or (forward.is_prefill and stop <= forward.prompt_len):
             return sums, tokens
-        if not run.is_prefill and self.rows.shape[2] == 1:
+        if not forward.is_prefill and self.rows.shape[2] == 1:
             return sums + self.rows, tokens + 1
-        prompt = max(run.prompt_len - start, 0) if run.is_prefill else 0
-        first = max(start - run.prompt_len, 0) if run.is_prefill else start
+        prompt = max(forward.prompt_len - start, 0) if forward.is_prefill else 0
+        first = max(start - forward.prompt_len, 0) if forward.is_prefill else start
         number = torch.arange(1, self.rows.shape[2] + 1, device=tokens.device)
         found = []
         for known, after, dim in ((sums, sums + self.rows.cumsum(2), 2), (tokens, tokens + number, 1)):

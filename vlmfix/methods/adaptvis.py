@@ -92,7 +92,7 @@ class AdaptVis(Method):
 
     def begin(self, prompt: Prompt) -> torch.Tensor:
         """Choose the factor of every sample: fp32 ``[batch]``."""
-        image = prompt.run.image_mask
+        image = prompt.forward.image_mask
         if self.mode == "fixed" or self.low == self.high:
             only = self.factor if self.mode == "fixed" else self.low
             return torch.full((image.shape[0],), only, device=image.device)

@@ -56,7 +56,7 @@ class Method:
     reorders: ClassVar[bool] = False
     """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
     needs_past: ClassVar[bool] = False
-    """Whether ``layer.run.past`` must be known while decoding with a static cache too."""
+    """Whether ``layer.forward.past`` must be known while decoding with a static cache too."""
     needs_ids: ClassVar[bool] = False
     """Whether generated ids are remembered, because a further turn reads the whole text again without its images."""
     needs_cache: ClassVar[bool] = False
@@ -136,8 +136,8 @@ class Method:
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention it acts in; ``vlmfix.placement`` refuses models that have none of them.
 
-        In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and ``layer.run.is_prefill``
-        is never true.
+        In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and
+        ``layer.forward.is_prefill`` is never true.
         """
         if (
             self.opens_mask or self.reads_layer_input or self.edits_blocks

@@ -35,13 +35,13 @@ class Focus:
     @classmethod
     def extended(cls, known: Focus | None, attn_weights: torch.Tensor, layer: Layer, rho: float) -> Focus:
         """Add the rows a method observes, see ``Method.observe``, and find what is outside their focus."""
-        run, (start, stop) = layer.run, layer.rows
-        prompt, num_keys = run.image_mask.shape[1], attn_weights.shape[-1]
+        forward, (start, stop) = layer.forward, layer.rows
+        prompt, num_keys = forward.image_mask.shape[1], attn_weights.shape[-1]
         assert layer.call is not None
         size = layer.call.key.shape[2]  # a static cache has its final size from the start
-        offset = run.key_offset(layer.site, num_keys)
+        offset = forward.key_offset(layer.site, num_keys)
         weights = attn_weights.mean(1)  # [batch, rows, keys]
-        image = run.image_mask.to(weights.device)
+        image = forward.image_mask.to(weights.device)
         is_text = _text_rows(layer).to(weights.device)
         new = take(weights, -offset, prompt) * (image[:, None] & is_text[..., None])
         seen = weights.new_zeros(weights.shape[0], prompt, size)
@@ -49,7 +49,7 @@ class Focus:
             seen = take(known.seen.to(weights.device), offset - known.offset, size)
             seen = F.pad(seen, (0, 0, 0, prompt - seen.shape[1]))
         # Rows of drafts that were dropped stay until they are written anew: no row sees them before.
-        positions = torch.arange(start, stop, device=weights.device) + _on(run.past - offset, weights.device)
+        positions = torch.arange(start, stop, device=weights.device) + _on(forward.past - offset, weights.device)
         seen = seen.index_copy(2, positions, new.transpose(1, 2))
         dropped = low_focus(weights @ seen[..., :num_keys].transpose(1, 2), image, rho).transpose(1, 2)
         if start > 0 and known is not None:
@@ -103,11 +103,11 @@ def _on(number: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
 
 def _text_rows(layer: Layer) -> torch.Tensor:
     """Which of the rows in hand are text tokens: bool ``[batch, rows]``."""
-    run, (start, stop) = layer.run, layer.rows
-    mask = run.has_image[:, None].expand(-1, stop - start) if layer.row_mask is None else layer.row_mask
-    if not run.is_prefill:
+    forward, (start, stop) = layer.forward, layer.rows
+    mask = forward.has_image[:, None].expand(-1, stop - start) if layer.row_mask is None else layer.row_mask
+    if not forward.is_prefill:
         return mask
-    image = run.image_mask[:, -run.prompt_len :][:, start:stop]
+    image = forward.image_mask[:, -forward.prompt_len :][:, start:stop]
     return mask & ~F.pad(image, (0, stop - start - image.shape[1]))
 
 

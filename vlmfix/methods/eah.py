@@ -94,16 +94,16 @@ class EAH(Method):
 
     def acts_at(self, layer: Layer) -> bool:
         """Only in prompts."""
-        return layer.run.is_prefill
+        return layer.forward.is_prefill
 
     def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows to the column sums."""
-        run, (start, stop), num_keys = layer.run, layer.rows, attn_weights.shape[-1]
+        forward, (start, stop), num_keys = layer.forward, layer.rows, attn_weights.shape[-1]
         assert layer.row_mask is not None
         rows = torch.arange(start, stop, device=attn_weights.device)
-        counted = layer.row_mask.to(rows.device) & (rows < run.prompt_len)  # a draft may follow the prompt
-        keys = torch.arange(num_keys, device=rows.device) + run.key_offset(layer.site, num_keys)
-        later = counted[..., None] & (keys < rows[:, None] + run.past)  # [batch, rows, keys]
+        counted = layer.row_mask.to(rows.device) & (rows < forward.prompt_len)  # a draft may follow the prompt
+        keys = torch.arange(num_keys, device=rows.device) + forward.key_offset(layer.site, num_keys)
+        later = counted[..., None] & (keys < rows[:, None] + forward.past)  # [batch, rows, keys]
         sums = attn_weights.masked_fill(~later[:, None], 0.0).sum(2)
         counts = (later & allowed.any(1)).sum(1).float()
         if start > 0:
@@ -122,7 +122,7 @@ class EAH(Method):
         self, columns: Columns, attn_weights: torch.Tensor, layer: Layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return each sample's head with the most sinks, and whether it has any: int64 and bool ``[batch]``."""
-        tokens = layer.run.valid_mask.sum(1).to(attn_weights.device)
+        tokens = layer.forward.valid_mask.sum(1).to(attn_weights.device)
         threshold = 1.2 / tokens if isinstance(self.threshold, str) else columns.counts.new_tensor([self.threshold])
         limit = threshold[..., None] * columns.counts
         is_sink = (columns.sums > limit[:, None]) & layer.keys("image", attn_weights)[:, None]

@@ -105,7 +105,7 @@ class FIA(Method):
 
     def _gains(self, prompt: Prompt) -> torch.Tensor:
         """Gains of all tokens so far, fp32 ``[batch, prompt]``; images of earlier turns keep theirs."""
-        mask = prompt.run.image_mask
+        mask = prompt.forward.image_mask
         gains = torch.zeros(mask.shape, device=mask.device)
         past = 0
         if isinstance(prompt.known, torch.Tensor):

@@ -79,11 +79,11 @@ class MMA(Method):
 
     def _tokens(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens are image tokens, and which belong to the question: bool ``[batch, q_len]``."""
-        run = layer.run
-        image, valid = run.image_mask[:, -run.prompt_len :], run.valid_mask[:, -run.prompt_len :]
+        forward = layer.forward
+        image, valid = forward.image_mask[:, -forward.prompt_len :], forward.valid_mask[:, -forward.prompt_len :]
         text = valid & ~image
         if self.columns == "question":
             text &= image.flip(1).cumsum(1).flip(1) == 0  # no image follows
-        drafted = run.q_len - run.prompt_len
+        drafted = forward.q_len - forward.prompt_len
         image, text = (torch.nn.functional.pad(mask, (0, drafted)) for mask in (image, text))
         return image, text

@@ -117,9 +117,9 @@ def scale_heads(head_outputs: torch.Tensor, scale: torch.Tensor, layer: Layer) -
 
 def _rows_with_image(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which samples have an image, bool ``[batch]``, and how many rows these have in all, padding left out."""
-    run = layer.run
-    has_image = run.has_image
-    num_rows = run.num_prompt_rows() if run.is_prefill else run.q_len
+    forward = layer.forward
+    has_image = forward.has_image
+    num_rows = forward.num_prompt_rows() if forward.is_prefill else forward.q_len
     return has_image, (has_image * num_rows).sum()
 
 

@@ -81,14 +81,14 @@ class SPIN(Method):
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Shrink heads of ``[batch, q_len, num_heads, head_dim]`` in the rows that predict a token."""
-        rows = layer.run.rows("last")
+        rows = layer.forward.rows("last")
         if rows.start == rows.stop:
             return head_outputs
         gates, sees_image = (_image_mass if self.score == "mass" else _summed_scores)(layer, rows)
         suppressed = self.choose(gates) & sees_image[:, None]
         if rows.mask is not None:
             suppressed &= rows.mask[:, None].to(suppressed.device)
-        layer.count(suppressed.sum() if layer.run.is_prefill else suppressed)
+        layer.count(suppressed.sum() if layer.forward.is_prefill else suppressed)
         scale = torch.where(suppressed, self.suppress, 1.0).transpose(1, 2)[..., None].to(head_outputs.dtype)
         edited = head_outputs.clone() if head_outputs.requires_grad else head_outputs
         edited[:, rows.start : rows.stop].mul_(scale)
@@ -108,7 +108,7 @@ def _summed_scores(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor
     """
     assert layer.call is not None
     query, key = layer.call.query[:, :, rows.start : rows.stop].float(), layer.call.key
-    known = None if layer.run.is_prefill else layer.learned
+    known = None if layer.forward.is_prefill else layer.learned
     if known is None:
         seen = _seen_image_keys(layer, rows)
         known = seen.float()[:, None] @ key[:, :, : seen.shape[2]].float(), seen.any(2)

@@ -87,14 +87,14 @@ class VAF(Method):
 
     def observes_at(self, layer: Layer) -> bool:
         """Only prompts choose heads."""
-        return layer.run.is_prefill
+        return layer.forward.is_prefill
 
     def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Choose the half of the heads that look most at the image in each sample's last row."""
-        run, (start, stop) = layer.run, layer.rows
+        forward, (start, stop) = layer.forward, layer.rows
         assert layer.row_mask is not None
         rows = torch.arange(start, stop, device=attn_weights.device)
-        is_last = layer.row_mask.to(rows.device) & (rows < run.prompt_len)  # a draft may follow the prompt
+        is_last = layer.row_mask.to(rows.device) & (rows < forward.prompt_len)  # a draft may follow the prompt
         mass = (attn_weights * layer.keys("image", attn_weights)[:, None, None]).sum(-1)
         mass = torch.where(is_last[:, None], mass, 0.0).sum(-1)  # [batch, num_heads]
         ranks = mass.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -119,11 +119,11 @@ class VAR(Method):
 
     def learn(self, hidden_states: torch.Tensor, layer: Layer) -> SinkMap:
         """Find the sinks among the new tokens ``[batch, q_len, hidden_size]`` and append them to the known ones."""
-        run = layer.run
-        image = run.image_mask.to(hidden_states.device)
+        forward = layer.forward
+        image = forward.image_mask.to(hidden_states.device)
         sink = find_sinks(hidden_states, self.sink_dims or (), self.sink_threshold)
         past = image.shape[1] - sink.shape[1]
-        sink &= run.valid_mask[:, past:].to(sink.device)
+        sink &= forward.valid_mask[:, past:].to(sink.device)
         sink = extend_mask(None if layer.learned is None else layer.learned.sink, sink, past)
         return self._sink_map(sink, image)
 

@@ -84,11 +84,11 @@ class VHR(Method):
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``; in a prompt, choose the heads first."""
-        if layer.run.begins:
+        if layer.forward.begins:
             heads = self.select_heads(head_outputs, layer)
             scale = torch.where(heads, self.alpha, 1.0).to(head_outputs.dtype)
             layer.learned = (scale[:, None, :, None], heads.sum())
-            layer.count((heads.sum(1) * layer.run.num_prompt_rows().to(heads.device)).sum())
+            layer.count((heads.sum(1) * layer.forward.num_prompt_rows().to(heads.device)).sum())
         else:
             rows = head_outputs.shape[1]
             layer.count(layer.learned[1] if rows == 1 else layer.learned[1] * rows)
@@ -101,11 +101,11 @@ class VHR(Method):
 
     def select_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Return the reinforced heads as bool ``[batch, num_heads]``; all false for a prompt without an image."""
-        run = layer.run
-        has_image = run.has_image.to(head_outputs.device)[:, None]
+        forward = layer.forward
+        has_image = forward.has_image.to(head_outputs.device)[:, None]
         if self.select == "all":
             return has_image.expand(-1, head_outputs.shape[2])
-        with_image = run.at_last_position(head_outputs).float()
+        with_image = forward.at_last_position(head_outputs).float()
         without_image = layer.text_only_heads().float()
         divergent = divergent_heads(with_image, without_image, self.outliers, torch.finfo(head_outputs.dtype).eps)
         return (divergent if self.select == "divergent" else ~divergent) & has_image

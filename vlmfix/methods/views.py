@@ -1,7 +1,7 @@
-"""What is known during one forward (``Run``) and along one sequence (``SequenceState``, kept on the cache).
+"""What is known during one forward (``Forward``) and along one sequence (``SequenceState``, kept on the cache).
 
-A ``Run`` is created by a hook on the model, travels down to every attention call in its keyword arguments and dies with
-the forward. What must outlive it (image mask, learned sinks, chosen heads) sits on the cache object, so that it dies
+A ``Forward`` is created by a hook on the model, travels down to every attention call in its keyword arguments and ends
+with the call. What must outlive it (image mask, learned sinks, chosen heads) sits on the cache object, so that it dies
 with the sequence and follows copies, crops, beams and further turns.
 """
 
@@ -19,7 +19,7 @@ from vlmfix.model.blocks import BlockKind
 
 if TYPE_CHECKING:
     from vlmfix.decoding.branch import Branch, Pending
-    from vlmfix.engine.image_free import TextOnlyRun
+    from vlmfix.engine.image_free import TextOnlyForward
     from vlmfix.engine.plan import Site
     from vlmfix.engine.status import Counters
     from vlmfix.methods.base import Method
@@ -29,15 +29,15 @@ class Block:
     """What a method sees of one block of a decoder layer in one forward.
 
     Attributes:
-        run: The forward.
+        forward: The forward.
         layer_idx: The decoder layer's index.
         kind: Which half of it.
     """
 
-    __slots__ = ("_index", "kind", "layer_idx", "run")
+    __slots__ = ("_index", "forward", "kind", "layer_idx")
 
-    def __init__(self, run: Run, layer_idx: int, kind: BlockKind, index: int) -> None:
-        self.run = run
+    def __init__(self, forward: Forward, layer_idx: int, kind: BlockKind, index: int) -> None:
+        self.forward = forward
         self.layer_idx = layer_idx
         self.kind = kind
         self._index = index
@@ -45,12 +45,12 @@ class Block:
     @property
     def shared(self) -> Any:
         """What the method learned in this sequence (see ``Method.begin``), or ``None``."""
-        return self.run.state.learned.get((self._index, SHARED))
+        return self.forward.state.learned.get((self._index, SHARED))
 
     @property
     def scratch(self) -> dict[Any, Any]:
         """What the method keeps for later blocks of this forward; gone with the forward."""
-        notes: dict[Any, Any] = self.run.once(self._index, dict)
+        notes: dict[Any, Any] = self.forward.once(self._index, dict)
         return notes
 
 
@@ -59,7 +59,7 @@ class Prompt:
     """A prompt with an image that is about to be read.
 
     Attributes:
-        run: The forward that is about to begin.
+        forward: The forward that is about to begin.
         first_logits: Runs the prompt through the stock model: the logits that predict the first new token, fp32
             ``[batch, vocab]``. Costs a prefill.
         patch_attention: Returns, per layer of ``Method.vision_layers``, how the vision tower's class token attended to
@@ -73,7 +73,7 @@ class Prompt:
         known: What the method's :meth:`begin` returned for the prompt before in this sequence, or ``None``.
     """
 
-    run: Run
+    forward: Forward
     first_logits: Callable[[], torch.Tensor]
     patch_attention: Callable[[], dict[int, torch.Tensor]]
     last_states: Callable[[], dict[int, torch.Tensor]]
@@ -197,7 +197,7 @@ class Rows(NamedTuple):
         return Rows(start, stop, F.pad(inside, (before, after)))
 
 
-class Run:
+class Forward:
     """One forward of a patched model.
 
     Attributes:
@@ -223,7 +223,7 @@ class Run:
         q_len: int,
         prompt_len: int,
         first_rows: dict[str, int] | None = None,
-        text_only: TextOnlyRun | None = None,
+        text_only: TextOnlyForward | None = None,
     ) -> None:
         self.state = state
         self.counters = counters
@@ -442,28 +442,28 @@ class Layer:
     """What a method sees of one layer in one forward.
 
     Attributes:
-        run: The forward.
+        forward: The forward.
         site: The attention module's place in the model; ``site.layer_idx`` is its layer.
         call: The attention call, or ``None`` in the hooks that come before it.
         rows: Half-open range of the query rows in hand, relative to the forward.
         row_mask: bool ``[batch, rows]``: which of them are up for edits, or ``None`` for all.
     """
 
-    __slots__ = ("_index", "call", "row_mask", "rows", "run", "site")
+    __slots__ = ("_index", "call", "forward", "row_mask", "rows", "site")
 
     def __init__(
-        self, run: Run, site: Site, index: int, call: AttentionCall | None = None, rows: Rows | None = None
+        self, forward: Forward, site: Site, index: int, call: AttentionCall | None = None, rows: Rows | None = None
     ) -> None:
-        self.run = run
+        self.forward = forward
         self.site = site
         self.call = call
-        self.rows = (0, run.q_len) if rows is None else (rows.start, rows.stop)
+        self.rows = (0, forward.q_len) if rows is None else (rows.start, rows.stop)
         self.row_mask = None if rows is None else rows.mask
         self._index = index
 
     def at(self, call: AttentionCall, rows: Rows | None = None) -> Layer:
         """Return the same layer for some query rows of an attention call."""
-        return Layer(self.run, self.site, self._index, call, rows)
+        return Layer(self.forward, self.site, self._index, call, rows)
 
     @property
     def heads(self) -> tuple[int, ...] | None:
@@ -473,24 +473,24 @@ class Layer:
     @property
     def learned(self) -> Any:
         """What the method learned here in this sequence, or ``None``."""
-        return self.run.state.learned.get((self._index, self.site.index))
+        return self.forward.state.learned.get((self._index, self.site.index))
 
     @learned.setter
     def learned(self, value: Any) -> None:
-        self.run.state.learned[self._index, self.site.index] = value
+        self.forward.state.learned[self._index, self.site.index] = value
 
     @property
     def shared(self) -> Any:
         """What the method learned in this sequence for all layers, or ``None``."""
-        return self.run.state.learned.get((self._index, SHARED))
+        return self.forward.state.learned.get((self._index, SHARED))
 
     @shared.setter
     def shared(self, value: Any) -> None:
-        self.run.state.learned[self._index, SHARED] = value
+        self.forward.state.learned[self._index, SHARED] = value
 
     def constant(self, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned for this layer when it was first asked in this sequence (head masks)."""
-        constants = self.run.state.constants
+        constants = self.forward.state.constants
         key = (self._index, self.site.index)
         if key not in constants:
             constants[key] = make()
@@ -498,7 +498,7 @@ class Layer:
 
     def once(self, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned when this method first asked in this forward, in any layer."""
-        return self.run.once(self._index, make)
+        return self.forward.once(self._index, make)
 
     def per_keys(self, make: Callable[[], Any], like: torch.Tensor) -> Any:
         """Return what ``make`` returned when this method first asked in this forward in a layer with keys as these.
@@ -507,12 +507,12 @@ class Layer:
             make: Makes what depends on the keys alone, and not on the layer.
             like: A tensor ``[batch, ..., keys]``.
         """
-        return self.run.per_keys(self._index, self.site, like, make)
+        return self.forward.per_keys(self._index, self.site, like, make)
 
     def text_only_heads(self) -> torch.Tensor:
         """Head outputs of the image-free pass at its last position, ``[batch, num_heads, head_dim]``."""
-        assert self.run.text_only is not None
-        return self.run.text_only.head_outputs[self.site.index]
+        assert self.forward.text_only is not None
+        return self.forward.text_only.head_outputs[self.site.index]
 
     def visible_keys(self, per_key: torch.Tensor, num_keys: int) -> torch.Tensor:
         """Align values ``[batch, prompt, ...]`` with the first of ``num_keys`` keys; a sliding cache drops early ones.
@@ -520,7 +520,7 @@ class Layer:
         Returns:
             ``[batch, n, ...]`` with ``n <= num_keys``; keys behind ``n`` are no prompt tokens.
         """
-        return self.run.align(per_key, self.site, num_keys)
+        return self.forward.align(per_key, self.site, num_keys)
 
     def keys(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """Say which keys are what.
@@ -533,8 +533,8 @@ class Layer:
             Bool ``[batch, keys]``.
         """
         if name == "generated":
-            return ~self.run.keys("prompt", self.site, like.shape[-1], like.device)
-        return self.run.keys(name, self.site, like.shape[-1], like.device)
+            return ~self.forward.keys("prompt", self.site, like.shape[-1], like.device)
+        return self.forward.keys(name, self.site, like.shape[-1], like.device)
 
     @staticmethod
     def scale_known(attn_weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -547,7 +547,7 @@ class Layer:
 
     def count(self, edited: torch.Tensor) -> None:
         """Count edited (sample, head, row) triples: integer or bool of any shape, added up after the forward."""
-        self.run.edited[self._index].append(edited)
+        self.forward.edited[self._index].append(edited)
 
 
 def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: bool = False) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from vlmfix.errors import UnsupportedModelError
 
-RUN_KWARG = "vlmfix"
+FORWARD_KWARG = "vlmfix"
 """The keyword argument that carries the ``Run`` down to the attention function; ``None`` asks for the stock model."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmfix.errors import MethodError
-from vlmfix.model.anatomy import RUN_KWARG, SITE_ATTRIBUTE, Anatomy, analyse, states_device
+from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE, Anatomy, analyse, states_device
 
 logger = logging.getLogger("vlmfix")
 
@@ -129,7 +129,7 @@ def _search(
         anatomy.decoder_layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True) for layer in watched
     ]
     # Asks a patched model for its stock self; a stock model is called as always.
-    stock = {RUN_KWARG: None} if any(hasattr(site.module.config, SITE_ATTRIBUTE) for site in anatomy.sites) else {}
+    stock = {FORWARD_KWARG: None} if any(hasattr(site.module.config, SITE_ATTRIBUTE) for site in anatomy.sites) else {}
     try:
         anatomy.inner(input_ids=input_ids.to(states_device(embedding, anatomy.model)), use_cache=False, **stock)
     finally:

@@ -13,7 +13,7 @@ from torch import nn
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
-from vlmfix.methods.views import Layer, PromptRows, Run
+from vlmfix.methods.views import Forward, Layer, PromptRows
 from vlmfix.model.anatomy import OUTPUT_PROJECTIONS, Anatomy, AttentionKind
 
 Head = tuple[int, int]
@@ -117,7 +117,7 @@ class AttentionLog:
         self.steps: list[Step] = []
         self.names = [list(each or {}) for each in cells]
         self._cells = cells
-        self._run: Run | None = None
+        self._run: Forward | None = None
         self._regions: torch.Tensor | None = None
 
     def method(self) -> RowWatch:
@@ -157,8 +157,8 @@ class AttentionLog:
 
     def see(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Sum up ``[batch, num_heads, rows, keys]`` over groups of keys."""
-        if layer.run is not self._run:
-            self._run = layer.run
+        if layer.forward is not self._run:
+            self._run = layer.forward
             self.steps.append(Step(layer.rows[0]))
         step, at = self.steps[-1], layer.site.layer_idx
         regions = layer.visible_keys(self._prompt_regions(layer), attn_weights.shape[-1]).to(attn_weights)
@@ -176,7 +176,7 @@ class AttentionLog:
     def _prompt_regions(self, layer: Layer) -> torch.Tensor:
         """Image and regions of the prompt's tokens, bool ``[batch, prompt, 1 + regions]``."""
         if self._regions is None:
-            image = layer.run.image_mask
+            image = layer.forward.image_mask
             most = max((len(names) for names in self.names), default=0)
             regions = torch.zeros(*image.shape, 1 + most, dtype=torch.bool, device=image.device)
             regions[..., 0] = image
@@ -303,12 +303,12 @@ class Cut(Method):
         num_keys, device = scores.shape[-1], scores.device
         source = layer.visible_keys(self.source.to(device), num_keys)
         source = F.pad(source, (0, num_keys - source.shape[1]))
-        rows = torch.arange(*layer.rows, device=device) + layer.run.past
+        rows = torch.arange(*layer.rows, device=device) + layer.forward.past
         length = self.target.shape[1]
         target = self.target.to(device)[:, rows.clamp_max(length - 1)] & (rows < length)
         cut = target[:, None, :, None] & source[:, None, None] & allowed
         if self.keep_self:
-            keys = torch.arange(num_keys, device=device) + layer.run.key_offset(layer.site, num_keys)
+            keys = torch.arange(num_keys, device=device) + layer.forward.key_offset(layer.site, num_keys)
             cut = cut & (keys != rows[:, None])
         cut = cut & (allowed & ~cut).any(-1, keepdim=True)  # no row loses all it sees
         cut = cut.expand(-1, scores.shape[1], -1, -1)

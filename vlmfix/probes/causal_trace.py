@@ -16,7 +16,7 @@ from vlmfix.decoding.other_image import each_image, is_image_argument, replace_i
 from vlmfix.engine.start import parameter_names
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.model.anatomy import RUN_KWARG, Anatomy
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
 from vlmfix.model.blocks import ResidualBlocks, find_blocks
 from vlmfix.observe.ask import left_as_found, look_at
 from vlmfix.patching import find_patch
@@ -62,7 +62,7 @@ class Tracer:
         if "logits_to_keep" in parameter_names(anatomy.model) and reads_all:
             self._options["logits_to_keep"] = 1
         if is_patched:
-            self._options[RUN_KWARG] = None
+            self._options[FORWARD_KWARG] = None
 
     def probability(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Return the probability of the answer as the next token, fp64 ``[batch]`` on the CPU."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import MethodError
 from vlmfix.methods.views import SequenceState
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
 from vlmfix.observe.watch import Cut
 from vlmfix.probes.head_divergence import image_free_inputs
@@ -151,7 +151,7 @@ def _without_image(subject: Subject, inputs: Mapping[str, Any], said: Answered) 
     text = image_free_inputs(subject, state, inputs, said)
     with positions_kept(subject.anatomy), subject.watched():
         # A patch is nothing without an image, but would count the prompt.
-        options: dict[str, Any] = {RUN_KWARG: None} if subject.methods else {}
+        options: dict[str, Any] = {FORWARD_KWARG: None} if subject.methods else {}
         if "logits_to_keep" in inspect.signature(type(subject.model).forward).parameters:
             options["logits_to_keep"] = said.steps
         logits = subject.model(**text, use_cache=False, **options).logits[:, -said.steps :]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from vlmfix.engine.image_free import TextOnlyRun, positions_kept, text_only_inputs
+from vlmfix.engine.image_free import TextOnlyForward, positions_kept, text_only_inputs
 from vlmfix.engine.plan import Site
 from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.vhr import divergent_heads, vision_divergence
-from vlmfix.methods.views import Layer, Run, SequenceState
-from vlmfix.model.anatomy import RUN_KWARG
+from vlmfix.methods.views import Forward, Layer, SequenceState
+from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.model.attention import AttentionCall
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
 from vlmfix.observe.watch import HeadWatch
@@ -53,7 +53,7 @@ class HeadDivergence(ProbeResult):
         )
 
 
-class TextOnlyAnswer(TextOnlyRun):
+class TextOnlyAnswer(TextOnlyForward):
     """The image-free pass over prompts and their answers: records the last rows of every layer, on the CPU."""
 
     def __init__(self, wanted: frozenset[int], rows: int) -> None:
@@ -79,9 +79,9 @@ class HeadLog:
 
     def see(self, head_outputs: torch.Tensor, layer: Layer) -> None:
         """Copy the last row of each sample: methods may scale it in place."""
-        run: Run = layer.run
-        row = run.at_last_position(head_outputs) if run.is_prefill else head_outputs[:, -1]
-        self.state, self.eps = run.state, torch.finfo(head_outputs.dtype).eps
+        forward: Forward = layer.forward
+        row = forward.at_last_position(head_outputs) if forward.is_prefill else head_outputs[:, -1]
+        self.state, self.eps = forward.state, torch.finfo(head_outputs.dtype).eps
         self.layer_of[layer.site.index] = layer.site.layer_idx
         self.outputs.setdefault(layer.site.index, []).append(row.to("cpu", torch.float32, copy=True))
 
@@ -144,7 +144,7 @@ def _image_free(
     text = image_free_inputs(subject, log.state, inputs, answered)
     stream = TextOnlyAnswer(frozenset(log.outputs), answered.steps)
     with positions_kept(subject.anatomy):
-        subject.anatomy.inner(**text, use_cache=False, **{RUN_KWARG: stream})
+        subject.anatomy.inner(**text, use_cache=False, **{FORWARD_KWARG: stream})
     return stream.head_outputs
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlmfix.methods.views import Layer, Run
+from vlmfix.methods.views import Forward, Layer
 from vlmfix.observe.ask import Answers, look_at
 from vlmfix.observe.watch import AttentionWatch
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
@@ -71,18 +71,18 @@ class ImageLog:
         self.num_image_tokens: list[int] = []
         self._with_maps = with_maps
         self._with_prompt = with_prompt
-        self._run: Run | None = None
+        self._run: Forward | None = None
         self._images: _Images | None = None
 
     def see(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Sum up ``[batch, num_heads, rows, keys]``."""
-        run, at = layer.run, layer.site.layer_idx
-        if run is not self._run:
-            self._run = run
+        forward, at = layer.forward, layer.site.layer_idx
+        if forward is not self._run:
+            self._run = forward
             self.mass.append({})
             self.maps.append({})
-            if run.is_prefill:
-                self._images = _find_images(run)
+            if forward.is_prefill:
+                self._images = _find_images(forward)
                 self.num_image_tokens = (self._images.positions >= 0).sum(1).tolist()
         assert self._images is not None
         is_image = layer.keys("image", attn_weights)[:, None, :, None].to(attn_weights.dtype)
@@ -90,7 +90,7 @@ class ImageLog:
         start, stop = layer.rows
         row = torch.zeros_like(self._images.last)
         here = torch.ones_like(row, dtype=torch.bool)
-        if run.is_prefill:
+        if forward.is_prefill:
             here = (self._images.last >= start) & (self._images.last < stop)
             row = (self._images.last - start).clamp(0, stop - start - 1)
             if self._with_prompt:
@@ -112,22 +112,22 @@ class ImageLog:
         assert layer.row_mask is not None
         at, (start, stop) = layer.site.layer_idx, layer.rows
         if at not in self.prompt:
-            self.prompt[at] = torch.full((*mass.shape[:2], layer.run.q_len), float("nan"))
+            self.prompt[at] = torch.full((*mass.shape[:2], layer.forward.q_len), float("nan"))
         told = ~layer.row_mask[:, None].to(mass.device)
         self.prompt[at][:, :, start:stop] = mass.masked_fill(told, float("nan")).float().cpu()
 
     def _map(self, row: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Pick the weights of image tokens, ``[batch, image_tokens]``, from rows ``[batch, keys]``."""
         assert self._images is not None
-        offset = layer.run.key_offset(layer.site, row.shape[-1])
+        offset = layer.forward.key_offset(layer.site, row.shape[-1])
         positions = self._images.positions.to(row.device)
         there = (positions >= 0) & (positions >= offset)
         picked = row.gather(1, (positions - offset).clamp(0, row.shape[-1] - 1))
         return picked.masked_fill(~there, 0.0)
 
 
-def _find_images(run: Run) -> _Images:
-    image, valid = run.image_mask, run.valid_mask
+def _find_images(forward: Forward) -> _Images:
+    image, valid = forward.image_mask, forward.valid_mask
     most = max(int(image.sum(1).max()), 1)
     columns = torch.arange(image.shape[1], device=image.device)
     # Image columns first, in their order; the others are cut off or marked.

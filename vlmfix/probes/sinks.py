@@ -86,13 +86,13 @@ class SinkLog:
 
     def see_weights(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows of ``[batch, num_heads, rows, keys]`` of a prompt to the sums."""
-        run, at = layer.run, layer.site.layer_idx
-        if not run.is_prefill:
+        forward, at = layer.forward, layer.site.layer_idx
+        if not forward.is_prefill:
             return
-        self.is_image = run.image_mask
+        self.is_image = forward.image_mask
         assert layer.row_mask is not None
         counted = layer.row_mask[:, None, :, None].to(attn_weights.device)
-        length = run.image_mask.shape[1]
+        length = forward.image_mask.shape[1]
         sums = (attn_weights * counted).sum(2)[..., :length].float().cpu()
         rows = (allowed & counted).expand(-1, -1, -1, attn_weights.shape[-1])[:, 0].sum(1)[:, :length].cpu()
         self.sums[at] = self.sums.get(at, 0) + sums
