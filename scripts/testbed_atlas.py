@@ -2,7 +2,7 @@
 
 Only this build step needs a font (Noto Color Emoji, SIL Open Font License 1.1; Debian package
 ``fonts-noto-color-emoji``); everything else reads the finished atlas. To rebuild:
-``python -m vlmfix.evals.testbed.atlas``.
+``python scripts/testbed_atlas.py``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from vlmfix.calibration.words import decode, locate_mentions
 from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import auc
 from vlmfix.evals.inspect.words import Eye, ask_for, context_of, word_of, word_spans
@@ -26,6 +25,7 @@ from vlmfix.evals.run.models import find_model, fitting_threads, load_model
 from vlmfix.evals.testbed import MODEL_DIR, SPLITS
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.vocabulary import SCENES
+from vlmfix.observe.words import decode, locate_mentions
 
 MAX_NEW_TOKENS = 64
 THRESHOLDS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)

@@ -1,6 +1,6 @@
 """Measures the unpatched testbed model: the figures of its model card.
 
-``python -m vlmfix.evals.testbed.measure --split heldout --num-images 400`` prints one JSON object. Captions, questions
+``python scripts/testbed_measure.py --split heldout --num-images 400`` prints one JSON object. Captions, questions
 and scores come from the modules of the ordinary evaluation; nothing here knows any hallucination method.
 """
 

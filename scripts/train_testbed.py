@@ -6,7 +6,7 @@ Made in the order in which real ones are made: (a) the language model alone on t
 the same time (b) the vision tower alone; (c) the projector between the two, both frozen; (d) joint tuning. Every stage
 has a fixed number of steps and a finished cosine schedule. Work files go to ``--work`` (scenes 2.7 GB, checkpoints
 every 250 steps, one ``.jsonl`` of losses per stage); a finished stage is not repeated, an interrupted one resumes. The
-weights are written to ``evals/testbed/model``. Measure them with ``python -m vlmfix.evals.testbed.measure``.
+weights are written to ``evals/testbed/model``. Measure them with ``python scripts/testbed_measure.py``.
 """
 
 from __future__ import annotations

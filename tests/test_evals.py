@@ -25,6 +25,7 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import evaluate as runner
+from vlmfix.evals import options as options_module
 from vlmfix.evals import tables
 from vlmfix.evals.benchmarks import columns
 from vlmfix.evals.benchmarks import registry as tasks
@@ -32,10 +33,10 @@ from vlmfix.evals.benchmarks import yes_no as auc
 from vlmfix.evals.benchmarks import yes_no as pope
 from vlmfix.evals.benchmarks.chair import text_quality
 from vlmfix.evals.benchmarks.pope.questions import PopeQuestion
-from vlmfix.evals.data import samples
+from vlmfix.evals.data import samples, write
 from vlmfix.evals.report import text as report
 from vlmfix.evals.run import answer_log as cache
-from vlmfix.evals.run import answering, generate, models
+from vlmfix.evals.run import answering, generate, models, provenance
 from vlmfix.evals.run import batches as answer_plan
 from vlmfix.evals.run import methods as config
 from vlmfix.evals.run import plan as planning
@@ -107,7 +108,7 @@ def test_run_writes_a_complete_folder(finished: Path) -> None:
 
 def test_results_schema(finished: Path) -> None:
     results = read(finished)
-    assert results["schema_version"] == config.SCHEMA_VERSION
+    assert results["schema_version"] == provenance.SCHEMA_VERSION
     assert results["intervals"] == {
         "confidence": 0.95, "resamples": 2000, "resampled": "images", "method": "percentile bootstrap, paired",
     }  # fmt: skip
@@ -280,7 +281,7 @@ def test_resume_after_sigkill_in_mid_line(words: Any, finished: Path, tmp_path: 
     code = """
 import os, signal, sys
 from vlmfix.cli import main
-from vlmfix.evals.cache import AnswerLog
+from vlmfix.evals.run.answer_log import AnswerLog
 write, left = AnswerLog._write_all, [11]
 def dying(self, data):
     left[0] -= 1
@@ -384,14 +385,14 @@ def test_short_writes_are_completed(tmp_path: Path) -> None:
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.write_json(tmp_path / "x.json", {"old": 1})
+    write.write_json(tmp_path / "x.json", {"old": 1})
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(write.os, "fsync", full)
     with pytest.raises(VlmfixError, match=r"x\.json.*same command again"):
-        cache.write_json(tmp_path / "x.json", {"new": 2})
+        write.write_json(tmp_path / "x.json", {"new": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd", "x.json"]
 
@@ -556,8 +557,8 @@ def test_model_without_template_needs_a_whole_prompt(home: Path, words: Any, tmp
 def test_prompts(home: Path) -> None:
     source = models.find_model(home / "m")
     build = generate.PromptBuilder(source.processor)
-    question = config.POPE_PROMPT.replace("{question}", "Is there a dog in the image?")
-    assert build(config.CHAIR_PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
+    question = options_module.POPE_PROMPT.replace("{question}", "Is there a dog in the image?")
+    assert build(options_module.CHAIR_PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
     assert build(question) == (
         "USER: <image>\nIs there a dog in the image?\nAnswer the question using a single word or phrase. ASSISTANT:"
     )

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from test_page import Checker
+from testbed_doubt import Named, measure, report
 
-from scripts.testbed_doubt import Named, measure, report
 from vlmfix.cli import main
 from vlmfix.evals import testbed
 from vlmfix.evals.inspect.look import Inspection, Word

@@ -6,7 +6,8 @@ import pytest
 
 from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
-from vlmfix.evals.benchmarks.yes_no import score_labels
+from vlmfix.evals.benchmarks.chair.text_quality import length_matched
+from vlmfix.evals.benchmarks.yes_no import paired_answers, score_labels
 from vlmfix.evals.report import text as report
 from vlmfix.evals.report.text import answers_rows, quality_rows
 from vlmfix.evals.scores import differences as quality
@@ -52,10 +53,8 @@ def test_everything_with_a_p_value_is_corrected():
     rows = []
     for label in "ab":
         one = row(label, 0.01)
-        one["chair"]["text_quality"] = {
-            "length_matched": quality.length_matched(captions, tables, truth, MATCHER, seed=0)
-        }
-        one["pope"]["paired"] = quality.paired_answers(*answers, [0, 1], seed=0)
+        one["chair"]["text_quality"] = {"length_matched": length_matched(captions, tables, truth, MATCHER, seed=0)}
+        one["pope"]["paired"] = paired_answers(*answers, [0, 1], seed=0)
         rows.append(one)
     quality.correct_rows(rows)
     matched = rows[0]["chair"]["text_quality"]["length_matched"]
@@ -100,7 +99,7 @@ def test_stars():
 def test_a_question_asked_in_three_splits_is_one_piece_of_evidence():
     right, wrong = ["Yes", "No", "Yes"], ["No", "No", "Yes"]
     method, none = (score_labels([True] * 9, words * 3, image_ids=[1, 2, 3] * 3) for words in (right, wrong))
-    found = quality.paired_answers(method, none, [0, 1, 2], seed=0)["mcnemar"]
+    found = paired_answers(method, none, [0, 1, 2], seed=0)["mcnemar"]
     assert found == {"questions": 3, "only_method": 1, "only_baseline": 0, "p_value": 1.0}
     assert mcnemar(method, none).only_a == 3
 
@@ -109,10 +108,10 @@ def test_mcc_difference():
     labels = [True, False] * 20
     sharp = ["Yes" if label else "No" for label in labels]
     method, none = (score_labels(labels, words, image_ids=range(40)) for words in (sharp, sharp[::-1]))
-    found = quality.paired_answers(method, none, range(40), seed=0)["mcc"]
+    found = paired_answers(method, none, range(40), seed=0)["mcc"]
     assert found["estimate"] == 2.0 and found["p_value"] < 0.01
     none = score_labels(labels, ["Yes"] * 40, image_ids=range(40))
-    assert quality.paired_answers(method, none, range(40), seed=0)["mcc"]["estimate"] == 1.0
+    assert paired_answers(method, none, range(40), seed=0)["mcc"]["estimate"] == 1.0
 
 
 def test_chosen_rows_of_a_table():

@@ -15,7 +15,7 @@ from models import RAGGED, SINK_DIMS, collate, forward
 
 import vlmfix
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.recipes import load_recipe, method_from_dict, save_recipe
+from vlmfix.recipes import SHARED, load_recipe, method_from_dict, save_recipe
 
 EXAMPLES = [
     vlmfix.NoMethod(),
@@ -28,8 +28,8 @@ EXAMPLES = [
 
 
 def test_methods_lists_one_method_per_file() -> None:
-    files = {path.stem for path in Path(vlmfix.__file__).parent.glob("methods/[a-z]*.py")} - {"base"}
-    files |= {path.stem for path in Path(vlmfix.__file__).parent.glob("decoding/[a-z]*.py")} - {"base", "engine"}
+    package = Path(vlmfix.__file__).parent
+    files = {path.stem for room in ("methods", "decoding") for path in package.glob(f"{room}/[a-z]*.py")} - SHARED
     found = vlmfix.methods()
     assert set(found) == files
     assert all(method.name == name and method.summary for name, method in found.items())

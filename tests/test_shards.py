@@ -81,7 +81,7 @@ def test_processes_wait_for_each_other(tmp_path: Path) -> None:
         """
 import sys, time
 from pathlib import Path
-from vlmfix.evals.shards import Shard
+from vlmfix.evals.run.shards import Shard
 shard, folder = Shard.here(), Path(sys.argv[1])
 shard.wait()
 if shard.is_main:

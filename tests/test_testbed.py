@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reader():
-    from scripts.testbed_measure import Reader
+    from testbed_measure import Reader
 
     return Reader(batch_size=COUNT)
 

@@ -264,7 +264,7 @@ def write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class ScoredTask(Task):
-    """A task whose tables are :class:`~vlmfix.evals.benchmarks.scored.Scored`.
+    """A task whose tables are :class:`~vlmfix.evals.benchmarks.base.Scored`.
 
     Attributes:
         samples: Everything it asks, each different question once.

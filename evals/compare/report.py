@@ -57,7 +57,7 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> list[Path]:
     """Write a comparison as JSON, Markdown or both.
 
     Args:
-        found: Of :func:`vlmfix.evals.compare.compare_runs`.
+        found: Of :func:`vlmfix.evals.compare.compare.compare_runs`.
         out: A name in ``.json`` or ``.md``, or a folder.
 
     Returns:

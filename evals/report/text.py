@@ -311,7 +311,7 @@ def control_rows(results: Mapping[str, Any]) -> Rows:
 
 
 def pareto_text(rows: Rows) -> str:
-    """The table of :func:`vlmfix.evals.pareto.pareto_rows` for a terminal, the names to the left."""
+    """The table of :func:`vlmfix.evals.scores.pareto.pareto_rows` for a terminal, the names to the left."""
     names = max(len(row[1]) for row in rows)
     who = max(len(row[-1]) for row in rows)
     return plain_table([[f"{row[0]:<6}{row[1]:<{names}}", *row[2:-1], f"{row[-1]:<{who}}"] for row in rows])

@@ -1,11 +1,11 @@
 """CHAIR of captions that lie in a file, whoever generated them; no model is loaded.
 
-The file holds one caption per image (see :mod:`vlmfix.evals.records` for its forms): the image under ``image_id`` (an
+The file holds one caption per image (see :mod:`vlmfix.evals.data.records`): the image under ``image_id`` (an
 integer, ``COCO_val2014_000000002239.jpg`` or ``000000002239.jpg``), ``image``, ``image_path``, ...; the text under
 ``caption``, ``text``, ``answer``, ``response``, .... A line that repeats an earlier one counts once; two different
 captions of one image are an error. Optional on all lines: ``truncated`` (true or false), or ``finish_reason`` ("length"
 where the token limit ended the caption), for the truncation rate. Without them there is the unfinished rate only: the
-share of captions that do not end in final punctuation (see :mod:`vlmfix.evals.metrics.text_quality`).
+share of captions that do not end in final punctuation (see :mod:`vlmfix.evals.benchmarks.chair.text_quality`).
 """
 
 from __future__ import annotations
@@ -142,8 +142,9 @@ def score_chair_file(
 
     Args:
         path: The captions, see :func:`read_captions`.
-        ground_truth: COCO folder (only its annotation files are read), or a file; see :mod:`vlmfix.evals.truth`.
-        mode: ``"original"``, ``"nltk"`` or ``"mixed"``, see :mod:`vlmfix.evals.truth`.
+        ground_truth: COCO folder (only its annotation files are read), or a file; see
+            :mod:`vlmfix.evals.benchmarks.chair.truth`.
+        mode: ``"original"``, ``"nltk"`` or ``"mixed"``, see :mod:`vlmfix.evals.benchmarks.chair.truth`.
         text_key: Where the text of a line is, if not under a usual name.
         baseline: Captions of the same images to compare with: paired differences, and CHAIR at equal length.
         out: Where to write figures and integer counts as JSON, if anywhere.

@@ -1,6 +1,6 @@
 """POPE of answers that lie in a file, whoever generated them; no model is loaded.
 
-The file holds one answer per question (see :mod:`vlmfix.evals.records` for its forms), under ``answer``, ``text``,
+The file holds one answer per question (see :mod:`vlmfix.evals.data.records` for its forms), under ``answer``, ``text``,
 ``response``, .... Answers find their questions by ``question_id`` (with ``split`` or ``category`` where several files
 repeat ids), or by order if no line has one, or if asked to. A ``label`` beside an answer must be the question's.
 Without question files every line must carry its ``label``, and ``image`` if several questions are about one image.

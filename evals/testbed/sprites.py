@@ -33,6 +33,6 @@ def load_sprites() -> dict[str, tuple[Image.Image, ...]]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"expected the testbed's sprite atlas at {ATLAS_PATH} and its index beside it, found: {error}. "
-            "Reinstall the package, or rebuild the atlas: python -m vlmfix.evals.testbed.atlas"
+            "Reinstall the package, or rebuild the atlas: python scripts/testbed_atlas.py"
         ) from error
     return {name: tuple(sheet.crop((x, y, x + w, y + h)) for x, y, w, h in boxes) for name, boxes in index.items()}

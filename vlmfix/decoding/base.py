@@ -34,7 +34,7 @@ class OtherTokens(NamedTuple):
 class DecodingMethod(Method):
     """Base class of methods that replace the logits of the next token by a contrast of two branches.
 
-    The engine (``vlmfix.decoding.engine``) runs the other branch beside the model's own: the same answer behind a
+    The engine (``vlmfix.decoding.two_branches``) runs the other branch beside the model's own: the same answer behind a
     prompt with another image (:meth:`other_images`) or with other tokens (:meth:`other_tokens`).
 
     Attributes:

@@ -134,7 +134,7 @@ class Method:
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """The kinds of attention it acts in; ``vlmfix.placement`` refuses models that have none of them.
+        """The kinds of attention it acts in; ``vlmfix.recipes`` refuses models that have none of them.
 
         In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and
         ``layer.forward.is_prefill`` is never true.

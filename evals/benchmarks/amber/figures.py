@@ -173,7 +173,8 @@ def score_responses(
         data: The annotations.
         responses: Item id -> response. A task (descriptions, or a dimension of the questions) is answered in full or
             not at all.
-        nouns: From a response to its lemmatised nouns; default :func:`~vlmfix.evals.metrics.amber_words.tagged_nouns`.
+        nouns: From a response to its lemmatised nouns; default
+            :func:`~vlmfix.evals.benchmarks.amber.objects.tagged_nouns`.
         similarity: Similarity of two words, or None for exact words only.
         similarity_name: Its name, for the table.
         threshold: Two words are one if their similarity is above it (official: 0.8).

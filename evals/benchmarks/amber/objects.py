@@ -83,7 +83,7 @@ def description_counter(
 
     Args:
         data: The annotations.
-        nouns: As of :func:`vlmfix.evals.metrics.amber.score_responses`, and so the others.
+        nouns: As of :func:`vlmfix.evals.benchmarks.amber.figures.score_responses`, and so the others.
         similarity: See there.
         threshold: See there.
     """
