@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from .benchmarks.pope.questions import PopeQuestion
 from .benchmarks.registry import Tasks, make_tasks
 from .data.records import read_ids
 from .data.samples import Sample
-from .options import EvalOptions, add_captioning, add_images, add_machine, add_model
+from .flags import IMAGES, MODEL, OUTPUT, add_verb, option
+from .options import DataOptions, EvalOptions
 from .run.generate import PromptBuilder
 from .run.methods import parse_settings
 from .run.models import find_model, fitting_threads, load_model, resolve_device, resolve_dtype
@@ -30,23 +31,17 @@ POPE_SPLIT = "adversarial"
 """Which absent objects are asked for: those that often occur together with a present one, as AllPath's authors do."""
 
 
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """The options of ``vlmfix calibrate``, as typed; None means that the run chooses.
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(DataOptions):
+    """The options of ``vlmfix calibrate``."""
 
-    Attributes:
-        method: What to calibrate.
-        settings: ``key=value`` options of the search or parameters of the method.
-        exclude: Files of image ids that must not be used.
-        out: The recipe file.
-        run: Everything that evaluation runs have too: model, data, limit, seed, prompts, machine.
-    """
-
-    method: str
-    settings: tuple[str, ...]
-    exclude: tuple[Path, ...]
-    out: Path | None
-    run: EvalOptions
+    method: str = option(
+        "act, adhh, adaiat, allpath, iri, vaf or var", group=MODEL, default=MISSING, name="method", metavar="METHOD"
+    )
+    exclude: tuple[Path, ...] = option(
+        "refuse to run if one of these image ids is used", group=IMAGES, default=(), metavar="FILE"
+    )
+    out: Path | None = option("recipe to write (default: METHOD.json)", group=OUTPUT, metavar="FILE")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -64,10 +59,11 @@ class CalibrateOptions:
 
     def filled_in(self) -> EvalOptions:
         """What a calibration run leaves open: the benchmark, the calibration split, and how many images."""
-        limit = self.run.limit
-        if limit is None and self.run.ids is None:
-            limit = TESTBED_IMAGES if self.run.data is None else COCO_IMAGES
-        return replace(self.run, benchmarks=("pope" if self.asks else "chair",), split="calibration", limit=limit)
+        limit = self.limit
+        if limit is None and self.ids is None:
+            limit = TESTBED_IMAGES if self.data is None else COCO_IMAGES
+        benchmark = "pope" if self.asks else "chair"
+        return self.as_eval(benchmarks=(benchmark,), split="calibration", limit=limit, out=None)
 
 
 def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) -> None:
@@ -174,8 +170,9 @@ def check_excluded(used: Sequence[int], files: Sequence[Path]) -> None:
             )
 
 
-_EPILOG = """\
-examples:
+_ABOUT = """\
+Learn the heads, statistics or dimensions that a method needs for one model, and write them as a recipe.
+
   vlmfix calibrate adhh                            on the embedded testbed
   vlmfix calibrate allpath --set answers=yesno     heads for yes/no questions
   vlmfix calibrate act --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 100 --exclude ids.txt
@@ -188,38 +185,21 @@ vlmfix.patch(model, "act.json") takes the file.
 
 def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    return add_verb(
+        verbs,
         "calibrate",
+        CalibrateOptions,
         help="learn what a method needs to know about a model, from a few images",
-        description="Learn heads, statistics or dimensions of a method for one model, and write them as a recipe.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        about=_ABOUT,
+        help_of={
+            "settings": "option of the search or the method",
+            "data": "COCO folder (default: scenes of the testbed's calibration split)",
+            "limit": "number of images, drawn by seed (default: 500; on the testbed 40)",
+            "batch_size": "samples per batch (default: 32 testbed, else 8)",
+        },
     )
-    parser.add_argument("method", metavar="METHOD", help="act, adhh, adaiat, allpath, iri, vaf or var")
-    add_model(parser)
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="option of the search or the method"
-    )
-    data = add_images(
-        parser,
-        data="COCO folder (default: scenes of the testbed's calibration split)",
-        limit="number of images, drawn by seed (default: 500; on the testbed 40)",
-    )
-    data.add_argument(
-        "--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="refuse to run if one of these ids is used"
-    )
-    add_captioning(parser, max_new_tokens="limit of captions (default: 128 testbed, else 512)")
-    add_machine(parser, batch_size="samples per batch (default: 32 testbed, else 8)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD.json)")
-    return parser
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Calibrate as asked."""
-    from .options import eval_options
-
-    run = replace(eval_options(options), out=None)  # Here --out is the recipe.
-    calibrate_command(
-        CalibrateOptions(options.method, tuple(options.set), tuple(options.exclude), options.out, run), show
-    )
+    calibrate_command(CalibrateOptions.from_arguments(options), show)

@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.columns import STATISTICS
 from vlmfix.evals.benchmarks.yes_no import score_labels
-from vlmfix.evals.options import eval_options
+from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.methods import plan_methods
 from vlmfix.evals.scores import counts
 
@@ -65,8 +64,7 @@ def test_every_command_is_one_of_this_package(published: Any, tmp_path: Path) ->
             recipe = {"method": options.method}
             options.out.write_text(json.dumps(recipe))  # for the evaluation behind it
         elif words[1] == "eval":
-            typed = replace(eval_options(options), methods=tuple(options.method), settings=tuple(options.set))
-            specs = plan_methods(typed, None)
+            specs = plan_methods(EvalOptions.from_arguments(options), None)
             for spec in specs:
                 spec.build()  # Every parameter exists and is in range.
             assert [spec.label for spec in specs] == [row.method for row in table.rows], name

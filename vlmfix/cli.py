@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # On a machine that does other things too, threads that spin while they wait slow each other down tenfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    options.command = tuple(words[1:])
+    options.command = tuple(words)
     try:
         _set_up_logging()
         options.run(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ from vlmfix.errors import DataError, VlmfixError
 
 from ..benchmarks.chair.matcher import ChairMatcher
 from ..data.coco import load_image
-from ..options import CHAIR_PROMPT, EvalOptions, add_machine, add_model
+from ..flags import IMAGES, MODEL, OUTPUT, add_verb, option
+from ..options import CHAIR_PROMPT, TESTBED_SPLITS, Options
 from ..run.generate import PromptBuilder
 from ..run.methods import MethodSpec, load_recipe, plan_methods
 from ..run.models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
@@ -27,31 +28,22 @@ DEFAULT_SCENE = 350
 """A scene of the held-out split whose stock caption invents an object by prior; see ``testbed/EXAMPLES.md``."""
 
 
-@dataclass(frozen=True)
-class InspectOptions:
-    """The options of ``vlmfix inspect``, as typed; None means that the command chooses.
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Options):
+    """The options of ``vlmfix inspect``."""
 
-    Attributes:
-        model: Folder or hub id; None is the testbed.
-        image: Image file; None takes a scene of the testbed.
-        scene: Index of a scene in a split of the testbed.
-        split: The split.
-        prompt: What to ask.
-        methods: Method to compare with the stock model: a name or a recipe file; none or one.
-        settings: ``key=value`` parameters of it.
-        objects: What is in the image, if known (COCO names).
-        run: Machine options, as of evaluation runs.
-    """
-
-    model: str | None = None
-    image: Path | None = None
-    scene: int | None = None
-    split: str = "heldout"
-    prompt: str | None = None
-    methods: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
-    objects: tuple[str, ...] | None = None
-    run: EvalOptions = field(default_factory=EvalOptions)
+    image: Path | None = option("picture (default: a scene of the testbed)", group=IMAGES, metavar="FILE")
+    scene: int | None = option("scene of the testbed, from 0 (default: 350)", group=IMAGES, metavar="N", at_least=0)
+    split: str = option(
+        "split of the testbed that the scene is from", group=IMAGES, default="heldout", choices=TESTBED_SPLITS
+    )
+    objects: tuple[str, ...] | None = option(
+        "COCO objects that are in the picture, if you know them", group=IMAGES, metavar="NAME"
+    )
+    methods: tuple[str, ...] = option(
+        "compare with a method or recipe file", group=MODEL, name="--method", default=(), metavar="NAME"
+    )
+    out: Path = option("the page", group=OUTPUT, default=Path("inspect.html"), metavar="FILE")
 
 
 def inspect_command(options: InspectOptions) -> Inspection:
@@ -67,22 +59,22 @@ def inspect_command(options: InspectOptions) -> Inspection:
     source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
     recipe = load_recipe(testbed.RECIPE) if on_testbed else None
     specs = _specs(options, recipe)
-    device = resolve_device(options.run.device)
+    device = resolve_device(options.device)
     model = load_model(
         source,
-        dtype=resolve_dtype(options.run.dtype, device, source.config),
+        dtype=resolve_dtype(options.dtype, device, source.config),
         device=device,
-        attn_implementation=options.run.attn_implementation,
+        attn_implementation=options.attn_implementation,
     )
     eye = Eye(
         model,
         source.processor,
-        PromptBuilder(source.processor, use_template=options.run.chat_template),
+        PromptBuilder(source.processor, use_template=options.chat_template),
         picture,
         options.prompt or CHAIR_PROMPT,
         objects,
         scene_words,
-        options.run.max_new_tokens or (64 if on_testbed else 256),
+        options.max_new_tokens or (64 if on_testbed else 256),
     )
     with fitting_threads(model):
         return inspect_picture(eye, specs, title=f"{name} · {source.name}", facts=_facts(source, model, device, name))
@@ -93,7 +85,7 @@ def _specs(options: InspectOptions, recipe: Mapping[str, Any] | None) -> list[Me
         raise VlmfixError(f"inspect compares the stock model with one method, got --method {' '.join(options.methods)}")
     if not options.methods or options.methods == ("none",):
         return []
-    wanted = replace(options.run, methods=options.methods, settings=options.settings, controls=False)
+    wanted = options.as_eval(controls=False, out=None)
     return [spec for spec in plan_methods(wanted, recipe) if spec.role == "method"]
 
 
@@ -129,79 +121,42 @@ def _picture(options: InspectOptions) -> tuple[Image, str, frozenset[str] | None
     return Images.fromarray(scene.pixels), f"scene {number} of {split}", objects, places
 
 
-_EPILOG = """\
-examples:
+_ABOUT = """\
+Write a page that shows what an answer about a picture rests on, before and after a patch.
+
   vlmfix inspect                                   a scene of the embedded model whose caption invents an object
   vlmfix inspect --scene 356 --method vhr          before and after a patch
   vlmfix inspect --model llava-hf/llava-1.5-7b-hf --image dog.jpg --prompt 'Describe the image.' --objects dog car
 
-One HTML file without any reference to another: where every word looks, what it rests on, which objects are likely
+The page is one HTML file that needs no other: where every word looks, what it rests on, which objects are likely
 invented, sinks, and the heads that depend on the image.
 """
 
 
 def add_inspect(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    return add_verb(
+        verbs,
         "inspect",
+        InspectOptions,
         help="show where each word of an answer looks and what it rests on, as a page",
-        description="Write a page that shows what an answer about a picture rests on, before and after a patch.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        about=_ABOUT,
+        help_of={
+            "settings": "parameters of the method",
+            "prompt": "what to ask (default: Please describe this image in detail.)",
+            "max_new_tokens": "longest answer, in tokens (default: 64 testbed, else 256)",
+        },
     )
-    add_model(parser)
-    parser.add_argument("--image", type=Path, metavar="FILE", help="picture (default: a scene of the testbed)")
-    parser.add_argument("--scene", type=int, metavar="N", help="scene of the testbed, from 0 (default: 350)")
-    parser.add_argument(
-        "--split", choices=("heldout", "heldout2", "calibration"), default="heldout", help="default: heldout"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", help="default: Please describe this image in detail.")
-    parser.add_argument(
-        "--method", nargs="+", action="extend", default=[], metavar="NAME", help="compare with a method or recipe file"
-    )
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="its parameters")
-    parser.add_argument(
-        "--objects", nargs="+", metavar="NAME", help="COCO objects that are in the picture, if you know them"
-    )
-    parser.add_argument("--chat-template", action=argparse.BooleanOptionalAction, default=True, help="default: on")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="limit of the answer (default: 64 testbed, 256)"
-    )
-    add_machine(parser, batch_size=None)
-    parser.add_argument("--out", type=Path, default=Path("inspect.html"), metavar="FILE", help="default: inspect.html")
-    return parser
 
 
-def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+def run(arguments: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Inspect as asked and write the page."""
-    from vlmfix.errors import DataError
-
-    from ..options import EvalOptions
     from .page import inspection_page, summary
 
+    options = InspectOptions.from_arguments(arguments)
     if not options.out.parent.is_dir():
         raise DataError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
-    machine = EvalOptions(
-        dtype=options.dtype,
-        device=options.device,
-        attn_implementation=options.attn_implementation,
-        max_new_tokens=options.max_new_tokens,
-        chat_template=options.chat_template,
-    )
-    found = inspect_command(
-        InspectOptions(
-            model=options.model,
-            image=options.image,
-            scene=options.scene,
-            split=options.split,
-            prompt=options.prompt,
-            methods=tuple(options.method),
-            settings=tuple(options.set),
-            objects=None if options.objects is None else tuple(options.objects),
-            run=machine,
-        )
-    )
+    found = inspect_command(options)
     options.out.write_text(inspection_page(found), encoding="utf-8")
     for version in found.versions:
         show(f"{version.label}: {version.caption}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_na
 from ..benchmarks.columns import BY_KEY, figure
 from ..data.write import write_json
 from ..evaluate import evaluate
-from ..options import EvalOptions, add_data, add_machine, add_model, add_prompts
+from ..flags import IMAGES, MODEL, OUTPUT, SCORING, add_verb, option
+from ..options import BenchmarkOptions
 from ..run.answer_log import AnswerLog
 from ..run.answering import generate_answers, load_run_model
 from ..run.batches import AnswerPlan
@@ -98,42 +99,42 @@ def tuning_table(recipe: Mapping[str, Any]) -> str:
 CHOSEN, START = "chosen", "start"
 
 
-@dataclass(frozen=True)
-class TuneOptions:
-    """The options of ``vlmfix tune``, as typed; None means that the command chooses.
+BENCHMARKS = ("chair", "pope")
+"""Those that the rule reads."""
 
-    Attributes:
-        method: A method's name, or a recipe file of one method: where the search starts.
-        settings: ``key=value`` parameters that stay fixed.
-        ranges: ``key=low:high`` or ``key=a,b``, beside or instead of what the method declares.
-        budget: How many settings are tried, the starting one included.
-        margin: What a guard may lose, in points.
-        confirm: Images to confirm on.
-        confirm_ids: File of their ids.
-        out: The recipe file.
-        run: Everything that evaluation runs have too; its ``out`` is the folder of both runs.
-    """
 
-    method: str
-    settings: tuple[str, ...]
-    ranges: tuple[str, ...]
-    budget: int
-    margin: float
-    confirm: int | None
-    confirm_ids: Path | None
-    out: Path | None
-    run: EvalOptions
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(BenchmarkOptions):
+    """The options of ``vlmfix tune``; ``limit`` images to choose on, ``out`` the recipe."""
+
+    method: str = option("a method, or a recipe file to start from", group=MODEL, default=MISSING, metavar="NAME")
+    ranges: tuple[str, ...] = option(
+        "what to search: alpha=1.1:2.0 or layers=null,0: (default: what the method declares)",
+        group=MODEL,
+        name="--range",
+        default=(),
+        metavar="KEY=RANGE",
+    )
+    budget: int = option(
+        "settings to try, the one it starts from included", group=MODEL, default=20, metavar="N", at_least=2
+    )
+    margin: float = option("what recall may lose, in points", group=SCORING, default=1.0, metavar="POINTS")
+    benchmarks: tuple[str, ...] = option(
+        "benchmarks to ask", group=IMAGES, name="--benchmark", default=("chair",), metavar="NAME"
+    )
+    confirm: int | None = option(
+        "images to confirm on (default: 500; on the testbed 400, 200 for POPE)", group=IMAGES, metavar="N", at_least=1
+    )
+    confirm_ids: Path | None = option("their ids, beside --ids for those to choose on", group=IMAGES, metavar="FILE")
+    out: Path | None = option("recipe to write (default: METHOD-tuned.json)", group=OUTPUT, metavar="FILE")
+    folder: Path | None = option("folder of both runs (default: runs/tune-METHOD)", group=OUTPUT, metavar="DIR")
 
     def __post_init__(self) -> None:
-        """Refuse values that no search can have."""
-        if self.budget < 2:
-            raise VlmfixError(f"--budget must be at least 2 (the starting setting is one), got {self.budget}")
+        """Refuse a margin that is no number of points, and benchmarks that have no rule."""
+        super().__post_init__()
         if not 0 <= self.margin <= 100:
             raise VlmfixError(f"--margin is in points, between 0 and 100, got {self.margin}")
-        if self.confirm is not None and self.confirm < 1:
-            raise VlmfixError(f"--confirm must be at least 1, got {self.confirm}")
-        others = sorted(set(self.run.benchmarks) - {"chair", "pope"})
-        if others:
+        if others := sorted({*self.benchmarks} - {*BENCHMARKS}):
             raise VlmfixError(f"tune reads chair and pope, not {', '.join(others)}")
 
 
@@ -155,9 +156,9 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
     out = options.out or Path(f"{start.name}-tuned.json")
     if not out.parent.is_dir():
         raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
-    search = Search(start, space, seed=options.run.seed)
-    folder = options.run.out or RUNS / f"tune-{start.name}"
-    on, off = make_splits(options.run, options.confirm, options.confirm_ids, folder)
+    search = Search(start, space, seed=options.seed)
+    folder = options.folder or RUNS / f"tune-{start.name}"
+    on, off = make_splits(options.as_eval(settings=()), options.confirm, options.confirm_ids, folder)
     on = replace(on, out=folder / "calibration", controls=False)
     off = replace(off, out=folder / "heldout")
     base = plan_run(on, method_specs({}))
@@ -182,7 +183,7 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
         "methods": [chosen.to_dict()],
         "rule": f"lowest {baseline.name} that loses at most {options.margin:g} points of {', '.join(baseline.guards)}",
         "searched": {key: _spell(value) for key, value in space.items()},
-        "command": options.run.command_line,
+        "command": options.command_line,
         "settings_tried": len(goals),
         **recipe_text(calibration, heldout, tried.labels[best], baseline),
     }
@@ -269,8 +270,10 @@ def _silent(line: str) -> None:
     """The tables of both runs stand in their folders."""
 
 
-_EPILOG = """\
-examples:
+_ABOUT = """\
+Search a method's parameters on calibration images, choose by a fixed rule, confirm on held-out images, and write a
+recipe with both figures side by side.
+
   vlmfix tune --method vhr                         on the embedded testbed: calibration split, then the held-out one
   vlmfix tune --method pai --benchmark pope chair --budget 30 --range alpha=0.02:0.5
   vlmfix tune --method act.json --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 200 --confirm 500
@@ -283,67 +286,21 @@ when the same command is typed again. vlmfix.patch(model, "vhr-tuned.json") take
 
 def add_tune(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    return add_verb(
+        verbs,
         "tune",
+        TuneOptions,
         help="search a method's parameters, and confirm the choice on other images",
-        description="Search a method's parameters on calibration images, choose by a fixed rule, confirm on held-out "
-        "images, write a recipe with both figures side by side.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        about=_ABOUT,
+        help_of={
+            "settings": "parameters that stay fixed",
+            "limit": "images to choose on, drawn by seed (default: 200)",
+            "resume": "go on with what an interrupted search left in the folder",
+        },
+        choices={"benchmarks": BENCHMARKS},
     )
-    what = parser.add_argument_group("what to tune")
-    add_model(what)
-    what.add_argument("--method", required=True, metavar="NAME", help="a method, or a recipe file to start from")
-    what.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="parameters that stay fixed"
-    )
-    what.add_argument(
-        "--range",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=RANGE",
-        help="what to search, alpha=1.1:2.0 or layers=null,0: (default: what the method declares)",
-    )
-    what.add_argument("--budget", type=int, default=20, metavar="N", help="settings to try (default: 20)")
-    what.add_argument(
-        "--margin", type=float, default=1.0, metavar="POINTS", help="what recall may lose, in points (default: 1)"
-    )
-    what.add_argument(
-        "--benchmark", nargs="+", choices=("chair", "pope"), default=["chair"], help="benchmarks (default: chair)"
-    )
-    data = add_data(parser, limit="images to choose on, drawn by seed (default: 200)")
-    data.add_argument(
-        "--confirm", type=int, metavar="N", help="images to confirm on (default: 500; on the testbed 400, 200 for POPE)"
-    )
-    data.add_argument("--confirm-ids", type=Path, metavar="FILE", help="their ids, beside --ids for those to choose on")
-    add_prompts(parser)
-    add_machine(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: METHOD-tuned.json)")
-    output.add_argument("--folder", type=Path, metavar="DIR", help="folder of both runs (default: runs/tune-METHOD)")
-    output.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on with what DIR holds (default: on)"
-    )
-    return parser
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Tune as asked."""
-    from ..options import eval_options
-
-    tune(
-        TuneOptions(
-            method=options.method,
-            settings=tuple(options.set),
-            ranges=tuple(options.range),
-            budget=options.budget,
-            margin=options.margin,
-            confirm=options.confirm,
-            confirm_ids=options.confirm_ids,
-            out=options.out,
-            run=replace(eval_options(options), verb="tune", out=options.folder),
-        ),
-        show,
-    )
+    tune(TuneOptions.from_arguments(options), show)
