@@ -120,7 +120,7 @@ class TuneOptions(BenchmarkOptions):
     )
     margin: float = option("what recall may lose, in points", group=SCORING, default=1.0, metavar="POINTS")
     benchmarks: tuple[str, ...] = option(
-        "benchmarks to ask", group=IMAGES, name="--benchmark", default=("chair",), metavar="NAME"
+        "benchmarks to ask: chair, pope", group=IMAGES, name="--benchmark", default=("chair",), metavar="NAME"
     )
     confirm: int | None = option(
         "images to confirm on (default: 500; on the testbed 400, 200 for POPE)", group=IMAGES, metavar="N", at_least=1

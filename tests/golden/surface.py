@@ -13,6 +13,16 @@ from golden.bench import Bench, done, say
 VERBS = ("eval", "methods", "info", "score", "calibrate", "tune", "power", "inspect", "compare", "plot")
 SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme")
 
+CHOICES: dict[str, dict[str, str]] = {
+    "--benchmark": {"eval": "chair pope sycophancy amber mme hallusionbench mmhal custom", "tune": "chair pope"},
+    "--split": {"": "heldout heldout2 calibration"},
+    "--dtype": {"": "auto float32 bfloat16 float16"},
+    "--chair-mode": {"": "original nltk"},
+    "--mode": {"chair": "original nltk mixed"},
+    "--parser": {"pope": "official official_raw opera vcd lmms vlmeval", "mme": "official lmms"},
+}
+"""What the help of an option must name, by verb; under an empty one for all."""
+
 
 def methods(bench: Bench) -> Any:
     """Every method with its parameters and their defaults."""
@@ -42,8 +52,12 @@ def help_texts(bench: Bench) -> Any:
     for words in commands:
         said = say(*words, "--help")
         assert said.status == 0 and said.out.startswith("usage: vlmfix"), words
-        options = re.findall(r"(?<!\S)--[a-z-]+", said.out) + re.findall(r"\{(\w+,[\w,]*)\}", said.out)
-        found[" ".join(["vlmfix", *words])] = dict.fromkeys(sorted(options), True)
+        shown = dict.fromkeys(sorted(re.findall(r"(?<!\S)--[a-z-]+", said.out)), True)
+        explained = dict(re.findall(r"^  (--[a-z-]+)((?:.*\n)(?:(?!  -).*\n)*)", said.out, re.MULTILINE))
+        for option in CHOICES.keys() & explained.keys():
+            choices = CHOICES[option].get(words[-1], CHOICES[option].get("", ""))
+            shown |= {f"{option} {name}": name in re.split(r"\W+", explained[option]) for name in choices.split()}
+        found[" ".join(["vlmfix", *words])] = shown
     return found
 
 
