@@ -125,6 +125,7 @@ class RenderedScene:
         pixels: uint8 ``(96, 96, 3)``, RGB.
         instances: Every object drawn.
         patches: int16 ``(8, 8)``, category index of the largest object in each patch, or ``BACKGROUND``.
+        owners: int16 ``(96, 96)``, index into ``instances`` of what each pixel shows, or -1.
     """
 
     image_id: int
@@ -132,6 +133,7 @@ class RenderedScene:
     pixels: npt.NDArray[np.uint8]
     instances: tuple[Instance, ...]
     patches: npt.NDArray[np.int16]
+    owners: npt.NDArray[np.int16]
 
     def counts(self) -> dict[str, int]:
         """Category name to number of instances."""
@@ -174,7 +176,7 @@ def make_scene(number: int) -> RenderedScene:
     placed = _place(rng, canvas, names)
     pixels = _degrade(rng, noise, canvas)
     owner, kept = placed.owner, placed.kept
-    return RenderedScene(number, kind, pixels, _annotate(owner, kept), _patch_labels(owner, kept))
+    return RenderedScene(number, kind, pixels, _annotate(owner, kept), _patch_labels(owner, kept), owner)
 
 
 def _choose_objects(rng: random.Random, kind: int, split: Split) -> list[str]:

@@ -1,0 +1,1 @@
+"""``smol``: a vision-language model with a pretrained language model inside (SmolLM2-135M-Instruct)."""
