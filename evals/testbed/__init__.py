@@ -1,4 +1,4 @@
-"""The embedded tiny vision-language model and its scenes.
+"""The embedded vision-language models and their scenes.
 
 ``MODEL_DIR`` is an ordinary ``from_pretrained`` folder; :func:`prepare` writes the scenes of a split as a COCO folder.
 Importing this package imports neither torch nor transformers.
@@ -12,9 +12,21 @@ from types import MappingProxyType
 
 from .captions import DETAILED_PROMPTS, SHORT_ANSWER
 from .export import default_cache_dir, prepare
+from .models import MODELS, load, model_folder
 from .scenes import SPLITS, Split
 
-__all__ = ["MODEL_DIR", "PROMPTS", "RECIPE", "SPLITS", "Split", "default_cache_dir", "prepare"]
+__all__ = [
+    "MODELS",
+    "MODEL_DIR",
+    "PROMPTS",
+    "RECIPE",
+    "SPLITS",
+    "Split",
+    "default_cache_dir",
+    "load",
+    "model_folder",
+    "prepare",
+]
 
 
 MODEL_DIR = Path(__file__).parent / "model"

@@ -1,0 +1,45 @@
+"""The testbed's models by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vlmfix.errors import DataError
+
+__all__ = ["MODELS", "ModelName", "load", "model_folder"]
+
+ModelName = Literal["tiny", "smol"]
+
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+"""``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use."""
+
+
+def model_folder(name: ModelName) -> Path:
+    """The folder of a model for ``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``.
+
+    Raises:
+        DataError: No such model, or ``smol`` cannot be assembled; the message says what to do.
+    """
+    if name == "tiny":
+        from . import MODEL_DIR
+
+        return MODEL_DIR
+    if name == "smol":
+        from .smol.assemble import assembled
+
+        return assembled()
+    raise DataError(f"expected one of the models {', '.join(MODELS)}, found {name!r}")
+
+
+def load(name: ModelName = "tiny") -> tuple[Any, Any]:
+    """A model in evaluation mode, in the type of its weights but float32 for ``tiny``, and its processor.
+
+    Raises:
+        DataError: As :func:`model_folder`.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = model_folder(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32" if name == "tiny" else "auto")
+    return model.eval(), AutoProcessor.from_pretrained(folder)
