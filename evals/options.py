@@ -57,7 +57,7 @@ class Options:
     """
 
     model: str | None = option(
-        "model folder or hub id (default: the embedded testbed)", group=MODEL, metavar="PATH_OR_ID"
+        "model folder, hub id, or smol (default: tiny, the embedded testbed)", group=MODEL, metavar="PATH_OR_ID"
     )
     settings: tuple[str, ...] = option(
         "method parameter: alpha=1.3, or vhr.alpha=1.3 for one method of several",
@@ -94,7 +94,9 @@ class Options:
     command: tuple[str, ...] = field(default=("eval",), compare=False)
 
     def __post_init__(self) -> None:
-        """Check the options one by one, see :func:`~vlmfix.evals.flags.check_options`."""
+        """Check the options one by one (:func:`~vlmfix.evals.flags.check_options`); the default model has a name."""
+        if self.model == "tiny":
+            object.__setattr__(self, "model", None)
         check_options(self)
 
     @classmethod

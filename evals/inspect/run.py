@@ -17,6 +17,7 @@ from ..options import CHAIR_PROMPT, TESTBED_SPLITS, Options
 from ..run.generate import PromptBuilder
 from ..run.methods import MethodSpec, load_recipe, plan_methods
 from ..run.models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from ..testbed import MODELS
 from .look import Inspection, inspect_picture
 from .words import Eye
 
@@ -106,7 +107,7 @@ def _picture(options: InspectOptions) -> tuple[Image, str, frozenset[str] | None
         if options.scene is not None:
             raise DataError("give either --image or --scene, not both")
         return load_image(options.image), options.image.name, given, frozenset()
-    if options.model is not None and options.scene is None:
+    if options.model not in (None, *MODELS) and options.scene is None:
         raise DataError("inspect needs a picture: --image FILE (or --scene N for one of the testbed's)")
     from PIL import Image as Images
 

@@ -18,6 +18,7 @@ from vlmfix.errors import UnsupportedModelError, VlmfixError
 from vlmfix.observe.words import single_tokens
 
 from ..data.write import file_digest
+from ..testbed import MODELS, model_folder
 
 logger = logging.getLogger("vlmfix.evals")
 
@@ -53,15 +54,19 @@ def find_model(location: str | Path, *, name: str | None = None) -> ModelSource:
     """Read the configuration and the processor of a model, not its weights.
 
     Args:
-        location: Local folder or hub id.
+        location: Local folder, hub id, or the name of one of the testbed's models.
         name: Name used in reports; the location by default.
 
     Raises:
         UnsupportedModelError: No such folder, no model in it, not a vision-language model, or no processor.
+        DataError: A model of the testbed cannot be assembled.
     """
     from transformers import AutoConfig, AutoProcessor
 
     text = str(location)
+    for own in MODELS:
+        if text == own and not Path(text).is_dir():
+            text = str(model_folder(own))
     folder = Path(text).expanduser()
     local = folder.is_dir()
     if local:

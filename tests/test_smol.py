@@ -1,0 +1,135 @@
+"""``smol``: what it is trained to say about a scene."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.testbed.scenes import image_id, make_scene
+from vlmfix.evals.testbed.smol import patterns
+from vlmfix.evals.testbed.smol.captions import INSTRUCTIONS, caption
+from vlmfix.evals.testbed.smol.facts import COLOURS, Thing, name_colours, things
+from vlmfix.evals.testbed.smol.questions import existence_questions, other_questions
+
+SCENES_SHOWN = [make_scene(image_id("train", index)) for index in range(60)]
+MATCHER = ChairMatcher("original")
+
+
+# --- what a scene shows ---
+
+
+def test_things_are_what_the_annotations_say() -> None:
+    for scene in SCENES_SHOWN:
+        found = things(scene)
+        assert {thing.name: thing.count for thing in found} == scene.counts()
+        for thing in found:
+            if thing.count == 1:
+                box = next(instance.bbox for instance in scene.instances if instance.name == thing.name)
+                centre = (box[0] + box[2] / 2) / 96, (box[1] + box[3] / 2) / 96
+                assert thing.column == ("left", "middle", "right")[min(2, int(3 * centre[0]))]
+                assert thing.row == ("top", "middle", "bottom")[min(2, int(3 * centre[1]))]
+                assert thing.size == ("large" if max(box[2:]) >= 36 else "small" if max(box[2:]) <= 17 else None)
+            else:
+                assert thing.colour is thing.size is thing.column is thing.row is None
+
+
+def test_owners_name_the_instance_of_every_pixel() -> None:
+    for scene in SCENES_SHOWN[:10]:
+        for index, instance in enumerate(scene.instances):
+            rows, columns = np.nonzero(scene.owners == index)
+            x, y, width, height = instance.bbox
+            assert len(rows) == instance.area
+            assert x <= columns.min() and columns.max() < x + width and y <= rows.min() and rows.max() < y + height
+
+
+@pytest.mark.parametrize(
+    ("colour", "pixel"),
+    [
+        ("red", (210, 30, 30)), ("yellow", (230, 210, 40)), ("green", (40, 170, 60)), ("blue", (40, 90, 210)),
+        ("purple", (130, 50, 190)), ("pink", (240, 130, 190)), ("brown", (120, 75, 40)), ("white", (240, 240, 240)),
+        ("gray", (128, 128, 128)), ("black", (20, 20, 25)),
+    ],
+)  # fmt: skip
+def test_colour_words(colour: str, pixel: tuple[int, int, int]) -> None:
+    assert COLOURS[int(name_colours(np.array(pixel, dtype=np.uint8)))] == colour
+
+
+def test_orange_has_no_word() -> None:
+    assert int(name_colours(np.array([240, 130, 20], dtype=np.uint8))) == len(COLOURS)
+
+
+# --- captions ---
+
+
+def test_there_are_200_different_patterns_and_none_names_an_object() -> None:
+    every = patterns.all_patterns()
+    assert len(set(every)) == len(every) >= 200
+    for pattern in every:
+        fields = set(re.findall(r"\{(\w+)\}", pattern))
+        assert not MATCHER.match(pattern.format(**dict.fromkeys(fields, "xx"))).nodes, pattern
+
+
+@pytest.mark.parametrize("length", INSTRUCTIONS)
+def test_captions_name_nothing_that_is_absent(length: str) -> None:
+    rng = random.Random(1)
+    for scene in SCENES_SHOWN:
+        found = things(scene)
+        text = caption(scene.kind, found, length, rng)  # type: ignore[arg-type]
+        named, present = set(MATCHER.match(text).nodes), {MATCHER.node(thing.name) for thing in found}
+        assert named <= present, text
+        assert "{" not in text and text.endswith(".") and text[0].isupper()
+        if length == "brief":
+            assert text.count(".") == 1 and len(named) <= 3
+        else:
+            assert named >= present - {"bus"}  # "a bus" is "bu" to CHAIR's original matcher
+    lengths = [len(caption(s.kind, things(s), length, rng).split()) for s in SCENES_SHOWN]  # type: ignore[arg-type]
+    low, high = {"brief": (4, 30), "medium": (5, 80), "long": (60, 130)}[length]
+    assert low <= min(lengths) and max(lengths) <= high
+
+
+def test_captions_state_true_facts() -> None:
+    red = Thing("car", 1, colour="red", size="large", column="left", row="top")
+    dogs = Thing("dog", 2)
+    text = " ".join(caption(4, (red, dogs), "long", random.Random(seed)) for seed in range(40))
+    assert "red" in text and "large" in text and "two dogs" in text
+    assert not any(colour in text for colour in COLOURS if colour != "red")
+    assert "small" not in text.replace("small picture", "") and "three" not in text
+    assert not re.search(r"on the right|lower|at the bottom", text)
+
+
+def test_same_seed_same_caption() -> None:
+    found = things(SCENES_SHOWN[0])
+    first, second = (caption(0, found, "long", random.Random(7)) for _ in range(2))
+    assert first == second
+
+
+# --- questions ---
+
+
+def test_existence_questions_are_balanced_and_right() -> None:
+    rng = random.Random(0)
+    for scene in SCENES_SHOWN:
+        found = things(scene)
+        asked = existence_questions(scene.kind, found, rng, 6, typical_share=0.5)
+        assert len(asked) == 2 * min(3, len(found))
+        assert sum(question.answer.startswith("Yes") for question in asked) == len(asked) // 2
+        for question in asked:
+            assert question.answer.startswith("Yes" if question.name in scene.counts() else "No")
+            assert question.name in question.text
+
+
+def test_other_questions_agree_with_the_scene() -> None:
+    rng, kinds = random.Random(0), set()
+    for scene in SCENES_SHOWN:
+        found = {thing.name: thing for thing in things(scene)}
+        for question in other_questions(scene.kind, tuple(found.values()), rng, 4):
+            thing = found.get(question.name, Thing(question.name, 0))
+            kinds.add(question.kind)
+            if question.kind == "relation":
+                assert question.answer in ("Yes", "No")
+                continue
+            truth = {"count": thing.count, "colour": thing.colour, "column": thing.column, "row": thing.row}
+            assert question.answer.lower() == str(truth[question.kind])
+    assert kinds == {"count", "colour", "column", "row", "relation"}
