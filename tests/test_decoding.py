@@ -677,6 +677,43 @@ def test_four_threads_on_one_model(tiny: Any, name: str) -> None:
         close(found[number], logits)
 
 
+@pytest.mark.parametrize("name", [*METHODS, "opera"])
+def test_one_call_can_ask_for_the_stock_model(tiny: Any, name: str) -> None:
+    """Also beside calls of other threads that do not."""
+
+    def answer(number: int, **options: Any) -> torch.Tensor:
+        options = {"max_new_tokens": 6, "do_sample": False, **options}
+        return tiny.generate(**inputs[number], **options, output_scores=True, return_dict_in_generate=True).scores[-1]
+
+    def patched() -> torch.Tensor:
+        out = tiny.generate(**ONE, max_new_tokens=6, do_sample=False, output_scores=True, return_dict_in_generate=True)
+        return out.sequences_scores if name == "opera" else out.scores[-1]
+
+    inputs = [collate([each]) for each in RAGGED]
+    ways = [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}]
+    stock = [answer(number, **way) for number, way in enumerate(ways)]
+    vlmfix.patch(
+        tiny, make_method(name, {**parameters_of(name, tiny), **({"num_beams": 2} if name == "opera" else {})})
+    )
+    expected = patched()
+    before = vlmfix.status(tiny)
+    found: dict[Any, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        for _ in range(2):
+            found[number] = answer(number, **ways[number], vlmfix=None) if number < 4 else patched()
+
+    work(0)
+    assert vlmfix.status(tiny) == before, "nothing is counted of it"
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(6):
+        close(found[number], stock[number] if number < 4 else expected)
+
+
 # The noise of VCD.
 
 

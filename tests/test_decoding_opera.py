@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ from naive.opera import NaiveOpera
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmfix
-from vlmfix.decoding import beam_search as _search
-from vlmfix.decoding import opera
+from vlmfix.decoding import opera, opera_search
 from vlmfix.decoding.opera import above_least
 
 ONE = collate([RAGGED[0]])
@@ -51,32 +51,36 @@ def test_it_agrees_with_the_formula(build: Any, kind: str, mode: str, sigma: flo
 def test_the_way_back_agrees_with_the_formula(tiny: Any, mode: str, monkeypatch: Any) -> None:
     """With the released code's first 10 tokens made 2, so that few tokens are enough."""
     monkeypatch.setattr(opera, "FIRST", 2)
-    monkeypatch.setattr(_search, "FIRST", 2)
     went = []
-    original = _search.Search._return_to
+    original = opera_search.Search._return_to
 
     def watched(self: Any, position: int) -> None:
+        before = self.steps[position]
+        peaks, taken = before.peaks.clone(), (*before.rejected, *before.chosen)
         went.append(position)
         original(self, position)
         step = self.steps[-1]
-        fresh = self._repeated()  # the state of a fresh run with that answer
-        sums = torch.zeros(2, 0)
+        assert len(self.steps) == position + 1 and step.beams.num_generated == position
+        assert torch.equal(step.peaks, peaks), "what was recorded there is kept"
+        assert step.rejected == taken
+        fresh = self._prompt_of_beams()  # the state of a fresh run with that answer
+        sums = torch.zeros(len(step.beams.ids), 0)
         for end in range(1, position + 1):
-            logits = self._forward(step.beams.ids[:, : self.prompt_length + end], fresh)
-            sums = self.method.columns(self._answer_part(), sums)
-        torch.testing.assert_close(self.logits, logits, atol=1e-5, rtol=1e-5)
+            look = self._forward(step.beams.ids[:, : self.prompt_length + end], fresh)
+            sums = self.method.columns(look.to_answer, sums)
+        torch.testing.assert_close(step.logits, look.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(step.sums, sums, atol=1e-4, rtol=1e-4)
         for mine, other in zip(self.cache.layers, fresh.layers, strict=True):
             torch.testing.assert_close(mine.keys, other.keys, atol=1e-5, rtol=1e-5)
-        assert step.beams.num_generated == position
 
-    monkeypatch.setattr(_search.Search, "_return_to", watched)
-    returns = 0
-    for seed in (1, 2, 3):
+    monkeypatch.setattr(opera_search.Search, "_return_to", watched)
+    returns = again = 0
+    for seed in range(1, 7):
+        beams = 2 + seed % 2
         each = sample(3, 1, 6, seed=seed)
-        naive = NaiveOpera(mode=mode, threshold=1, candidates=2, beams=2, sigma=10.0, first=2)
+        naive = NaiveOpera(mode=mode, threshold=1, candidates=2, beams=beams, sigma=10.0, first=2)
         ids, score, times = naive.search(tiny, each.ids, each.pixels, 9, [PAD, IMAGE])
-        options = {"mode": mode, "threshold": 1, "num_beams": 2, "num_attn_candidates": 2, "scale_factor": 10.0}
+        options = {"mode": mode, "threshold": 1, "num_beams": beams, "num_attn_candidates": 2, "scale_factor": 10.0}
         vlmfix.patch(tiny, "opera", **options)
         went.clear()
         found, scores = search(tiny, collate([each]), 9)
@@ -85,12 +89,37 @@ def test_the_way_back_agrees_with_the_formula(tiny: Any, mode: str, monkeypatch:
         assert len(went) == times
         assert all(went.count(position) <= 2 for position in went)
         returns += times
+        again += len(went) - len(set(went))
         vlmfix.unpatch(tiny)
-    assert returns > 0, "the way back must have been taken"
+    assert returns > again > 0, "the way back must have been taken, and to one place twice"
+
+
+def test_three_hits_in_a_row_make_a_knot() -> None:
+    """Written out: the place recorded where a search went back to counts again there."""
+    official, paper = vlmfix.OPERA(threshold=2), vlmfix.OPERA(threshold=3, mode="paper")
+    hit, other = [11, 11], [11, 12]
+    for method in (official, paper):
+        assert not method.is_knot(torch.tensor([[3, 3], hit, hit]), 11, 0)
+        assert method.is_knot(torch.tensor([[3, 3], hit, hit, hit]), 11, 0)
+        assert not method.is_knot(torch.tensor([hit, hit, hit, other][1:]), 11, 0), "every beam must be stuck"
+    assert not official.is_knot(torch.tensor([[9, 9]] * 4), 9, 0), "not among the first 10 tokens"
+    assert paper.is_knot(torch.tensor([[9, 9]] * 4), 9, 9)
+    assert not paper.is_knot(torch.tensor([[9, 9]] * 4), 9, 11), "never back before an earlier such place"
+    assert not vlmfix.OPERA(threshold=None).is_knot(torch.tensor([hit] * 40), 11, 0)
+
+
+def test_a_rejected_token_is_as_likely_as_the_least_likely_of_its_beam() -> None:
+    logits = torch.tensor([[4.0, 1.0, 2.0, -3.0], [0.0, 9.0, -70.0, 2.0]])
+    official = vlmfix.OPERA().choose_again(logits, [(0, 0), (1, 1), (0, 2)])
+    expected = torch.tensor([[-3.0, 1.0, -3.0, -3.0], [0.0, -70.0, -70.0, 2.0]]).log_softmax(-1)
+    torch.testing.assert_close(official, expected)
+    paper = vlmfix.OPERA(mode="paper").choose_again(logits, [(0, 0), (1, 1), (0, 2)])
+    assert paper.isinf().tolist() == [[True, False, True, False], [False, True, False, False]]
+    torch.testing.assert_close(paper.exp().sum(-1), torch.ones(2))
 
 
 def test_short_answers_never_go_back(tiny: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_search.Search, "_return_to", lambda *_: pytest.fail("went back"))
+    monkeypatch.setattr(opera_search.Search, "_return_to", lambda *_: pytest.fail("went back"))
     vlmfix.patch(tiny, "opera", threshold=1, num_beams=2, num_attn_candidates=2)
     search(tiny, ONE, 10)
 
@@ -149,12 +178,12 @@ def test_a_constant_changes_nothing_and_one_candidate_has_no_penalty() -> None:
     looks = torch.rand(2, 5, generator=torch.Generator().manual_seed(1))
 
     def of_candidates(looks: torch.Tensor, length: int) -> torch.Tensor:
-        return method.score(logits, candidates, peaks, looks, length).log_softmax(-1).gather(1, candidates)
+        return method.penalise(logits, candidates, peaks, looks, length).gather(1, candidates)
 
     torch.testing.assert_close(of_candidates(looks + 3, 10), of_candidates(looks, 10))
     assert not torch.allclose(of_candidates(looks, 11), of_candidates(looks, 10))
-    alone = method.score(logits, candidates[:, :1], peaks[:, :1], looks[:, :1], 11)
-    assert torch.equal(alone.gather(1, candidates[:, :1]), logits.gather(1, candidates[:, :1]))
+    alone = method.penalise(logits, candidates[:, :1], peaks[:, :1], looks[:, :1], 11)
+    assert alone.gather(1, candidates[:, :1]).tolist() == [[0.0], [0.0]]
 
 
 def test_the_ranking_is_the_released_one_where_that_does_not_overflow() -> None:
@@ -164,7 +193,7 @@ def test_the_ranking_is_the_released_one_where_that_does_not_overflow() -> None:
         logits = torch.randn(1, 30, generator=generator) * 3
         candidates = logits.topk(5).indices
         phi = torch.rand(1, 5, generator=generator, dtype=torch.float64) * 4e7  # penalties up to 4
-        scored = method.score(logits, candidates, phi.log().float(), torch.zeros(1, 5), 12)
+        scored = method.penalise(logits, candidates, phi.log().float(), torch.zeros(1, 5), 12)
         released = logits.gather(1, candidates) - 1e-7 * phi
         assert torch.equal(scored.gather(1, candidates).argsort(), released.argsort())
         assert (
@@ -208,7 +237,7 @@ def test_half_precision_for_long(build: Any) -> None:
 
 
 def test_the_look_ahead_leaves_the_cache(tiny: Any, monkeypatch: Any) -> None:
-    original = _search.Search._look_ahead
+    original = opera_search.Search._look_ahead
 
     def watched(self: Any, step: Any, candidates: Any) -> Any:
         before = [(layer.keys.clone(), layer.values.clone()) for layer in self.cache.layers]
@@ -218,7 +247,7 @@ def test_the_look_ahead_leaves_the_cache(tiny: Any, monkeypatch: Any) -> None:
             assert torch.equal(layer.values, values)
         return found
 
-    monkeypatch.setattr(_search.Search, "_look_ahead", watched)
+    monkeypatch.setattr(opera_search.Search, "_look_ahead", watched)
     vlmfix.patch(tiny, "opera")
     search(tiny, ONE, 3)
 
@@ -227,14 +256,14 @@ def test_the_look_ahead_leaves_the_cache(tiny: Any, monkeypatch: Any) -> None:
 def test_the_row_read_is_that_of_eager_attention(build: Any, kind: str, monkeypatch: Any) -> None:
     model = build(kind, attn="eager")
     seen = []
-    original = _search.Search._forward
+    original = opera_search.Search._forward
 
     def watched(self: Any, ids: Any, cache: Any) -> Any:
-        logits = original(self, ids, cache)
-        seen.append((ids, self._padded().clone()))
-        return logits
+        look = original(self, ids, cache)
+        seen.append((ids, torch.cat([look.to_prompt, look.to_answer], dim=1)))
+        return look
 
-    monkeypatch.setattr(_search.Search, "_forward", watched)
+    monkeypatch.setattr(opera_search.Search, "_forward", watched)
     vlmfix.patch(model, "opera", num_beams=2)
     search(model, ONE, 2)
     vlmfix.unpatch(model)
@@ -252,6 +281,44 @@ def test_the_models_own_number_of_beams_counts(tiny: Any) -> None:
     tiny.generation_config.num_beams = 2
     found = search(tiny, ONE, 14)
     assert torch.equal(found[1], wanted[1]) and not torch.equal(found[1], other[1])
+
+
+def test_one_beam_is_no_wish(tiny: Any) -> None:
+    """What callers pass by habit: the method's own number counts."""
+    vlmfix.patch(tiny, "opera", num_beams=3)
+    wanted = search(tiny, ONE, 14)[1]
+    assert torch.equal(search(tiny, ONE, 14, num_beams=1)[1], wanted)
+    assert not torch.equal(search(tiny, ONE, 14, num_beams=5)[1], wanted)
+    assert torch.equal(search(tiny, TEXT, num_beams=1)[1], search(tiny, TEXT, num_beams=3)[1])
+
+
+def test_a_placeholder_without_a_picture_is_text(tiny: Any) -> None:
+    inputs = {name: ONE[name] for name in ("input_ids", "attention_mask")}
+    expected = search(tiny, inputs, 4, num_beams=5)
+    vlmfix.patch(tiny, "opera")
+    assert torch.equal(search(tiny, inputs, 4)[1], expected[1])
+
+
+def test_a_generate_of_somebody_else_stays_and_is_no_place_for_opera(tiny: Any) -> None:
+    """A model folder may bring a generate of its own, which transformers keeps on the model."""
+
+    def custom_generate(*, model: Any, **options: Any) -> Any:
+        return type(model).generate(model, **{**options, "max_new_tokens": 2})
+
+    tiny.generate = theirs = partial(custom_generate, model=tiny)
+    with pytest.raises(vlmfix.MethodError, match="custom_generate"):
+        vlmfix.patch(tiny, "opera")
+    assert vlmfix.status(tiny) is None and tiny.generate is theirs
+    for name in ("pai", "vcd"):
+        vlmfix.patch(tiny, name)
+        assert len(tiny.generate(**ONE, do_sample=False)[0]) == len(ONE["input_ids"][0]) + 2
+        vlmfix.unpatch(tiny)
+        assert tiny.generate is theirs
+    del tiny.generate
+    vlmfix.patch(tiny, "opera")
+    tiny.generate = theirs  # put there after the patch
+    vlmfix.unpatch(tiny)
+    assert tiny.generate is theirs
 
 
 def test_padding_changes_nothing(tiny: Any) -> None:
@@ -300,7 +367,6 @@ def test_logits_processors_and_stopping_criteria(tiny: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"num_beams": 1}, "beam search"),
         ({"do_sample": True}, "draws nothing"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
         ({"prompt_lookup_num_tokens": 2}, "prompt_lookup"),

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from vlmfix.decoding.base import DecodingMethod
-from vlmfix.decoding.beam_search import BeamsLookingAhead
 from vlmfix.decoding.branch import PairedForward
 from vlmfix.decoding.opera import OPERA
-from vlmfix.decoding.other_image import ENCODES, RAW_IMAGES_KWARG, KeepImages
-from vlmfix.decoding.two_branches import TwoBranches
+from vlmfix.decoding.opera_search import GenerateWithOpera
+from vlmfix.decoding.other_image import RAW_IMAGES_KWARG
+from vlmfix.decoding.two_branches import DRAFTS, TwoBranches
 from vlmfix.engine.attend import ATTENTION_NAME
 from vlmfix.engine.image_free import encode_text_only, run_text_only
 from vlmfix.engine.plan import Site, edits_text_only_stream, make_sites
@@ -78,6 +78,7 @@ class Patch:
         self.images = ImageFinder(anatomy)
         self.owner: Context | None = None
         self._handles: list[Any] = []
+        self._stand_ins: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {type(module): parameter_names(module) for module in self._hooked}
         active = [method for method in methods if not method.is_identity]
@@ -98,7 +99,7 @@ class Patch:
         )
         self.search = next(
             (
-                BeamsLookingAhead(anatomy, method, number, self.counters)
+                GenerateWithOpera(anatomy, method, number, self.counters)
                 for number, method in enumerate(methods)
                 if isinstance(method, OPERA)
             ),
@@ -123,15 +124,12 @@ class Patch:
                 self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
             for model in dict.fromkeys([self.anatomy.model, self.anatomy.language_model]):
-                model.__dict__[_PAGED] = _refuse_paged
-            if self.search is not None:
-                self.anatomy.model.__dict__[_GENERATE] = self.search
-            if self.branches is not None:
-                self.anatomy.model.__dict__[_DRAFTS] = _refuse_drafts_of_branches
-                if hasattr(type(self.anatomy.model), ENCODES):
-                    self.anatomy.model.__dict__[ENCODES] = KeepImages(self.anatomy.model)
-            elif self._cannot_tell_drafts:
-                self.anatomy.language_model.__dict__[_DRAFTS] = _refuse_drafts
+                self._put(model, _PAGED, _refuse_paged)
+            for decoder in (self.branches, self.search):
+                for name, stand_in in decoder.stand_ins().items() if decoder else ():
+                    self._put(self.anatomy.model, name, stand_in)
+            if self.branches is None and self._cannot_tell_drafts:
+                self._put(self.anatomy.language_model, DRAFTS, _refuse_drafts)
             self._handles += self.images.attach()
             if self.vision is not None:
                 self._handles += self.vision.attach()
@@ -149,16 +147,22 @@ class Patch:
             self.detach()
             raise
 
+    def _put(self, model: nn.Module, name: str, stand_in: Any) -> None:
+        """Let ``stand_in`` take the place of a method of a model; what somebody else has put there comes back."""
+        before = {name: vars(model)[name]} if name in vars(model) else {}
+        self._stand_ins.append((model, name, stand_in, before))
+        model.__dict__[name] = stand_in
+
     def detach(self) -> None:
         """Restore the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for model in (self.anatomy.model, self.anatomy.language_model):
-            model.__dict__.pop(_PAGED, None)
-            model.__dict__.pop(_DRAFTS, None)
-            model.__dict__.pop(ENCODES, None)
-            model.__dict__.pop(_GENERATE, None)
+        for model, name, stand_in, before in reversed(self._stand_ins):
+            if vars(model).get(name) is stand_in:  # else somebody else has put something there since
+                del model.__dict__[name]
+                model.__dict__.update(before)
+        self._stand_ins.clear()
         for site in self.sites:
             if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
                 site.module.config = site.base_config
@@ -396,26 +400,11 @@ def _refuse_paged(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-_GENERATE = "generate"
-
-
-_DRAFTS = "_get_candidate_generator"
-"""The method of a model that every way into assisted decoding passes."""
-
-
 def _refuse_drafts(*args: Any, **kwargs: Any) -> NoReturn:
     """Stand in for ``_get_candidate_generator`` where nothing in a forward tells drafted tokens from a further turn."""
     raise UnsupportedFeatureError(
         "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
         "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
-    )
-
-
-def _refuse_drafts_of_branches(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for ``_get_candidate_generator`` under a method that defines the logits of the next token only."""
-    raise UnsupportedFeatureError(
-        "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only. Leave "
-        "assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
     )
 
 

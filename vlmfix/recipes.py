@@ -24,7 +24,7 @@ PACKAGES = ("methods", "decoding")
 
 SHARED = {
     *("base", "beam_search", "branch", "caches", "experimental", "measured", "other_image", "other_prompt"),
-    *("scores", "selection", "two_branches", "views"),
+    *("opera_search", "scores", "selection", "two_branches", "views"),
 }
 """The files in them that hold no method, but what several share."""
 

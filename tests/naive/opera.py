@@ -60,31 +60,27 @@ class NaiveOpera:
         while True:
             now = len(states) - 1
             logits = [self.look(model, beam, pixels)[0] for beam, _ in states[-1]]
+            free = freely
             if freely:
-                free = True
-                lowest = min(min(row) for row in logits) - 1000
-                scored = [
-                    [lowest if (b, t) in rejected[now] else value for t, value in enumerate(row)]
-                    for b, row in enumerate(logits)
-                ]
+                official = self.mode == "official"
+                scored = []
+                for b, row in enumerate(logits):
+                    hidden = min(row) if official else -math.inf  # of this beam alone
+                    scored.append([hidden if (b, t) in rejected[now] else value for t, value in enumerate(row)])
                 freely = False
             else:
-                free = False
                 scored, peaks[now] = self.penalised(model, states[-1], logits, pixels, prompt, image)
                 place = most_common(peaks[now])
-                times = [sum(peaks[step][b] == place for step in peaks) for b in range(self.beams)]
-                official = self.mode == "official"
-                knot = all(t > self.threshold if official else t >= self.threshold for t in times)
-                back = None
-                if knot and place >= (self.first if official else last):
-                    back = next((p for p in (place + 1, place) if 0 < p < now and visits[p] < self.candidates), None)
+                back = self.way_back(peaks, place, now, last, visits)
                 if back is not None:
                     visits[back] += 1
                     returns += 1
                     last = place
+                    rejected = {step: pairs for step, pairs in rejected.items() if step <= back}
                     rejected.setdefault(back, set()).update(chosen[back])
                     states = states[: back + 1]
-                    peaks = {step: each for step, each in peaks.items() if step < back}
+                    # What was recorded at the place to choose again stays; the free choice records nothing.
+                    peaks = {step: each for step, each in peaks.items() if step <= back}
                     freely = True
                     continue
             options = []
@@ -100,6 +96,18 @@ class NaiveOpera:
                 return [*states[-1][b][0][prompt:], t], score / tokens, returns
             chosen[now] = {(b, t) for _, b, t in best}
             states.append([([*states[-1][b][0], t], score) for score, b, t in best])
+
+    def way_back(
+        self, peaks: dict[int, list[int]], place: int, now: int, last: int, visits: Counter[int]
+    ) -> int | None:
+        """The position to choose again, if every beam had its maximum at a place too often."""
+        times = [sum(peaks[step][b] == place for step in peaks) for b in range(self.beams)]
+        official = self.mode == "official"
+        if not all(t > self.threshold if official else t >= self.threshold for t in times):
+            return None
+        if place < (self.first if official else last) or place + 1 >= now:
+            return None
+        return next((p for p in (place + 1, place) if p > 0 and visits[p] < self.candidates), None)
 
     def penalised(
         self, model: Any, state: Any, logits: list[list[float]], pixels: torch.Tensor, prompt: int, image: list[int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,14 +46,17 @@ class OPERA(Method):
 
     When the column of the maximum (the commonest among candidates and beams) has been the same more than ``threshold``
     times in every beam (paper: as often as ``threshold``), the search goes back behind it and chooses another token
-    there, from the whole vocabulary, at most ``num_attn_candidates`` times at one place. Official: not among the first
-    10 tokens; paper: never back before an earlier such place.
+    there, from the whole vocabulary, at most ``num_attn_candidates`` times at one place. The places recorded up to that
+    choice still count, its own included. Official: not among the first 10 tokens, and a token taken there before keeps
+    the probability of its beam's least likely one; paper: never back before an earlier such place, and such a token is
+    out. Tokens rejected behind a place are forgotten when the search goes back before them; the released code means to,
+    and clears other lists.
 
     ``generate`` is then this search, for one prompt at a time, at ``1 + num_attn_candidates`` forwards per token. What
     others measured: most of its gain is length; against greedy decoding of LLaVA-1.5 there is none on CHAIR.
 
     Attributes:
-        num_beams: Beams, >= 2; ``generate(num_beams=...)`` goes before.
+        num_beams: Beams, >= 2; ``generate(num_beams=...)`` of more than one goes before.
         scale_factor: Factor on attention weights, > 0.
         threshold: How often a column may be the maximum; ``None``: never go back.
         num_attn_candidates: Candidates per beam, and times to go back to one place, >= 1.
@@ -100,7 +104,8 @@ class OPERA(Method):
         """Find the last layer with attention.
 
         Raises:
-            MethodError: There is none of the kind, ``generate`` runs another model, or ``layers`` names several.
+            MethodError: There is none of the kind, ``generate`` runs another model or is not transformers' own, or
+                ``layers`` names several.
         """
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model or "image" in anatomy.kinds:
             raise MethodError(
@@ -108,12 +113,20 @@ class OPERA(Method):
                 "and the answer's in the forward that gives the logits. Choose another method; vlmfix.methods() lists "
                 "them."
             )
+        if "generate" in vars(anatomy.model):
+            raise MethodError(
+                "opera is a search in the place of generate, and this model has a generate of its own (as its folder's "
+                "custom_generate, or another tool, puts there). Load it without (trust_remote_code=False), or choose "
+                "another method."
+            )
         if self.layers is not None:
             bound = super().bind(anatomy)
             if len(bound.layer_indices) != 1:
                 raise MethodError(f"opera reads the attention of one layer; layers={self.layers!r} names several.")
             return bound
         return dataclasses.replace(self, layers=(max(site.layer_idx for site in anatomy.sites),))
+
+    # The penalty.
 
     def columns(self, row: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
         """Continue the logarithms of the column products by one row.
@@ -126,10 +139,10 @@ class OPERA(Method):
         before, own = logs.tensor_split([sums.shape[-1]], dim=-1)
         return torch.cat([before + sums, own], dim=-1)
 
-    def score(
+    def penalise(
         self, logits: torch.Tensor, candidates: torch.Tensor, peaks: torch.Tensor, looks: torch.Tensor, length: int
     ) -> torch.Tensor:
-        """Penalise candidates.
+        """Penalise candidates, and put other tokens out of reach.
 
         Args:
             logits: fp32 ``[beams, vocab]``.
@@ -139,7 +152,7 @@ class OPERA(Method):
             length: Rows of the answer, the candidate's included.
 
         Returns:
-            fp32 ``[beams, vocab]``, to be normalised.
+            Log-probabilities, fp32 ``[beams, vocab]``; in paper mode less the penalty, so that it adds up in scores.
         """
         if self.mode == "paper":
             logits = logits.log_softmax(-1)
@@ -148,8 +161,42 @@ class OPERA(Method):
             penalty = -self.penalty_weights * looks.double()
         else:
             penalty = above_least(peaks, _log(KAPPA * self.penalty_weights))
-        scored = logits - logits.amax(-1, keepdim=True) - 1000.0
-        return scored.scatter(-1, candidates, logits.gather(-1, candidates) - penalty.float())
+        scores = logits - logits.amax(-1, keepdim=True) - 1000.0
+        scores = scores.scatter(-1, candidates, logits.gather(-1, candidates) - penalty.float())
+        return scores if self.mode == "paper" else scores.log_softmax(-1)
+
+    # The way back.
+
+    def is_knot(self, peaks: torch.Tensor, place: int, last: int) -> bool:
+        """Whether a column has been the maximum so often that the search goes back behind it.
+
+        Args:
+            peaks: Columns of the maximum of every step so far, int64 ``[steps, beams]``.
+            place: The column.
+            last: The column behind which the search last went back, or 0.
+        """
+        if self.threshold is None:
+            return False
+        times = (peaks == place).sum(0)
+        if self.mode == "paper":
+            return place >= last and bool((times >= self.threshold).all())
+        return place >= FIRST and bool((times > self.threshold).all())
+
+    def choose_again(self, logits: torch.Tensor, rejected: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Return log-probabilities of the whole vocabulary for the choice behind a return, without a penalty.
+
+        The released code gives rejected tokens the logit of their beam's least likely one; in paper mode they are out.
+
+        Args:
+            logits: fp32 ``[beams, vocab]``.
+            rejected: The (beam, token) pairs taken here before.
+
+        Returns:
+            fp32 ``[beams, vocab]``.
+        """
+        beams, tokens = torch.tensor(rejected, device=logits.device).T
+        least = logits.amin(-1) if self.mode == "official" else logits.new_full((len(logits),), -torch.inf)
+        return logits.index_put((beams, tokens), least[beams]).log_softmax(-1)
 
 
 def above_least(peaks: torch.Tensor, log_factor: float) -> torch.Tensor:

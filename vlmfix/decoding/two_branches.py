@@ -31,7 +31,7 @@ from vlmfix.decoding.branch import (
     with_last_logits,
 )
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
-from vlmfix.decoding.other_image import RawImages, looks_of
+from vlmfix.decoding.other_image import ENCODES, KeepImages, RawImages, looks_of
 from vlmfix.decoding.other_prompt import WATCHED, OtherPrompt, with_other_image, with_other_tokens
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.engine.start import parameter_names
@@ -45,6 +45,26 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
+DRAFTS = "_get_candidate_generator"
+"""The method of a model that every way into assisted decoding passes."""
+
+
+class RefuseDrafts:
+    """Stands in for a model's ``DRAFTS``, for a method that defines the logits of the next token only."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Refuse, unless the call asks for the stock model (``vlmfix=None``)."""
+        if model_kwargs.get(FORWARD_KWARG, self) is None:
+            return getattr(type(self.model), DRAFTS)(self.model, *args, model_kwargs=model_kwargs, **kwargs)
+        raise UnsupportedFeatureError(
+            "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only. Leave "
+            "assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
+        )
+
+
 class TwoBranches:
     """Runs a decoding method's other branch beside the forwards of a patched model."""
 
@@ -53,6 +73,14 @@ class TwoBranches:
         self._method = method
         self._index = index
         self._counters = counters
+
+    def stand_ins(self) -> dict[str, Any]:
+        """Return the methods of the model that are replaced."""
+        model = self._anatomy.model
+        found: dict[str, Any] = {DRAFTS: RefuseDrafts(model)}
+        if hasattr(type(model), ENCODES):
+            found[ENCODES] = KeepImages(model)
+        return found
 
     # Before a forward of the model's own branch.
 
