@@ -94,7 +94,7 @@ def main() -> None:
             out=folder / "run",
         )
         if options.tower:
-            from tiny_vlm import build_coco_folder, build_tiny_llava
+            from families.saved_llava import build_coco_folder, build_tiny_llava
 
             tower = {"hidden_size": 256, "layers": 4, "image_size": 336, "patch_size": 14, "vision_layers": 24}
             build_tiny_llava(folder / "model", **tower)

@@ -1,8 +1,8 @@
-"""Measure what vlmfix does on every family and write the matrix to tests/FAMILIES.md.
+"""Measure what vlmfix does on every family and write the matrix to tests/families/FAMILIES.md.
 
 Every cell is the outcome of running the family's tiny random model: nothing is declared. Needs no network.
 
-    python scripts/capabilities.py                     # writes tests/FAMILIES.md
+    python scripts/capabilities.py                     # writes tests/families/FAMILIES.md
     python scripts/capabilities.py --check             # fails with a diff if the file is not what is measured
     python scripts/capabilities.py --families llava,gemma3 --print
 """
@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = ROOT / "tests" / "FAMILIES.md"
+OUTPUT = ROOT / "tests" / "families" / "FAMILIES.md"
 VERSIONS = "Measured with "
 """How the line starts that names versions; ``--check`` leaves it out."""
 
@@ -51,7 +51,7 @@ LEGEND = {
 INTRODUCTION = f"""# Families
 
 Written by `scripts/capabilities.py`; do not edit. Every cell was measured on a tiny random model of the family
-(`tests/families.py`), fp32 on CPU, tolerance 1e-5. The machinery is measured with a probe that doubles the attention
+(`tests/families`), fp32 on CPU, tolerance 1e-5. The machinery is measured with a probe that doubles the attention
 weights of image tokens in every layer.
 
 {VERSIONS}{{versions}}.
@@ -73,8 +73,8 @@ def measure_row(name: str) -> Row:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    from capability import measure_family
     from families import by_name
+    from families.capability import measure_family
 
     return {column: (cell.mark, cell.note) for column, cell in measure_family(by_name(name)).items()}
 
@@ -107,8 +107,8 @@ class Notes:
 
 def render(rows: dict[str, Row]) -> str:
     """Write the matrix as Markdown."""
-    from capability import MACHINERY, method_columns
     from families import by_name
+    from families.capability import MACHINERY, method_columns
 
     notes = Notes()
     titles = {name: by_name(name).title for name in rows}
@@ -147,13 +147,15 @@ def difference(committed: str, measured: str) -> list[str]:
     before, after = (
         [line for line in text.splitlines() if not line.startswith(VERSIONS)] for text in (committed, measured)
     )
-    return list(difflib.unified_diff(before, after, "tests/FAMILIES.md", "measured", lineterm="", n=0))
+    return list(difflib.unified_diff(before, after, "tests/families/FAMILIES.md", "measured", lineterm="", n=0))
 
 
 def main() -> int:
     """Measure; write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with tests/FAMILIES.md instead of writing it")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with tests/families/FAMILIES.md instead of writing it"
+    )
     parser.add_argument("--print", action="store_true", help="print the matrix instead of writing it")
     parser.add_argument("--families", default="", metavar="A,B", help="only these (implies --print)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)")
@@ -180,9 +182,11 @@ def main() -> int:
     changes = difference(OUTPUT.read_text(encoding="utf-8") if OUTPUT.exists() else "", text)
     if changes:
         print("\n".join(changes))
-        print("tests/FAMILIES.md is not what is measured. Type: python scripts/capabilities.py", file=sys.stderr)
+        print(
+            "tests/families/FAMILIES.md is not what is measured. Type: python scripts/capabilities.py", file=sys.stderr
+        )
         return 1
-    print(f"tests/FAMILIES.md is what is measured: {len(names)} families")
+    print(f"tests/families/FAMILIES.md is what is measured: {len(names)} families")
     return 0
 
 

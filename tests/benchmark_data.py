@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny_vlm import write_lines
+from families.saved_llava import write_lines
 
 from vlmfix.evals.benchmarks.mme.data import TASKS as MME_TASKS
 from vlmfix.evals.benchmarks.mmhal.data import TYPES

@@ -33,7 +33,7 @@ def build(_stock_models: dict[tuple[Any, ...], Any]) -> Callable[..., Any]:
     """Return a fresh copy of a tiny LLaVA; equal arguments give equal weights."""
     import copy
 
-    from models import tiny_llava
+    from families.tiny_llava import tiny_llava
 
     def make(kind: str = "llama", **options: Any) -> Any:
         key = (kind, *sorted(options.items()))
@@ -59,7 +59,7 @@ def sinky(build: Callable[..., Any]) -> Any:
 @pytest.fixture(scope="session")
 def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny LLaVA with its processor."""
-    from tiny_vlm import build_tiny_llava
+    from families.saved_llava import build_tiny_llava
 
     return build_tiny_llava(tmp_path_factory.mktemp("llava"), layers=3, hidden_size=32, kv_heads=2)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import RAGGED, collate, forward, generate
+from families.tiny_llava import RAGGED, collate, forward, generate
 
 import vlmfix
 

@@ -1,8 +1,8 @@
-"""One file per method: its formula, naive and slow, for ``reference.Reference``.
+"""One file per method: its formula, naive and slow, for ``naive.reference.Reference``.
 
 A file may list ``CASES``: the method's parameters (by keyword) and the naive object that must agree with it on models
 of four layers; a decoding method's are its ``DECODING_CASES``, with a ``NaiveBranches`` each.
-``tests/test_reference_methods.py`` finds and runs them. VAR and VHR are in ``reference`` itself.
+``tests/plugin/methods/test_reference_methods.py`` finds and runs them. VAR and VHR are in ``reference`` itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 
 def names() -> list[str]:
     """The methods with a formula here."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(__path__)
+        if module.name != "reference" and not module.name.startswith("_")
+    )
 
 
 def cases(table: str = "CASES") -> dict[str, tuple[str, dict[str, Any], Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from reference import Naive, Reference, State
+
+from naive.reference import Naive, Reference, State
 
 
 class NaiveAdaIat(Naive):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from reference import Naive, Reference, State
+
+from naive.reference import Naive, Reference, State
 
 
 class NaiveAdaptVis(Naive):

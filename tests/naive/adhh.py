@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from reference import Naive, State
+
+from naive.reference import Naive, State
 
 
 class NaiveAdhh(Naive):

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from reference import Naive, State
+
+from naive.reference import Naive, State
 
 
 class NaiveCmai(Naive):

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from reference import Naive, Reference, State
+
+from naive.reference import Naive, Reference, State
 
 MASKS = {"attention_mask", "causal_attention_mask"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from models import IMAGE
+from families.tiny_llava import IMAGE
 
 from naive._branches import NaiveBranches, Prompt
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from reference import Naive, State
+
+from naive.reference import Naive, State
 
 RATES = {"attention": [0.3, 0.5, -0.2, 0.4], "mlp": [0.9, -0.1, 0.2, 0.6]}
 RANKING = {"model": "", "rr_attn": RATES["attention"], "rr_mlp": RATES["mlp"]}

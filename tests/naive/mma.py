@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reference import Naive, State
+from naive.reference import Naive, State
 
 
 class NaiveMma(Naive):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from models import IMAGE
+from families.tiny_llava import IMAGE
 
 
 class NaiveOpera:

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from reference import Naive, Reference, State
+
+from naive.reference import Naive, Reference, State
 
 
 class NaiveSpin(Naive):

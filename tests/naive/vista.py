@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from reference import Naive, Reference, State
+
+from naive.reference import Naive, Reference, State
 
 
 class NaiveVista(Naive):

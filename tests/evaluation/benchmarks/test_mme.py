@@ -1,0 +1,190 @@
+"""MME, hallucination subset: parsers, scores by hand and the command line, all on made-up questions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families.saved_llava import write_lines
+
+from vlmfix.cli import main
+from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.mme.data import TASKS, MmeAnswer, load_results
+from vlmfix.evals.benchmarks.mme.figures import parse_answer, score_answers, total
+
+
+@pytest.mark.parametrize(
+    ("answer", "official", "lmms"),
+    [
+        ("Yes", True, True),
+        ("NO", False, False),
+        ("Yes, there is.", True, True),
+        ("no\n", False, False),
+        (" no", False, False),
+        ("I know", None, None),
+        ("   no", None, False),  # "no" begins too late for the official rule
+        ("y", None, True),
+        ("N.", None, False),
+        ("Not yes", False, False),
+        ("oyes", True, True),
+        ("", None, None),
+        ("Maybe", None, None),
+    ],
+)
+def test_parsers(answer, official, lmms):
+    assert parse_answer(answer) is official
+    assert parse_answer(answer, "lmms") is lmms
+
+
+def test_unknown_parser():
+    with pytest.raises(DataError, match="official, lmms"):
+        parse_answer("yes", "other")  # type: ignore[arg-type]
+
+
+def pair(image: str, first: str, second: str, task: str = "count") -> list[MmeAnswer]:
+    return [MmeAnswer(task, image, "Is it so?", True, first), MmeAnswer(task, image, "Is it not?", False, second)]
+
+
+def test_scores_by_hand():
+    answers = [*pair("a", "Yes", "No"), *pair("b", "Yes", "Yes"), *pair("c", "Perhaps", "No")]
+    answers = answers[::2] + answers[1::2]  # the questions of an image need not follow each other
+    table = score_answers(answers, images=None)["count"]
+    assert table.images == ("a", "b", "c")
+    assert table.correct.tolist() == [[True, True], [True, False], [False, True]]
+    assert table.counts() == {"n": 6, "correct": 4, "images": 3, "both_correct": 1, "yes": 3, "unparsed": 1}
+    expected = {"accuracy": 4 / 6, "accuracy_plus": 1 / 3, "yes_ratio": 0.5, "score": 100.0}
+    assert table.summary() == pytest.approx(expected)
+
+
+def test_total_needs_all_four_tasks():
+    tasks = {task: pair("a", "Yes", "No", task) for task in TASKS}
+    tables = score_answers([answer for rows in tasks.values() for answer in rows][::-1], images=None)
+    assert list(tables) == list(TASKS) and total(tables) == 800.0
+    assert total({task: tables[task] for task in TASKS[:3]}) is None
+
+
+def test_other_tasks_are_left_out():
+    assert list(score_answers([*pair("a", "Yes", "No"), *pair("a", "No", "No", "OCR")], images=None)) == ["count"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (pair("a", "Yes", "No", "smell"), "no task 'smell'"),
+        (pair("a", "Yes", "No", "OCR"), "no answer belongs"),
+        ([], "no answer belongs"),
+        (pair("a", "Yes", "No")[:1], "image a: .* found 1 answers to 1"),
+        (pair("a", "Yes", "No")[:1] * 2, "found 2 answers to 1"),
+        ([*pair("a", "Yes", "No"), *pair("a", "Yes", "No")], "found 4 answers to 2"),
+    ],
+)
+def test_broken_answers(answers, message):
+    with pytest.raises(DataError, match=message):
+        score_answers(answers, images=None)
+
+
+def test_a_task_must_be_complete():
+    with pytest.raises(DataError, match="30 images, found 1"):
+        score_answers(pair("a", "Yes", "No"))
+
+
+# Files and the command line.
+
+
+def whole(tasks: Sequence[str] = TASKS, answers: tuple[str, str] = ("Yes", "No.")) -> list[MmeAnswer]:
+    return [a for task in tasks for i in range(30) for a in pair(f"{i}.jpg", *answers, task)]
+
+
+def as_row(answer: MmeAnswer, **more: Any) -> dict[str, Any]:
+    label = "Yes" if answer.label else "No"
+    row = {"task": answer.task, "image": answer.image, "question": answer.question, "label": label}
+    return {**row, "answer": answer.answer, **more}
+
+
+def write_folder(folder: Path, answers: Sequence[MmeAnswer]) -> Path:
+    folder.mkdir()
+    for task in {a.task for a in answers}:
+        rows = [(a.image, a.question, "Yes" if a.label else "No", a.answer) for a in answers if a.task == task]
+        (folder / f"{task}.txt").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_load_results(tmp_path):
+    answers = [*pair("a", "Yes", "no dog"), *pair("b", "", "x")]
+    assert load_results(write_folder(tmp_path / "r", [*answers, *pair("a", "No", "No", "OCR")])) == answers
+
+
+def score(folder: Path, answers: Path, *more: str) -> int:
+    return main(["score", "mme", str(answers), "--out", str(folder / "o.json"), *more])
+
+
+def test_score_mme(tmp_path, capsys):
+    assert score(tmp_path, write_folder(tmp_path / "r", whole())) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "total (800): 800.00"
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["tasks"]["color"]["counts"] == {
+        "n": 60,
+        "correct": 60,
+        "images": 30,
+        "both_correct": 30,
+        "yes": 30,
+        "unparsed": 0,
+    }
+    assert score(tmp_path, write_lines(tmp_path / "a.jsonl", [as_row(a) for a in whole()][::-1])) == 0
+    again = json.loads((tmp_path / "o.json").read_text())
+    assert again["tasks"] == result["tasks"] and again["total"] == 800.0
+
+
+def test_score_one_task_with_the_other_parser(tmp_path, capsys):
+    rows = [
+        {"category": a.task, "question_id": a.image, "question": a.question, "label": "yes" if a.label else "no"}
+        | {"response": a.answer}
+        for a in whole(["count"], ("Y", "Y"))
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert score(tmp_path, path, "--parser", "lmms") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].split() == "count 60 50.0 0.0 50.00 100.0 0".split()
+    assert score(tmp_path, path) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "60"  # unparsed
+    assert json.loads((tmp_path / "o.json").read_text())["total"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "maybe"}, "line 3: expected the label yes or no, found 'maybe'"),
+        ({"answer": None}, "line 3: 'answer' is null"),
+        ({"task": "smell"}, "no task 'smell'"),
+        ({"image": "30.jpg"}, "expected one answer to each of two questions"),
+    ],
+)
+def test_score_mismatch(tmp_path, capsys, change, message):
+    rows = [as_row(a) for a in whole()]
+    rows[2] |= change
+    assert score(tmp_path, write_lines(tmp_path / "a.jsonl", rows)) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg\tIs it so?\tYes\n", "count.txt line 1: expected four columns"),
+        ("a.jpg\tIs it so?\tYes\tNo\n\na.jpg\tIs it?\tTrue\tNo\n", "count.txt line 3: expected the label"),
+        ("", "count.txt is empty"),
+    ],
+)
+def test_broken_results(tmp_path, capsys, text, message):
+    (tmp_path / "count.txt").write_text(text)
+    assert score(tmp_path, tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_results(tmp_path, capsys):
+    assert score(tmp_path, tmp_path) == 2
+    assert "existence.txt" in capsys.readouterr().err
+    (tmp_path / "count.txt").write_bytes(b"\xff\xfe\xff")
+    assert score(tmp_path, tmp_path) == 2
+    assert "UTF-16" in capsys.readouterr().err

@@ -1,0 +1,206 @@
+"""MMHal-Bench: ratings, the pluggable judge, requests without one, templates, and the official arithmetic."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families.saved_llava import write_lines
+from shared_data import DATA, needs_data
+
+from vlmfix.cli import main
+from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.mmhal.data import TYPES, MmhalItem, load_mmhal
+from vlmfix.evals.benchmarks.mmhal.figures import (
+    judge_prompt,
+    parse_rating,
+    score_answers,
+    score_judgements,
+    score_ratings,
+)
+
+ITEMS = [
+    MmhalItem(i, TYPES[i % 8], f"image{i}", ("Cat", f"Thing {i}"), f"What is {i}?", f"It is {i}.") for i in range(16)
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Good. Rating: 4", 4),
+        ("rating: 0, no information", 0),
+        ("RATING: 6\nRating: 6", 6),
+        ("Rating: 3 or Rating: 2", None),
+        ("Rating:5", None),
+        ("Rating: 7", None),
+        ("", None),
+    ],
+)
+def test_ratings_are_read(text, rating):
+    assert parse_rating(text) == rating
+
+
+def test_figures_by_hand():
+    table = score_ratings(ITEMS, [6, 3, 2, 0, 5, 1, 4, 3, *[3] * 8], judge="by hand")
+    assert table.counts() == {"n": 16, "rating_sum": 48, "hallucinated": 3, "unparsed": 0}
+    assert table.summary() == {"average_score": 3.0, "hallucination_rate": 3 / 16}
+    assert list(table.by_type().items())[:3] == [("attribute", 4.5), ("adversarial", 3.0), ("comparison", 2.5)]
+    assert score_ratings(ITEMS[:2], [1, 2]).by_type() == {"attribute": 1.0, "adversarial": 2.0}
+
+
+def test_unclear_judgements_are_rated_zero_and_counted():
+    table = score_judgements(ITEMS[:3], ["Rating: 5", "no idea", "rating: 1 rating: 2"])
+    assert table.rating.tolist() == [5, 0, 0] and table.unparsed.tolist() == [False, True, True]
+    assert table.counts() == {"n": 3, "rating_sum": 5, "hallucinated": 2, "unparsed": 2}
+
+
+def test_the_judge_is_pluggable():
+    prompts = []
+
+    def judge(prompt: str) -> str:
+        prompts.append(prompt)
+        return f"Rating: {len(prompts)}"
+
+    table = score_answers(ITEMS[:3], ["a", "b", "c"], judge, judge_name="counter", instruction="Rate it.")
+    assert table.rating.tolist() == [1, 2, 3] and table.judge == "counter"
+    assert prompts[1] == judge_prompt(ITEMS[1], "b", instruction="Rate it.")
+    for part in ("Rate it.", "Cat, Thing 1", "What is 1?", "It is 1.", "b"):
+        assert part in prompts[1]
+
+
+def test_scoring_errors():
+    with pytest.raises(DataError, match="no questions"):
+        score_ratings([], [])
+    with pytest.raises(DataError, match="16 questions but 1"):
+        score_judgements(ITEMS, ["Rating: 1"])
+    with pytest.raises(DataError, match="16 questions but 1"):
+        score_answers(ITEMS, ["a"], str)
+    for rating in (7, -1):
+        with pytest.raises(DataError, match=f"rating {rating} of question 1"):
+            score_ratings(ITEMS[:2], [3, rating])
+
+
+# Templates.
+
+
+def entry(item: MmhalItem, **more: Any) -> dict[str, Any]:
+    return {
+        "question_type": item.type,
+        "image_id": item.image_id,
+        "image_content": list(item.image_content),
+        "question": item.question,
+        "gt_answer": item.reference,
+        "model_answer": "",
+        **more,
+    }
+
+
+def write_template(folder: Path, rows: Any = None) -> Path:
+    path = folder / "response_template.json"
+    path.write_text(json.dumps([entry(item) for item in ITEMS] if rows is None else rows), encoding="utf-8")
+    return path
+
+
+def test_load_template(tmp_path):
+    assert load_mmhal(write_template(tmp_path)) == ITEMS
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "line 1: expected an object"),
+        ([5], "entry 1: expected a JSON object"),
+        ([{"question": "?"}], "entry 1: expected an object"),
+        ([entry(ITEMS[1])], "entry 1: expected a question of type 'attribute', found 'adversarial'"),
+        ([entry(ITEMS[0], image_content="Cat")], "image_content to be a list"),
+        ([*map(entry, ITEMS[:8]), entry(ITEMS[0])], "entry 9: the same question as entry 1"),
+    ],
+)
+def test_broken_templates(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message) as error:
+        load_mmhal(write_template(tmp_path, rows))
+    assert "response_template.json" in str(error.value)
+
+
+def test_missing_template(tmp_path):
+    with pytest.raises(DataError, match="MMHal-Bench"):
+        load_mmhal(tmp_path / "response_template.json")
+    (tmp_path / "response_template.json").write_text("[{")
+    with pytest.raises(DataError, match="not readable JSON"):
+        load_mmhal(tmp_path / "response_template.json")
+
+
+# The command line.
+
+
+def score(folder: Path, rows: list[Any], *more: str) -> int:
+    path, template = write_lines(folder / "a.jsonl", rows), write_template(folder)
+    return main(["score", "mmhal", str(path), "--questions", str(template), "--out", str(folder / "o.json"), *more])
+
+
+def test_without_a_judge_requests_are_written(tmp_path, capsys):
+    answers = [entry(item, model_answer=f"Answer {item.index}") for item in ITEMS]
+    assert score(tmp_path, answers[::-1]) == 0
+    out = capsys.readouterr().out
+    assert "not scored" in out and "a.judge.jsonl" in out
+    assert not (tmp_path / "o.json").exists()
+    requests = [json.loads(line) for line in (tmp_path / "a.judge.jsonl").read_text().splitlines()]
+    assert requests == [{"index": item.index, "prompt": judge_prompt(item, f"Answer {item.index}")} for item in ITEMS]
+    assert score(tmp_path, answers, "--requests", str(tmp_path / "r.jsonl")) == 0
+    assert (tmp_path / "r.jsonl").read_text() == (tmp_path / "a.judge.jsonl").read_text()
+
+
+def test_judgements_come_back(tmp_path, capsys):
+    rows = [{"index": i, "judgement": f"Fine. Rating: {i % 7}"} for i in range(16)]
+    assert score(tmp_path, rows[::-1], "--judge", "some-model") == 0
+    assert "judge some-model" in capsys.readouterr().out
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["counts"] == {"n": 16, "rating_sum": 43, "hallucinated": 8, "unparsed": 0}
+    assert result["judge"] == "some-model" and result["types_in_order"] == list(TYPES)
+    assert score(tmp_path, [{"rating": i % 7} for i in range(16)]) == 0
+    assert "--judge NAME" in (out := capsys.readouterr().out)
+    assert out.splitlines()[-1].split()[:4] == ["16", "2.69", "50.0", "0.50"]
+    assert json.loads((tmp_path / "o.json").read_text())["counts"] == result["counts"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"rating": 1}], "1 answers without image_id, question"),
+        ([{"rating": 7}] * 16, "line 1: expected 'rating' from 0 to 6, found 7"),
+        ([{"rating": 1}] * 15 + [{"model_answer": "x"}], "line 16 has no rating or judgement"),
+        ([{"rating": 1}] * 15 + [{"judgement": "rating: 1"}], "line 1: expected one of judgement"),
+        ([entry(item) for item in ITEMS], "every answer is empty"),
+        ([{"index": i, "rating": 1} for i in range(15)], "answers 15 of 16 questions"),
+        ([{"index": 0, "rating": 1}] * 2, "line 2: question 0 is answered already"),
+        ([{"index": 16, "rating": 1}], "line 1: the question file has no question 16"),
+    ],
+)
+def test_score_mismatch(tmp_path, capsys, rows, message):
+    assert score(tmp_path, rows) == 2
+    assert message in capsys.readouterr().err
+
+
+# Real data.
+
+
+@needs_data("mmhal_bench", "expected.json")
+def test_official_arithmetic(tmp_path):
+    expected = json.loads((DATA / "expected.json").read_text())["mmhal"]
+    template = DATA / "mmhal_bench" / "response_template.json"
+    items = load_mmhal(template)
+    ratings = [zlib.crc32(str(i).encode()) % 7 for i in range(96)]
+    table = score_ratings(items, ratings)
+    assert table.summary() == {name: expected[name] for name in ("average_score", "hallucination_rate")}
+    assert list(table.by_type().values()) == expected["by_type"]
+    assert list(table.by_type()) == expected["types_in_order"]
+    judged = score_judgements(items, [f"Rating: {rating}" for rating in ratings])
+    assert judged.rating.tolist() == ratings and not judged.unparsed.any()
+
+    path, out = write_lines(tmp_path / "a.jsonl", [{"rating": rating} for rating in ratings]), tmp_path / "o.json"
+    assert main(["score", "mmhal", str(path), "--questions", str(template), "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert {name: result[name] for name in expected if name != "command"} == {
+        name: value for name, value in expected.items() if name != "command"
+    }

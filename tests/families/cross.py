@@ -1,0 +1,236 @@
+"""Families whose images reach the language model past the prompt: BLIP-2, cross-attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from families.base import (
+    EOS,
+    IMAGE,
+    PAD,
+    PICTURE,
+    TAG,
+    VIDEO,
+    VOCAB_SIZE,
+    Pictures,
+    decoder_start,
+    family,
+    nested,
+    rope,
+    stacked,
+    text,
+    variant,
+    vision,
+    words,
+)
+
+QUERIES = 6
+
+
+# BLIP-2 and InstructBLIP: generate() hands embeddings to the language model, past the model's own forward.
+
+
+def _qformer(**changes: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 64,
+        **changes,
+    }
+
+
+def _opt() -> dict[str, Any]:
+    common = text("opt", ffn_dim=64, word_embed_proj_dim=32)
+    for name in ("num_key_value_heads", "intermediate_size"):
+        del common[name]
+    return common
+
+
+def _t5() -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 3,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "decoder_start_token_id": PAD,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    }
+
+
+def _blip(name: str, language: dict[str, Any], **changes: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, name)(
+        vision_config=vision(), qformer_config=_qformer(), text_config=language, num_query_tokens=QUERIES, **changes
+    )
+
+
+BLIP = {
+    "block": (IMAGE,) * QUERIES,
+    "picture": PICTURE,
+    "encode": stacked(),
+    "max_images": 1,
+    "text_only": False,
+    "image_first": True,
+    "text_positions": False,
+}
+
+
+@family(
+    "blip2_opt",
+    "blip2 (opt)",
+    "Blip2ForConditionalGeneration",
+    **BLIP,
+    notes="generate() passes the model's forward by; 4 key heads",
+)
+def blip2_opt() -> Any:
+    return _blip("Blip2Config", _opt(), image_token_index=IMAGE)
+
+
+blip2_t5 = variant(
+    blip2_opt,
+    "blip2_t5",
+    "blip2 (t5)",
+    config=lambda: _blip("Blip2Config", _t5(), image_token_index=IMAGE),
+    annotate=decoder_start(PAD, 20),
+    attention=6,
+    side="right",
+    notes="encoder-decoder: the image is in the encoder; position biases; generate() passes the model's forward by",
+)
+
+
+def _qformer_ids(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
+    """The instruction as the Q-Former reads it: the same for every prompt."""
+    instruction = torch.tensor([words(5, 77)] * len(ids))
+    return {"qformer_input_ids": instruction, "qformer_attention_mask": torch.ones_like(instruction)}
+
+
+@family(
+    "instructblip",
+    "instructblip (llama)",
+    "InstructBlipForConditionalGeneration",
+    **BLIP,
+    annotate=_qformer_ids,
+    notes="generate() passes the model's forward by",
+)
+def instructblip() -> Any:
+    return _blip("InstructBlipConfig", text(), image_token_index=IMAGE)
+
+
+@family(
+    "instructblipvideo",
+    "instructblipvideo (llama)",
+    "InstructBlipVideoForConditionalGeneration",
+    **{**BLIP, "block": (VIDEO,) * (2 * QUERIES), "picture": (2, *PICTURE)},
+    annotate=_qformer_ids,
+    visual_ids=(VIDEO,),
+    notes="videos of two frames; generate() passes the model's forward by",
+)
+def instructblipvideo() -> Any:
+    return _blip("InstructBlipVideoConfig", text(), video_token_index=VIDEO)
+
+
+# Cross-attention: images are keys of layers of their own.
+
+FAKE = TAG
+
+
+def _last_images(ids: torch.Tensor, image_id: int, num_images: int) -> torch.Tensor:
+    """Which image each token looks at, the last one before it: bool ``[batch, length, images]``."""
+    seen = (ids == image_id).cumsum(1)
+    return seen[..., None] == torch.arange(1, num_images + 1)
+
+
+def _idefics_mask(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
+    most = max(1, *(len(sample) for sample in pictures), 0)
+    inputs: dict[str, torch.Tensor] = {"image_attention_mask": _last_images(ids, IMAGE, most).long()}
+    if not any(pictures):
+        inputs["pixel_values"] = torch.zeros(len(ids), 1, *PICTURE)
+    return inputs
+
+
+@family(
+    "idefics",
+    "idefics (1, cross-attention)",
+    "IdeficsForVisionText2Text",
+    attention=6,
+    block=(FAKE, IMAGE, FAKE),
+    picture=PICTURE,
+    encode=nested(),
+    annotate=_idefics_mask,
+    visual_ids=(),
+    notes="no placeholders: images are the keys of gated cross-attention before every other layer; 4 key heads",
+)
+def idefics() -> Any:
+    from transformers import IdeficsConfig
+
+    language = text()
+    for name in ("model_type", "num_key_value_heads"):
+        del language[name]
+    tower = vision(embed_dim=16)
+    del tower["hidden_size"]
+    return IdeficsConfig(
+        **language, vision_config=tower, cross_layer_interval=2, alpha_initializer="ones", alpha_type="vector"
+    )
+
+
+def _cross_mask(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
+    most = max((len(sample) for sample in pictures), default=0)
+    if not most:
+        return {}
+    looks = (_last_images(ids, IMAGE, most).float()) * mask[..., None]
+    tiles = torch.tensor([1.0, 1.0])
+    return {"cross_attention_mask": looks[..., None] * tiles}
+
+
+@family(
+    "mllama",
+    "mllama (cross-attention)",
+    "MllamaForConditionalGeneration",
+    attention=5,
+    block=(IMAGE,),
+    picture=(2, *PICTURE),
+    encode=nested(aspect_ratio_ids=2, aspect_ratio_mask=[1, 1]),
+    annotate=_cross_mask,
+    notes="images are the keys of cross-attention in two of five layers; one placeholder per image",
+)
+def mllama() -> Any:
+    from transformers import MllamaConfig
+
+    tower = vision(
+        num_global_layers=1,
+        attention_heads=2,
+        vision_output_dim=32,
+        max_num_tiles=2,
+        intermediate_layers_indices=[0],
+        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+    )
+    del tower["num_attention_heads"]
+    return MllamaConfig(
+        vision_config=tower,
+        text_config=text("mllama_text_model", num_hidden_layers=5, cross_attention_layers=[1, 3], **rope()),
+        image_token_index=IMAGE,
+    )
+
+
+FAMILIES = (
+    blip2_opt,
+    blip2_t5,
+    instructblip,
+    instructblipvideo,
+    idefics,
+    mllama,
+)

@@ -1,0 +1,320 @@
+"""Families whose images are patches with a grid: Qwen-VL and its kin. Most count their own positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from families.base import (
+    END,
+    IMAGE,
+    START,
+    VIDEO,
+    Annotator,
+    Family,
+    Pictures,
+    family,
+    rope,
+    stacked,
+    text,
+    token_types,
+    variant,
+    vision,
+)
+
+GRID = (1, 4, 4)
+PATCHES = 16
+BLOCK = (START, *(IMAGE,) * 4, END)
+QWEN = {
+    "block": BLOCK,
+    "picture": (PATCHES, 3 * 2 * 4 * 4),
+    "encode": stacked(joined=True, image_grid_thw=GRID),
+    "annotate": token_types("mm_token_type_ids"),
+    "visual_ids": (IMAGE, VIDEO),
+    "text_positions": False,
+}
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+GLM_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": START + 20,
+    "video_end_token_id": END + 20,
+}
+
+
+def _mrope(**changes: Any) -> dict[str, Any]:
+    return {**rope(mrope_section=[1, 1, 2]), **changes}
+
+
+def _tower(**changes: Any) -> dict[str, Any]:
+    common = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    return {**common, "out_hidden_size": 32, **changes}
+
+
+@family("qwen2_vl", "qwen2_vl", "Qwen2VLForConditionalGeneration", **QWEN)
+def qwen2_vl() -> Any:
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        text_config=text("qwen2_vl_text", **_mrope()),
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+        **IDS,
+    )
+
+
+def _qwen2_5_vl(**changes: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config=text("qwen2_5_vl_text", **_mrope(**changes)),
+        vision_config=_tower(fullatt_block_indexes=[1], window_size=16),
+        **IDS,
+    )
+
+
+@family("qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **QWEN)
+def qwen2_5_vl() -> Any:
+    return _qwen2_5_vl()
+
+
+qwen2_5_vl_sliding: Family = variant(
+    qwen2_5_vl,
+    "qwen2_5_vl_sliding",
+    "qwen2_5_vl (sliding layers)",
+    config=lambda: _qwen2_5_vl(
+        use_sliding_window=True,
+        sliding_window=12,
+        max_window_layers=2,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    notes="full layers first, then sliding ones",
+)
+
+DEEP = {
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1],
+}
+
+
+@family(
+    "qwen3_vl",
+    "qwen3_vl",
+    "Qwen3VLForConditionalGeneration",
+    **QWEN,
+    notes="visual features also enter the first two layers",
+)
+def qwen3_vl() -> Any:
+    from transformers import Qwen3VLConfig
+
+    return Qwen3VLConfig(text_config=text("qwen3_vl_text", head_dim=8, **_mrope()), vision_config=_tower(**DEEP), **IDS)
+
+
+@family(
+    "qwen3_vl_moe",
+    "qwen3_vl_moe",
+    "Qwen3VLMoeForConditionalGeneration",
+    **QWEN,
+    notes="mixture of experts",
+)
+def qwen3_vl_moe() -> Any:
+    from transformers import Qwen3VLMoeConfig
+
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3VLMoeConfig(
+        text_config=text("qwen3_vl_moe_text", head_dim=8, **experts, **_mrope()), vision_config=_tower(**DEEP), **IDS
+    )
+
+
+def qwen3_5_text() -> dict[str, Any]:
+    """Linear attention and, in every other layer, softmax attention with an output gate."""
+    return text(
+        "qwen3_5_text",
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
+    )
+
+
+@family(
+    "qwen3_5",
+    "qwen3_5 (hybrid linear)",
+    "Qwen3_5ForConditionalGeneration",
+    attention=2,
+    **QWEN,
+    needs_transformers="5.2",
+    notes="softmax attention in two of four layers, gated before the output projection",
+)
+def qwen3_5() -> Any:
+    from transformers import Qwen3_5Config
+
+    return Qwen3_5Config(text_config=qwen3_5_text(), vision_config=_tower(num_position_embeddings=16), **IDS)
+
+
+GLM_TOWER = {"image_size": 16}
+
+
+@family("glm4v", "glm4v", "Glm4vForConditionalGeneration", **QWEN)
+def glm4v() -> Any:
+    from transformers import Glm4vConfig
+
+    return Glm4vConfig(text_config=text("glm4v_text", **_mrope()), vision_config=_tower(**GLM_TOWER), **GLM_IDS)
+
+
+@family("glm4v_moe", "glm4v_moe", "Glm4vMoeForConditionalGeneration", **QWEN, notes="mixture of experts")
+def glm4v_moe() -> Any:
+    from transformers import Glm4vMoeConfig
+
+    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    return Glm4vMoeConfig(
+        text_config=text("glm4v_moe_text", **experts, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)),
+        vision_config=_tower(**GLM_TOWER),
+        **GLM_IDS,
+    )
+
+
+@family(
+    "kimi_k25",
+    "kimi_k25 (MLA)",
+    "Kimi_K25ForConditionalGeneration",
+    block=BLOCK,
+    picture=(PATCHES, 3, 4, 4),
+    encode=stacked(joined=True, image_grid_thw=GRID),
+    visual_ids=(IMAGE, VIDEO),
+    needs_transformers="5.10",
+    notes="latent attention: values are narrower than keys; 4 key heads",
+)
+def kimi_k25() -> Any:
+    from transformers import Kimi_K25Config
+
+    return Kimi_K25Config(
+        text_config=text(
+            "deepseek_v3",
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            moe_intermediate_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        vision_config=vision(patch_size=4, pos_emb_height=4, pos_emb_width=4, pos_emb_time=1),
+        projection_hidden_size=16,
+        **IDS,
+    )
+
+
+@family(
+    "video_llama_3",
+    "video_llama_3",
+    "VideoLlama3ForConditionalGeneration",
+    block=BLOCK,
+    picture=(PATCHES, 3 * 4 * 4),
+    encode=stacked(joined=True, image_grid_thw=GRID, image_merge_sizes=2),
+    visual_ids=(IMAGE, VIDEO),
+    needs_transformers="5.0",
+)
+def video_llama_3() -> Any:
+    from transformers import VideoLlama3Config
+
+    tower = vision(patch_size=4)
+    del tower["image_size"]
+    return VideoLlama3Config(text_config=text("qwen2"), vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO)
+
+
+@family(
+    "qwen2_5_omni",
+    "qwen2_5_omni (thinker)",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    **QWEN,
+)
+def qwen2_5_omni() -> Any:
+    from transformers import Qwen2_5OmniThinkerConfig
+
+    return Qwen2_5OmniThinkerConfig(
+        text_config=text("qwen2_5_omni_text", **_mrope()),
+        vision_config=_tower(fullatt_block_indexes=[1], window_size=16),
+        audio_config={
+            "d_model": 16,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "num_mel_bins": 8,
+            "max_source_positions": 20,
+            "n_window": 4,
+            "output_dim": 32,
+        },
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        audio_token_index=72,
+        audio_start_token_id=73,
+        audio_end_token_id=74,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        user_token_id=75,
+        pad_token_id=0,
+    )
+
+
+def _ernie_types() -> Annotator:
+    def annotate(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
+        image = (ids == IMAGE).long()
+        return {"mm_token_type_ids": image, "moe_mm_token_type_ids": image}
+
+    return annotate
+
+
+@family(
+    "ernie4_5_vl_moe",
+    "ernie4_5_vl_moe",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    **{**QWEN, "picture": (PATCHES, 3 * 4 * 4), "annotate": _ernie_types()},
+    needs_transformers="5.0",
+    notes="experts for text and for images",
+)
+def ernie4_5_vl_moe() -> Any:
+    from transformers import Ernie4_5_VLMoeConfig
+
+    tower = _tower(temporal_merge_size=2)
+    del tower["out_hidden_size"]
+    return Ernie4_5_VLMoeConfig(
+        text_config=text(
+            "ernie4_5_vl_moe_text",
+            moe_intermediate_size=[32, 16],
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            **_mrope(),
+        ),
+        vision_config=tower,
+        **GLM_IDS,
+    )
+
+
+FAMILIES = (
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen2_5_vl_sliding,
+    qwen3_vl,
+    qwen3_vl_moe,
+    qwen3_5,
+    glm4v,
+    glm4v_moe,
+    kimi_k25,
+    video_llama_3,
+    qwen2_5_omni,
+    ernie4_5_vl_moe,
+)

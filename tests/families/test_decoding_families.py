@@ -1,0 +1,126 @@
+"""Decoding methods in families whose image arguments have shapes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import vlmfix
+from families import by_name
+from families.base import Family
+from families.capability import Trial, measure
+from families.tiny_llava import generate
+from vlmfix.decoding.other_image import looks_of, packed, replace_images, unpacked
+from vlmfix.methods.base import Method
+
+SIZES = [(4, 4), (4, 8), (2, 6)]
+
+
+def available(name: str) -> Family:
+    family = by_name(name)
+    if family.unavailable():
+        pytest.skip(str(family.unavailable()))
+    return family
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def by_patches(pictures: Sequence[torch.Tensor], patch: int) -> torch.Tensor:
+    """Pictures cut to patches one by one, row by row, and laid beside each other."""
+    cut = [
+        picture[:, row : row + patch, column : column + patch]
+        for picture in pictures
+        for row in range(0, picture.shape[1], patch)
+        for column in range(0, picture.shape[2], patch)
+    ]
+    return torch.cat(cut, dim=-1)[None]
+
+
+# MiniCPM-V 4.6: the pictures of a batch are one row of patches.
+
+
+def test_rows_of_patches_are_put_together_to_pictures() -> None:
+    pictures = [torch.randn(3, 5 * height, 5 * width) for height, width in SIZES]
+    rows = by_patches(pictures, 5)
+    assert all(torch.equal(*pair) for pair in zip(unpacked(rows, SIZES), pictures, strict=True))
+    assert torch.equal(packed(pictures, 5), rows)
+
+
+@pytest.mark.parametrize(
+    "method", [vlmfix.VCD(), vlmfix.IFG(), vlmfix.IFG(stand_in="blurred")], ids=["vcd", "mean", "blurred"]
+)
+@pytest.mark.parametrize("suffix", ["", "_videos"])
+def test_each_of_them_is_changed_as_a_picture_alone(method: Any, suffix: str) -> None:
+    pictures = [torch.randn(3, 4 * height, 4 * width) for height, width in SIZES]
+    name = f"pixel_values{suffix}"
+    inputs = {name: by_patches(pictures, 4), f"target_sizes{suffix}": torch.tensor(SIZES, dtype=torch.int32)}
+    found = replace_images(inputs, method.other_images)[name]
+    alone = [method.other_images(name, picture[None], None)[0] for picture in pictures]
+    assert torch.equal(found, by_patches(alone, 4))
+    assert not torch.equal(found, inputs[name])
+
+
+@pytest.mark.parametrize("method", [vlmfix.VCD(beta=0.0), vlmfix.IFG(beta=0.0)], ids=["vcd", "ifg"])
+@pytest.mark.parametrize("name", ["minicpmv4_6", "phi4_multimodal"])
+def test_a_batch_equals_its_prompts(name: str, method: Method) -> None:
+    family = available(name)
+    model, samples = family.build(), family.ragged()
+    stock = generate(model, family.collate(samples), 3)[1]
+    vlmfix.patch(model, method)
+    together = generate(model, family.collate(samples), 3)[1]
+    assert (together - stock).abs().amax((1, 2))[0] > 1e-3
+    for row, each in enumerate(samples):
+        close(together[row], generate(model, family.collate([each]), 3)[1][0])
+
+
+# Phi-4: its image_attention_mask says which patches of a crop are padding, not where a token looks.
+
+
+def test_masks_of_patches_are_no_masks_of_tokens() -> None:
+    by_token, of_patches = torch.ones(1, 9, 2), torch.ones(1, 3, 4, 4)
+    assert looks_of({"image_attention_mask": by_token})["image_attention_mask"] is by_token
+    assert looks_of({"image_attention_mask": of_patches}) == {}
+    assert looks_of({"cross_attention_mask": of_patches})["cross_attention_mask"] is of_patches
+
+
+def test_another_question_in_phi4_contrasts_two_plain_prompts() -> None:
+    family = available("phi4_multimodal")
+    model = family.build()
+    own = family.collate([family.single()])
+    ids, hint = own["input_ids"], torch.tensor([[20, 21, 22]])
+    longer = {**own, "input_ids": torch.cat([ids[:, :-1], hint, ids[:, -1:]], dim=1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    neutral, leading = (generate(model, inputs, 1)[1] for inputs in (own, longer))
+    vlmfix.patch(model, "lqcd", hint=[20, 21, 22], behind=1, neutralise=False, alpha=1.0, beta=0.0)
+    found = generate(model, own, 1)[1]
+    close(found, 2 * neutral - leading)
+    assert (found - neutral).abs().max() > 1e-3
+
+
+# Llama 4 and Fuyu: generate cannot repeat their images for beams, and OPERA has no need to.
+
+
+@pytest.mark.parametrize("name", ["llama4", "fuyu"])
+def test_opera_reads_the_image_once(name: str) -> None:
+    """The search without a penalty scores the answer it finds as the unpatched model does."""
+    family = available(name)
+    model = family.build()
+    model.generation_config.suppress_tokens = list(family.visual_ids)
+    inputs = family.collate([family.single()])
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    free = {"mode": "paper", "penalty_weights": 0.0, "threshold": None, "num_attn_candidates": 40, "num_beams": 3}
+    vlmfix.patch(model, "opera", **free)
+    found = model.generate(**inputs, **options)
+    vlmfix.unpatch(model)
+    answer = found.sequences[:, -4:]
+    whole = {**inputs, "input_ids": found.sequences, "attention_mask": torch.ones_like(found.sequences)}
+    with torch.no_grad():
+        logits = model(**whole).logits[:, -5:-1].float()
+    expected = logits.log_softmax(-1).gather(-1, answer[..., None]).mean()
+    close(found.sequences_scores[0], expected)
+    assert measure(Trial(family), "opera").mark == "active"

@@ -1,0 +1,482 @@
+"""Edits of the residual stream: the modules they hang on in every family, and what ``generate`` does with them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, by_name
+from families.test_families import BROKEN
+from families.tiny_llava import (
+    BOS,
+    IMAGE,
+    PAD,
+    RAGGED,
+    Sample,
+    collate,
+    forward,
+    generate,
+    needs_chunks,
+    pictures,
+    sample,
+    snapshot,
+)
+from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, assert_refuses_chunks, close
+from naive.iri import RANKING
+from transformers import DynamicCache, StaticCache
+
+import vlmfix
+from vlmfix.methods.base import Method
+from vlmfix.model.anatomy import analyse
+from vlmfix.model.blocks import BlockKind, find_blocks
+
+IRI = vlmfix.IRI(2.0, 2.0, k1=2, k2=4, ranking=RANKING)
+VISTA = vlmfix.VISTA(lam=0.8)
+STEERING = vlmfix.VISTA(lam=0.8, sla_alpha=0.0)
+MIXING = vlmfix.VISTA(lam=0.0, sla_alpha=0.6, sla_layers=[0, 2])
+METHODS = pytest.mark.parametrize(
+    "method", [IRI, VISTA, STEERING, MIXING], ids=["iri", "vista", "vista steering", "vista mixing"]
+)
+ONE = collate([RAGGED[1]])
+NOT_ADDITIVE = {"blip2_t5", "florence2", "gemma3n", "mllama"}
+"""Encoder-decoders, several streams, gated cross-attention."""
+
+
+def first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Times(Method):
+    """Multiplies what one kind of block adds, in all rows."""
+
+    name: ClassVar[str] = "times"
+    edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("attention", "mlp")
+
+    factor: float = 1.5
+    kind: str = "mlp"
+
+    @property
+    def prompt_rows(self) -> Any:
+        return "all"
+
+    def edit_block(self, states: torch.Tensor, block: Any) -> torch.Tensor:
+        return self.factor * states if block.kind == self.kind else states
+
+
+# Which modules.
+
+
+@pytest.fixture(params=[pytest.param(family.name, marks=pytest.mark.families) for family in FAMILIES])
+def family(request: pytest.FixtureRequest) -> Any:
+    found = by_name(request.param)
+    reason = found.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return found
+
+
+def test_blocks_add_up_to_the_residual_stream(family: Any) -> None:
+    """What leaves a layer is what entered it plus the outputs of the two modules found, in every family."""
+    for (name, version), reason in BROKEN.items():
+        if name == family.name and transformers.__version__.startswith(version):
+            pytest.skip(f"upstream: {reason}")
+    model = family.build()
+    anatomy = analyse(model)
+    if family.name in NOT_ADDITIVE:
+        with pytest.raises(vlmfix.UnsupportedModelError, match="residual stream"):
+            find_blocks(anatomy)
+        return
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    handles = []
+    for blocks in find_blocks(anatomy):
+        layer, at = blocks.decoder_layer, blocks.layer_idx
+
+        def entering(module: Any, args: Any, kwargs: Any, at: int = at) -> None:
+            seen["in", at] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+        def leaving(module: Any, args: Any, output: Any, at: int = at) -> None:
+            seen["out", at] = first(output).clone()
+
+        def recorder(kind: str, at: int = at) -> Any:
+            return lambda module, args, output: seen.__setitem__((kind, at), first(output).clone())
+
+        handles += [
+            layer.register_forward_pre_hook(entering, with_kwargs=True),
+            blocks.attention.register_forward_hook(recorder("a")),
+            blocks.mlp.register_forward_hook(recorder("m")),
+        ]
+        gate = getattr(layer, "per_layer_input_gate", None)
+        if gate is None:
+            handles.append(layer.register_forward_hook(leaving))
+        else:  # Gemma 4: a third term and a factor come behind the two
+            handles.append(gate.register_forward_pre_hook(lambda m, x, at=at: seen.__setitem__(("out", at), x[0])))
+    try:
+        family.forward(model, family.collate(family.ragged()))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert {at for _, at in seen} == set(range(anatomy.num_layers))
+    for at in range(anatomy.num_layers):
+        before = seen["in", at]
+        added = seen["a", at].view(before.shape), seen["m", at].view(before.shape)
+        close(before + added[0] + added[1], seen["out", at])
+        assert all(float(each.abs().mean()) > 1e-3 for each in added)
+
+
+def test_a_layer_of_unknown_parts_is_refused(tiny: Any) -> None:
+    tiny.model.language_model.layers[2].extra = torch.nn.Linear(2, 2)
+    before = snapshot(tiny)
+    with pytest.raises(vlmfix.UnsupportedModelError, match="extra"):
+        vlmfix.patch(tiny, IRI)
+    assert snapshot(tiny) == before
+    vlmfix.patch(tiny, "vhr")  # nothing else needs them
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("text", ["llama", "gemma2"])
+def test_an_edit_equals_a_hook_by_hand(build: Any, kind: str, text: str) -> None:
+    model = build(text)
+    layer = model.model.language_model.layers[1]
+    names = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+    module = (
+        getattr(layer, names[kind]) if text == "gemma2" else (layer.self_attn if kind == "attention" else layer.mlp)
+    )
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    handle = module.register_forward_hook(double)
+    expected = generate(model, ONE, 4)[1]
+    handle.remove()
+    stock = generate(model, ONE, 4)[1]
+    vlmfix.patch(model, Times(2.0, kind, layers=[1]))
+    close(generate(model, ONE, 4)[1], expected)
+    assert (expected - stock).abs().max() > 0.05
+    rows = int(ONE["attention_mask"].sum()) + 3
+    assert vlmfix.status(model).edited == (rows,)
+
+
+def test_rows_that_are_not_up_for_edits_stay(tiny: Any) -> None:
+    """In a ragged batch, padding and the prompt without an image keep every bit of a block's output."""
+    inputs = collate(RAGGED)
+    seen: list[torch.Tensor] = []
+    mlp = tiny.model.language_model.layers[0].mlp
+    stock = mlp.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    vlmfix.patch(tiny, Times(3.0, layers=[0]))
+    after = mlp.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    forward(tiny, inputs)
+    stock.remove(), after.remove()
+    before, edited = seen
+    rows = inputs["attention_mask"].bool()
+    rows[2] = False
+    assert torch.equal(edited[~rows], before[~rows])
+    assert torch.equal(edited[rows], 3 * before[rows])
+
+
+# What is left behind.
+
+
+@METHODS
+def test_unpatching_is_bitwise_stock_and_leaves_no_residue(tiny: Any, method: Any) -> None:
+    stock = generate(tiny, collate(RAGGED), 3)[1]
+    before = snapshot(tiny)
+    vlmfix.patch(tiny, method)
+    assert (generate(tiny, collate(RAGGED), 3)[1] - stock).abs().max() > 0.05
+    assert torch.equal(forward(tiny, collate(RAGGED), vlmfix=None).logits[:, -1], stock[:, 0])
+    vlmfix.unpatch(tiny)
+    assert snapshot(tiny) == before
+    assert torch.equal(generate(tiny, collate(RAGGED), 3)[1], stock)
+
+
+@METHODS
+def test_attention_modules_stay_as_they_are(tiny: Any, method: Any) -> None:
+    """Methods on blocks alone need no config copies: any kernel goes on as it was."""
+    vlmfix.patch(tiny, method)
+    assert all(layer.self_attn.config is tiny.config.text_config for layer in tiny.model.language_model.layers)
+
+
+@METHODS
+def test_an_exception_in_the_middle_leaves_nothing_behind(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    expected = generate(tiny, ONE, 3)[1]
+
+    def fail(module: Any, args: Any) -> None:
+        raise RuntimeError("stop")
+
+    handle = tiny.model.language_model.layers[2].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(tiny, ONE, 3)
+    handle.remove()
+    hidden = torch.randn(1, 2, 32)
+    mlp = tiny.model.language_model.layers[2].mlp
+    vlmfix.unpatch(copied := copy.deepcopy(tiny))
+    with torch.no_grad():  # a module called by itself is not taken for a part of the broken forward
+        assert torch.equal(mlp(hidden), copied.model.language_model.layers[2].mlp(hidden))
+    assert torch.equal(generate(tiny, ONE, 3)[1], expected)
+
+
+@METHODS
+def test_going_around_the_model_is_refused(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="whole model"), torch.no_grad():
+        tiny.model.language_model(input_ids=torch.tensor([[1, 20, 21]]))
+
+
+@METHODS
+def test_a_deep_copy_is_patched_on_its_own(tiny: Any, method: Any) -> None:
+    stock = generate(tiny, ONE, 3)[1]
+    vlmfix.patch(tiny, method)
+    expected = generate(tiny, ONE, 3)[1]
+    copied = copy.deepcopy(tiny)
+    vlmfix.unpatch(tiny)
+    assert torch.equal(generate(copied, ONE, 3)[1], expected)
+    assert torch.equal(generate(tiny, ONE, 3)[1], stock)
+
+
+# Generation.
+
+
+@METHODS
+def test_text_alone_is_bitwise_stock(tiny: Any, method: Any) -> None:
+    inputs = collate([RAGGED[2], sample(12, 0, 8, seed=5)])
+    stock = generate(tiny, inputs, 3)[1]
+    vlmfix.patch(tiny, method)
+    assert torch.equal(generate(tiny, inputs, 3)[1], stock)
+    assert vlmfix.status(tiny).edited == (0,)
+
+
+@METHODS
+def test_beside_a_contrast_only_the_own_branch_is_edited(tiny: Any, method: Any) -> None:
+    """A contrast of almost no strength leaves what the method does alone, also in steps of both branches at once."""
+    vlmfix.patch(tiny, method)
+    alone = generate(tiny, collate(RAGGED), 4)[1]
+    edited = vlmfix.status(tiny).edited
+    weak = vlmfix.VCD(alpha=1e-6, beta=0.0)
+    vlmfix.patch(tiny, [method, weak])
+    torch.testing.assert_close(generate(tiny, collate(RAGGED), 4)[1], alone, atol=1e-4, rtol=1e-4)
+    assert vlmfix.status(tiny).edited[0] == edited[0]
+    strong = vlmfix.VCD(alpha=1.0, beta=0.0)
+    vlmfix.patch(tiny, [method, strong])
+    assert (generate(tiny, collate(RAGGED), 2)[1] - alone[:, :2]).abs().max() > 0.05
+
+
+@METHODS
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_a_batch_equals_its_prompts_in_every_cache(build: Any, method: Any, kind: str) -> None:
+    model = build(kind)
+    vlmfix.patch(model, method)
+    batch = generate(model, collate(RAGGED), 5)[1]
+    close(generate(model, collate(RAGGED), 5, cache_implementation="static")[1], batch)
+    for row, each in enumerate(RAGGED):
+        close(generate(model, collate([each]), 5)[1][0], batch[row])
+
+
+@METHODS
+def test_right_padding_equals_left_padding(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    left, right = collate(RAGGED), collate(RAGGED, side="right")
+    one, two = forward(tiny, left).logits, forward(tiny, right).logits
+    for row, each in enumerate(RAGGED):
+        close(two[row, len(each.ids) - 1], one[row, -1])
+
+
+@METHODS
+def test_kernels_agree(build: Any, method: Any) -> None:
+    found = []
+    for attn in ("sdpa", "eager"):
+        model = build(attn=attn)
+        vlmfix.patch(model, method)
+        found.append(generate(model, collate(RAGGED), 4)[1])
+    close(*found)
+
+
+@METHODS
+def test_beams_of_a_batch_equal_beams_of_singles(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    batch = tiny.generate(**collate(RAGGED), **options)
+    for row, each in enumerate(RAGGED):
+        assert torch.equal(batch[row, -4:], tiny.generate(**collate([each]), **options)[0, -4:])
+
+
+@METHODS
+@pytest.mark.parametrize("draft", ["lookup", "assistant"])
+def test_drafting_equals_plain_greedy(build: Any, method: Any, draft: str) -> None:
+    model, assistant = build(), build()
+    stock = model.generate(**collate([repetitive()]), max_new_tokens=10, do_sample=False)
+    vlmfix.patch(model, method)
+    inputs = collate([repetitive()])
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    options = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": assistant}
+    found = model.generate(**inputs, max_new_tokens=10, do_sample=False, **options)
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+    assert not torch.equal(expected, stock)
+
+
+def repetitive() -> Sample:
+    """A prompt whose last words occurred before, so that prompt lookup drafts tokens from the first step on."""
+    phrase = (20, 21, 10, 22, 23)
+    return Sample((BOS, *phrase, *[IMAGE] * 9, *phrase, *phrase, 20, 21), pictures(1, 4))
+
+
+@METHODS
+def test_four_threads_equal_one(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    assert_four_threads_equal_one(tiny, [ONE, collate(RAGGED[:2])], 3)
+
+
+@METHODS
+def test_two_models_taking_turns_do_not_meet(build: Any, method: Any) -> None:
+    """One model's forward runs inside another's, in the same thread."""
+    outer, inner = build(), build(seed=3)
+    vlmfix.patch(inner, method)
+    expected_inner = forward(inner, ONE).logits
+    vlmfix.patch(outer, method)
+    expected = forward(outer, ONE).logits
+    found = []
+
+    def visit(module: Any, args: Any) -> None:
+        found.append(forward(inner, ONE).logits)
+
+    outer.model.language_model.layers[1].mlp.register_forward_pre_hook(visit)
+    assert torch.equal(forward(outer, ONE).logits, expected)
+    assert torch.equal(found[0], expected_inner)
+
+
+@needs_chunks
+@METHODS
+def test_a_prompt_in_chunks_is_refused(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    assert_refuses_chunks(tiny)
+
+
+@METHODS
+def test_decoding_without_a_cache_is_refused(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="use_cache"):
+        generate(tiny, ONE, 2, use_cache=False)
+    one, two = forward(tiny, ONE).logits, forward(tiny, ONE, use_cache=False).logits
+    assert torch.equal(one, two)  # a prompt alone may be scored
+
+
+@METHODS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_its_dtype_and_is_near_fp32(tiny: Any, method: Any, dtype: torch.dtype) -> None:
+    vlmfix.patch(tiny, method)
+    inputs = collate(RAGGED)
+    expected = forward(tiny, inputs).logits
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    logits = forward(tiny.to(dtype), inputs).logits
+    assert logits.dtype == dtype
+    valid = inputs["attention_mask"].bool()
+    assert (logits.float() - expected)[valid].abs().median() < (0.005 if dtype == torch.float16 else 0.05)
+
+
+@METHODS
+def test_a_method_survives_json(method: Any) -> None:
+    from vlmfix.recipes import method_from_dict
+
+    assert method_from_dict(method.to_dict()) == method
+
+
+@METHODS
+@pytest.mark.parametrize("order", ["patched first", "offloaded first"])
+def test_weights_that_come_to_the_device_layer_by_layer(tiny: Any, method: Any, order: str) -> None:
+    assert_offloaded_equals_loaded(tiny, method, order, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@METHODS
+def test_a_gpu_agrees_with_the_cpu(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    expected = generate(tiny, collate(RAGGED), 4)[1]
+    inputs = {name: value.cuda() for name, value in collate(RAGGED).items()}
+    torch.testing.assert_close(generate(tiny.cuda(), inputs, 4)[1].cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@METHODS
+def test_adapters_before_and_after(tiny: Any, method: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, lora_alpha=8, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(copy.deepcopy(tiny), config)
+    vlmfix.patch(wrapped, method)
+    first = generate(wrapped, ONE, 3)[1]
+    vlmfix.patch(tiny, method)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        second = generate(peft.get_peft_model(tiny, config), ONE, 3)[1]
+    assert torch.equal(first, second)
+    vlmfix.unpatch(wrapped)
+    assert (generate(wrapped, ONE, 3)[1] - first).abs().max() > 0.05
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@METHODS
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_decoding_is_one_graph_and_equals_eager(tiny: Any, method: Any) -> None:
+    graphs: list[Any] = []
+
+    def counting(graph: Any, example_inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    vlmfix.patch(tiny, method)
+    expected = steps(tiny, tiny)
+    compiled = torch.compile(tiny, backend=counting, fullgraph=True)
+    counts: list[int] = []
+    close(steps(compiled, tiny, lambda: counts.append(len(graphs))), expected)
+    assert counts[-1] == counts[1] <= counts[0] + 1, counts
+    vlmfix.unpatch(tiny)
+    assert (steps(tiny, tiny) - expected).abs().max() > 0.05
+
+
+def steps(model: Any, prefill: Any, after_step: Any = lambda: None) -> torch.Tensor:
+    """Logits of decode steps with a static cache; the prompt is read eagerly."""
+    length = ONE["input_ids"].shape[1]
+    cache = StaticCache(config=prefill.config, max_cache_len=length + 12)
+    with torch.compiler.set_stance("force_eager"):
+        forward(prefill, ONE, past_key_values=cache, use_cache=True)
+    found = []
+    for step, token in enumerate(range(20, 25)):
+        ids, position = torch.tensor([[token]]), torch.tensor([[length + step]])
+        with torch.no_grad():
+            out = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+        found.append(out.logits.clone())
+        after_step()
+    return torch.stack(found)
+
+
+# A conversation.
+
+
+@METHODS
+def test_a_further_turn_on_the_same_cache_is_edited_too(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    found = []
+    for edits in (True, False):
+        cache = DynamicCache(config=tiny.config)
+        forward(tiny, ONE, past_key_values=cache, use_cache=True)
+        options = {} if edits else {"vlmfix": None}
+        with torch.no_grad():
+            tiny(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
+            turn = torch.tensor([[21, 22, 23]])
+            found.append(tiny(input_ids=turn, past_key_values=cache, use_cache=True, **options).logits[:, -1])
+    assert (found[0] - found[1]).abs().max() > 0.05
+    assert PAD not in found[0].argmax(-1)

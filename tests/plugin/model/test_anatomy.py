@@ -1,0 +1,297 @@
+"""Finding a model's parts by structure, wrappers, and refusals at patch time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from families import by_name
+from families.tiny_llava import (
+    IMAGE,
+    RAGGED,
+    attention_modules,
+    collate,
+    for_tests,
+    forward,
+    generate,
+    strengthen,
+    words,
+)
+from torch import nn
+
+import vlmfix
+from vlmfix.model.anatomy import analyse, unwrap
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2"])
+def test_the_text_attention_modules_are_found_and_no_others(build: Any, kind: str) -> None:
+    model = build(kind)
+    anatomy = analyse(model)
+    assert [site.module for site in anatomy.sites] == list(attention_modules(model))
+    assert [site.layer_idx for site in anatomy.sites] == [0, 1, 2, 3]
+    assert [site.decoder_layer for site in anatomy.sites] == list(model.model.language_model.layers)
+    assert anatomy.decoder_layers == tuple(model.model.language_model.layers)
+    assert anatomy.image_token_ids == (IMAGE,)
+    assert anatomy.inner is model.model
+    assert (anatomy.num_layers, anatomy.hidden_size) == (4, 32)
+
+
+def test_a_patched_model_has_the_same_anatomy(tiny: Any) -> None:
+    stock = analyse(tiny)
+    vlmfix.patch(tiny, "vhr")
+    assert [site.name for site in analyse(tiny).sites] == [site.name for site in stock.sites]
+
+
+def test_wrappers_are_unwrapped(tiny: Any) -> None:
+    peft = pytest.importorskip("peft")
+    assert unwrap(tiny) is tiny
+    assert unwrap(torch.compile(tiny, backend="eager")) is tiny
+    assert unwrap(nn.DataParallel(tiny)) is tiny
+    assert unwrap(SimpleNamespace(model=tiny)) is tiny
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    wrapped = peft.get_peft_model(tiny, config)
+    assert unwrap(wrapped) is tiny
+    assert unwrap(SimpleNamespace(model=torch.compile(wrapped, backend="eager"))) is tiny
+    assert len(analyse(wrapped).sites) == 4
+
+
+def test_a_language_model_alone_is_refused() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(vlmfix.UnsupportedModelError, match="image token"):
+        vlmfix.patch(LlamaForCausalLM(config))
+
+
+def test_a_vision_model_alone_is_refused(tiny: Any) -> None:
+    with pytest.raises(vlmfix.UnsupportedModelError):
+        vlmfix.patch(tiny.model.vision_tower)
+
+
+KINDS = {
+    "blip2_opt": {"joint": [0, 1, 2, 3]},
+    "blip2_t5": {"answer": [0, 1, 2], "encoder": [0, 1, 2]},
+    "instructblip": {"joint": [0, 1, 2, 3]},
+    "instructblipvideo": {"joint": [0, 1, 2, 3]},
+    "idefics": {"text": [0, 1, 2, 3], "image": [0, 2]},
+    "mllama": {"text": [0, 2, 4], "image": [1, 3]},
+    "florence2": {"answer": [0, 1, 2], "encoder": [0, 1, 2]},
+}
+"""Layers by what their attention looks at."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_where_the_image_is_not_among_the_decoder_s_tokens(name: str) -> None:
+    family = by_name(name)
+    if family.unavailable() is not None:
+        pytest.skip(str(family.unavailable()))
+    model = family.build()
+    anatomy = analyse(model)
+    found: dict[str, list[int]] = {}
+    for site in anatomy.sites:
+        found.setdefault(site.kind, []).append(site.layer_idx)
+    assert found == KINDS[name]
+    assert not any(part in site.name for site in anatomy.sites for part in ("vision", "qformer", "encoder.layers"))
+    depth = {"mllama": 5, "blip2_t5": 3, "florence2": 3}.get(name, 4)
+    assert anatomy.num_layers == len(anatomy.decoder_layers) == depth
+    assert (anatomy.hidden_size, anatomy.num_heads) == (32, 4)
+    inside = getattr(model, "language_model", None) if "blip" in name else model
+    assert anatomy.language_model is inside
+    assert (anatomy.encoder is None) == ("encoder" not in found)
+    assert (anatomy.projector is None) == (name in ("idefics", "mllama"))
+
+
+def test_a_text_model_with_an_encoder_is_refused_with_the_reason() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(vlmfix.UnsupportedModelError, match="no image token"):
+        vlmfix.patch(model)
+
+
+def test_a_sparse_indexer_is_refused(tiny: Any) -> None:
+    tiny.model.language_model.layers[1].self_attn.indexer = nn.Identity()
+    with pytest.raises(vlmfix.UnsupportedModelError, match="indexer"):
+        vlmfix.patch(tiny)
+
+
+def test_attention_outside_the_interface_is_refused(tiny: Any) -> None:
+    for module in attention_modules(tiny):
+        del module.config
+    with pytest.raises(vlmfix.UnsupportedModelError, match="attention interface"):
+        vlmfix.patch(tiny)
+
+
+# Other families: the machinery is bitwise neutral, and both methods act.
+
+
+def _qwen2_5_vl() -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "fullatt_block_indexes": [1],
+            "window_size": 16,
+        },
+        image_token_id=IMAGE,
+        video_token_id=60,
+        vision_start_token_id=61,
+        vision_end_token_id=62,
+    )
+    ids = [1, *words(4, 1), 61, *[IMAGE] * 4, 62, *[min(word, 59) for word in words(6, 2)]]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+        "mm_token_type_ids": torch.tensor([[int(token == IMAGE) for token in ids]]),
+    }
+    return Qwen2_5_VLForConditionalGeneration(config), inputs
+
+
+def _gemma3() -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=61,
+        eoi_token_index=62,
+    )
+    ids = [1, *words(4, 1), 61, *[IMAGE] * 4, 62, *words(6, 2)]
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        "token_type_ids": torch.tensor([[int(token == IMAGE) for token in ids]]),
+    }
+    return Gemma3ForConditionalGeneration(config), inputs
+
+
+def _smolvlm() -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+        },
+        scale_factor=2,
+        image_token_id=IMAGE,
+        pad_token_id=0,
+    )
+    ids = [1, *words(4, 1), *[IMAGE] * 4, *words(6, 2)]
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    }
+    return SmolVLMForConditionalGeneration(config), inputs
+
+
+@pytest.mark.parametrize("family", [_qwen2_5_vl, _gemma3, _smolvlm], ids=["qwen2_5_vl", "gemma3", "smolvlm"])
+def test_other_families(family: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = family()
+        strengthen(model)
+    for_tests(model.eval())
+    stock = generate(model, inputs, 4)
+    anatomy = analyse(model)
+    assert [site.layer_idx for site in anatomy.sites] == [0, 1, 2, 3]
+    assert not any("vision" in site.name for site in anatomy.sites)
+    vlmfix.patch(model, "none")
+    assert torch.equal(generate(model, inputs, 4)[1], stock[1])
+    options = {"sink_dims": list(range(32)), "sink_threshold": 2.6, "layers": ":", "nonsink_ratio": 0.1}
+    for name, parameters in (
+        ("vhr", {"layers": ":"}),
+        ("vhr", {"layers": ":", "reinforce_noimg": True}),
+        ("var", options),
+    ):
+        vlmfix.patch(model, name, **parameters)
+        edited = generate(model, inputs, 4)[1]
+        assert vlmfix.status(model).edited[0] > 0
+        assert vlmfix.status(model).prompts_without_image == 0
+        assert (edited - stock[1]).abs().max() > 0.01
+    vlmfix.unpatch(model)
+    assert torch.equal(generate(model, inputs, 4)[1], stock[1])
+
+
+def test_images_are_found_by_the_id_of_the_config(tiny: Any) -> None:
+    """The id is read when the model is patched; a prompt without it is a text-only prompt."""
+    vlmfix.patch(tiny, "vhr")
+    forward(tiny, collate([RAGGED[2]]))
+    assert vlmfix.status(tiny).prompts_without_image == 1
+
+
+def test_tensor_parallelism_is_refused(tiny: Any) -> None:
+    tiny._tp_size = 2
+    with pytest.raises(vlmfix.UnsupportedModelError, match="tensor parallelism"):
+        vlmfix.patch(tiny)
+
+
+def test_a_forward_without_keywords_is_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, input_ids: Any, pixel_values: Any = None) -> None: ...
+
+    monkeypatch.setattr(type(tiny.model), "forward", forward)
+    with pytest.raises(vlmfix.UnsupportedModelError, match="keyword arguments"):
+        vlmfix.patch(tiny)

@@ -1,0 +1,281 @@
+"""Methods as data: names, dictionaries, JSON files; layer specifications; every wrong value has its message."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families.tiny_llava import RAGGED, SINK_DIMS, collate, forward
+
+import vlmfix
+from vlmfix.methods.selection import resolve_layers
+from vlmfix.recipes import SHARED, load_recipe, method_from_dict, save_recipe
+
+EXAMPLES = [
+    vlmfix.NoMethod(),
+    vlmfix.VHR(),
+    vlmfix.VHR(alpha=1.3, outliers=False, reinforce_noimg=True, select="all", layers=[1, -1]),
+    vlmfix.VHR(layers="0.25:0.75"),
+    vlmfix.VAR(),
+    vlmfix.VAR(sink_dims=[5, 9], sink_threshold=3.0, nonsink_ratio=0.8, image_mass=0.0, recycle=0.4, layers="2:-1"),
+]
+
+
+def test_methods_lists_one_method_per_file() -> None:
+    package = Path(vlmfix.__file__).parent
+    files = {path.stem for room in ("methods", "decoding") for path in package.glob(f"{room}/[a-z]*.py")} - SHARED
+    found = vlmfix.methods()
+    assert set(found) == files
+    assert all(method.name == name and method.summary for name, method in found.items())
+    assert all(getattr(vlmfix, method.__name__) is method for method in found.values())
+    assert {method.__name__ for method in found.values()} <= set(vlmfix.__all__)
+    core = {"none": vlmfix.NoMethod, "vhr": vlmfix.VHR, "var": vlmfix.VAR, "act": vlmfix.ACT, "mma": vlmfix.MMA}
+    assert found.items() >= core.items()
+
+
+@pytest.mark.parametrize("method", EXAMPLES, ids=str)
+def test_a_method_survives_json(method: Any, tmp_path: Path) -> None:
+    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
+    save_recipe(tmp_path / "recipe.json", method)
+    assert load_recipe(tmp_path / "recipe.json") == (method,)
+    assert hash(method) == hash(method_from_dict(method.to_dict()))
+
+
+def test_a_recipe_file_patches_like_its_methods(sinky: Any, tmp_path: Path) -> None:
+    chosen = [vlmfix.VAR(sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":"), vlmfix.VHR(alpha=1.5)]
+    save_recipe(tmp_path / "recipe.json", chosen)
+    vlmfix.patch(sinky, chosen)
+    expected, bound = forward(sinky, collate(RAGGED)).logits, vlmfix.status(sinky).methods
+    for spec in (tmp_path / "recipe.json", str(tmp_path / "recipe.json"), [each.to_dict() for each in chosen]):
+        vlmfix.patch(sinky, spec)
+        assert torch.equal(forward(sinky, collate(RAGGED)).logits, expected)
+    save_recipe(tmp_path / "bound.json", list(bound))
+    vlmfix.patch(sinky, tmp_path / "bound.json")
+    assert vlmfix.status(sinky).methods == bound
+
+
+@pytest.mark.parametrize("text", ['{"method": "vhr"}', '[{"method": "vhr"}]', '{"methods": [{"method": "vhr"}]}'])
+def test_the_shapes_of_a_recipe_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    assert load_recipe(tmp_path / "recipe.json") == (vlmfix.VHR(),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        '"vhr"',
+        "{}",
+        '{"methods": []}',
+        '{"methods": {}}',
+        '{"methods": "vhr"}',
+        '[{"alpha": 2}]',
+        '[{"method": null}]',
+        '[{"method": "vhr", "beta": 1}]',
+        '[{"method": "vhr", "alpha": "2"}]',
+        '[{"method": "vhr", "alpha": NaN}]',
+        '[{"method": "vhr", "layers": 3}]',
+        '[{"method": "var", "sink_dims": 5}]',
+        "[1]",
+        '["vhr"]',
+    ],
+)
+def test_files_that_are_no_recipes(tiny: Any, tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(vlmfix.MethodError):
+        vlmfix.patch(tiny, tmp_path / "recipe.json")
+    assert vlmfix.status(tiny) is None
+
+
+def test_a_missing_recipe_file(tiny: Any) -> None:
+    with pytest.raises(vlmfix.MethodError, match=r"nowhere\.json"):
+        vlmfix.patch(tiny, "nowhere.json")
+
+
+def test_the_message_of_an_unknown_method_lists_the_known(tiny: Any) -> None:
+    with pytest.raises(vlmfix.MethodError, match=r"mma, .*none, .*var, .*vhr"):
+        vlmfix.patch(tiny, "unheard_of")
+
+
+def test_the_message_of_an_unknown_parameter_lists_the_known(tiny: Any) -> None:
+    with pytest.raises(vlmfix.MethodError, match=r"strength.*alpha"):
+        vlmfix.patch(tiny, "vhr", strength=2)
+
+
+def test_parameters_need_a_method_given_by_name(tiny: Any) -> None:
+    for spec in (None, vlmfix.VHR(), ["vhr"], {"method": "vhr"}):
+        with pytest.raises(vlmfix.MethodError, match="alpha"):
+            vlmfix.patch(tiny, spec, alpha=2.0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        3,
+        "",
+        "VHR",
+        [],
+        [[]],
+        ["vhr", "vhr"],
+        ["vhr", vlmfix.VHR(alpha=3)],
+        {},
+        {"alpha": 2},
+        b"vhr",
+        vlmfix.VHR,
+    ],
+    ids=repr,
+)
+def test_specifications_that_are_no_methods(tiny: Any, spec: Any) -> None:
+    with pytest.raises(vlmfix.MethodError):
+        vlmfix.patch(tiny, spec)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (vlmfix.VHR, {"alpha": 0}),
+        (vlmfix.VHR, {"alpha": -1.0}),
+        (vlmfix.VHR, {"alpha": float("nan")}),
+        (vlmfix.VHR, {"alpha": float("inf")}),
+        (vlmfix.VHR, {"select": "best"}),
+        (vlmfix.VAR, {"sink_threshold": 0}),
+        (vlmfix.VAR, {"sink_threshold": float("inf")}),
+        (vlmfix.VAR, {"recycle": 1.1}),
+        (vlmfix.VAR, {"recycle": -0.1}),
+        (vlmfix.VAR, {"nonsink_ratio": float("nan")}),
+        (vlmfix.VAR, {"image_mass": 2}),
+        (vlmfix.VAR, {"sink_dims": [-1]}),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(cls: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(vlmfix.MethodError, match=name):
+        cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (vlmfix.VHR, {"alpha": "2"}),
+        (vlmfix.VHR, {"alpha": None}),
+        (vlmfix.VHR, {"layers": 3}),
+        (vlmfix.VHR, {"layers": ["a"]}),
+        (vlmfix.VAR, {"recycle": None}),
+        (vlmfix.VAR, {"sink_dims": 5}),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type(cls: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(vlmfix.MethodError):
+        cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (vlmfix.VHR, {"layers": [1.7]}),
+        (vlmfix.VAR, {"sink_dims": [1.5]}),
+        (vlmfix.VHR, {"outliers": "no"}),
+        (vlmfix.VHR, {"reinforce_noimg": "false"}),
+        (vlmfix.VHR, {"alpha": True}),
+    ],
+    ids=str,
+)
+def test_values_silently_changed(cls: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(vlmfix.MethodError):
+        cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ([0, 31], (0, 31)),
+        ([-1, 31, 0], (0, 31)),
+        ("1,18:32", (1, *range(18, 32))),
+        ("-2:", (30, 31)),
+        (":", tuple(range(32))),
+        ("0.25:0.75", tuple(range(8, 24))),
+        (" 1 , 3 ", (1, 3)),
+        (":0.1", (0, 1, 2)),
+    ],
+    ids=str,
+)
+def test_layer_specifications(spec: Any, expected: tuple[int, ...]) -> None:
+    assert resolve_layers(spec, 32) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        [32],
+        [-33],
+        "32",
+        "a",
+        "",
+        "1,,2",
+        "5:3",
+        [],
+        "1-3",
+        "1.2.3:4",
+        "-:3",
+        ".:",
+    ],
+    ids=str,
+)
+def test_layer_specifications_that_cannot_be_read(spec: Any) -> None:
+    with pytest.raises(vlmfix.MethodError):
+        resolve_layers(spec, 32, "vhr")
+
+
+@pytest.mark.parametrize("options", [{"layers": [4]}, {"layers": [-5]}, {"layers": []}, {"layers": "7"}], ids=str)
+def test_layers_outside_the_model(tiny: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(vlmfix.MethodError, match="layer"):
+        vlmfix.patch(tiny, "vhr", **options)
+    assert vlmfix.status(tiny) is None
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, vlmfix; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="nothing"):
+        vlmfix.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("llava", vlmfix.VHR()),
+        ("qwen2_5_vl", vlmfix.VHR()),
+        ("instructblip", vlmfix.VHR(layers="0.4375:")),
+        ("mllama", vlmfix.VHR()),
+        ("florence2", vlmfix.PAI(alpha=0.2)),
+        ("blip2_t5", vlmfix.PAI(alpha=0.2)),
+    ],
+)
+def test_the_default_recipe_of_a_family(family: str, method: vlmfix.Method) -> None:
+    from families import by_name
+
+    found = by_name(family)
+    if found.unavailable() is not None:
+        pytest.skip(str(found.unavailable()))
+    model = vlmfix.patch(found.build())
+    (default,) = vlmfix.status(model).methods
+    assert dataclasses.replace(default, layers=method.layers) == method
+    inputs = found.collate([found.single()])
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert vlmfix.status(model).edited[0] > 0
+
+
+def test_the_last_18_of_32_layers_are_those_of_the_paper() -> None:
+    assert resolve_layers("0.4375:", 32) == tuple(range(14, 32))

@@ -1,0 +1,86 @@
+"""What README shows works as shown."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families.tiny_llava import RAGGED, collate, forward
+
+import vlmfix
+from vlmfix.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def half_heads() -> Any:
+    (source,) = re.findall(r"```python\n(@dataclass.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Method": vlmfix.Method}
+    exec(source, names)
+    return names["HalfHeads"]
+
+
+def test_the_method_in_the_readme_runs(tiny: Any) -> None:
+    stock = forward(tiny, collate([RAGGED[0]])).logits
+    vlmfix.patch(tiny, half_heads()())
+    assert (forward(tiny, collate([RAGGED[0]])).logits - stock).abs().max() > 0.01
+    vlmfix.patch(tiny, half_heads()(strength=1.0))
+    assert torch.equal(forward(tiny, collate([RAGGED[0]])).logits, stock)
+    with pytest.raises(vlmfix.MethodError, match="strength"):
+        half_heads()(strength="much")
+
+
+def test_files_the_readme_names_exist() -> None:
+    for name in re.findall(r"(?:scripts|evals|vlmfix|tests)/[\w./]+\w", README):
+        assert (ROOT / name).exists() or "my_method" in name, name
+
+
+def test_the_methods_table_is_complete() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert set(vlmfix.methods()) <= listed
+
+
+def shown_commands() -> list[str]:
+    """What README says to type: commands of its blocks, lines joined, and those in its text that have an option."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    lines = [line for line in blocks.splitlines() if line.startswith("vlmfix ")]
+    return lines + re.findall(r"`(vlmfix [a-z]+ [^`|]*--[^`|]*)`", README)
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_commands_in_the_readme_are_understood(command: str) -> None:
+    assert callable(_parser().parse_args(shlex.split(command, comments=True)[1:]).run)
+
+
+def test_verbs_the_readme_names_exist() -> None:
+    verbs = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)).choices
+    assert set(re.findall(r"`vlmfix (\w+)", README)) <= set(verbs)
+    (kinds,) = re.findall(r"`vlmfix score ([\w|]+)`", README)
+    scored = next(action for action in verbs["score"]._actions if isinstance(action, argparse._SubParsersAction))
+    assert set(kinds.split("|")) == set(scored.choices)
+
+
+def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from options_of(below)
+
+
+def test_options_the_readme_names_exist() -> None:
+    known = set(options_of(_parser()))
+    for script in (ROOT / "scripts").rglob("*"):
+        if script.is_file() and script.suffix in ("", ".py"):
+            known |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", script.read_text(encoding="utf-8")))
+    launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}  # torchrun's and accelerate's own
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert len(named) > 30 and named - known <= launchers
