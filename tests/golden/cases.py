@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import vlmfix
-from golden.bench import CALIBRATED, HERE, Bench, digest, digested, done, once, read
+from golden import data
+from golden.bench import CALIBRATED, HERE, SHARED, Bench, digest, digested, done, once, read
 from golden.compare import figures, lasting_figures, visible_text
-from golden.scores import score_files, score_shared
+from golden.scores import nltk_data, score_files, score_shared
 from golden.surface import help_texts, info, methods, public_names
 
 
@@ -101,6 +102,19 @@ def method_rows(folder: Path) -> dict[str, Any]:
 def eval_benchmarks(bench: Bench) -> Any:
     """Sycophancy, own questions and the benchmarks of others, judged."""
     return evaluation(bench, bench.benchmarks, (bench.folder / "benchmarks.txt").read_text())
+
+
+@nltk_data(SHARED / "nltk_data")
+def eval_described(bench: Bench) -> Any:
+    """AMBER with descriptions, whose nouns nltk tags, and captions matched by CHAIR's nltk mode."""
+    amber = data.amber(bench.folder / "described", bench.coco, described=True)
+    words = ["--limit", 3, "--method", "vhr", "--set", "alpha=2.0", "--benchmark", "chair", "amber", "--no-controls"]
+    words += ["--chair-mode", "nltk", "--benchmark-data", f"amber={amber}", "--out", bench.folder / "nouns"]
+    text = done("eval", *words)
+    found = evaluation(bench, bench.folder / "nouns", text)
+    official = bench.folder / "nouns" / "official" / "vhr" / "amber.json"
+    kept = {"methods": found["results"]["methods"], "official": found["official"], "answers": found["answers"]}
+    return {**kept, "score": bench.scores("amber", official, "--data", amber / "data", "--subset")}
 
 
 def eval_coco(bench: Bench) -> Any:
@@ -226,6 +240,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
         eval_recipes,
         eval_benchmarks,
         eval_coco,
+        eval_described,
         score_files,
         score_shared,
         compare,
@@ -241,4 +256,4 @@ CASES: dict[str, Callable[[Bench], Any]] = {
         public_names,
     )
 }
-NEED_SHARED = ("score_shared",)
+NEED_SHARED = ("score_shared", "eval_described")

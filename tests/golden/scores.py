@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from golden import data
-from golden.bench import SHARED, Bench, read
+from golden.bench import SHARED, Bench, digest, done, read
 
 
 @contextlib.contextmanager
@@ -49,7 +49,11 @@ def score_files(bench: Bench) -> Any:
     amber, figures_file = official / "amber.json", official / "HallusionBench_result.json"
     questions = own["hallusionbench"] / "HallusionBench.json"
     template = own["mmhal"] / "response_template.json"
+    requests = files / "requests.jsonl"
+    asked_of_a_judge = ("mmhal", official / "mmhal.json", "--questions", template, "--subset", "--requests", requests)
+    done("score", *asked_of_a_judge)
     return {
+        "mmhal, unjudged": [digest(row["prompt"]) for row in read(requests)],
         "chair": bench.scores("chair", *chair),
         "chair, compared": bench.scores("chair", *chair, "--baseline", data.lines(files / "none.jsonl", baseline)),
         "pope": bench.scores("pope", said_file, *pope),
