@@ -96,7 +96,9 @@ def _need_evals() -> None:
     """Say which extra is missing instead of a traceback from deep inside."""
     import importlib.util
 
-    missing = [name for name in ("numpy", "PIL", "pycocotools", "tqdm") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("filelock", "numpy", "PIL", "pycocotools", "tqdm") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise VlmfixError(f"this needs {', '.join(missing)}; type: pip install 'vlmfix[eval]'")
 
