@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ class Trainer:
         groups = self.learner.groups(args.projector_rate, args.adapter_rate)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.step, self.seconds, self.means = 0, 0.0, dict[str, float]()
+        self.step, self.seconds, self.means, self.stopped = 0, 0.0, dict[str, float](), False
         if state.exists():
             self.resume(torch.load(state, map_location=args.device))
 
@@ -106,6 +107,10 @@ class Trainer:
             "means": self.means,
         }
         save_atomically(self.args.work / "state.pt", lambda path: torch.save(state, path))
+
+    def stop(self, *_: object) -> None:
+        """End after the current step, with its state saved."""
+        self.stopped = True
 
     def progress(self) -> float:
         """How much of the schedule is over, 0 to 1."""
@@ -139,7 +144,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end of the schedule."""
         latest_save = begin = time.monotonic()
-        while self.progress() < 1:
+        signal.signal(signal.SIGTERM, self.stop)
+        while self.progress() < 1 and not self.stopped:
             for name, value in self.learn().items():
                 self.means[name] = _SMOOTHING * self.means.get(name, value) + (1 - _SMOOTHING) * value
             now = time.monotonic()

@@ -90,9 +90,8 @@ class Learner:
         ).last_hidden_state
         labelled = kinds > 0
         kind, label = kinds[labelled], batch.labels.to(self.device)[labelled]
-        logits = F.linear(hidden[labelled], table).float()
+        logits, weight = F.linear(hidden[labelled], table).float(), self._weights[kind]
         each = F.cross_entropy(logits, label, reduction="none")
-        weight = self._weights[kind]
         with torch.no_grad():
             right = (logits.argmax(-1) == label).float()
             logged = {

@@ -153,8 +153,8 @@ class Batch:
 
 
 def collate(rows: list[Packed], dtype: torch.dtype) -> Batch:
-    """Pad to the longest sequence, rounded up to 16, and build the block mask."""
-    size = -(-max(len(row.ids) for row in rows) // 16) * 16
+    """Pad to the limit and build the block mask."""
+    size = rows[0].limit
 
     def tensor(name: str, fill: int) -> torch.Tensor:
         return torch.tensor([getattr(row, name) + [fill] * (size - len(row.ids)) for row in rows])
