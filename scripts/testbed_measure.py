@@ -1,7 +1,8 @@
-"""Measures the unpatched testbed model: the figures of its model card.
+"""Measures an unpatched model on the testbed: the figures of its model card.
 
-``python scripts/testbed_measure.py --split heldout --num-images 400`` prints one JSON object. Captions, questions
-and scores come from the modules of the ordinary evaluation; nothing here knows any hallucination method.
+``python scripts/testbed_measure.py --split heldout --num-images 400`` prints one JSON object; ``--model smol`` takes
+the larger model, in bfloat16. Captions, questions and scores come from the modules of the ordinary evaluation; nothing
+here knows any hallucination method.
 """
 
 from __future__ import annotations
@@ -25,24 +26,26 @@ from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, score_answers
 from vlmfix.evals.data.coco import CocoData, load_image
 from vlmfix.evals.stats.bootstrap import bootstrap
 from vlmfix.evals.stats.intervals import Statistic
-from vlmfix.evals.testbed import MODEL_DIR, PROMPTS, prepare
+from vlmfix.evals.testbed import MODEL_DIR, MODELS, PROMPTS, model_folder, prepare
 from vlmfix.evals.testbed.scenes import IMAGE_SIZE, NAMES, SPLITS, scene_kind
 from vlmfix.evals.testbed.vocabulary import SCENES
+from vlmfix.observe.words import single_tokens
 
-__all__ = ["Reader", "measure"]
+__all__ = ["Reader", "measure", "reader_of"]
 
 
 class Reader:
-    """The model in fp32 with its processor, asked in batches.
+    """A model with its processor, asked in batches.
 
     Args:
         model_dir: A ``from_pretrained`` folder.
         batch_size: Rows per batch.
+        dtype: Type of the weights.
     """
 
-    def __init__(self, model_dir: Path = MODEL_DIR, batch_size: int = 64) -> None:
+    def __init__(self, model_dir: Path = MODEL_DIR, batch_size: int = 64, dtype: torch.dtype = torch.float32) -> None:
         self.processor = AutoProcessor.from_pretrained(model_dir)
-        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).eval()
         self.batch_size = batch_size
 
     def prompt(self, text: str) -> str:
@@ -56,29 +59,30 @@ class Reader:
         for start in range(0, len(texts), self.batch_size):
             rows = slice(start, start + self.batch_size)
             prompts = [self.prompt(text) for text in texts[rows]]
-            yield self.processor(images=list(images[rows]), text=prompts, padding=True, return_tensors="pt")
+            inputs = self.processor(images=list(images[rows]), text=prompts, padding=True, return_tensors="pt")
+            yield inputs.to(self.model.dtype)
 
     @torch.inference_mode()
-    def captions(self, images: Sequence[Image.Image], instruction: str) -> list[str]:
+    def captions(self, images: Sequence[Image.Image], instruction: str, max_new_tokens: int = 128) -> list[str]:
         """Greedy captions."""
         result: list[str] = []
         for inputs in self.batches(images, [instruction] * len(images)):
-            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=128)
+            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
             fresh = tokens[:, inputs["input_ids"].shape[1] :]
             result += self.processor.batch_decode(fresh, skip_special_tokens=True)
         return result
 
     @torch.inference_mode()
     def answers(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[str], list[float]]:
-        """The most probable first word of each answer, and its yes-minus-no logit."""
+        """The most probable first word of each answer, and its yes-minus-no logit (of all spellings together)."""
         tokenizer = self.processor.tokenizer
-        yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+        yes, no = (list(single_tokens(tokenizer, word)) for word in ("yes", "no"))
         words: list[str] = []
         scores: list[float] = []
         for inputs in self.batches(images, texts):
             logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
             words += [tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
-            scores += (logits[:, yes] - logits[:, no]).tolist()
+            scores += (logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).tolist()
         return words, scores
 
     @torch.inference_mode()
@@ -92,7 +96,7 @@ class Reader:
         mass, first, share, phi_first, phi_image, norms = [], [], [], [], [], []
         for picture, caption in zip(images, captions, strict=True):
             text = self.prompt(PROMPTS["describe"]) + " " + caption
-            inputs = self.processor(images=picture, text=text, return_tensors="pt")
+            inputs = self.processor(images=picture, text=text, return_tensors="pt").to(self.model.dtype)
             out = self.model(**inputs, output_attentions=True, output_hidden_states=True)
             image = inputs["input_ids"][0] == self.model.config.image_token_id
             start = int(image.nonzero()[-1]) + 1
@@ -221,14 +225,22 @@ def _position_rates(nodes: Sequence[Sequence[str]], truth: Sequence[frozenset[st
     return rates
 
 
+def reader_of(model: str) -> Reader:
+    """The reader of a model by name or folder: ``tiny`` in float32, others in bfloat16."""
+    folder = model_folder(model) if model in MODELS else Path(model)
+    if folder == MODEL_DIR:
+        return Reader(folder)
+    return Reader(folder, batch_size=16, dtype=torch.bfloat16)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=SPLITS, default="heldout")
     parser.add_argument("--num-images", type=int, default=400)
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--model", default="tiny", help="name or folder (default: tiny)")
     parser.add_argument("--out", type=Path, help="write the JSON object here as well")
     args = parser.parse_args()
-    figures = measure(Reader(args.model), prepare(args.split, args.num_images))
+    figures = measure(reader_of(args.model), prepare(args.split, args.num_images))
     text = json.dumps({"split": args.split, **figures}, indent=1)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")

@@ -32,7 +32,13 @@ _RECORD = "assembled.json"
 
 
 def folder_key() -> str:
-    """Ten hexadecimal digits over all that a folder is made from, so that no folder of another adapter is ever used."""
+    """Ten hexadecimal digits over all that a folder is made from, so that no folder of another adapter is ever used.
+
+    Raises:
+        DataError: The adapter is missing.
+    """
+    if not ADAPTER.is_file():
+        raise DataError(f"this installation lacks {ADAPTER}: install vlmfix again, or train it (scripts/train_smol.py)")
     # Tokenizer and processor files differ between major releases of transformers.
     release = version("transformers").split(".")[0]
     digest = hashlib.sha256(f"{_FORMAT} {release} {GGUF_SHA256} ".encode() + ADAPTER.read_bytes())
