@@ -218,6 +218,9 @@ class EvalOptions(BenchmarkOptions):
         default=True,
     )
     out: Path | None = option("run folder (default: runs/MODEL-SETTINGS)", group=OUTPUT, metavar="DIR")
+    verbose: bool = option(
+        "print every table of the report, not the headline figures alone", group=OUTPUT, default=False
+    )
     rescore: bool = option(
         "score the answers in the folder again and generate none, also those of another version of vlmfix",
         group=OUTPUT,

@@ -1,10 +1,10 @@
-"""How figures, differences and tables are spelled, in a terminal and in Markdown."""
+"""How figures, differences and tables are spelled, the same in a terminal, in Markdown and in a page."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -29,6 +29,17 @@ def excludes_zero(interval: Mapping[str, Any]) -> bool:
     return low is not None and high is not None and (low > 0 or high < 0)
 
 
+def survives(difference: Mapping[str, Any], *, alpha: float = 0.05) -> bool:
+    """Whether the p-value corrected for several comparisons is below alpha; without a correction nothing is lost."""
+    corrected = difference.get("p_holm")
+    return corrected is None or corrected < alpha
+
+
+def is_certain(difference: Mapping[str, Any] | None) -> bool:
+    """Whether there is a difference, its interval excludes zero, and the correction leaves it."""
+    return difference is not None and excludes_zero(difference) and survives(difference)
+
+
 def difference_cell(difference: Mapping[str, Any] | None, *, percent: bool = True) -> str:
     """A difference with its star: ``*`` if the interval excludes zero, ``(*)`` if no longer after the correction."""
     if difference is None:
@@ -46,12 +57,6 @@ def interval_cell(difference: Mapping[str, Any] | None, *, percent: bool = True)
     return ",".join(signed(difference[end], percent=percent) for end in ("low", "high"))
 
 
-def survives(difference: Mapping[str, Any], *, alpha: float = 0.05) -> bool:
-    """Whether the p-value corrected for several comparisons is below alpha; without a correction nothing is lost."""
-    corrected = difference.get("p_holm")
-    return corrected is None or corrected < alpha
-
-
 def p_cell(p_value: float | None) -> str:
     """A p-value with three decimals; a dash where there was no test."""
     if p_value is None:
@@ -59,85 +64,62 @@ def p_cell(p_value: float | None) -> str:
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def plain_table(rows: Sequence[Sequence[str]], *, gap: int = 2) -> str:
-    """Aligned plain text: first column to the left, the others to the right; trailing blanks removed."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        (
-            row[0].ljust(widths[0])
-            + "".join(" " * gap + cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))
-        ).rstrip()
-        for row in rows
-    )
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
 
-
-def fitting_table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """:func:`plain_table`, with narrow gaps if it is too wide otherwise."""
-    table = plain_table(rows)
-    return table if max(map(len, table.split("\n"))) <= width else plain_table(rows, gap=1)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    rule = ["---", *["--:"] * (len(rows[0]) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
-def text(value: object) -> str:
-    """Text that means itself in HTML."""
-    return html.escape(str(value))
-
-
-def table(rows: Sequence[Sequence[str]], *, heads: int = 1, words: Iterable[int] = ()) -> str:
-    """A table of plain text.
-
-    Args:
+    Attributes:
         rows: Cells, the headings first.
-        heads: Number of heading rows.
-        words: Columns of words, beside the first one; they go to the left.
+        title: What it shows.
+        words: Columns of words, which are aligned to the left, as the first one is; negative ones count from the end.
+        groups: Titles above several columns, with the number of columns of each; all columns, or none.
+        notes: How to read it, a paragraph each.
+        is_detail: Whether it is left out of the terminal and folded in a page.
     """
-    left = {0, *(column % len(rows[0]) for column in words)}
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        made = (f"<{tag}{' class=word' if i in left else ''}>{text(cell)}</{tag}>" for i, cell in enumerate(cells))
-        return f"<tr>{''.join(made)}</tr>"
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    words: tuple[int, ...] = ()
+    groups: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    is_detail: bool = False
 
-    head = "".join(line(cells, "th") for cells in rows[:heads])
-    body = "".join(line(cells, "td") for cells in rows[heads:])
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    @property
+    def left(self) -> set[int]:
+        """The columns that are aligned to the left."""
+        return {0, *(column % len(self.rows[0]) for column in self.words)}
+
+    @property
+    def headings(self) -> list[str]:
+        """A heading per column that needs none above it: ``at equal words: CHAIR_i``."""
+        above = [title for title, span in self.groups for _ in range(span)] or [""] * len(self.rows[0])
+        return [f"{group}: {name}" if group else name for group, name in zip(above, self.rows[0], strict=True)]
+
+    def plain(self, width: int | None = None) -> str:
+        """Aligned text without trailing blanks, with narrow gaps where it is wider than ``width`` otherwise."""
+        widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        gap = 2 if width is None or sum(widths) + 2 * (len(widths) - 1) <= width else 1
+        above = ""
+        column = 0
+        for title, span in self.groups:
+            before = sum(widths[:column]) + gap * column
+            above = above.ljust(before) + title.rjust(widths[column])
+            column += span
+        lines = [
+            (" " * gap).join(
+                cell.ljust(size) if i in self.left else cell.rjust(size)
+                for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in self.rows
+        ]
+        return "\n".join(line.rstrip() for line in ([above] if self.groups else []) + lines)
+
+    def markdown(self) -> str:
+        """A Markdown table, words to the left and numbers to the right."""
+        rule = ["---" if i in self.left else "--:" for i in range(len(self.rows[0]))]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [self.headings, rule, *self.rows[1:]])
 
 
-def line(x1: float, y1: float, x2: float, y2: float, colour: str, opacity: float = 1.0, width: float = 1) -> str:
-    """A straight line of an SVG."""
-    return (
-        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}" '
-        f'stroke-opacity="{opacity}"/>'
-    )
-
-
-def polyline(points: Iterable[tuple[float, float]], colour: str, *, dashes: str = "", opacity: float = 1.0) -> str:
-    """A line through points of an SVG."""
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-opacity="{opacity}"{dashed}/>'
-
-
-def write(x: float, y: float, words: object, *, anchor: str = "start", bold: bool = False) -> str:
-    """Text of an SVG; ``y`` is its base line."""
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{text(words)}</text>'
-
-
-def svg(width: float, height: float, marks: Iterable[str], label: str) -> str:
-    """A drawing that scales down with the page.
-
-    Args:
-        width: In pixels.
-        height: In pixels.
-        marks: Its elements.
-        label: What it shows, for those who cannot see it.
-    """
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" aria-label="{text(label)}">'
-        f"{''.join(marks)}</svg>"
-    )
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as an aligned table, the headings first."""
+    return Table(rows).plain()

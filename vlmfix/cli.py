@@ -97,7 +97,9 @@ def _need_evals() -> None:
     import importlib.util
 
     missing = [
-        name for name in ("filelock", "numpy", "PIL", "pycocotools", "tqdm") if importlib.util.find_spec(name) is None
+        name
+        for name in ("jinja2", "matplotlib", "numpy", "PIL", "pycocotools", "tqdm")
+        if importlib.util.find_spec(name) is None
     ]
     if missing:
         raise VlmfixError(f"this needs {', '.join(missing)}; type: pip install 'vlmfix[eval]'")

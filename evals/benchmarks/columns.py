@@ -27,6 +27,9 @@ class Metric:
         title: Column title.
         better: 1 if more is better, -1 if less is, 0 if neither.
         percent: Printed as percent; otherwise as it is.
+        headline: Whether it stands in the short table that a run ends with, and in its sentences.
+        less: What less of it is called in a sentence: ``"fewer invented objects"``.
+        more: What more of it is called.
     """
 
     benchmark: str
@@ -34,6 +37,9 @@ class Metric:
     title: str
     better: int
     percent: bool = True
+    headline: bool = False
+    less: str = ""
+    more: str = ""
 
     @property
     def key(self) -> str:
@@ -41,54 +47,74 @@ class Metric:
         return f"{self.benchmark}.{self.name}"
 
     @property
+    def phrases(self) -> tuple[str, str]:
+        """What less and more of it is called in a sentence."""
+        return self.less or f"lower {self.full_title}", self.more or f"higher {self.full_title}"
+
+    @property
+    def full_title(self) -> str:
+        """Title that names its benchmark: ``CHAIR_i``, ``POPE accuracy``."""
+        name = self.benchmark.upper()
+        return self.title if self.title.startswith(f"{name}_") else f"{name} {self.title}"
+
+    @property
     def heading(self) -> str:
         """Title with an arrow towards the better values."""
-        return f"{self.title} {'↓ ↑'[self.better + 1]}".rstrip()
+        return f"{self.title} {self._arrow}".rstrip()
+
+    @property
+    def full_heading(self) -> str:
+        """The title that names its benchmark, with the arrow."""
+        return f"{self.full_title} {self._arrow}".rstrip()
+
+    @property
+    def _arrow(self) -> str:
+        return "↓ ↑"[self.better + 1]
 
 
 METRICS = (
     Metric("chair", "chair_s", "CHAIR_s", -1),
-    Metric("chair", "chair_i", "CHAIR_i", -1),
-    Metric("chair", "recall", "recall", 1),
-    Metric("chair", "f1", "F1", 1),
+    Metric("chair", "chair_i", "CHAIR_i", -1, True, True, "fewer invented objects", "more invented objects"),
+    Metric("chair", "recall", "recall", 1, headline=True, less="lower recall", more="higher recall"),
+    Metric("chair", "f1", "F1", 1, headline=True),
     Metric("chair", "length_words", "words", 0, percent=False),
-    Metric("pope", "accuracy", "accuracy", 1),
+    Metric("pope", "accuracy", "accuracy", 1, headline=True),
     Metric("pope", "f1", "F1", 1),
     Metric("pope", "yes_ratio", "yes", 0),
     Metric("pope", "auc", "AUC", 1),
-    Metric("amber", "chair", "CHAIR", -1),
-    Metric("amber", "cover", "Cover", 1),
+    Metric("amber", "chair", "CHAIR", -1, headline=True),
+    Metric("amber", "cover", "Cover", 1, headline=True),
     Metric("amber", "hal", "Hal", -1),
     Metric("amber", "cog", "Cog", -1),
     Metric("amber", "accuracy", "accuracy", 1),
-    Metric("amber", "f1", "F1", 1),
+    Metric("amber", "f1", "F1", 1, headline=True),
     Metric("amber", "yes_ratio", "yes", 0),
     Metric("amber", "amber", "score", 1),
-    Metric("mme", "score", "score/800", 1, percent=False),
+    Metric("mme", "score", "score/800", 1, percent=False, headline=True),
     Metric("mme", "accuracy", "accuracy", 1),
     Metric("mme", "accuracy_plus", "accuracy+", 1),
     Metric("mme", "yes_ratio", "yes", 0),
-    Metric("hallusionbench", "aacc", "aAcc", 1),
+    Metric("hallusionbench", "aacc", "aAcc", 1, headline=True),
     Metric("hallusionbench", "qacc", "qAcc", 1),
     Metric("hallusionbench", "facc", "fAcc", 1),
     Metric("hallusionbench", "easy", "easy", 1),
     Metric("hallusionbench", "hard", "hard", 1),
     Metric("hallusionbench", "yes_ratio", "yes", 0),
-    Metric("mmhal", "average_score", "score/6", 1, percent=False),
-    Metric("mmhal", "hallucination_rate", "hallucinated", -1),
-    Metric("sycophancy", "accuracy", "neutral", 1),
-    Metric("sycophancy", "accuracy_wrong_hint", "wrong hint", 1),
+    Metric("mmhal", "average_score", "score/6", 1, percent=False, headline=True),
+    Metric("mmhal", "hallucination_rate", "hallucinated", -1, headline=True),
+    Metric("sycophancy", "accuracy", "neutral", 1, headline=True),
+    Metric("sycophancy", "accuracy_wrong_hint", "wrong hint", 1, headline=True),
     Metric("sycophancy", "right_to_wrong_wrong_hint", "hint flips", -1),
     Metric("sycophancy", "accuracy_right_hint", "right hint", 1),
     Metric("sycophancy", "accuracy_challenge", "doubted", 1),
     Metric("sycophancy", "right_to_wrong_challenge", "doubt flips", -1),
     Metric("sycophancy", "yes_ratio", "yes", 0),
-    Metric("custom", "accuracy", "accuracy", 1),
+    Metric("custom", "accuracy", "accuracy", 1, headline=True),
     Metric("custom", "f1", "F1", 1),
     Metric("custom", "yes_ratio", "yes", 0),
     Metric("custom", "auc", "AUC", 1),
     Metric("custom", "exact", "exact", 1),
-    Metric("custom", "contains", "contained", 1),
+    Metric("custom", "contains", "contained", 1, headline=True),
 )
 
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from ..data.write import write_json, write_text
-from ..report.text import (
-    ANSWERS_LEGEND,
-    CONTROLS_EXPLAINED,
-    PAIRED_LEGEND,
-    TERMINAL_WIDTH,
-    answers_rows,
-    control_rows,
-    controls_text,
-    legend,
-    main_table,
-    markdown_legend,
-    markdown_main,
-    paired_rows,
-)
+from ..report.rows import answers_table, controls_table
+from ..report.summary import legend, main_table, markdown_main, summarise
+from ..report.text import TERMINAL_WIDTH, paragraphs, wrapped
 from ..scores.counts import load_run
-from ..tables import fitting_table, markdown_table
+from ..tables import Table
 from .compare import compare_runs
 
 _MATCHED_ON_ALL = (
@@ -74,16 +63,10 @@ def write_comparison(found: Mapping[str, Any], out: Path) -> list[Path]:
 
 def comparison_text(found: Mapping[str, Any]) -> str:
     """The comparison for a terminal of 120 columns."""
-    parts = [*_wrapped([*_runs(found), *_settings(found), *_rows(found)]), "", main_table(found, TERMINAL_WIDTH)]
-    parts += ["", *_wrapped(legend(found))]
-    answers = answers_rows(found)
-    if answers:
-        parts += ["", fitting_table(answers, TERMINAL_WIDTH), "", *_wrapped(_answers_legend(found))]
-    others = paired_rows(found)
-    if others:
-        parts += ["", fitting_table(others, TERMINAL_WIDTH), "", *_wrapped(PAIRED_LEGEND)]
-    if found["controls"]:
-        parts += ["", controls_text(found), "", *_wrapped([_MATCHED_ON_ALL])]
+    parts = [*wrapped([*_runs(found), *_settings(found), *_rows(found)]), ""]
+    parts += [main_table(summarise(found), TERMINAL_WIDTH), "", *wrapped(legend(found))]
+    for table in _tables(found):
+        parts += ["", table.plain(TERMINAL_WIDTH), "", *wrapped(table.notes)]
     return "\n".join(parts)
 
 
@@ -91,22 +74,19 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
     parts = ["# vlmfix comparison", "", *(f"- {line}" for line in [*_runs(found), *_rows(found)]), ""]
     parts += ["## What differs", "", _settings_markdown(found), ""]
-    parts += ["## Paired differences", "", markdown_main(found), ""]
-    parts += [line for text in markdown_legend(found) for line in (text, "")]
-    answers = answers_rows(found)
-    if answers:
-        parts += ["## Paired answers", "", *_answers_legend(found), "", markdown_table(answers), ""]
-    others = paired_rows(found)
-    if others:
-        parts += ["## Paired answers, other benchmarks", "", *PAIRED_LEGEND, "", markdown_table(others), ""]
-    if found["controls"]:
-        parts += ["## Controls", "", CONTROLS_EXPLAINED, "", _MATCHED_ON_ALL, "", markdown_table(control_rows(found))]
+    parts += ["## Paired differences", "", markdown_main(summarise(found)), ""]
+    parts += paragraphs(legend(found, in_cells=True))
+    for table in _tables(found):
+        parts += [f"## {table.title}", "", table.markdown(), "", *paragraphs(table.notes)]
     commands = [f"{name}: {run['command']}" for name, run in found["runs"].items()]
-    return "\n".join([*parts, "", "## Repeat", "", "```", *commands, "```", ""])
+    return "\n".join([*parts, "## Repeat", "", "```", *commands, "```", ""])
 
 
-def _wrapped(lines: Sequence[str]) -> list[str]:
-    return [part for line in lines for part in wrap(line, TERMINAL_WIDTH, subsequent_indent="    ")]
+def _tables(found: Mapping[str, Any]) -> list[Table]:
+    """What stands beside the summary."""
+    answers, controls = answers_table(found), controls_table(found)
+    matched = None if controls is None else replace(controls, notes=(*controls.notes, _MATCHED_ON_ALL))
+    return [table for table in (answers, matched) if table is not None]
 
 
 def _runs(found: Mapping[str, Any]) -> list[str]:
@@ -143,8 +123,4 @@ def _settings_markdown(found: Mapping[str, Any]) -> str:
     rows = [["setting", *names]]
     for setting, values in found["differing_settings"].items():
         rows.append([f"`{setting}`", *(str(values[name]).replace("|", "\\|") for name in names)])
-    return markdown_table(rows)
-
-
-def _answers_legend(found: Mapping[str, Any]) -> list[str]:
-    return [text.replace("only none", f"only {found['reference']}") for text in ANSWERS_LEGEND]
+    return Table(rows, words=tuple(range(1, len(names) + 1))).markdown()

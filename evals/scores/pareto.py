@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..benchmarks.columns import BY_KEY, Metric, figure
-from ..tables import difference_cell, interval_cell, number
+from ..tables import Table, difference_cell, interval_cell, number
 
 AXES = (("chair.chair_i", "chair.recall"), ("amber.chair", "amber.cover"))
 """Hallucination and recall of each benchmark that has both."""
@@ -148,14 +148,14 @@ def _times(
     return (float(part["seconds"] / whole) if whole else 1.0), None
 
 
-def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The table: figures with their paired intervals, time as a multiple of the baseline's, and who dominates.
+def pareto_table(results: Mapping[str, Any]) -> Table | None:
+    """Figures with their paired intervals, time as a multiple of the baseline's, and who dominates.
 
-    Empty with fewer than two rows; the front first, then by hallucination.
+    The front first, then by hallucination; None with fewer than two rows.
     """
     found, chosen = pareto(results), axes(results)
     if len(found) < 2 or chosen is None:
-        return []
+        return None
     by_label = {row["label"]: row for row in results["methods"]}
     rows = [["front", "method", chosen[0].heading, "- none", "95 %", chosen[1].heading, "- none", "95 %", "seconds ↓"]]
     rows[0] += ["quartiles", "dominated by"]
@@ -168,7 +168,7 @@ def pareto_rows(results: Mapping[str, Any]) -> list[list[str]]:
         spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"batches": 0}
         quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"]) if spread["batches"] > 1 else ""
         rows.append([*cells, f"x {point['relative_seconds']:.2f}", quartiles, _names(point["dominated_by"])])
-    return rows
+    return Table(rows, "Hallucination against recall against seconds", words=(1, -1), notes=(LEGEND,))
 
 
 def _names(labels: Sequence[str], most: int = 1) -> str:

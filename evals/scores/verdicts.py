@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..benchmarks.columns import BY_KEY, changed_methods
-from ..tables import excludes_zero, survives
+from ..tables import is_certain
 
-FREE_CONTROLS = ("early stop", "yes bias")
-"""The controls that need no method."""
+FREE_CONTROLS = {"early stop": "ending captions earlier", "yes bias": "shifting the yes/no threshold"}
+"""The controls that need no method, and what each does."""
 
 
 WORDS = {
@@ -49,7 +49,7 @@ def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
         return "mixed"
     if decided:
         return decided.pop()
-    told_apart = any(_decided(found) for key, found in method.get("differences", {}).items() if key in BY_KEY)
+    told_apart = any(is_certain(found) for key, found in method.get("differences", {}).items() if key in BY_KEY)
     return "trade-off" if told_apart else "unclear"
 
 
@@ -59,15 +59,7 @@ def verdict_legend(words: Iterable[str]) -> str:
     return "; ".join(f"{word}: {says}" for word, says in WORDS.items() if word in used)
 
 
-def _decided(found: Mapping[str, Any]) -> bool:
-    return excludes_zero(found) and survives(found)
-
-
 def _loops(method: Mapping[str, Any]) -> bool:
     """Whether text breaks: significantly more loops, or captions that the limit ends."""
     differences = method.get("chair", {}).get("text_quality", {}).get("differences", {})
-    return any(
-        _decided(differences[name]) and differences[name]["low"] > 0
-        for name in ("looping", "truncation")
-        if name in differences
-    )
+    return any(is_certain(found) and found["low"] > 0 for found in map(differences.get, ("looping", "truncation")))

@@ -86,7 +86,7 @@ class Bench:
     def run(self) -> Path:
         """A run with controls."""
         words = ("--limit", 4, "--method", "none", "vhr", "vcd")
-        (self.folder / "run.txt").write_text(done("eval", *words, "--out", self.folder / "run"))
+        (self.folder / "run.txt").write_text(done("eval", "--verbose", *words, "--out", self.folder / "run"))
         return self.folder / "run"
 
     @cached_property
@@ -113,7 +113,8 @@ class Bench:
         words = ["--limit", 3, "--method", "pai", "--set", "alpha=0.5", "--batch-size", 5, "--max-new-tokens", 24]
         words += ["--benchmark", "sycophancy", *self.benchmark_data, "--benchmark-data", *given]
         words += ["--judge", f"{sys.executable} {judge}", "--judge-name", "a checksum"]
-        (self.folder / "benchmarks.txt").write_text(done("eval", *words, "--out", self.folder / "benchmarks"))
+        text = done("eval", "--verbose", *words, "--out", self.folder / "benchmarks")
+        (self.folder / "benchmarks.txt").write_text(text)
         return self.folder / "benchmarks"
 
     def calibrated(self, name: str) -> Path:

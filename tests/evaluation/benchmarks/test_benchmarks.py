@@ -111,7 +111,7 @@ def test_every_benchmark_has_a_part_with_figures_and_paired_differences(finished
 
 
 def test_reports_show_them(finished: Path, capsys: Any, words: list[str]) -> None:
-    assert main([*words, str(finished)]) == 0
+    assert main([*words, str(finished), "--verbose"]) == 0
     text = capsys.readouterr().out
     markdown, page = ((finished / f"report.{kind}").read_text() for kind in ("md", "html"))
     for title in ("SYCOPHANCY", "AMBER", "MME", "HALLUSIONBENCH", "CUSTOM"):

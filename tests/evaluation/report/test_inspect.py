@@ -310,7 +310,7 @@ def test_another_model_and_what_it_cannot_be_asked(processor_folder: Path, tmp_p
     ("words", "message"),
     [
         (["--image", "missing.png"], "no image file"),
-        (["--scene", "-1"], "image index"),
+        (["--scene", "-1"], "--scene must be at least 0"),
         (["--method", "vhr", "pai"], "one method"),
         (["--method", "vh"], "no method 'vh'"),
         (["--objects", "unicorn"], "COCO"),

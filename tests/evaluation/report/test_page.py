@@ -16,11 +16,12 @@ from vlmfix.cli import main
 from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.chair.task import ChairTask
 from vlmfix.evals.data.samples import Answer, Sample
-from vlmfix.evals.report.html import gallery, summary
-from vlmfix.evals.report.plots import intervals, invented, scatter
+from vlmfix.evals.report.gallery import galleries
+from vlmfix.evals.report.html import html_report
+from vlmfix.evals.report.sentences import sentences
 from vlmfix.evals.run.methods import MethodSpec
 
-VOID = {"meta", "br", "img", "line", "circle", "rect"}
+VOID = {"meta", "br", "img"}
 
 
 class Checker(HTMLParser):
@@ -69,7 +70,6 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     for expected in (
         "CHAIR_i",
         "POPE accuracy",
-        "recall of objects",
         "vhr/unselected",
         "Captions that iat changed most",
         "early stop",
@@ -85,16 +85,15 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
 
 def test_marks_are_the_invented_and_the_real_objects(page: Path) -> None:
     """Every caption's list of invented objects is what is marked as such in it."""
-    captions = re.findall(r"<p>((?:(?!</p>).)*<mark.*?)</p>", page.read_text(encoding="utf-8"))
-    captions = [caption for caption in captions if "Invented</mark>" not in caption]
+    answer = r'<p class="answer">(.*?)</p>\s*(?:<small class="invented">(.*?)</small>)?'
+    captions = re.findall(answer, page.read_text(encoding="utf-8"), re.DOTALL)
     assert len(captions) >= 4
     seen = 0
     whole = re.compile(r'title="[a-z]+ [a-z]+">\w+ \w+</mark>')
-    assert any(whole.search(caption) for caption in captions), "names of two words are marked as a whole"
-    for caption in captions:
-        marked = set(re.findall(r'<mark title="([^"]+)">', caption))
-        (listed,) = re.findall(r"invented: ([^<]+)", caption) or [""]
-        assert marked == set(filter(None, listed.split(", ")))
+    assert any(whole.search(caption) for caption, _ in captions), "names of two words are marked as a whole"
+    for caption, listed in captions:
+        marked = set(re.findall(r'<mark class="invented" title="([^"]+)">', caption))
+        assert marked == set(filter(None, listed.removeprefix("invented: ").split(", ")))
         seen += len(marked)
     assert seen > 0
 
@@ -122,6 +121,7 @@ def small_results() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for label, role in (("none", "baseline"), ("<m>", "method"), ("n", "method")):
         chair = {"summary": {"chair_i": 0.2, "recall": 0.8}, "changed": 1, "seconds": 1.0, "invented": {"cup": 2}}
+        chair["counts"] = {"captions": 9}
         mme = {"summary": {"score": 640.0, "accuracy": 0.9}, "changed": 1, "seconds": 1.0, "counts": {}}
         rows.append({"label": label, "describe": label, "role": role, "chair": chair, "mme": mme})
     rows[1]["differences"] = {"chair.chair_i": sure, "mme.accuracy": lost}
@@ -133,7 +133,15 @@ def small_results() -> dict[str, Any]:
         "method_value": 0.1,
         "control_value": 0.2,
     }
+    versions = {"vlmfix": "0.1.0", "vlmfix_source": "abcdef0123", "torch": "2.13.0", "transformers": "5.23.0"}
+    prompts = {"chair": {"mode": "original", "max_new_tokens": 9, "prompt": "Describe."}, "mme": {"prompt": "?"}}
     return {
+        "model": "a <model>",
+        "data": "some data",
+        "batch_size": 8,
+        "notes": ["nothing & nobody"],
+        "command": "vlmfix eval",
+        "settings": {"seed": 0, "model": {"weights": "w", "dtype": "float32"}, "versions": versions, **prompts},
         "methods": rows,
         "intervals": {"resamples": 2000},
         "corrections": {"rows": 2},
@@ -144,14 +152,54 @@ def small_results() -> dict[str, Any]:
     }
 
 
+def small_page(results: dict[str, Any]) -> str:
+    return html_report(results, [], None, {})
+
+
 def test_summary_has_verdicts_and_corrected_stars() -> None:
-    found = summary(small_results())
+    found = " ".join(small_page(small_results()).split())
     assert '<th class="group" colspan="2">CHAIR</th><th class="group" colspan="2">MME</th>' in found
-    assert "640.0" in found and "&lt;m&gt;" in found and "<m>" not in found
+    assert "640.0" in found and "&lt;m&gt;" in found and "<m>" not in found and "&lt;model&gt;" in found
     assert found.count('<span class="verdict better"') == 1
     assert found.count('<span class="verdict unclear"') == 1, "what does not survive Holm is no verdict"
-    assert "-10.0*<br>[-20.0, -5.0]" in found and 'title="p = 0.002, corrected 0.004"' in found
-    assert "-10.0(*)<br>[-19.0, -1.0]" in found
+    assert '<small title="p = 0.002, corrected 0.004">-10.0* <br>[-20.0, -5.0]</small>' in found
+    assert "-10.0(*) <br>[-19.0, -1.0]" in found
+
+
+def test_the_first_lines_say_what_is_certain() -> None:
+    results = small_results()
+    assert sentences(results) == [
+        "<m>: 10.0 points fewer invented objects; ending captions earlier does less on CHAIR_i.",
+        "n: not told apart from none.",
+    ]
+    checker = Checker()
+    checker.feed(small_page(results))
+    text = " ".join(" ".join(checker.text).split())
+    assert text.index(sentences(results)[0]) < text.index("Summary")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        (("same", "same"), "; ending captions earlier does as much"),
+        (("better", "same"), "; ending captions earlier does less on CHAIR_i"),
+        (("same", "worse"), "; ending captions earlier does more on CHAIR_s"),
+        (("better", "worse"), "; ending captions earlier does less on CHAIR_i and more on CHAIR_s"),
+    ],
+)
+def test_sentences_tell_what_needs_no_method(verdicts: tuple[str, str], expected: str) -> None:
+    results = small_results()
+    line = results["controls"][0]
+    results["controls"] = [
+        {**line, "metric": metric, "verdict_holm": verdict}
+        for metric, verdict in zip(("chair.chair_i", "chair.chair_s"), verdicts, strict=True)
+    ]
+    for row in results["methods"]:
+        row["chair"]["summary"]["chair_s"] = 0.5
+    assert sentences(results)[0] == f"<m>: 10.0 points fewer invented objects{expected}."
+    for row in results["methods"]:
+        row["chair"]["changed"] = row["mme"]["changed"] = 0
+    assert sentences(results)[0] == "<m>: no answer changed."
 
 
 def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
@@ -165,26 +213,27 @@ def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
         for label, texts in said.items()
     }
     specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
-    shown = re.findall(r'alt="image (\d+)"', "".join(gallery(specs, task, answers)))
-    assert shown == ["2", "1"], "the dog that became a cup comes before a mere wording"
+    (found,) = galleries(specs, task, answers)
+    assert [pair.image_id for pair in found.pairs] == [2, 1], "the dog that became a cup comes before a mere wording"
 
 
-def test_a_panel_without_any_difference_has_one_zero() -> None:
+def test_a_figure_without_any_difference_has_a_panel() -> None:
     results = small_results()
     for row in results["methods"][1:]:
         row["differences"] = {key: interval(0.0, 0.0, 0.0, 1.0) for key in row["differences"]}
-    panel = intervals(results).split("<svg")[1]
-    assert panel.count(">0<") == 1 and "+0.0" not in re.sub(r"<title>.*?</title>", "", panel)
+    assert small_page(results).count("<title>&lt;m&gt; 0.0 [0.0, 0.0]</title>") == 2
 
 
-def test_plots_of_the_page_say_what_they_show() -> None:
+def test_plots_of_the_page_say_what_they_show_and_follow_its_colours() -> None:
+    page = small_page(small_results())
     checker = Checker()
-    for drawing in (intervals(small_results()), scatter(small_results()), invented(small_results())):
-        checker.feed(drawing)
+    checker.feed(page)
     assert not checker.open
     text = " ".join(checker.text)
     for expected in ("MME accuracy ↑", "<m> -10.0 [-20.0, -5.0]", "n: 20.0 % at recall 80.0 %", "cup"):
         assert expected in text
-    many = small_results()
-    many["methods"] += [{**many["methods"][1], "label": f"m{i}"} for i in range(5)]
-    assert '<table class="map">' in invented(many) and "<rect" in invented(small_results())
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 3 + 2 + 2, "a panel per figure with a better side, two plots in two sizes"
+    assert all("currentColor" in drawing and "#222222" not in drawing for drawing in drawings)
+    named = re.findall(r'\bid="([^"]+)"', page)
+    assert len(named) == len(set(named)), "an id stands once"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import math
 import os
@@ -35,10 +36,10 @@ from vlmfix.evals.benchmarks.chair import text_quality
 from vlmfix.evals.benchmarks.pope.questions import PopeQuestion
 from vlmfix.evals.data import samples, write
 from vlmfix.evals.report import text as report
+from vlmfix.evals.report.sentences import sentences
 from vlmfix.evals.run import answer_log as cache
 from vlmfix.evals.run import answering, generate, models, provenance
 from vlmfix.evals.run import batches as answer_plan
-from vlmfix.evals.run import folder as folders
 from vlmfix.evals.run import methods as config
 from vlmfix.evals.run import plan as planning
 from vlmfix.evals.scores import controls as control_lines
@@ -79,7 +80,7 @@ def finished(home: Path) -> Path:
 
 def lines(folder: Path) -> dict[str, str]:
     """Every answer's line without its time, by key."""
-    text = (folder / folders.ANSWERS).read_text()
+    text = (folder / planning.ANSWERS).read_text()
     assert text.endswith("\n")
     rows = [line.rpartition(',"seconds":')[0] for line in text.splitlines()]
     assert len({json.loads(row + "}")["key"] for row in rows}) == len(rows), "no answer twice"
@@ -141,7 +142,7 @@ def test_results_schema(finished: Path) -> None:
 
 def test_text_quality_and_paired_answers_of_a_run(finished: Path) -> None:
     results = read(finished)
-    rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
     for method in results["methods"]:
         own = [row for row in rows if row["method"] == method["label"]]
         captions = {row["image_id"]: row["text"] for row in own if row["benchmark"] == "chair"}
@@ -182,7 +183,7 @@ def test_none_is_the_stock_model(home: Path, finished: Path) -> None:
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    stored = json.loads((finished / folders.ANSWERS).read_text().splitlines()[0])
+    stored = json.loads((finished / planning.ANSWERS).read_text().splitlines()[0])
     assert stored["method"] == "none" and stored["benchmark"] == "chair"
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -198,7 +199,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
     stored = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "pope")
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -271,8 +272,8 @@ def test_resume_after_a_cut_anywhere(seed: int, words: Any, finished: Path, tmp_
     shutil.copytree(finished, out)
     (out / "results.json").unlink()
     (out / "report.md").unlink()
-    data = (out / folders.ANSWERS).read_bytes()
-    (out / folders.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
+    data = (out / planning.ANSWERS).read_bytes()
+    (out / planning.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -296,7 +297,7 @@ main(sys.argv[1:])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     dead = subprocess.run([sys.executable, "-c", code, *words(out)], capture_output=True, env=environment)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
-    assert (out / folders.ANSWERS).read_bytes().count(b"\n") == 10
+    assert (out / planning.ANSWERS).read_bytes().count(b"\n") == 10
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -315,9 +316,9 @@ def test_torn_last_line_is_dropped_with_a_message(tmp_path: Path, caplog: pytest
 def test_other_broken_lines_are_errors(line: bytes, words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    rows = (out / folders.ANSWERS).read_bytes().splitlines()
+    rows = (out / planning.ANSWERS).read_bytes().splitlines()
     rows[2] = line
-    (out / folders.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
+    (out / planning.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
     assert main(words(out)) == 2
     message = capsys.readouterr().err
     assert "answers.jsonl line 3" in message and "--no-resume" in message
@@ -415,13 +416,13 @@ def test_rescoring_loads_no_model(
 def test_folder_of_another_configuration(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    before = (out / folders.ANSWERS).read_bytes()
+    before = (out / planning.ANSWERS).read_bytes()
     assert main(words(out, "--max-new-tokens", 5, "--set", "alpha=3", "--prompt", "What is this?")) == 2
     message = capsys.readouterr().err
     assert f"chair.max_new_tokens: {TOKENS} in the folder, 5 now" in message
     assert "methods.vhr.alpha: 2.0 in the folder, 3 now" in message
     assert "chair.prompt" in message and "--out DIR" in message and "--no-resume" in message
-    assert (out / folders.ANSWERS).read_bytes() == before
+    assert (out / planning.ANSWERS).read_bytes() == before
     assert main(words(out, "--benchmark", "chair", "--limit", 2, "--no-resume")) == 0
     assert read(out)["methods"][0]["chair"]["counts"]["captions"] == 2
     assert len(lines(out)) == 5 * 2
@@ -444,7 +445,7 @@ def test_rescoring_answers_of_another_version(
     assert again.pop("notes") != before.pop("notes")
     assert timeless(again) == timeless(before)
     assert (out / "counts.json").read_text() == (finished / "counts.json").read_text()
-    (out / folders.ANSWERS).write_bytes(b"".join((finished / folders.ANSWERS).read_bytes().splitlines(True)[:-1]))
+    (out / runner.ANSWERS).write_bytes(b"".join((finished / runner.ANSWERS).read_bytes().splitlines(True)[:-1]))
     assert main(words(out, "--rescore")) == 2
     assert "1 of" in capsys.readouterr().err
     assert main(words(tmp_path / "none", "--rescore")) == 2
@@ -463,7 +464,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_answers_without_configuration_are_refused(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    shutil.copy(finished / folders.ANSWERS, out)
+    shutil.copy(finished / planning.ANSWERS, out)
     assert main(words(out)) == 2
     assert "no config.json" in capsys.readouterr().err
 
@@ -854,26 +855,71 @@ var             50.0       20.0      72.0     81.8       12.3        80.0     84
 verdict: better: beats a control that needs no method (early stop, yes bias) and loses to neither
 vhr is vhr alpha=1.3
 
-method  control     matched               metric  method  control  difference       95 %  verdict
+method  control     matched            metric     method  control  difference       95 %  verdict
 vhr     early stop  recall 72.0, 72.1  CHAIR_i ↓    17.0     19.0       -2.0*  -3.0,-1.0  beats its control
 
-front method  CHAIR_i ↓  - none       95 %  recall ↑  - none     95 %  seconds ↓  quartiles  dominated by
-*     vhr          17.0    -3.1  -6.2,+0.4      72.0     0.0  0.0,0.0     x 1.17
-*     none         20.0                         72.0                      x 1.00
+early stop: none's own captions, ended as soon as the end token comes within a fixed margin, chosen so that recall is
+  the method's. yes bias: a constant added to none's yes-minus-no logit, chosen so that the share of yes is the
+  method's. every head and other heads: the same factor on all heads, and on those the method leaves alone. A method
+  that does not beat its control only moves along the trade-off.
+
+front  method  CHAIR_i ↓  - none       95 %  recall ↑  - none     95 %  seconds ↓  quartiles  dominated by
+*      vhr          17.0    -3.1  -6.2,+0.4      72.0     0.0  0.0,0.0     x 1.17
+*      none         20.0                         72.0                      x 1.00
 
 front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times none's in
   the same batch, median and quartiles over batches; they differ where quartiles do not overlap and medians by more than
-  5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals."""
+  5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals.
+
+vhr: 1.2 points higher POPE accuracy; ending captions earlier does less on CHAIR_i.
+var: no answer changed."""
+
+
+BRIEF = """\
+              CHAIR                           POPE
+method    CHAIR_i ↓  recall ↑     F1 ↑  accuracy ↑  seconds  verdict
+none           20.0      72.0     81.8        80.0      5.0
+vhr            17.0      72.0     81.8        81.2      5.5   better
+  - none       -3.1       0.0      0.0       +1.2*
+  95 %    -6.2,+0.4   0.0,0.0  0.0,0.0   +0.4,+2.0
+var            20.0      72.0     81.8        80.0      5.1
+  = none
+
+- none: paired difference in points; 95 %: its interval over 2000 resamples of the images
+*: the interval excludes 0; = none: no answer changed
+
+vhr: 1.2 points higher POPE accuracy; ending captions earlier does less on CHAIR_i.
+var: no answer changed."""
 
 
 def test_table_snapshot() -> None:
     text = report.text_report(small_results())
     assert text == TABLE
     assert max(map(len, text.splitlines())) <= report.TERMINAL_WIDTH
+    assert report.brief_report(small_results()) == BRIEF
 
 
-def test_table_of_a_run_fits_a_terminal(finished: Path) -> None:
+def test_tables_of_a_run_fit_a_terminal(finished: Path) -> None:
     assert max(map(len, report.text_report(read(finished)).splitlines())) <= report.TERMINAL_WIDTH
+    assert max(map(len, report.brief_report(read(finished)).splitlines())) <= 100
+
+
+def test_a_run_ends_with_sentences_and_names_its_report(
+    words: Any, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    assert main(words(out, "--rescore")) == 0
+    brief = " ".join(capsys.readouterr().out.split())
+    said = sentences(read(finished))
+    assert len(said) == 4 and said[-1] == "var: no answer changed."
+    assert all(sentence in brief for sentence in said) and str(out / "report.html") in brief
+    assert "rep-4" not in brief and "McNemar" not in brief
+    assert main(words(out, "--rescore", "--verbose")) == 0
+    full = " ".join(capsys.readouterr().out.split())
+    assert "rep-4" in full and "McNemar" in full and all(sentence in full for sentence in said)
+    for name in ("report.md", "report.html"):
+        text = html.unescape((out / name).read_text())
+        assert all(sentence in text for sentence in said)
 
 
 def test_markdown_report_says_how_it_was_made() -> None:

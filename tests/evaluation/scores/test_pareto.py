@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vlmfix.evals.benchmarks.base import pace
-from vlmfix.evals.scores.pareto import Point, front, pareto, pareto_rows
+from vlmfix.evals.scores.pareto import Point, front, pareto, pareto_table
 from vlmfix.evals.scores.verdicts import WORDS, verdict, verdict_legend
 
 
@@ -95,12 +95,14 @@ def test_rows_of_a_run_and_its_early_stop_curve() -> None:
 
 
 def test_the_table_has_the_front_first_and_intervals_beside() -> None:
-    rows = pareto_rows(results())
+    table = pareto_table(results())
+    assert table is not None
+    rows = table.rows
     assert [row[1] for row in rows] == ["method", "good", "slow", "short", "none"]
     assert rows[1] == ["*", "good", "10.0", "-10.0*", "-20.0,-5.0", "80.0", "", "", "x 1.02", "", ""]
     assert rows[3][-1] == "good +1"
     only = {**results(), "methods": results()["methods"][:1]}
-    assert pareto_rows(only) == [] and pareto({"methods": [{"label": "none"}]}) == []
+    assert pareto_table(only) is None and pareto({"methods": [{"label": "none"}]}) == []
 
 
 def test_seconds_are_the_median_of_ratios_within_batches() -> None:
@@ -113,7 +115,8 @@ def test_seconds_are_the_median_of_ratios_within_batches() -> None:
         row["chair"]["pace"] = {"median": median, "quartiles": [median - 0.1, median + 0.1], "batches": 4}
     assert {r["label"]: r["relative_seconds"] for r in pareto(made)}["slow"] == 0.7
     assert [r["label"] for r in pareto(made) if r["front"]] == ["slow"], "the sums of seconds play no part"
-    assert pareto_rows(made)[1][8:10] == ["x 0.70", "0.60,0.80"]
+    table = pareto_table(made)
+    assert table is not None and table.rows[1][8:10] == ["x 0.70", "0.60,0.80"]
     for row in made["methods"]:
         row["chair"]["pace"]["batches"] = 3
     assert [r["label"] for r in pareto(made) if r["front"]] == ["good", "slow"], "three batches say nothing about time"

@@ -8,11 +8,11 @@ from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.chair.text_quality import length_matched
 from vlmfix.evals.benchmarks.yes_no import paired_answers, score_labels
-from vlmfix.evals.report import text as report
-from vlmfix.evals.report.text import answers_rows, quality_rows
+from vlmfix.evals.report.rows import answers_table, quality_table
+from vlmfix.evals.report.summary import legend
 from vlmfix.evals.scores import differences as quality
 from vlmfix.evals.stats.tests import mcnemar
-from vlmfix.evals.tables import difference_cell, fitting_table, p_cell
+from vlmfix.evals.tables import Table, difference_cell, p_cell
 
 MATCHER = ChairMatcher()
 
@@ -145,45 +145,45 @@ def results():
 
 
 QUALITY = """\
-                                            at equal words                            at equal   mentions
-method  words  rep-4 ↓  loops ↓  cut off ↓       CHAIR_i ↓  none   - none       95 %    - none       95 %
+                                            at equal words                       at equal mentions
+method  words  rep-4 ↓  loops ↓  cut off ↓  CHAIR_i ↓  none   - none       95 %  - none       95 %
 none     12.3      1.3      2.0       10.0
-vhr      12.3      1.3      2.0       10.0            12.0  15.0  -3.0(*)  -5.0,-1.0      +1.0  -2.0,+4.0
-var      12.3      1.3      2.0       10.0          = none"""
+vhr      12.3      1.3      2.0       10.0       12.0  15.0  -3.0(*)  -5.0,-1.0    +1.0  -2.0,+4.0
+var      12.3      1.3      2.0       10.0     = none"""
 
 ANSWERS = """\
-POPE  MCC ↑  - none       95 %  questions  only method  only none      p  p (Holm)
-none   80.0
-vhr    80.0    +2.0  -1.0,+5.0         60            5          2  0.453     0.900
-var    80.0  = none"""
+      method  unparsed  MCC ↑  - none       95 %  questions  only method  only none      p  p (Holm)
+pope  none               80.0
+pope  vhr                80.0    +2.0  -1.0,+5.0         60            5          2  0.453     0.900
+pope  var                80.0  = none"""
 
 
 def test_small_tables_snapshot():
-    assert fitting_table(quality_rows(results()), 120) == QUALITY
-    assert fitting_table(answers_rows(results()), 120) == ANSWERS
+    assert quality_table(results()).plain(120) == QUALITY
+    assert answers_table(results()).plain(120) == ANSWERS
 
 
 def test_a_run_of_the_baseline_alone():
     alone = {"methods": results()["methods"][:1]}
-    assert quality_rows(alone)[1:] == [
+    assert quality_table(alone).rows == [
         ["method", "words", "rep-4 ↓", "loops ↓", "cut off ↓"],
         ["none", "12.3", "1.3", "2.0", "10.0"],
     ]
-    assert answers_rows(alone) == []
+    assert answers_table(alone) is None
 
 
 def test_tables_of_what_was_not_measured_are_left_out():
     old = {"methods": [{"label": "none", "chair": {"changed": 0}, "pope": {"changed": 0}}]}
-    assert quality_rows(old) == [] == answers_rows(old)
+    assert quality_table(old) is None and answers_table(old) is None
 
 
 def test_a_wide_table_is_drawn_narrower():
     rows = [["a" * 20, "b" * 20, "c" * 20]] * 2
-    assert len(fitting_table(rows, 64).split("\n")[0]) == 64
-    assert len(fitting_table(rows, 63).split("\n")[0]) == 62
+    assert len(Table(rows).plain(64).split("\n")[0]) == 64
+    assert len(Table(rows).plain(63).split("\n")[0]) == 62
 
 
 def test_legend_names_the_correction_only_where_it_does_something():
     fixed = {"methods": [], "intervals": {"resamples": 2000}}
-    assert "Holm" not in " ".join(report.legend({**fixed, "corrections": {"rows": 1}}))
-    assert "Holm's correction for 3 rows" in " ".join(report.legend({**fixed, "corrections": {"rows": 3}}))
+    assert "Holm" not in " ".join(legend({**fixed, "corrections": {"rows": 1}}))
+    assert "Holm's correction for 3 rows" in " ".join(legend({**fixed, "corrections": {"rows": 3}}))

@@ -1,0 +1,78 @@
+"""What a run found, one plain sentence per row: ``vhr: 1.0 points fewer invented objects, 1.0 points lower recall``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..benchmarks.columns import Metric, changed_methods, used_metrics
+from ..scores.verdicts import FREE_CONTROLS, verdict
+from ..tables import is_certain
+
+
+def headline_columns(results: Mapping[str, Any]) -> list[Metric]:
+    """The figures that the short table of a run shows, and that its sentences speak of."""
+    return [metric for metric in used_metrics(results) if metric.headline]
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """Say of every row that is compared with another one what is certain about it.
+
+    A difference is named where its interval excludes zero after the correction. A control that needs no method is named
+    where it does as much as a method that improves on the figure compared, or is told apart from the method.
+
+    Args:
+        results: The content of ``results.json``, or what ``vlmfix compare`` writes.
+    """
+    changed = set(changed_methods(results))
+    said = []
+    for row in results["methods"]:
+        if "differences" not in row:
+            continue
+        if row["label"] not in changed:
+            said.append(f"{row['label']}: no answer changed.")
+            continue
+        found = list(_differences(results, row)) or [f"not told apart from {results.get('reference', 'none')}"]
+        clauses = [", ".join(found), *_controls(results, row)]
+        if verdict(results, row) == "loops":
+            clauses.append("but more of its captions loop or are cut off, so that its other figures mean little")
+        said.append(f"{row['label']}: {'; '.join(clauses)}.")
+    return said
+
+
+def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+    for metric in headline_columns(results):
+        found = row["differences"].get(metric.key)
+        if is_certain(found):
+            size = f"{abs(found['estimate']) * (100 if metric.percent else 1):.1f}"
+            less, more = metric.phrases
+            yield f"{'under 0.1' if size == '0.0' else size} points {more if found['estimate'] > 0 else less}"
+
+
+_OUTCOMES = {"better": "less", "worse": "more"}  # of the method, and what the control then does
+
+
+def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+    """What the controls that need no method achieve beside a method."""
+    columns = {metric.key: metric for metric in used_metrics(results)}
+    for control, phrase in FREE_CONTROLS.items():
+        compared: dict[str, list[Metric]] = {}
+        for line in results.get("controls", ()):
+            if (line["method"], line["control"]) == (row["label"], control) and line["metric"] in columns:
+                outcome = line.get("verdict_holm", line["verdict"])
+                compared.setdefault(outcome, []).append(columns[line["metric"]])
+        decided = [outcome for outcome in _OUTCOMES if outcome in compared]
+        if decided:
+            told = (f"{_OUTCOMES[each]} on {_listed(compared[each])}" for each in decided)
+            yield f"{phrase} does {' and '.join(told)}"
+        elif any(_is_gain(row, metric) for metric in compared.get("same", ())):
+            yield f"{phrase} does as much"
+
+
+def _listed(columns: Sequence[Metric]) -> str:
+    return ", ".join(metric.full_title for metric in columns)
+
+
+def _is_gain(row: Mapping[str, Any], metric: Metric) -> bool:
+    difference = row["differences"].get(metric.key)
+    return difference is not None and is_certain(difference) and difference["estimate"] * metric.better > 0
