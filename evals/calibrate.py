@@ -19,7 +19,7 @@ from .flags import IMAGES, MODEL, OUTPUT, add_verb, option
 from .options import DataOptions, EvalOptions
 from .run.generate import PromptBuilder
 from .run.methods import parse_settings
-from .run.models import find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from .run.models import find_model, fitting_threads, load_model
 
 TESTBED_IMAGES = 40
 
@@ -75,8 +75,6 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     import vlmfix
     from vlmfix.calibration.calibrate import plan
 
-    from . import testbed
-
     run, settings, asks = options.filled_in(), options.parameters, options.asks
     out = options.out or Path(f"{options.method}.json")
     if not out.parent.is_dir():
@@ -85,14 +83,8 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     tasks = make_tasks(run)
     samples, max_new_tokens = _samples(tasks, asks)
     check_excluded([int(sample.image_id) for sample in samples], options.exclude)
-    source = find_model(testbed.MODEL_DIR, name="testbed") if run.model is None else find_model(run.model)
-    device = resolve_device(run.device)
-    model = load_model(
-        source,
-        dtype=resolve_dtype(run.dtype, device, source.config),
-        device=device,
-        attn_implementation=run.attn_implementation,
-    )
+    source = find_model(run.model)
+    model = load_model(source, dtype=run.dtype, device=run.device, attn_implementation=run.attn_implementation)
     images = len({sample.image_id for sample in samples})
     show(f"{source.name}: {options.method} from {len(samples)} {'questions' if asks else 'prompts'} on {images} images")
     with fitting_threads(model):

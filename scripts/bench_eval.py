@@ -28,10 +28,10 @@ from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.answer_log import AnswerLog
 from vlmfix.evals.run.answering import generate_answers
+from vlmfix.evals.run.batches import AnswerPlan
 from vlmfix.evals.run.generate import Generator
 from vlmfix.evals.run.models import fitting_threads, load_model
-from vlmfix.evals.run.plan import AnswerPlan, EvalRun, plan_run
-from vlmfix.evals.run.shards import Shard
+from vlmfix.evals.run.plan import EvalRun, plan_run
 
 Texts = dict[str, str]
 
@@ -41,7 +41,7 @@ def evaluated(run: EvalRun, model: Any, folder: Path) -> Texts:
     run = dataclasses.replace(run, folder=folder)
     plan = AnswerPlan(run)
     with AnswerLog(folder / "answers.jsonl") as log:
-        generate_answers(run, plan, log, run.total, Shard(), model)
+        generate_answers(plan, log, run.total, model=model)
         return {key: record["text"] for key, record in log.records.items()}
 
 

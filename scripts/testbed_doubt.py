@@ -22,7 +22,7 @@ from vlmfix.evals.inspect.words import Eye, ask_for, context_of, word_of, word_s
 from vlmfix.evals.options import CHAIR_PROMPT
 from vlmfix.evals.run.generate import Generator, PromptBuilder
 from vlmfix.evals.run.models import find_model, fitting_threads, load_model
-from vlmfix.evals.testbed import MODEL_DIR, SPLITS
+from vlmfix.evals.testbed import SPLITS
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.vocabulary import SCENES
 from vlmfix.observe.words import decode, locate_mentions
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(split: Any, scenes: Sequence[int], batch_size: int = 32) -> Iterator[Named]:
     """Look at every object named in the stock model's captions of some scenes."""
-    source = find_model(MODEL_DIR, name="testbed")
+    source = find_model(None)
     model = load_model(source, dtype="float32", device="cpu")
     with fitting_threads(model):
         for start in range(0, len(scenes), batch_size):

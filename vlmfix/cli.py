@@ -98,7 +98,7 @@ def _need_evals() -> None:
 
     missing = [
         name
-        for name in ("jinja2", "matplotlib", "numpy", "PIL", "pycocotools", "tqdm")
+        for name in ("filelock", "jinja2", "matplotlib", "numpy", "PIL", "pycocotools", "tqdm")
         if importlib.util.find_spec(name) is None
     ]
     if missing:

@@ -16,7 +16,7 @@ from ..flags import IMAGES, MODEL, OUTPUT, add_verb, option
 from ..options import CHAIR_PROMPT, TESTBED_SPLITS, Options
 from ..run.generate import PromptBuilder
 from ..run.methods import MethodSpec, load_recipe, plan_methods
-from ..run.models import ModelSource, find_model, fitting_threads, load_model, resolve_device, resolve_dtype
+from ..run.models import ModelSource, find_model, fitting_threads, load_model, placement
 from ..testbed import MODELS
 from .look import Inspection, inspect_picture
 from .words import Eye
@@ -57,15 +57,11 @@ def inspect_command(options: InspectOptions) -> Inspection:
 
     picture, name, objects, scene_words = _picture(options)
     on_testbed = options.model is None
-    source = find_model(testbed.MODEL_DIR, name="testbed") if options.model is None else find_model(options.model)
+    source = find_model(options.model)
     recipe = load_recipe(testbed.RECIPE) if on_testbed else None
     specs = _specs(options, recipe)
-    device = resolve_device(options.device)
     model = load_model(
-        source,
-        dtype=resolve_dtype(options.dtype, device, source.config),
-        device=device,
-        attn_implementation=options.attn_implementation,
+        source, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
     eye = Eye(
         model,
@@ -78,7 +74,7 @@ def inspect_command(options: InspectOptions) -> Inspection:
         options.max_new_tokens or (64 if on_testbed else 256),
     )
     with fitting_threads(model):
-        return inspect_picture(eye, specs, title=f"{name} · {source.name}", facts=_facts(source, model, device, name))
+        return inspect_picture(eye, specs, title=f"{name} · {source.name}", facts=_facts(source, model, name))
 
 
 def _specs(options: InspectOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
@@ -90,11 +86,11 @@ def _specs(options: InspectOptions, recipe: Mapping[str, Any] | None) -> list[Me
     return [spec for spec in plan_methods(wanted, recipe) if spec.role == "method"]
 
 
-def _facts(source: ModelSource, model: Any, device: str, name: str) -> tuple[str, ...]:
+def _facts(source: ModelSource, model: Any, name: str) -> tuple[str, ...]:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return (
         f"{source.name}: {type(model).__name__}, {size:,.1f} M parameters, {str(model.dtype).removeprefix('torch.')}, "
-        f"{device}, attention {model.config._attn_implementation}; greedy decoding",
+        f"{placement(model)}, attention {model.config._attn_implementation}; greedy decoding",
         f"picture: {name}",
     )
 

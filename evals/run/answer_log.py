@@ -1,4 +1,4 @@
-"""The run folder on disk: an append-only answer log that survives a kill, and files written atomically."""
+"""The answers of a run on disk: an append-only log that survives a kill, and that one run at a time writes to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from vlmfix.errors import DataError, VlmfixError
 
@@ -17,17 +20,11 @@ from ..data.write import canonical_line, write_error
 logger = logging.getLogger("vlmfix.evals")
 
 
-try:
-    import fcntl
-except ImportError:  # Windows: no advisory locks, a second run into the same folder is not noticed.
-    fcntl = None  # type: ignore[assignment]
-
-
 class AnswerLog:
     """Append-only JSON lines, one per answer, each with a unique ``key``.
 
     A torn last line (the process was killed, the disk was full) is dropped with a log message when the file is opened
-    again; any other line that cannot be read is an error. While open, the file is locked against a second run.
+    again; any other line that cannot be read is an error. While the log is open, a second run cannot open it.
 
     Attributes:
         path: The file.
@@ -48,32 +45,36 @@ class AnswerLog:
         """
         self.path = path
         self.records: dict[str, dict[str, Any]] = {key: dict(record) for key, record in (known or {}).items()}
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
             # Unbuffered: a line is on its way to the disk when `append` returns, and nothing is left to fail at close.
-            self._file = path.open("a+b", buffering=0)
+            self._file = path.open("a+b" if keep else "w+b", buffering=0)
         except OSError as error:
+            self._release_lock()
             raise write_error(path, error) from error
         try:
-            self._lock()
-            if not keep:
-                self._file.truncate(0)
             self._read()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
+    def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             raise VlmfixError(
                 f"another run is writing to {self.path.parent}; wait for it or choose --out DIR"
             ) from error
-        except OSError:  # Some network file systems have no locks; that must not stop a run.
+        except NotImplementedError:  # Some network file systems have no locks; that must not stop a run.
             logger.warning("no file lock on %s: make sure that only one run writes to it", self.path)
+
+    def _release_lock(self) -> None:
+        if self._lock.is_locked:
+            with suppress(OSError):  # Windows does not remove what is open, and filelock removes it there.
+                Path(self._lock.lock_file).unlink()  # While it is held: nobody else's lock is removed.
+            self._lock.release()
 
     def _read(self) -> None:
         data = self.path.read_bytes()
@@ -112,8 +113,9 @@ class AnswerLog:
             view = view[self._file.write(view) :]
 
     def close(self) -> None:
-        """Close the file (and release its lock); a second call does nothing."""
+        """Close the file and release the lock; a second call does nothing."""
         self._file.close()
+        self._release_lock()
 
     def __enter__(self) -> AnswerLog:
         return self

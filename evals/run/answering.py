@@ -2,27 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import vlmfix
+from vlmfix.errors import VlmfixError
 
 from ..data.coco import load_image
-from ..data.samples import Answer, Sample
-from .answer_log import AnswerLog
-from .batches import Answerer, AnswerPlan, EncodedBatch
+from ..data.samples import Answers, Sample
+from ..data.write import remove_unfinished
+from .answer_log import AnswerLog, read_records
+from .batches import AnswerPlan, as_record
 from .features import ImageFeatures
+from .folder import ANSWERS, CONFIG, write_config
 from .generate import Generator
+from .memory import Answerer, EncodedBatch
 from .methods import MethodSpec
 from .models import fitting_threads, load_model
-from .plan import EvalRun, write_config
+from .plan import EvalRun
 from .progress import Progress
 from .provenance import runtime_info
-from .shards import Elsewhere, Shard
+from .shards import Elsewhere, Shard, merge_parts
+
+Show = Callable[[str], None]
 
 
-def load_run_model(run: EvalRun, shard: Shard) -> Any:
+def answer_run(run: EvalRun, shard: Shard, show: Show, *, before: Callable[[], str] = str) -> dict[str, Answers]:
+    """Generate what a run's folder lacks, and return every method's answers.
+
+    Args:
+        run: The run; its folder was checked.
+        shard: This process's place; the main one.
+        show: Takes lines on the progress.
+        before: Makes a line for a run that has no answer yet; empty for none.
+
+    Raises:
+        VlmfixError: See the message; answers written so far are kept.
+        EvalInterrupted: Ctrl-C; likewise.
+    """
+    options = run.options
+    with AnswerLog(run.folder / ANSWERS, keep=options.resume) as log:
+        remove_unfinished(run.folder)
+        if not (options.resume and (run.folder / CONFIG).is_file()):
+            write_config(run, runtime=None, resolved=None)
+        merge_parts(run.folder, log, keep=options.resume)
+        plan = AnswerPlan(run)
+        missing = plan.missing(log)
+        if missing < run.total:
+            show(f"{run.total - missing} answers are there already, {missing} to go")
+        if missing and options.rescore:
+            raise VlmfixError(
+                f"{missing} of {run.total} answers are not in {run.folder}, and --rescore generates none; "
+                "type the same command without it"
+            )
+        if missing == run.total and (line := before()):
+            show(line)
+        with _interruptible(plan, log):
+            if shard.world > 1:
+                show(f"{shard.world} processes share the batches")
+                shard.wait()
+                answer_share(plan, shard, known=log, missing=missing, show=show)
+            elif missing:
+                generate_answers(plan, log, missing, show=show)
+        merge_parts(run.folder, log)
+        if missing := plan.missing(log):
+            raise VlmfixError(
+                f"{missing} of {run.total} answers are not in {run.folder}: a process failed, or runs on a machine "
+                "that does not share this folder. Name a shared one with --out DIR; the same command answers the rest"
+            )
+        return plan.answers(log)
+
+
+class EvalInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; its text says how many answers are kept and how to go on."""
+
+
+@contextmanager
+def _interruptible(plan: AnswerPlan, log: AnswerLog) -> Iterator[None]:
+    """Say on Ctrl-C what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        run = plan.run
+        raise EvalInterrupted(
+            f"interrupted: {run.total - plan.missing(log)} of {run.total} answers are kept in {run.folder}; "
+            f"to go on, type: {run.options.resume_line}"
+        ) from error
+
+
+def answer_share(
+    plan: AnswerPlan, shard: Shard, *, known: AnswerLog | None = None, missing: int = 0, show: Show | None = None
+) -> None:
+    """Answer this process's batches into a file of its own, and wait for the others.
+
+    Args:
+        plan: The batches and keys of the run.
+        shard: This process's place.
+        known: Answers that were there before; a process that is not the main one reads them, once the main one has
+            checked the folder and merged what earlier runs left.
+        missing: Answers that all processes are to give, for the progress.
+        show: Takes lines on the progress; None shows none.
+    """
+    folder = plan.run.folder
+    if known is None:
+        shard.wait()
+    records = read_records(folder / ANSWERS) if known is None else known.records
+    with AnswerLog(shard.part(folder), known=records) as part:
+        mine = plan.missing(part, shard)
+        shard.wait()  # everybody knows by now what was there before
+        if mine:
+            generate_answers(plan, part, missing, shard, show=show)
+    shard.wait()
+
+
+def load_run_model(run: EvalRun, shard: Shard | None = None) -> Any:
     """Load a run's model, for one of its processes.
 
     Raises:
@@ -31,44 +126,41 @@ def load_run_model(run: EvalRun, shard: Shard) -> Any:
     return load_model(
         run.source,
         dtype=run.settings["model"]["dtype"],
-        device=shard.device(run.device),
+        device=(shard or Shard()).device(run.device),
         attn_implementation=run.options.attn_implementation,
     )
 
 
 def generate_answers(
-    run: EvalRun,
     plan: AnswerPlan,
     log: AnswerLog,
     missing: int,
-    shard: Shard,
+    shard: Shard | None = None,
     model: Any = None,
     *,
-    show: Callable[[str], None] | None = None,
+    show: Show | None = None,
 ) -> None:
     """Load the model and generate every answer the log lacks; each batch is answered by all methods in turn.
 
-    With several processes, those of this one's batches.
-
     Args:
-        run: What to run.
-        plan: Its batches and keys.
+        plan: The batches and keys of the run.
         log: What is there, and where answers go.
         missing: Answers to come, those of all processes.
-        shard: This process's place.
+        shard: This process's place among several: only its batches are answered.
         model: The model, if it is loaded already; it is used as it is.
         show: Takes lines on the progress; None shows none.
 
     Raises:
         VlmfixError: Loading or patching failed, memory or the disk is full; the answers so far are kept.
     """
+    shard = shard or Shard()
     if model is None:
-        model = load_run_model(run, shard)
+        model = load_run_model(plan.run, shard)
     with fitting_threads(model):
-        share = _Share(run, plan, log, model)
+        share = _Share(plan, log, model)
         if shard.is_main:
             share.describe()
-        with Progress(missing, say=show, elsewhere=Elsewhere(run.folder, shard)) as progress:
+        with Progress(missing, say=show, elsewhere=Elsewhere(plan.run.folder, shard)) as progress:
             for index, batch in enumerate(plan.batches):
                 if shard.owns(index):
                     share.answer(batch, f"{index + 1}/{len(plan.batches)}", progress)
@@ -87,11 +179,13 @@ class _Row:
 class _Share:
     """What this process answers, with one model."""
 
-    def __init__(self, run: EvalRun, plan: AnswerPlan, log: AnswerLog, model: Any) -> None:
-        self._run, self._plan, self._log = run, plan, log
+    def __init__(self, plan: AnswerPlan, log: AnswerLog, model: Any) -> None:
+        run = plan.run
+        self._plan, self._log = plan, log
         self._generator = Generator(model, run.source.processor)
         self._features = ImageFeatures(model) if run.options.reuse_images else None
         self._answerer = Answerer(self._generator, self._features)
+        self._is_warm = False
         self._rows: list[_Row] = []
         self._resolved: dict[str, Any] = {}
         for spec in run.methods:
@@ -104,13 +198,13 @@ class _Share:
 
     def describe(self) -> None:
         """Write ``config.json`` with what is known of the model and the machine."""
-        model = self._generator.model
+        run, model = self._plan.run, self._generator.model
         runtime = {
-            **runtime_info(self._run.options, self._run.batch_size, model),
+            **runtime_info(run.options, run.batch_size, model),
             "image_features": {"reused": False} if self._features is None else self._features.summary(),
             "generation_config": model.generation_config.to_diff_dict(),
         }
-        write_config(self._run, runtime=runtime, resolved=self._resolved)
+        write_config(run, runtime=runtime, resolved=self._resolved)
 
     def answer(self, batch: Sequence[Sample], place: str, progress: Progress) -> None:
         """Answer what the log lacks of a batch: first turns, then second ones, which follow a method's own answers."""
@@ -136,35 +230,14 @@ class _Share:
             prompts = [str(plan.prompt(row.spec, sample, log.records)) for sample in turn]
             if encoded is None or prompts != encoded.prompts:
                 encoded = EncodedBatch(self._generator, prompts, images)
-            if not progress.done:  # The first pass through a model is slow for reasons that are no method's fault.
+            if not self._is_warm:  # The first pass through a model is slow for reasons that are no method's fault.
                 self._answerer.answer(encoded, self._rows[0].spec.label, None, first.records, 1)
-            what = f"{first.benchmark} {place} {row.spec.label}"
-            progress.begin(what)
+                self._is_warm = True
+            progress.begin(f"{first.benchmark} {place} {row.spec.label}")
             answers = self._answerer.answer(encoded, row.spec.label, row.method, first.records, first.max_new_tokens)
             log.append(
-                _record(str(plan.key(row.spec, sample, log.records)), row.spec, sample, answer)
+                as_record(str(plan.key(row.spec, sample, log.records)), row.spec, sample, answer)
                 for sample, answer, want in zip(turn, answers, wanted, strict=True)
                 if want
             )
-            progress.add(sum(wanted), what)
-
-
-def _record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "key": key,
-        "method": spec.label,
-        "benchmark": sample.benchmark,
-        "image_id": sample.image_id,
-        "question": sample.question,
-        "text": answer.text,
-        "truncated": answer.truncated,
-    }
-    if sample.second is not None:
-        record["second"] = sample.second
-    if sample.records == "gaps":
-        record |= {"tokens": list(answer.tokens), "eos_gaps": list(answer.eos_gaps)}
-    elif sample.records == "score":
-        record["score"] = answer.score
-    if answer.rows is not None:
-        record["rows"] = answer.rows
-    return {**record, "seconds": answer.seconds}
+            progress.add(sum(wanted))

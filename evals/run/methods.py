@@ -1,4 +1,4 @@
-"""What an evaluation run is: the user's options, the methods with their controls, and the settings that identify it."""
+"""The rows of a run's table: the methods asked for, their parameters, and the controls that belong to them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import vlmfix
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.files import read_json
+from vlmfix.recipes import method_class, method_from_dict, method_names
 
 from ..options import EvalOptions
+
+ALL = "all"
+"""Among the names of methods: every method that the model takes as it comes."""
+
+
+DEFAULT_METHODS = ("vhr", "var")
 
 
 @dataclass(frozen=True)
@@ -33,15 +42,11 @@ class MethodSpec:
     parent: str | None = None
 
     def build(self) -> Any:
-        """The method object for ``vlmfix.patch``."""
-        from vlmfix.recipes import method_from_dict
-
+        """Return the method object for ``vlmfix.patch``."""
         return method_from_dict(dict(self.params))
 
     def describe(self) -> str:
-        """The label with the parameters that differ from the method's defaults."""
-        from vlmfix.recipes import method_class
-
+        """Return the method's name with the parameters that differ from its defaults."""
         name = str(self.params["method"])
         default = {field.name: field.default for field in fields(method_class(name))}
         changed = [f"{k}={_short(v)}" for k, v in self.params.items() if k in default and default[k] != v]
@@ -57,7 +62,7 @@ def _short(value: Any) -> str:
 
 
 def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
-    """The methods of a run: ``none`` first, then those asked for, each followed by its own controls.
+    """Return the methods of a run: ``none`` first, then those asked for, each followed by its own controls.
 
     Args:
         options: ``methods`` (names, or recipe files of one method, labelled by the file's stem), ``settings``
@@ -67,81 +72,64 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
     Raises:
         MethodError: Unknown method or parameter, or a value out of range; the message lists what exists.
     """
-    names = list(dict.fromkeys(options.methods or ("vhr", "var")))
-    if "none" in names:
-        names.remove("none")
     known = recipe_entries(recipe)
     wanted: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in dict.fromkeys(options.methods or DEFAULT_METHODS):
+        if name == "none":
+            continue
         label, params = _from_file(name) if name.endswith(".json") else (name, {**known.get(name, {}), "method": name})
         if label in wanted:
             raise MethodError(f"--method: two of them are called {label!r}. Rename a recipe file.")
         wanted[label] = params
     _apply_settings(wanted, options.settings)
+    specs = [_baseline()]
     for label, params in wanted.items():
-        _check_decoding(label, params)
-    specs = [MethodSpec("none", _full({"method": "none"}), "baseline")]
-    for name in wanted:
-        spec = MethodSpec(name, _full(wanted[name]), "method")
+        if method_class(params["method"]).searches:
+            raise MethodError(
+                f"--method {label}: it searches beams, one prompt at a time, and the answers of a run are greedy. "
+                "Generate with it yourself and score the captions: vlmfix score chair."
+            )
+        spec = MethodSpec(label, _full(params), "method")
         specs.append(spec)
         # VHR claims that its choice of heads matters: run it with every head, and with the heads it did not choose.
         if options.controls and spec.params.get("select") == "divergent":
             for select in ("all", "unselected"):
                 params = _full({**spec.params, "select": select})
-                specs.append(MethodSpec(f"{name}/{select}", params, "control", name))
+                specs.append(MethodSpec(f"{label}/{select}", params, "control", label))
     return specs
 
 
-def _check_decoding(label: str, params: Mapping[str, Any]) -> None:
-    """Refuse a method that is a search of its own: the answers of a run are greedy, in batches."""
-    from vlmfix.recipes import method_class
+def method_specs(methods: Mapping[str, Any]) -> list[MethodSpec]:
+    """Return rows for a run of given method objects: ``none``, then each under its label.
 
-    if method_class(params["method"]).searches:
-        raise MethodError(
-            f"--method {label}: it searches beams, one prompt at a time, and the answers of a run are greedy. Generate "
-            "with it yourself and score the captions: vlmfix score chair."
-        )
+    Args:
+        methods: Label to method object, such as ``{"vhr 1.1": VHR(alpha=1.1), "vhr 1.2": VHR(alpha=1.2)}``.
+    """
+    return [_baseline(), *(MethodSpec(label, _full(each.to_dict()), "method") for label, each in methods.items())]
 
 
-def recipe_entries(recipe: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """The testbed recipe's parameters by method; empty without a recipe."""
-    return {entry["method"]: dict(entry) for entry in (recipe or {}).get("methods", [])}
+def _baseline() -> MethodSpec:
+    return MethodSpec("none", _full({"method": "none"}), "baseline")
 
 
 def _from_file(path: str) -> tuple[str, dict[str, Any]]:
-    from vlmfix.recipes import load_recipe
-
-    found = load_recipe(path)
+    found = vlmfix.load_recipe(path)
     if len(found) != 1:
         raise MethodError(f"--method {path}: a row of the table is one method, the recipe holds {len(found)}.")
     return Path(path).stem, found[0].to_dict()
 
 
-def method_specs(methods: Mapping[str, Any]) -> list[MethodSpec]:
-    """Rows for a run of given method objects: ``none``, then each under its label.
-
-    Args:
-        methods: Label to method object, such as ``{"vhr 1.1": VHR(alpha=1.1), "vhr 1.2": VHR(alpha=1.2)}``.
-    """
-    rows = [MethodSpec(label, _full(method.to_dict()), "method") for label, method in methods.items()]
-    return [MethodSpec("none", _full({"method": "none"}), "baseline"), *rows]
-
-
 def _full(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The complete, validated dictionary of a method, as JSON gives it back."""
-    from vlmfix.recipes import method_from_dict
-
+    """Return the complete, validated dictionary of a method, as JSON gives it back."""
     return dict(json.loads(json.dumps(method_from_dict({**params, **_measured(params)}).to_dict())))
 
 
 def _measured(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a method reads from files, by parameter: it decides the answers, and a file's name does not say what it is.
+    """Read what a method takes from files: the content decides the answers, and a file's name does not tell it.
 
     Raises:
         DataError: There is no such file, or it is no JSON.
     """
-    from vlmfix.recipes import method_class
-
     given = [f.name for f in fields(method_class(params["method"])) if "Mapping[" in str(f.type)]
     paths = {name: Path(params[name]) for name in given if isinstance(params.get(name), str)}
     remedy = f"type: vlmfix calibrate {params['method']}"
@@ -149,43 +137,41 @@ def _measured(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) -> None:
-    parameters = {name: _parameters(str(params["method"])) for name, params in wanted.items()}
+    """Write ``key=value`` and ``label.key=value`` into the parameters of the methods that have such a key."""
+    parameters = {
+        label: [field.name for field in fields(method_class(str(params["method"])))] for label, params in wanted.items()
+    }
     for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator or not key:
-            raise MethodError(f"--set expects key=value or method.key=value, got {setting!r}")
+        key, text = _split(setting, "key=value or method.key=value")
         owner, dot, parameter = key.rpartition(".")
-        targets = [owner] if dot else [name for name in wanted if parameter in parameters[name]]
         if dot and owner not in wanted:
             raise MethodError(f"--set {setting}: method {owner!r} is not in this run ({', '.join(wanted) or 'none'})")
+        targets = [owner] if dot else [label for label in wanted if parameter in parameters[label]]
         if not targets or parameter not in parameters[targets[0]]:
-            offered = "; ".join(f"{name}: {', '.join(parameters[name])}" for name in (targets or wanted))
+            offered = "; ".join(f"{label}: {', '.join(parameters[label])}" for label in (targets or wanted))
             raise MethodError(f"--set {setting}: no parameter {parameter!r}; parameters are {offered or 'none'}")
-        for name in targets:
-            wanted[name][parameter] = parse_value(text)
-
-
-def _parameters(name: str) -> tuple[str, ...]:
-    from vlmfix.recipes import method_class
-
-    return tuple(field.name for field in fields(method_class(name)))
+        for label in targets:
+            wanted[label][parameter] = parse_value(text)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` texts as a dictionary; values are JSON, or text.
+    """Return ``key=value`` texts as a dictionary; values are JSON, or text.
 
     Raises:
         MethodError: One is no ``key=value``.
     """
-    pairs = [setting.partition("=") for setting in settings]
-    for key, separator, text in pairs:
-        if not separator or not key:
-            raise MethodError(f"--set expects key=value, got {key + text!r}")
-    return {key: parse_value(text) for key, _, text in pairs}
+    return {key: parse_value(text) for key, text in (_split(setting, "key=value") for setting in settings)}
+
+
+def _split(setting: str, expected: str) -> tuple[str, str]:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise MethodError(f"--set expects {expected}, got {setting!r}")
+    return key, text
 
 
 def parse_value(text: str) -> Any:
-    """A value as typed: JSON, or else text."""
+    """Return a value as typed: JSON, or else text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -193,7 +179,7 @@ def parse_value(text: str) -> Any:
 
 
 def load_recipe(path: Path) -> dict[str, Any] | None:
-    """The testbed's method strengths, or None when there is no recipe file.
+    """Read the testbed's method strengths; None when there is no recipe file.
 
     Raises:
         DataError: The file is there but is not a recipe.
@@ -202,13 +188,15 @@ def load_recipe(path: Path) -> dict[str, Any] | None:
         return None
     recipe = read_json(path, what="recipe file", remedy="write it again")
     try:
-        _ = [entry["method"] for entry in recipe["methods"]]
-    except (TypeError, KeyError) as error:
+        recipe_entries(recipe)
+    except (TypeError, KeyError, AttributeError) as error:
         raise DataError(f'{path} is not a recipe: expected {{"methods": [{{"method": ...}}]}} ({error})') from error
     return dict(recipe)
 
 
-ALL = "all"
+def recipe_entries(recipe: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return a recipe's parameters by method; empty without a recipe."""
+    return {entry["method"]: dict(entry) for entry in (recipe or {"methods": []})["methods"]}
 
 
 def expand_all(
@@ -227,12 +215,12 @@ def expand_all(
     if ALL not in names:
         return tuple(names), {}
     takes, refused = every_method(config, known)
-    expanded = [each for name in names for each in (takes if name == ALL else [name])]
-    return tuple(dict.fromkeys(expanded)), {name: why for name, why in refused.items() if name not in expanded}
+    expanded = dict.fromkeys(each for name in names for each in (takes if name == ALL else [name]))
+    return tuple(expanded), {name: why for name, why in refused.items() if name not in expanded}
 
 
 def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
-    """Which methods a model takes with no calibration file and no flag.
+    """Find which methods a model takes with no calibration file and no flag.
 
     The model is built without weights and patched with each. A method that only fails for want of weights (it would
     look at them when patching) is taken.
@@ -244,10 +232,7 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
     Returns:
         The names of those that it takes, and name -> reason of the others.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
-
-    from vlmfix.recipes import method_class, method_from_dict, method_names
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
@@ -272,7 +257,7 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
 
 
 def skipped_notes(skipped: Mapping[str, str]) -> list[str]:
-    """What the report says about methods left out."""
+    """Return what the report says about methods left out."""
     return [
         f"left out: {reason if reason.startswith(name) else f'{name}: {reason}'}" for name, reason in skipped.items()
     ]

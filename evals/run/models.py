@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 
 from vlmfix.errors import UnsupportedModelError, VlmfixError
+from vlmfix.model.anatomy import input_device
 from vlmfix.observe.words import single_tokens
 
+from .. import testbed
 from ..data.write import file_digest
 from ..testbed import MODELS, model_folder
-
-logger = logging.getLogger("vlmfix.evals")
-
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -50,12 +48,11 @@ class ModelSource:
     identity: dict[str, Any]
 
 
-def find_model(location: str | Path, *, name: str | None = None) -> ModelSource:
+def find_model(location: str | Path | None) -> ModelSource:
     """Read the configuration and the processor of a model, not its weights.
 
     Args:
-        location: Local folder, hub id, or the name of one of the testbed's models.
-        name: Name used in reports; the location by default.
+        location: Local folder, hub id, or the name of one of the testbed's models; None is its default model.
 
     Raises:
         UnsupportedModelError: No such folder, no model in it, not a vision-language model, or no processor.
@@ -63,7 +60,7 @@ def find_model(location: str | Path, *, name: str | None = None) -> ModelSource:
     """
     from transformers import AutoConfig, AutoProcessor
 
-    text = str(location)
+    text = str(testbed.MODEL_DIR if location is None else location)
     for own in MODELS:
         if text == own and not Path(text).is_dir():
             text = str(model_folder(own))
@@ -95,7 +92,8 @@ def find_model(location: str | Path, *, name: str | None = None) -> ModelSource:
         "weights": folder_digest(folder) if local else f"{text} {revision}",
         "processor": processor_digest(processor),
     }
-    return ModelSource(name or str(location), text, revision, config, processor, identity)
+    name = "testbed" if location is None else str(location)
+    return ModelSource(name, text, revision, config, processor, identity)
 
 
 def _load_failure(location: str, part: str, error: Exception) -> str:
@@ -159,8 +157,6 @@ def resolve_device(device: str | None) -> str:
     Raises:
         VlmfixError: CUDA was asked for and is not there.
     """
-    import torch
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -173,8 +169,6 @@ def resolve_dtype(dtype: str | None, device: str, config: Any) -> str:
 
     Without a wish it is float32 on the CPU and the checkpoint's own type elsewhere.
     """
-    import torch
-
     if dtype not in (None, *DTYPES):
         raise VlmfixError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype in (None, "auto"):
@@ -185,22 +179,26 @@ def resolve_dtype(dtype: str | None, device: str, config: Any) -> str:
     return str(dtype)
 
 
-def load_model(source: ModelSource, *, dtype: str, device: str, attn_implementation: str | None = None) -> Any:
+def load_model(
+    source: ModelSource, *, dtype: str | None = None, device: str | None = None, attn_implementation: str | None = None
+) -> Any:
     """Load the weights, in evaluation mode.
 
     Args:
         source: From ``find_model``.
-        dtype: Name of a torch floating-point type.
-        device: Device of the whole model, or ``"auto"`` for accelerate's placement over several.
+        dtype: Name of a torch floating-point type; None as :func:`resolve_dtype` has it.
+        device: Device of the whole model, or ``"auto"`` for accelerate's placement over several; None as
+            :func:`resolve_device` has it.
         attn_implementation: transformers' own choice when None.
 
     Raises:
         UnsupportedModelError: transformers cannot load it; the message gives its reason.
+        VlmfixError: There is no such device.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    device = resolve_device(device)
+    options: dict[str, Any] = {"dtype": getattr(torch, resolve_dtype(dtype, device, source.config))}
     if device == "auto":
         options["device_map"] = "auto"
     if attn_implementation is not None:
@@ -226,15 +224,9 @@ slower and twice as fast; where anything else ran beside them they made it up to
 @contextmanager
 def fitting_threads(model: Any) -> Iterator[None]:
     """Run a small model on the CPU with one thread, and restore the number of threads afterwards."""
-    import torch
-
-    from vlmfix.model.anatomy import input_device
-
     before = torch.get_num_threads()
-    small = (
-        input_device(model).type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
-    )
-    torch.set_num_threads(1 if small else before)
+    if input_device(model).type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
     try:
         yield
     finally:

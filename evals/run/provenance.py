@@ -1,4 +1,4 @@
-"""What an evaluation run is: the user's options, the methods with their controls, and the settings that identify it."""
+"""Where answers come from: versions, the machine, and in which settings two runs differ."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import vlmfix
 
 from ..data.write import digest
 from ..options import EvalOptions
+from .models import placement
 
 SCHEMA_VERSION = 1
 
 
 def versions() -> dict[str, str]:
-    """Versions that can change an answer, with a digest of vlmfix's own source (an editable install changes)."""
+    """Return the versions that can change an answer, and a digest of vlmfix's source (an editable install changes)."""
     packages = ("torch", "transformers", "tokenizers", "pillow", "torchvision")
     found = {"vlmfix": vlmfix.__version__, "vlmfix_source": source_digest()}
     for package in packages:
@@ -30,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def source_digest() -> str:
-    """First 16 hex digits of SHA-256 over the plugin's source files (the command line aside)."""
+    """Return the first 16 hex digits of SHA-256 over the plugin's source files (the command line aside)."""
     root = Path(vlmfix.__file__).parent
     hasher = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -41,11 +44,7 @@ def source_digest() -> str:
 
 
 def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str, Any]:
-    """What is worth knowing about a run without being part of its identity: command, machine, batch size."""
-    import torch
-
-    from .models import placement
-
+    """Return what is worth knowing about a run without being part of its identity: command, machine, batch size."""
     return {
         "command": options.command_line,
         "batch_size": batch_size,
@@ -59,13 +58,13 @@ def runtime_info(options: EvalOptions, batch_size: int, model: Any) -> dict[str,
 
 
 def run_name(model: str, settings: Mapping[str, Any]) -> str:
-    """Default name of a run folder: the model's name and the first eight digits of the settings' digest."""
+    """Return the default name of a run folder: the model's name and the first eight digits of the settings' digest."""
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name) or "model"
     return f"{stem}-{digest(settings)[:8]}"
 
 
 def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line per setting in which two runs differ, nested names joined by dots."""
+    """Return one line per setting in which two runs differ, nested names joined by dots."""
     return [
         f"{name}: {_clip(old_value)} in the folder, {_clip(new_value)} now"
         for name, old_value, new_value in setting_differences(old, new)
@@ -73,7 +72,7 @@ def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 
 
 def setting_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """Dotted name, old value and new value of every setting in which two runs differ; ``"nothing"`` for none."""
+    """Yield dotted name, old and new value of every setting in which two runs differ; ``"nothing"`` for none."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             yield from setting_differences(

@@ -20,8 +20,9 @@ from ..options import BenchmarkOptions
 from ..run.answer_log import AnswerLog
 from ..run.answering import generate_answers, load_run_model
 from ..run.batches import AnswerPlan
+from ..run.folder import ANSWERS, CONFIG, check_folder, read_config, write_config
 from ..run.methods import method_specs, parse_settings
-from ..run.plan import ANSWERS, CONFIG, RUNS, EvalRun, check_folder, plan_run, read_config, with_methods, write_config
+from ..run.plan import RUNS, EvalRun, plan_run, with_methods
 from ..run.shards import Shard
 from ..scores.score_run import score_run
 from ..tables import difference_cell, interval_cell, number, plain_table
@@ -223,15 +224,14 @@ class _Tried:
 def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Callable[[str], None]) -> _Tried:
     """Evaluate setting after setting with one loaded model; answers of an earlier, interrupted run are used again."""
     loaded: list[Any] = []
-    shard = Shard.here()
 
     def answered(run: EvalRun, log: AnswerLog) -> Goal:
         plan = AnswerPlan(run)
         missing = plan.missing(log)
         if missing:
             if not loaded:
-                loaded.append(load_run_model(run, shard))
-            generate_answers(run, plan, log, missing, shard, model=loaded[0])
+                loaded.append(load_run_model(run))
+            generate_answers(plan, log, missing, model=loaded[0])
         return goal_of(
             score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0]
         )

@@ -19,7 +19,7 @@ from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.data.records import read_ids
 from vlmfix.evals.power import read_pilot
 from vlmfix.evals.run.answer_log import AnswerLog, read_records
-from vlmfix.evals.run.plan import read_config
+from vlmfix.evals.run.folder import read_config
 from vlmfix.evals.scores.counts import load_run
 from vlmfix.recipes import load_recipe
 

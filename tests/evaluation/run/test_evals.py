@@ -40,6 +40,7 @@ from vlmfix.evals.report.sentences import sentences
 from vlmfix.evals.run import answer_log as cache
 from vlmfix.evals.run import answering, generate, models, provenance
 from vlmfix.evals.run import batches as answer_plan
+from vlmfix.evals.run import folder as folders
 from vlmfix.evals.run import methods as config
 from vlmfix.evals.run import plan as planning
 from vlmfix.evals.scores import controls as control_lines
@@ -80,7 +81,7 @@ def finished(home: Path) -> Path:
 
 def lines(folder: Path) -> dict[str, str]:
     """Every answer's line without its time, by key."""
-    text = (folder / planning.ANSWERS).read_text()
+    text = (folder / folders.ANSWERS).read_text()
     assert text.endswith("\n")
     rows = [line.rpartition(',"seconds":')[0] for line in text.splitlines()]
     assert len({json.loads(row + "}")["key"] for row in rows}) == len(rows), "no answer twice"
@@ -142,7 +143,7 @@ def test_results_schema(finished: Path) -> None:
 
 def test_text_quality_and_paired_answers_of_a_run(finished: Path) -> None:
     results = read(finished)
-    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
     for method in results["methods"]:
         own = [row for row in rows if row["method"] == method["label"]]
         captions = {row["image_id"]: row["text"] for row in own if row["benchmark"] == "chair"}
@@ -183,7 +184,7 @@ def test_none_is_the_stock_model(home: Path, finished: Path) -> None:
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    stored = json.loads((finished / planning.ANSWERS).read_text().splitlines()[0])
+    stored = json.loads((finished / folders.ANSWERS).read_text().splitlines()[0])
     assert stored["method"] == "none" and stored["benchmark"] == "chair"
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -199,7 +200,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
 
     source = models.find_model(home / "m")
     model = models.load_model(source, dtype="float32", device="cpu")
-    rows = [json.loads(line) for line in (finished / planning.ANSWERS).read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
     stored = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "pope")
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = generate.PromptBuilder(source.processor)(stored["question"])
@@ -272,8 +273,8 @@ def test_resume_after_a_cut_anywhere(seed: int, words: Any, finished: Path, tmp_
     shutil.copytree(finished, out)
     (out / "results.json").unlink()
     (out / "report.md").unlink()
-    data = (out / planning.ANSWERS).read_bytes()
-    (out / planning.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
+    data = (out / folders.ANSWERS).read_bytes()
+    (out / folders.ANSWERS).write_bytes(data[: random.Random(seed).randrange(len(data))])
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -297,7 +298,7 @@ main(sys.argv[1:])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     dead = subprocess.run([sys.executable, "-c", code, *words(out)], capture_output=True, env=environment)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
-    assert (out / planning.ANSWERS).read_bytes().count(b"\n") == 10
+    assert (out / folders.ANSWERS).read_bytes().count(b"\n") == 10
     assert main(words(out)) == 0
     assert_same_run(out, finished)
 
@@ -316,9 +317,9 @@ def test_torn_last_line_is_dropped_with_a_message(tmp_path: Path, caplog: pytest
 def test_other_broken_lines_are_errors(line: bytes, words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    rows = (out / planning.ANSWERS).read_bytes().splitlines()
+    rows = (out / folders.ANSWERS).read_bytes().splitlines()
     rows[2] = line
-    (out / planning.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
+    (out / folders.ANSWERS).write_bytes(b"\n".join(rows) + b"\n")
     assert main(words(out)) == 2
     message = capsys.readouterr().err
     assert "answers.jsonl line 3" in message and "--no-resume" in message
@@ -416,13 +417,13 @@ def test_rescoring_loads_no_model(
 def test_folder_of_another_configuration(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    before = (out / planning.ANSWERS).read_bytes()
+    before = (out / folders.ANSWERS).read_bytes()
     assert main(words(out, "--max-new-tokens", 5, "--set", "alpha=3", "--prompt", "What is this?")) == 2
     message = capsys.readouterr().err
     assert f"chair.max_new_tokens: {TOKENS} in the folder, 5 now" in message
     assert "methods.vhr.alpha: 2.0 in the folder, 3 now" in message
     assert "chair.prompt" in message and "--out DIR" in message and "--no-resume" in message
-    assert (out / planning.ANSWERS).read_bytes() == before
+    assert (out / folders.ANSWERS).read_bytes() == before
     assert main(words(out, "--benchmark", "chair", "--limit", 2, "--no-resume")) == 0
     assert read(out)["methods"][0]["chair"]["counts"]["captions"] == 2
     assert len(lines(out)) == 5 * 2
@@ -445,7 +446,7 @@ def test_rescoring_answers_of_another_version(
     assert again.pop("notes") != before.pop("notes")
     assert timeless(again) == timeless(before)
     assert (out / "counts.json").read_text() == (finished / "counts.json").read_text()
-    (out / runner.ANSWERS).write_bytes(b"".join((finished / runner.ANSWERS).read_bytes().splitlines(True)[:-1]))
+    (out / folders.ANSWERS).write_bytes(b"".join((finished / folders.ANSWERS).read_bytes().splitlines(True)[:-1]))
     assert main(words(out, "--rescore")) == 2
     assert "1 of" in capsys.readouterr().err
     assert main(words(tmp_path / "none", "--rescore")) == 2
@@ -464,7 +465,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_answers_without_configuration_are_refused(words: Any, finished: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    shutil.copy(finished / planning.ANSWERS, out)
+    shutil.copy(finished / folders.ANSWERS, out)
     assert main(words(out)) == 2
     assert "no config.json" in capsys.readouterr().err
 

@@ -147,7 +147,7 @@ def test_what_an_interrupted_run_left_is_not_generated_again(
     def never(*_: Any) -> None:
         raise AssertionError("nothing is missing")
 
-    monkeypatch.setattr("vlmfix.evals.evaluate.generate_answers", never)
+    monkeypatch.setattr("vlmfix.evals.run.answering.generate_answers", never)
     assert main(["eval", *WORDS.split(), str(folder)]) == 0
     assert answers(folder) == answers(alone)
     assert figures(folder) == figures(alone)
@@ -157,7 +157,7 @@ def test_answers_that_never_came_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Such as those of processes on a machine that writes them to a folder of its own."""
-    monkeypatch.setattr("vlmfix.evals.evaluate.generate_answers", lambda *_, **__: None)
+    monkeypatch.setattr("vlmfix.evals.run.answering.generate_answers", lambda *_, **__: None)
     assert main(["eval", *WORDS.split(), str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert (
