@@ -46,7 +46,6 @@ METHODS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "fia": lambda model: vlmfix.FIA(),
     "act": lambda model: vlmfix.ACT(heads=_heads(model)),
     "mma": lambda model: vlmfix.MMA(),
-    "vhr, reinforce_noimg": lambda model: vlmfix.VHR(alpha=1.3, reinforce_noimg=True),
     "var + vhr": lambda model: [_var(model), vlmfix.VHR(alpha=1.3)],
     "act, all heads": lambda model: vlmfix.ACT(),
     "hgai": lambda model: vlmfix.HGAI(),

@@ -24,7 +24,7 @@ from vlmfix.evals.testbed import RECIPE
 
 MAX_RECALL_LOSS = 0.01
 ALPHAS = (1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2.0)
-VARIANTS: tuple[dict[str, Any], ...] = ({}, {"outliers": False}, {"layers": "0:"}, {"reinforce_noimg": True})
+VARIANTS: tuple[dict[str, Any], ...] = ({}, {"outliers": False}, {"layers": "0:"})
 """The choices methods/vhr.py leaves open, each tried at every strength. The first is the default."""
 
 

@@ -23,8 +23,8 @@ PACKAGES = ("methods", "decoding")
 """The packages that hold one method per file."""
 
 SHARED = {
-    *("base", "beam_search", "branch", "caches", "experimental", "measured", "other_image", "other_prompt"),
-    *("opera_search", "scores", "selection", "two_branches", "views"),
+    *("base", "beam_search", "branch", "caches", "experimental", "forward", "measured", "other_image", "other_prompt"),
+    *("opera_search", "scores", "selection", "sequence", "two_branches", "views"),
 }
 """The files in them that hold no method, but what several share."""
 
@@ -72,6 +72,10 @@ def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
     """
     cls = method_class(name)
     known = {field.name: field for field in dataclasses.fields(cls)}
+    for parameter, (value, reason) in cls.removed_parameters.items():
+        if parameters.get(parameter, value) != value:
+            raise MethodError(f"{name} no longer has the parameter {parameter!r}. {reason}")
+    parameters = {key: value for key, value in parameters.items() if key not in cls.removed_parameters}
     for parameter in parameters:
         if parameter not in known:
             raise MethodError(f"{name} has no parameter {parameter!r}. It has: {', '.join(known)}.")
@@ -195,17 +199,11 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
     """Refuse a method that means nothing in a model.
 
     Raises:
-        MethodError: None of the model's kinds of attention is one the method acts in, or it edits an image-free pass
-            that cannot be followed; the message says why.
+        MethodError: None of the model's kinds of attention is one the method acts in; the message says why.
     """
     if method.is_identity or method.replaces_logits:
         return
     model = type(anatomy.model).__name__
-    if method.text_only_stream == "edited" and anatomy.encoder is not None:
-        raise MethodError(
-            f"{method.name} cannot edit its image-free pass in {model}: an encoder reads the prompt, and the layers of "
-            "the decoder cannot be followed one by one beside the answer. Leave reinforce_noimg off."
-        )
     if anatomy.kinds.isdisjoint(method.attention_kinds):
         raise MethodError(
             f"{method.name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "

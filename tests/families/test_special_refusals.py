@@ -26,7 +26,6 @@ REFUSED = [
     ("mllama", "mma", {}, "all keys of its cross-attention are image keys"),
     ("mllama", "act", {"recipients": "image"}, "no row weighs the image against text"),
     ("idefics", "spin", {"score": "mass"}, "no row weighs the image against text"),
-    *((name, "vhr", {"reinforce_noimg": True}, "Leave reinforce_noimg off") for name in ENCODED),
     *((name, method, {}, "an encoder reads its prompt") for name in ENCODED for method in ("var", "mma", "iat", "eah")),
     ("florence2", "adaptvis", {}, "an encoder reads its prompt"),
     ("florence2", "vaf", {"heads": "visual"}, "an encoder reads its prompt"),

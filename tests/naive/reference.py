@@ -94,12 +94,11 @@ class VarSpec:
 
 @dataclass(frozen=True)
 class VhrSpec:
-    """VHR: alpha, layers, outlier rule, whether the image-free stream is reinforced, and the head controls."""
+    """VHR: alpha, layers, outlier rule, and the head controls."""
 
     alpha: float = 2.0
     layers: Sequence[int] = ()
     outliers: bool = True
-    reinforce_noimg: bool = False
     select: str = "divergent"
 
 
@@ -269,8 +268,6 @@ class Reference:
                     sequence.heads[number] = self._select(heads[-1], text_heads[-1] if compares else None)
                 chosen = sequence.heads[number]
                 heads = [self._reinforce(row, chosen) for row in heads]
-                if compares and self.vhr.reinforce_noimg:
-                    text_heads = [self._reinforce(row, chosen) for row in text_heads]
             edits = self.naive if has_image else ()
             states = [
                 self._leave(layer, x, row, [(each, sequence, number, past + i, generated) for each in edits])

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from vlmfix.decoding.caches import PairedCache, length_of_layer
 from vlmfix.decoding.other_prompt import TOKEN_TYPES, OtherPrompt
-from vlmfix.model.attention import AttentionCall
+from vlmfix.engine.forwards import EditedForward, StockForward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlmfix.engine.plan import Site
-    from vlmfix.methods.views import Forward
+    from vlmfix.engine.plan import PatchedSite
+    from vlmfix.model.attention import AttentionCall
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Pending:
     cache: Any = None
 
 
-class PairedForward:
-    """A step of both branches in one forward; takes the place of the ``Forward`` in the keyword arguments.
+class PairedForward(StockForward):
+    """A step of both branches in one forward.
 
     Attributes:
         own: The forward of the model's own branch, which is what attention methods see.
@@ -90,18 +90,12 @@ class PairedForward:
         cache: The model's own cache.
     """
 
-    def __init__(self, own: Forward, branch: Branch, cache: Any) -> None:
+    def __init__(self, own: EditedForward, branch: Branch, cache: Any) -> None:
         self.own = own
         self.branch = branch
         self.cache = cache
 
-    def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Nothing is learned while decoding."""
-
-    def after_layer(self, site: Site) -> None:
-        """Nothing follows a layer while decoding."""
-
-    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention with the edits of a site in the rows of the model's own branch only."""
         pair = self.branch.pair
         assert pair is not None
@@ -192,7 +186,7 @@ def cache_of(output: Any, inputs: dict[str, Any]) -> Any:
     return next((part for part in parts if hasattr(part, "get_seq_length")), inputs.get("past_key_values"))
 
 
-def with_last_logits(forward: Forward, output: Any, result: torch.Tensor) -> Any:
+def with_last_logits(forward: EditedForward, output: Any, result: torch.Tensor) -> Any:
     """Put fp32 ``[batch, vocab]`` in the place of the last token's logits; rounded only beside those of others."""
     logits = logits_of(output)
     if logits.shape[1] == 1:

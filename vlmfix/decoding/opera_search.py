@@ -14,16 +14,18 @@ from vlmfix.decoding.beam_search import Beams
 from vlmfix.decoding.caches import is_plain, with_new_layers
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.decoding.other_prompt import TOKEN_TYPES
+from vlmfix.engine.forwards import StockForward
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.views import state_of
+from vlmfix.methods.sequence import state_of
 from vlmfix.model.anatomy import FORWARD_KWARG
-from vlmfix.model.attention import AttentionCall, explicit_scores, masked_softmax
+from vlmfix.model.attention import explicit_scores, masked_softmax
 
 if TYPE_CHECKING:
     from vlmfix.decoding.opera import OPERA
-    from vlmfix.engine.plan import Site
+    from vlmfix.engine.plan import PatchedSite
     from vlmfix.engine.status import Counters
     from vlmfix.model.anatomy import Anatomy
+    from vlmfix.model.attention import AttentionCall
 
 NOT_BESIDE_IT = (
     "assistant_model",
@@ -102,8 +104,8 @@ class GenerateWithOpera:
         return is_given and bool(torch.isin(input_ids, image_ids).any())
 
 
-class RowRecorder:
-    """Takes the place of a ``Forward``: plain attention, and the last row of one layer kept.
+class RowRecorder(StockForward):
+    """Keeps the last row's weights in one layer.
 
     Attributes:
         row: fp32 ``[rows, keys]``, the maximum over heads divided by its sum.
@@ -112,13 +114,7 @@ class RowRecorder:
     def __init__(self) -> None:
         self.row = torch.empty(0)
 
-    def before_layer(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Nothing is read there."""
-
-    def after_layer(self, site: Site) -> None:
-        """Nothing is read there either."""
-
-    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the base kernel and keep the last row's weights."""
         q_len = call.query.shape[2]
         weights = masked_softmax(*explicit_scores(call, q_len - 1, q_len))[:, :, 0]

@@ -33,15 +33,15 @@ from vlmfix.decoding.branch import (
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, KeepImages, RawImages, looks_of
 from vlmfix.decoding.other_prompt import WATCHED, OtherPrompt, with_other_image, with_other_tokens
+from vlmfix.engine.calls import parameter_names
 from vlmfix.engine.image_free import positions_kept
-from vlmfix.engine.start import parameter_names
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
     from vlmfix.decoding.base import DecodingMethod
+    from vlmfix.engine.forwards import EditedForward
     from vlmfix.engine.status import Counters
-    from vlmfix.methods.views import Forward
     from vlmfix.model.anatomy import Anatomy
 
 
@@ -86,7 +86,7 @@ class TwoBranches:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(
-        self, forward: Forward, inputs: dict[str, Any], kwargs: dict[str, Any], raw: RawImages | None
+        self, forward: EditedForward, inputs: dict[str, Any], kwargs: dict[str, Any], raw: RawImages | None
     ) -> tuple[Any, dict[str, Any]]:
         """Prepare the other branch's part of a forward.
 
@@ -129,7 +129,7 @@ class TwoBranches:
             forward.pending = Pending(inputs)
         return forward, kwargs
 
-    def _check(self, forward: Forward, inputs: dict[str, Any]) -> None:
+    def _check(self, forward: EditedForward, inputs: dict[str, Any]) -> None:
         name = self._method.name
         cache = inputs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
@@ -151,7 +151,7 @@ class TwoBranches:
                 "processor gave it."
             )
 
-    def _begin_prompt(self, forward: Forward, inputs: dict[str, Any], raw: RawImages | None) -> Pending:
+    def _begin_prompt(self, forward: EditedForward, inputs: dict[str, Any], raw: RawImages | None) -> Pending:
         cache, branch = inputs.get("past_key_values"), forward.state.branch
         past, known = int(forward.past), None
         if past and branch is not None:
@@ -231,7 +231,6 @@ class TwoBranches:
         batch = branch.active.shape[0]
         logits = logits_of(output)[:, -1].float()
         output = rows_of(output, batch, {id(pair.cache): forward.cache})
-        forward.own.finish()
         return self._replaced(forward.own, output, logits[:batch], logits[batch:], branch.active, branch.swapped)
 
     @torch.no_grad()
@@ -255,13 +254,13 @@ class TwoBranches:
         return last.float(), getattr(output, "past_key_values", None)
 
     def _read_prompt(
-        self, other: OtherPrompt, cache: Any, output: Any, forward: Forward, inputs: dict[str, Any]
+        self, other: OtherPrompt, cache: Any, output: Any, forward: EditedForward, inputs: dict[str, Any]
     ) -> tuple[torch.Tensor, Branch]:
         own_cache = cache_of(output, inputs)
         arguments = other.arguments
         if cache is None and own_cache is not None and is_plain(own_cache):
             cache = emptied(own_cache)  # the model made its own
-        may_share = all(method is self._method or method.is_identity for method in forward.state.methods)
+        may_share = all(method is self._method or method.is_identity for method in forward.methods)
         if may_share and own_cache is not None and cache is not None:
             if copy_columns(cache, own_cache, other.shared):
                 arguments = other.behind_shared()
@@ -308,15 +307,15 @@ class TwoBranches:
         logits, _ = self._run(arguments, branch.cache, None, use_cache=True)
         return logits
 
-    def _edits_can_split(self, forward: Forward) -> bool:
+    def _edits_can_split(self, forward: EditedForward) -> bool:
         """Whether what other methods edit can be kept to the rows of the model's own branch."""
-        if any(method.edits_blocks and not method.is_identity for method in forward.state.methods):
+        if any(method.edits_blocks and not method.is_identity for method in forward.methods):
             return False
         return bool(self._anatomy.text_config._attn_implementation != "flex_attention")
 
     def _replaced(
         self,
-        forward: Forward,
+        forward: EditedForward,
         output: Any,
         own: torch.Tensor,
         other: torch.Tensor,

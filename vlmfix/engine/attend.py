@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.views import Forward, Layer, Rows
 from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import (
     AttentionCall,
-    _allowed_keys,
+    Opening,
     explicit_attention,
     explicit_scores,
     masked_softmax,
+    opened_attention,
     visible_keys,
     weighted_values,
 )
@@ -28,55 +30,15 @@ from vlmfix.model.attention import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlmfix.engine.plan import Site
+    from vlmfix.engine.plan import Numbered, PatchedSite
     from vlmfix.methods.base import Method
-    from vlmfix.methods.views import Forward, Layer, Rows
 
 
-class Opening:
-    """What one method opens in one attention call of a prompt.
+ATTENTION_NAME = "vlmfix"
+"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
 
-    Attributes:
-        bias: Added to the scores of opened pairs; 0 as if they had never been hidden.
-    """
-
-    def __init__(self, method: Method, layer: Layer) -> None:
-        self._method = method
-        self._layer = layer
-        self.bias = method.mask_bias
-
-    def pairs(self, start: int, stop: int) -> torch.Tensor:
-        """Return the pairs of some query rows, aligned with the call's keys: bool ``[batch, 1, rows, keys]``."""
-        call, forward = self._layer.call, self._layer.forward
-        assert call is not None
-        num_keys = call.key.shape[2]
-        offset, past = forward.key_offset(self._layer.site, num_keys), forward.past
-        assert isinstance(offset, int)
-        assert isinstance(past, int)
-        pairs = self._method.open_mask(self._layer, start, stop).to(call.query.device)
-        left = past - offset
-        return F.pad(pairs, (left, num_keys - left - pairs.shape[2]))[:, None]
-
-    def count(self, call: AttentionCall, chunks: Sequence[tuple[int, int]]) -> None:
-        """Count the rows of all heads that see a key they did not see before, once for all layers with such keys."""
-
-        def newly_open_rows() -> torch.Tensor:
-            found = []
-            for start, stop in chunks:
-                pairs, visible = self.pairs(start, stop), visible_keys(call, start, stop)
-                if visible is not None:
-                    hidden = ~F.pad(visible, (0, pairs.shape[3] - visible.shape[3])).all(1, keepdim=True)
-                    found.append((pairs & hidden).any(3).sum())
-            return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.int64, device=call.query.device)
-
-        self._layer.count(self._layer.per_keys(newly_open_rows, call.key[..., 0]) * call.query.shape[1])
-
-
-class _Missing:
-    """Marks a forward that did not pass through the patched model."""
-
-
-_MISSING = _Missing()
+_MISSING = object()
+"""Marks an attention call that did not come through the patched model's forward."""
 
 
 def vlmfix_attention(
@@ -85,10 +47,21 @@ def vlmfix_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    vlmfix: Forward | _Missing | None = _MISSING,
+    vlmfix: Any = _MISSING,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a patched module, with the signature of transformers' attention functions.
+
+    It only reaches modules whose config copy asks for it by name; for all others it is inert.
+
+    Args:
+        module: The attention module.
+        query: ``[batch, num_heads, q_len, head_dim]``.
+        key: ``[batch, num_kv_heads, keys, head_dim]``.
+        value: ``[batch, num_kv_heads, keys, value_dim]``.
+        attention_mask: What the stock model made for its own kernel.
+        vlmfix: What travels with the forward (``vlmfix.engine.forwards``); ``None`` asks for the stock model.
+        **kwargs: What the module hands to its kernel beside it.
 
     Returns:
         Head outputs ``[batch, q_len, num_heads, value_dim]`` and the weights where the base kernel returns them.
@@ -96,11 +69,11 @@ def vlmfix_attention(
     Raises:
         UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
     """
-    site: Site = getattr(module.config, SITE_ATTRIBUTE)
+    site: PatchedSite = getattr(module.config, SITE_ATTRIBUTE)
     call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
     if vlmfix is None:
         return call.base()
-    if isinstance(vlmfix, _Missing):
+    if vlmfix is _MISSING:
         raise UnsupportedFeatureError(
             f"The attention module {site.name} of a patched model was reached without going through the model's own "
             "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
@@ -111,71 +84,75 @@ def vlmfix_attention(
             "Continuous batching (a paged cache) packs several prompts into one row, which vlmfix does not support. "
             "Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
         )
-    return vlmfix.attend(site, call)
+    output: tuple[torch.Tensor, torch.Tensor | None] = vlmfix.attend(site, call)
+    return output
 
 
-def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
-    """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows with opened keys, by a fused kernel where possible.
+def _opening(method: Method, layer: Layer) -> Opening:
+    """Return what a method opens in an attention call of a prompt."""
+    call, past = layer.call, layer.forward.past
+    assert call is not None
+    num_keys, device = call.key.shape[2], call.query.device
+    offset = layer.key_offset(num_keys)
+    assert isinstance(offset, int)
+    assert isinstance(past, int)
+    before = past - offset
 
-    The additive mask of all their keys is written out; the attention weights are only where the layer caps its scores
-    or has a position bias.
-    """
-    implementation = call.site.base_config._attn_implementation or "eager"
-    is_plain = call.kwargs.get("position_bias") is None and call.kwargs.get("s_aux") is None
-    if not is_plain or (call.kwargs.get("softcap") is not None and implementation != "sdpa"):
-        return weighted_values(call, masked_softmax(*explicit_scores(call, start, stop)))
-    key, allowed = _allowed_keys(call, start, stop, implementation)
-    query = call.query[:, :, start:stop]
-    if allowed is None:
-        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
-    bias = allowed.to(query.dtype)
-    if allowed.dtype == torch.bool:
-        bias = torch.zeros_like(bias).masked_fill(~allowed, torch.finfo(query.dtype).min)
-    bias = bias.expand(query.shape[0], -1, stop - start, key.shape[2])
-    for opening in call.openings:
-        pairs = opening.pairs(start, stop)[..., : key.shape[2]]
-        bias = torch.where(pairs & (bias <= torch.finfo(bias.dtype).min / 2), opening.bias, bias)
-    outputs = F.scaled_dot_product_attention(
-        query,
-        key,
-        call.value[:, :, : key.shape[2]],
-        attn_mask=bias,
-        scale=call.kwargs.get("scaling"),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-    return outputs.transpose(1, 2)
+    def pairs(start: int, stop: int) -> torch.Tensor:
+        opened = method.open_mask(layer, start, stop).to(device)
+        return F.pad(opened, (before, num_keys - before - opened.shape[2]))[:, None]
+
+    return Opening(method.mask_bias, pairs)
 
 
-ATTENTION_NAME = "vlmfix"
-"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
+def _count_opened(layer: Layer, opening: Opening, call: AttentionCall, chunks: Sequence[tuple[int, int]]) -> None:
+    """Count the rows of all heads that see a key they did not see before, once for all layers with such keys."""
+
+    def newly_open_rows() -> torch.Tensor:
+        found = [torch.zeros((), dtype=torch.int64, device=call.query.device)]
+        for start, stop in chunks:
+            pairs, visible = opening.pairs(start, stop), visible_keys(call, start, stop)
+            if visible is not None:
+                hidden = ~F.pad(visible, (0, pairs.shape[3] - visible.shape[3])).all(1, keepdim=True)
+                found.append((pairs & hidden).any(3).sum())
+        return torch.stack(found).sum()
+
+    layer.count(layer.per_keys(newly_open_rows, call.key[..., 0]) * call.query.shape[1])
+
 
 Edits = Sequence[tuple["Method", "Layer"]]
-"""Methods that edit scores or weights in a layer, in the order of the path, each with its view of the layer."""
+"""Methods that edit a layer, in the order of the path, each with its view of the layer."""
+
+_HEAD_INDEX = -1
+"""In the keys of a sequence's constants: no method's, but the indices of a site's heads."""
 
 
-def attend(forward: Forward, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention with the edits of a site; without any, exactly what the base kernel returns."""
     if not forward.state.any_image:
         return call.base()
     if forward.is_prefill and site.masks:
-        call = call._replace(
-            openings=tuple(Opening(method, forward.layer(site, n).at(call)) for n, method in site.masks)
-        )
+        openers = _layers(forward, site.masks, call)
+        call = call._replace(openings=tuple(_opening(method, layer) for method, layer in openers))
     if site.scores or site.weights:
         head_outputs, weights = _with_edits(forward, site, call)
     elif call.openings:
-        head_outputs, weights = _over_base(forward, call, call, [])
+        head_outputs, weights = _over_base(forward, site, call, call, [])
     else:
         head_outputs, weights = call.base()
-    for index, method in site.heads:
-        head_outputs = method.edit_heads(head_outputs, forward.layer(site, index).at(call))
+    for method, layer in _layers(forward, site.heads, call):
+        head_outputs = method.edit_heads(head_outputs, layer)
     return head_outputs, weights
 
 
-def _with_edits(forward: Forward, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _layers(forward: Forward, methods: Numbered, call: AttentionCall) -> Edits:
+    return [(method, Layer(forward, call.site, number, call)) for number, method in methods]
+
+
+def _with_edits(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edit scores and weights of the heads that the methods of a site ask for."""
-    edits = [(method, forward.layer(site, n).at(call)) for n, method in (*site.scores, *site.weights)]
-    edits = [(method, layer) for method, layer in edits if method.acts_at(layer)]
+    layers = _layers(forward, (*site.scores, *site.weights), call)
+    edits = [(method, layer) for method, layer in layers if method.acts_at(layer)]
     heads = site.written_heads
     if heads is not None and len(heads) >= call.key.shape[1]:  # copies of their keys would be more than there are
         heads = None
@@ -184,12 +161,23 @@ def _with_edits(forward: Forward, site: Site, call: AttentionCall) -> tuple[torc
         if heads is None:
             return explicit_attention(call, _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)[0])
         return explicit_attention(
-            call, _with_edited_heads(forward, call, heads, forward.head_index(site, call)[0], edits)
+            call, _with_edited_heads(forward, call, heads, _head_index(forward, site, call)[0], edits)
         )
     if not edits and not call.openings:
         return call.base()
-    part = call if heads is None else call.of_heads(heads, *forward.head_index(site, call))
-    return _over_base(forward, call, part, [(method, layer.at(part)) for method, layer in edits])
+    part = call if heads is None else call.of_heads(heads, *_head_index(forward, site, call))
+    return _over_base(forward, site, call, part, [(method, layer.at(part)) for method, layer in edits])
+
+
+def _head_index(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the written heads of a site and the key heads they share, int64 on the call's device."""
+    constants, key = forward.state.constants, (_HEAD_INDEX, site.index)
+    if key not in constants:
+        assert site.written_heads is not None
+        index = torch.tensor(site.written_heads, device=call.query.device)
+        constants[key] = (index, index // (call.query.shape[1] // call.key.shape[1]))
+    found: tuple[torch.Tensor, torch.Tensor] = constants[key]
+    return found
 
 
 def _with_edited_heads(
@@ -223,19 +211,20 @@ def _base(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _over_base(
-    forward: Forward, call: AttentionCall, part: AttentionCall, edits: Edits
+    forward: Forward, site: PatchedSite, call: AttentionCall, part: AttentionCall, edits: Edits
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk.
 
     Args:
         forward: The forward.
+        site: The patched module's site.
         call: The attention call.
         part: The same for the heads to be written out.
         edits: Those of scores and weights.
     """
     head_outputs, weights = _base(call)
     if call.openings:
-        _write_opened_rows(forward, call, head_outputs, weights)
+        _write_opened_rows(forward, site, call, head_outputs, weights)
     wanted = [_rows(forward, method) for method, _ in edits]
     observed = [forward.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
@@ -243,7 +232,7 @@ def _over_base(
         return head_outputs, weights
     chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     observe_first = len(chunks) > 1 and bool(observed)
-    if observe_first and not forward.finished:
+    if observe_first and not forward.is_over:
         for number, (method, layer) in enumerate(edits):
             if _observes(method, layer):
                 for start, stop in chunks:
@@ -253,49 +242,56 @@ def _over_base(
     for start, stop in chunks:
         attn_weights, edited = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
         if edited is not None:
-            _write_heads(head_outputs[:, start:stop], weighted_values(part, attn_weights), edited, part.head_index)
-            if weights is not None:
-                _write_weights(weights[:, :, start:stop], attn_weights, edited, part.head_index)
+            new_heads = weighted_values(part, attn_weights)
+            _write((head_outputs, weights), slice(start, stop), new_heads, attn_weights, edited, part.head_index)
     return head_outputs, weights
 
 
 def _write_opened_rows(
-    forward: Forward, call: AttentionCall, head_outputs: torch.Tensor, weights: torch.Tensor | None
+    forward: Forward,
+    site: PatchedSite,
+    call: AttentionCall,
+    head_outputs: torch.Tensor,
+    weights: torch.Tensor | None,
 ) -> None:
     chunks = list(call.row_chunks(0, forward.image_stop))
     for start, stop in chunks:
         opened = torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
-        if weights is None:
-            new_rows = opened_attention(call, start, stop)
+        attn_weights = None if weights is None else masked_softmax(*explicit_scores(call, start, stop))
+        new_heads = opened_attention(call, start, stop) if attn_weights is None else weighted_values(call, attn_weights)
+        _write((head_outputs, weights), slice(start, stop), new_heads, attn_weights, opened)
+    for (_, layer), opening in zip(_layers(forward, site.masks, call), call.openings, strict=True):
+        _count_opened(layer, opening, call, chunks)
+
+
+def _write(
+    stock: tuple[torch.Tensor, torch.Tensor | None],
+    rows: slice,
+    new_heads: torch.Tensor,
+    new_weights: torch.Tensor | None,
+    edited: torch.Tensor,
+    head_index: torch.Tensor | None = None,
+) -> None:
+    """Write edited rows over what the base kernel returned.
+
+    Args:
+        stock: Its head outputs and weights.
+        rows: The query rows in hand.
+        new_heads: ``[batch, rows, heads, value_dim]``.
+        new_weights: ``[batch, heads, rows, keys]``; ``None`` without weights.
+        edited: bool ``[batch, heads or 1, rows]``: which of them to write.
+        head_index: The heads in hand, ``None`` for all.
+    """
+    head_outputs, weights = stock
+    parts = [(head_outputs[:, rows], new_heads, edited.transpose(1, 2)[..., None], 2)]
+    if weights is not None and new_weights is not None:
+        parts.append((weights[:, :, rows, : new_weights.shape[-1]], new_weights, edited[..., None], 1))
+    for old, new, where, heads_dim in parts:
+        if head_index is None:
+            old.copy_(torch.where(where, new.to(old.dtype), old))
         else:
-            attn_weights = masked_softmax(*explicit_scores(call, start, stop))
-            new_rows = weighted_values(call, attn_weights)
-            _write_weights(weights[:, :, start:stop], attn_weights, opened, None)
-        _write_heads(head_outputs[:, start:stop], new_rows, opened, None)
-    for opening in call.openings:
-        opening.count(call, chunks)
-
-
-def _write_heads(
-    rows: torch.Tensor, new_rows: torch.Tensor, edited: torch.Tensor, head_index: torch.Tensor | None
-) -> None:
-    """Write new head outputs ``[batch, rows, heads, d]`` over those ``edited``, bool ``[batch, heads or 1, rows]``."""
-    edited = edited.transpose(1, 2)[..., None]
-    if head_index is None:
-        rows.copy_(torch.where(edited, new_rows, rows))
-    else:
-        rows.index_copy_(2, head_index, torch.where(edited, new_rows, rows.index_select(2, head_index)))
-
-
-def _write_weights(
-    rows: torch.Tensor, attn_weights: torch.Tensor, edited: torch.Tensor, head_index: torch.Tensor | None
-) -> None:
-    """Write new weights ``[batch, heads, rows, keys]`` over those ``edited``, bool ``[batch, heads or 1, rows]``."""
-    stock, new = rows[..., : attn_weights.shape[-1]], attn_weights.to(rows.dtype)
-    if head_index is None:
-        stock.copy_(torch.where(edited[..., None], new, stock))
-    else:
-        stock.index_copy_(1, head_index, torch.where(edited[..., None], new, stock.index_select(1, head_index)))
+            some = old.index_select(heads_dim, head_index)
+            old.index_copy_(heads_dim, head_index, torch.where(where, new.to(old.dtype), some))
 
 
 def _edited_weights(
@@ -327,19 +323,20 @@ def _edited_weights(
     """
     scores, allowed = explicit_scores(call, start, stop) if written is None else written
     states, is_softmaxed = scores, False
-    every_key = forward.every_key(scores.device)
+    device = scores.device
+    every_key = forward.once(("every key", device), lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
     selected: torch.Tensor | None = None
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
-        if observe and _observes(method, layer) and not forward.finished:  # checkpointing computes layers again
+        if observe and _observes(method, layer) and not forward.is_over:
             with torch.no_grad():
                 seen = layer.at(call, forward.rows(method.observed_rows).part(start, stop))
                 observed = states if is_softmaxed else masked_softmax(states, allowed)
                 method.observe(observed, every_key if allowed is None else allowed, seen)
         rows = _rows(forward, method).part(start, stop)
         here = layer.at(call, rows)
-        # A lone edit of a prompt may spoil the other rows: they are not used.
+        # A prompt's only edit may overwrite rows outside its mask, because nothing reads them; otherwise keep a copy.
         keep = states.clone() if rows.mask is not None and (len(edits) > 1 or not forward.is_prefill) else None
         if method.edits_weights:
             states, edited = method.edit_weights(states, here)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmfix.engine.image_free import run_image_free
-from vlmfix.engine.stream import StreamRecorder
-from vlmfix.methods.views import SHARED, Forward, Prompt
+from vlmfix.engine.forwards import EditedForward, StreamRecorder
+from vlmfix.engine.image_free import read_text, text_only_inputs
+from vlmfix.methods.sequence import SHARED
+from vlmfix.methods.views import Prompt
 from vlmfix.model.anatomy import FORWARD_KWARG, image_markers
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def begin_methods(
     anatomy: Anatomy,
     model: nn.Module,
-    forward: Forward,
+    forward: EditedForward,
     inputs: dict[str, Any],
     vision: VisionRecorder | None,
     embeds: torch.Tensor | None = None,
@@ -55,10 +56,10 @@ def begin_methods(
     def last_states_text_only() -> dict[int, torch.Tensor]:
         recorder = StreamRecorder(lambda states: states[:, -1])
         markers = image_markers(anatomy.model.config)
-        run_image_free(anatomy, forward.state, inputs, embeds, recorder, without=markers)
+        read_text(anatomy, text_only_inputs(anatomy, forward.state, inputs, embeds, without=markers), recorder)
         return recorder.states
 
-    for index, method in enumerate(forward.state.methods):
+    for index, method in enumerate(forward.methods):
         if method.reads_prompt and not method.is_identity:
             known = forward.state.learned.get((index, SHARED))
             forward.state.learned[index, SHARED] = method.begin(
@@ -66,7 +67,7 @@ def begin_methods(
             )
 
 
-def _first_logits(model: nn.Module, forward: Forward, inputs: dict[str, Any]) -> torch.Tensor:
+def _first_logits(model: nn.Module, forward: EditedForward, inputs: dict[str, Any]) -> torch.Tensor:
     logits = _read_prompt(model, forward, inputs, None)
     if forward.state.in_encoder:
         return logits[:, -1].float()
@@ -77,7 +78,7 @@ def _first_logits(model: nn.Module, forward: Forward, inputs: dict[str, Any]) ->
 
 @torch.no_grad()
 def _read_prompt(
-    model: nn.Module, forward: Forward, inputs: dict[str, Any], stand_in: StreamRecorder | None
+    model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StreamRecorder | None
 ) -> torch.Tensor:
     """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
     cache = inputs.get("past_key_values")

@@ -108,6 +108,6 @@ class Status:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def describe(methods: Sequence[Method]) -> str:
+def describe(methods: Sequence[object]) -> str:
     """Name methods with their parameters."""
     return " + ".join(repr(method) for method in methods)

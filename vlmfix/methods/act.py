@@ -49,7 +49,7 @@ class ColumnMeans:
         """Add the rows a method observes, see ``Method.observe``."""
         forward, (start, stop) = layer.forward, layer.rows
         batch, num_heads, _, num_keys = attn_weights.shape
-        offset = forward.key_offset(layer.site, num_keys)
+        offset = layer.key_offset(num_keys)
         seen = allowed.any(1, keepdim=True).expand(batch, 1, stop - start, num_keys)
         mask = None if layer.row_mask is None else layer.row_mask.to(seen.device)
         if known is None:

@@ -65,6 +65,8 @@ class Method:
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
     searches: ClassVar[bool] = False
     """Whether it is a search of its own in the place of ``generate``, beside which no other method acts."""
+    removed_parameters: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    """Parameters that earlier versions had: the value that means what is done now, and why there is no other."""
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
@@ -152,9 +154,9 @@ class Method:
         return ("joint", "text", "image", "encoder", "answer")
 
     @property
-    def text_only_stream(self) -> str | None:
-        """``"plain"`` or ``"edited"`` when :meth:`edit_heads` needs the head outputs of an image-free pass."""
-        return None
+    def needs_text_only_heads(self) -> bool:
+        """Whether :meth:`edit_heads` compares with the head outputs of an image-free pass."""
+        return False
 
     @property
     def early_layers(self) -> tuple[int, ...]:
@@ -286,10 +288,6 @@ class Method:
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Edit head outputs ``[batch, q_len, num_heads, head_dim]`` before the output projection."""
-        raise NotImplementedError
-
-    def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """Apply what :meth:`edit_heads` froze in the prompt to further ``[batch, n, num_heads, head_dim]``."""
         raise NotImplementedError
 
     def edit_block(self, states: torch.Tensor, block: Block) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Focus:
         prompt, num_keys = forward.image_mask.shape[1], attn_weights.shape[-1]
         assert layer.call is not None
         size = layer.call.key.shape[2]  # a static cache has its final size from the start
-        offset = forward.key_offset(layer.site, num_keys)
+        offset = layer.key_offset(num_keys)
         weights = attn_weights.mean(1)  # [batch, rows, keys]
         image = forward.image_mask.to(weights.device)
         is_text = _text_rows(layer).to(weights.device)

@@ -102,7 +102,7 @@ class EAH(Method):
         assert layer.row_mask is not None
         rows = torch.arange(start, stop, device=attn_weights.device)
         counted = layer.row_mask.to(rows.device) & (rows < forward.prompt_len)  # a draft may follow the prompt
-        keys = torch.arange(num_keys, device=rows.device) + forward.key_offset(layer.site, num_keys)
+        keys = torch.arange(num_keys, device=rows.device) + layer.key_offset(num_keys)
         later = counted[..., None] & (keys < rows[:, None] + forward.past)  # [batch, rows, keys]
         sums = attn_weights.masked_fill(~later[:, None], 0.0).sum(2)
         counts = (later & allowed.any(1)).sum(1).float()

@@ -12,7 +12,8 @@ import torch
 
 from vlmfix.methods.base import Method
 from vlmfix.methods.selection import Range, Space
-from vlmfix.methods.views import Layer, extend_mask
+from vlmfix.methods.sequence import extend_mask
+from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 
 

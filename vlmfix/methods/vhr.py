@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -30,11 +31,6 @@ class VHR(Method):
         layers: Default: layer 1 and the last 14 of 32 layers (Table 5), scaled to the model's depth.
         outliers: Drop heads whose divergence and whose image-free output both exceed mean + std of the layer (eq. 6;
             the standard deviation divides by n - 1).
-        reinforce_noimg: Scale the same heads in the image-free pass too, so that the divergence of a layer isolates
-            the image rather than the reinforcement of the layers below. The paper leaves it open. Off, because it
-            costs two more passes over the text and changed nothing that could be measured: on 500 calibration scenes
-            of the testbed, CHAIR_i differs by at most .34 points at any of eight strengths, where 95 % intervals are
-            1 to 2 points wide (``evals/testbed/recipe.json``).
         select: ``"divergent"`` is the method. ``"all"`` and ``"unselected"`` are its controls: every head, or only
             those the method leaves alone.
     """
@@ -44,10 +40,16 @@ class VHR(Method):
     summary: ClassVar[str] = "scales the heads that depend most on the image, chosen per prompt"
     search_space: ClassVar[Space] = {"alpha": Range(1.05, 3.0), "layers": Choice((None, "0:"))}
     edits_heads: ClassVar[bool] = True
+    removed_parameters: ClassVar[Mapping[str, tuple[Any, str]]] = {
+        "reinforce_noimg": (
+            False,
+            "It scaled the heads in the image-free pass too, which the released code does not do, and it changed "
+            "nothing that could be measured. Leave it out: heads are chosen against the stock model's pass.",
+        )
+    }
 
     alpha: float = 2.0
     outliers: bool = True
-    reinforce_noimg: bool = False
     select: Literal["divergent", "all", "unselected"] = "divergent"
 
     def validate(self) -> None:
@@ -61,11 +63,9 @@ class VHR(Method):
         return self.alpha == 1
 
     @property
-    def text_only_stream(self) -> str | None:
-        """The image-free pass that selection needs; the control ``select="all"`` needs none."""
-        if self.select == "all":
-            return None
-        return "edited" if self.reinforce_noimg else "plain"
+    def needs_text_only_heads(self) -> bool:
+        """Whether heads are compared with an image-free pass; the control ``select="all"`` needs none."""
+        return self.select != "all"
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -75,7 +75,7 @@ class VHR(Method):
     @property
     def needs_whole_prompt(self) -> bool:
         """Heads are chosen at the end of the prompt and scaled in all of it."""
-        return self.text_only_stream is not None
+        return self.needs_text_only_heads
 
     def default_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layer 1 and the last 14 of 32 (a heuristic for other depths: the paper gives absolute counts)."""
@@ -92,12 +92,8 @@ class VHR(Method):
         else:
             rows = head_outputs.shape[1]
             layer.count(layer.learned[1] if rows == 1 else layer.learned[1] * rows)
-        return self.reapply_heads(head_outputs, layer)
-
-    def reapply_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """Multiply by the frozen scale; heads that were not chosen are multiplied by exactly 1."""
-        scale: torch.Tensor = layer.learned[0]
-        return head_outputs * scale if head_outputs.requires_grad else head_outputs.mul_(scale)
+        frozen: torch.Tensor = layer.learned[0]  # exactly 1 for heads that were not chosen
+        return head_outputs * frozen if head_outputs.requires_grad else head_outputs.mul_(frozen)
 
     def select_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Return the reinforced heads as bool ``[batch, num_heads]``; all false for a prompt without an image."""

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from vlmfix.errors import UnsupportedModelError
 
 FORWARD_KWARG = "vlmfix"
-"""The keyword argument that carries the ``Run`` down to the attention function; ``None`` asks for the stock model."""
+"""The keyword argument that carries the ``Forward`` to the attention function; ``None`` asks for the stock model."""
 
 
 SITE_ATTRIBUTE = "_vlmfix_site"
-"""The attribute of a patched module's config copy that holds its ``Site``."""
+"""The attribute of a patched module's config copy that holds its ``AttentionSite``."""
 
 
 AttentionKind = Literal["joint", "text", "image", "encoder", "answer"]
@@ -39,24 +39,35 @@ _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "vi
 _MARKER = re.compile(r"(((low_res_)?image|vision|video)_(start|end)|boi|eoi)_token_(id|index)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionSite:
     """One text attention module.
 
     Attributes:
+        index: Its number among the text attention modules of the model.
         name: Its path in the model.
         module: The module.
+        config: The config it was built with, also while it is patched.
         layer_idx: Its decoder layer's index; for a cross-attention block between decoder layers, that of the layer
             behind it.
         decoder_layer: The decoder layer (or block) it belongs to.
         kind: What it looks at.
+        is_sliding: Whether its layer sees a sliding window of keys.
     """
 
+    index: int
     name: str
     module: nn.Module
+    config: Any
     layer_idx: int
     decoder_layer: nn.Module
-    kind: AttentionKind = "joint"
+    kind: AttentionKind
+    is_sliding: bool
+
+    @property
+    def implementation(self) -> str:
+        """The name of the attention function the unpatched module would call now."""
+        return self.config._attn_implementation or "eager"
 
 
 @dataclass(frozen=True)
@@ -244,7 +255,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
     across = {name for name, _ in found if re.search("cross|enc", name.rpartition(".")[2], re.IGNORECASE)}
-    for name, module in found:
+    for index, (name, module) in enumerate(found):
         kind: AttentionKind = "joint"
         if across:
             kinds: tuple[AttentionKind, AttentionKind] = ("text", "image") if encoder is None else ("answer", "encoder")
@@ -252,7 +263,17 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         layer_idx = int(module.layer_idx)
         if kind == "image":  # Idefics counts its blocks of cross-attention by themselves
             layer_idx *= getattr(text_config, "cross_layer_interval", 1)
-        yield AttentionSite(name, module, layer_idx, _decoder_layer(model, name), kind)
+        decoder_layer, is_sliding = _decoder_layer(model, name), _is_sliding(text_config, layer_idx, kind)
+        yield AttentionSite(index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding)
+
+
+def _is_sliding(text_config: Any, layer_idx: int, kind: AttentionKind) -> bool:
+    if kind in ("image", "encoder"):
+        return False
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None and layer_idx < len(layer_types):
+        return bool(layer_types[layer_idx] != "full_attention")
+    return getattr(text_config, "sliding_window", None) is not None
 
 
 def _is_of(config: Any, text_config: Any) -> bool:
@@ -265,7 +286,7 @@ def own_config(module: nn.Module) -> Any:
     """Return the config the module was built with, also while it is patched."""
     config = getattr(module, "config", None)
     site = getattr(config, SITE_ATTRIBUTE, None)
-    return config if site is None else site.base_config
+    return config if site is None else site.config
 
 
 def _decoder_layer(model: PreTrainedModel, name: str) -> nn.Module:

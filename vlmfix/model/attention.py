@@ -1,7 +1,6 @@
-"""The one attention function registered with transformers: the model's own kernel, and explicit rows beside it.
+"""One attention call: the model's own kernel for all rows, and explicit scores and weights for some of them.
 
-It is registered under one inert name and only reached by attention modules whose config copy asks for it
-(``vlmfix.patching``). Softmax is written out only for the query rows a method edits, in fp32.
+Softmax is written out in fp32, and only for the query rows that somebody wants to see or edit.
 """
 
 from __future__ import annotations
@@ -16,17 +15,29 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.images import _block_mask_rows
+from vlmfix.model.images import block_mask_rows
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vlmfix.engine.attend import Opening
-    from vlmfix.engine.plan import Site
+    from vlmfix.model.anatomy import AttentionSite
 
 
 CHUNK_ELEMENTS = 2**24
 """Most attention weights written out at a time (64 MiB in fp32)."""
+
+
+class Opening(NamedTuple):
+    """(query, key) pairs that the mask hides and that are to be seen all the same.
+
+    Attributes:
+        bias: Added to the scores of opened pairs; 0 as if they had never been hidden.
+        pairs: Returns the pairs of the rows ``start..stop - 1``, aligned with the call's keys: bool
+            ``[batch, 1, rows, keys]``.
+    """
+
+    bias: float
+    pairs: Callable[[int, int], torch.Tensor]
 
 
 class AttentionCall(NamedTuple):
@@ -40,12 +51,12 @@ class AttentionCall(NamedTuple):
         value: ``[batch, num_kv_heads, keys, value_dim]``.
         attention_mask: What the stock model made for its own kernel, or ``None`` for causal.
         kwargs: Everything else.
-        openings: Pairs opened by methods; the explicit rows see them, the base kernel does not.
+        openings: Pairs to open; the explicit rows see them, the base kernel does not.
         heads: The query heads in hand, where a call holds only some of its layer's; ``None`` for all.
         head_index: The same on the call's device, int64.
     """
 
-    site: Site
+    site: AttentionSite
     module: nn.Module
     query: torch.Tensor
     key: torch.Tensor
@@ -110,13 +121,13 @@ class _WithConfig:
         return getattr(self._module, name)
 
 
-def base_kernel(site: Site, module: nn.Module) -> tuple[Callable[..., Any], Any]:
+def base_kernel(site: AttentionSite, module: nn.Module) -> tuple[Callable[..., Any], Any]:
     """Return the attention function the unpatched module would call now, and the module to hand to it."""
-    implementation = site.base_config._attn_implementation
-    if implementation is None or implementation == "eager":
+    implementation = site.implementation
+    if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward, module
     kernel = AttentionInterface()[implementation]
-    return kernel, _WithConfig(module, site.base_config) if "flash" in implementation else module
+    return kernel, _WithConfig(module, site.config) if "flash" in implementation else module
 
 
 def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -141,8 +152,7 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
             f"{call.site.name} has learned sinks (s_aux) in its softmax, which methods that edit attention scores or "
             "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
         )
-    implementation = call.site.base_config._attn_implementation or "eager"
-    key, allowed = _allowed_keys(call, start, stop, implementation)
+    key, allowed = _keys_and_mask(call, start, stop)
     query = call.query[:, :, start:stop]
     scaling = kwargs.get("scaling")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -152,8 +162,8 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
     scores = _ungrouped(scores, stop - start).float()
     scores = scores * scaling if scores.requires_grad else scores.mul_(scaling)
-    softcap = kwargs.get("softcap")
-    if softcap is not None and implementation != "sdpa":  # sdpa ignores it where it does not refuse it
+    softcap = _softcap(call)
+    if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     position_bias = kwargs.get("position_bias")
     if position_bias is not None:
@@ -177,8 +187,7 @@ def visible_keys(call: AttentionCall, start: int, stop: int) -> torch.Tensor | N
         Bool ``[batch or 1, num_heads or 1, stop - start, keys]``, where ``keys`` may be fewer than the call has: no row
         sees the others; or ``None`` when every row sees every key.
     """
-    implementation = call.site.base_config._attn_implementation or "eager"
-    _, allowed = _allowed_keys(call, start, stop, implementation)
+    _, allowed = _keys_and_mask(call, start, stop)
     if allowed is None or allowed.dtype == torch.bool:
         return allowed
     return allowed > torch.finfo(allowed.dtype).min / 2
@@ -205,8 +214,44 @@ def weighted_values(call: AttentionCall, attn_weights: torch.Tensor) -> torch.Te
 def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Head outputs of explicit weights, and the weights themselves where the base kernel would return them."""
     outputs = weighted_values(call, attn_weights).contiguous()
-    is_eager = (call.site.base_config._attn_implementation or "eager") == "eager"
-    return outputs, attn_weights.to(outputs.dtype) if is_eager else None
+    return outputs, attn_weights.to(outputs.dtype) if call.site.implementation == "eager" else None
+
+
+def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
+    """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows with opened keys, by a fused kernel where possible.
+
+    The additive mask of all their keys is written out; the attention weights are only where the layer caps its scores
+    or has a position bias.
+    """
+    has_more = any(call.kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
+    if has_more or _softcap(call) is not None:
+        return weighted_values(call, masked_softmax(*explicit_scores(call, start, stop)))
+    key, allowed = _keys_and_mask(call, start, stop)
+    query = call.query[:, :, start:stop]
+    if allowed is None:
+        allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
+    bias = allowed.to(query.dtype)
+    if allowed.dtype == torch.bool:
+        bias = torch.zeros_like(bias).masked_fill(~allowed, torch.finfo(query.dtype).min)
+    bias = bias.expand(query.shape[0], -1, stop - start, key.shape[2])
+    for opening in call.openings:
+        pairs = opening.pairs(start, stop)[..., : key.shape[2]]
+        bias = torch.where(pairs & (bias <= torch.finfo(bias.dtype).min / 2), opening.bias, bias)
+    outputs = F.scaled_dot_product_attention(
+        query,
+        key,
+        call.value[:, :, : key.shape[2]],
+        attn_mask=bias,
+        scale=call.kwargs.get("scaling"),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return outputs.transpose(1, 2)
+
+
+def _softcap(call: AttentionCall) -> float | None:
+    """Return the cap on a layer's scores; sdpa ignores it where it does not refuse it."""
+    softcap: float | None = call.kwargs.get("softcap")
+    return None if call.site.implementation == "sdpa" else softcap
 
 
 def _grouped(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
@@ -221,9 +266,7 @@ def _ungrouped(states: torch.Tensor, rows: int) -> torch.Tensor:
     return states.reshape(batch, num_kv_heads * grouped_rows // rows, rows, size)
 
 
-def _allowed_keys(
-    call: AttentionCall, start: int, stop: int, implementation: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _keys_and_mask(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the keys to score and which of them each row may see.
 
     The mask is what the stock model made for its kernel: bool (true = attend) or additive, ``[batch, 1 or heads, rows,
@@ -233,8 +276,7 @@ def _allowed_keys(
     q_len, num_keys = call.query.shape[2], key.shape[2]
     if isinstance(mask, torch.Tensor) and mask.dim() == 4:
         return key, mask[:, :, start:stop, :num_keys]
-    is_flash = "flash" in implementation
-    if mask is None and not is_flash:
+    if mask is None and "flash" not in call.site.implementation:
         is_causal = call.kwargs.get("is_causal")
         if q_len == 1 or not (is_causal if is_causal is not None else getattr(call.module, "is_causal", True)):
             return key, None
@@ -244,7 +286,7 @@ def _allowed_keys(
     rows = torch.arange(start, stop, device=key.device)[:, None] + num_keys - q_len
     columns = torch.arange(num_keys, device=key.device)
     if mask is not None and not isinstance(mask, torch.Tensor):
-        return key, _block_mask_rows(mask, call.query.shape[0], torch.arange(start, stop, device=key.device), columns)
+        return key, block_mask_rows(mask, call.query.shape[0], torch.arange(start, stop, device=key.device), columns)
     allowed = (columns <= rows)[None, None]
     window = call.kwargs.get("sliding_window")
     if window is not None:

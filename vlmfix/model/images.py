@@ -35,7 +35,7 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
         return torch.ones_like(like, dtype=torch.bool)
     if not isinstance(attention_mask, torch.Tensor):
         rows = torch.arange(past + q_len, device=like.device)[past:]
-        attended = _block_mask_rows(attention_mask, like.shape[0], rows, rows).any(2)[:, 0]
+        attended = block_mask_rows(attention_mask, like.shape[0], rows, rows).any(2)[:, 0]
     elif attention_mask.dim() == 2:
         attended = attention_mask[:, -q_len:].bool()
     else:
@@ -49,7 +49,7 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
     return attended.to(like.device).expand(like.shape)
 
 
-def _block_mask_rows(mask: Any, batch: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def block_mask_rows(mask: Any, batch: int, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Evaluate the rule behind a flex-attention block mask for some rows: bool ``[batch, 1, rows, keys]``."""
     samples = torch.arange(batch, device=rows.device)[:, None, None, None]
     head = torch.zeros_like(samples)

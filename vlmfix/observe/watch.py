@@ -308,7 +308,7 @@ class Cut(Method):
         target = self.target.to(device)[:, rows.clamp_max(length - 1)] & (rows < length)
         cut = target[:, None, :, None] & source[:, None, None] & allowed
         if self.keep_self:
-            keys = torch.arange(num_keys, device=device) + layer.forward.key_offset(layer.site, num_keys)
+            keys = torch.arange(num_keys, device=device) + layer.key_offset(num_keys)
             cut = cut & (keys != rows[:, None])
         cut = cut & (allowed & ~cut).any(-1, keepdim=True)  # no row loses all it sees
         cut = cut.expand(-1, scores.shape[1], -1, -1)

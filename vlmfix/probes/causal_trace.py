@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from vlmfix.decoding.other_image import each_image, is_image_argument, replace_images
-from vlmfix.engine.start import parameter_names
+from vlmfix.engine.calls import parameter_names
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.selection import resolve_layers
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import MethodError
-from vlmfix.methods.views import SequenceState
+from vlmfix.methods.sequence import SequenceState
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
 from vlmfix.observe.watch import Cut

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
-from vlmfix.engine.image_free import TextOnlyForward, positions_kept, text_only_inputs
-from vlmfix.engine.plan import Site
+from vlmfix.engine.image_free import HeadRecorder, read_text, text_only_inputs
 from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.methods.sequence import SequenceState
 from vlmfix.methods.vhr import divergent_heads, vision_divergence
-from vlmfix.methods.views import Forward, Layer, SequenceState
-from vlmfix.model.anatomy import FORWARD_KWARG
-from vlmfix.model.attention import AttentionCall
+from vlmfix.methods.views import Forward, Layer
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
 from vlmfix.observe.watch import HeadWatch
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
@@ -51,21 +49,6 @@ class HeadDivergence(ProbeResult):
             label="VHD",
             title=f"head divergence, token {step}\n{in_words(self.patch)}",
         )
-
-
-class TextOnlyAnswer(TextOnlyForward):
-    """The image-free pass over prompts and their answers: records the last rows of every layer, on the CPU."""
-
-    def __init__(self, wanted: frozenset[int], rows: int) -> None:
-        super().__init__(wanted, edited=False)
-        self._rows = rows
-
-    def attend(self, site: Site, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the base kernel and record ``[batch, rows, num_heads, head_dim]``."""
-        head_outputs, attn_weights = call.base()
-        if site.index in self._wanted:
-            self.head_outputs[site.index] = head_outputs[:, -self._rows :].float().cpu()
-        return head_outputs, attn_weights
 
 
 class HeadLog:
@@ -142,10 +125,9 @@ def _image_free(
     """Run prompts and answers without their image tokens: by site, ``[batch, steps, num_heads, head_dim]``."""
     assert log.state is not None
     text = image_free_inputs(subject, log.state, inputs, answered)
-    stream = TextOnlyAnswer(frozenset(log.outputs), answered.steps)
-    with positions_kept(subject.anatomy):
-        subject.anatomy.inner(**text, use_cache=False, **{FORWARD_KWARG: stream})
-    return stream.head_outputs
+    recorder = HeadRecorder(frozenset(log.outputs), answered.steps)
+    read_text(subject.anatomy, text, recorder)
+    return {site: outputs.float().cpu() for site, outputs in recorder.head_outputs.items()}
 
 
 def image_free_inputs(

@@ -119,7 +119,7 @@ class ImageLog:
     def _map(self, row: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Pick the weights of image tokens, ``[batch, image_tokens]``, from rows ``[batch, keys]``."""
         assert self._images is not None
-        offset = layer.forward.key_offset(layer.site, row.shape[-1])
+        offset = layer.key_offset(row.shape[-1])
         positions = self._images.positions.to(row.device)
         there = (positions >= 0) & (positions >= offset)
         picked = row.gather(1, (positions - offset).clamp(0, row.shape[-1] - 1))

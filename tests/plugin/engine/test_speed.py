@@ -14,7 +14,7 @@ from families.tiny_llava import RAGGED, Sample, collate, forward, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfix
-from vlmfix.engine.image_free import TextOnlyForward
+from vlmfix.engine.image_free import HeadRecorder
 
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "expand"),
@@ -136,13 +136,13 @@ def test_compiled_steps_write_only_to_fixed_addresses(model: Any, name: str) -> 
 def text_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many texts the attention of an image-free pass saw."""
     seen: list[int] = []
-    attend = TextOnlyForward.attend
+    attend = HeadRecorder.attend
 
     def spy(self: Any, site: Any, call: Any) -> Any:
         seen.append(call.query.shape[0])
         return attend(self, site, call)
 
-    monkeypatch.setattr(TextOnlyForward, "attend", spy)
+    monkeypatch.setattr(HeadRecorder, "attend", spy)
     yield seen
 
 
@@ -164,11 +164,4 @@ def test_a_text_that_several_samples_share_is_read_once(tiny: Any, text_rows: li
 def test_beams_share_their_text(tiny: Any, text_rows: list[int]) -> None:
     vlmfix.patch(tiny, vlmfix.VHR(layers=":"))
     generate(tiny, collate([RAGGED[0], RAGGED[3]]), 3, num_beams=3)
-    assert set(text_rows) == {2}
-
-
-def test_texts_of_an_edited_stream_are_kept_apart(tiny: Any, text_rows: list[int]) -> None:
-    """Its heads are those that each sample's own image has chosen."""
-    vlmfix.patch(tiny, vlmfix.VHR(layers=":", reinforce_noimg=True))
-    forward(tiny, collate([RAGGED[0], RAGGED[0]]))
     assert set(text_rows) == {2}

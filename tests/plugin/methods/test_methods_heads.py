@@ -772,12 +772,12 @@ def test_large_keys_do_not_overflow_in_half_precision() -> None:
 
     key = torch.full((1, 1, 576, 2), 200.0, dtype=torch.float16)
     query = torch.tensor([[1.0, 1.0], [1.0, 2.0]], dtype=torch.float16)[None, :, None]
-    site = SimpleNamespace(base_config=SimpleNamespace(_attn_implementation="sdpa"), is_sliding=False)
+    site = SimpleNamespace(implementation="sdpa", is_sliding=False)
     call = SimpleNamespace(site=site, query=query, key=key, attention_mask=None, kwargs={}, module=None)
     layer: Any = SimpleNamespace(
         call=call,
         site=site,
-        run=SimpleNamespace(is_prefill=True),
+        forward=SimpleNamespace(is_prefill=True),
         keys=lambda name, like: torch.ones(1, 576, dtype=torch.bool),
         learned=None,
     )

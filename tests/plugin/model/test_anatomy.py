@@ -264,7 +264,6 @@ def test_other_families(family: Any) -> None:
     options = {"sink_dims": list(range(32)), "sink_threshold": 2.6, "layers": ":", "nonsink_ratio": 0.1}
     for name, parameters in (
         ("vhr", {"layers": ":"}),
-        ("vhr", {"layers": ":", "reinforce_noimg": True}),
         ("var", options),
     ):
         vlmfix.patch(model, name, **parameters)

@@ -35,15 +35,14 @@ import vlmfix
 
 VAR = vlmfix.VAR(sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
 VHR = vlmfix.VHR(layers=":")
-EDITED = vlmfix.VHR(layers=":", reinforce_noimg=True)
 ACT = vlmfix.ACT(layers=":", sink_threshold="1.5/N", min_rows=2)
 MMA = vlmfix.MMA(layers=":")
 PAI = vlmfix.PAI(alpha=0.8, layers=":")
 ALL_AT_ONCE = [MMA, PAI, ACT, VAR, VHR]
 METHODS = pytest.mark.parametrize(
     "method",
-    [VAR, VHR, EDITED, [VAR, VHR], ACT, MMA, PAI, ALL_AT_ONCE],
-    ids=["var", "vhr", "vhr edited", "both", "act", "mma", "pai", "all"],
+    [VAR, VHR, [VAR, VHR], ACT, MMA, PAI, ALL_AT_ONCE],
+    ids=["var", "vhr", "both", "act", "mma", "pai", "all"],
 )
 ONE = collate([RAGGED[1]])
 EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
@@ -55,11 +54,10 @@ def reference_of(model: Any, method: Any) -> Reference:
     naive = [each for other, each in ((MMA, NaiveMma(range(4))), (PAI, NaivePai(range(4), 0.8))) if other in methods]
     if ACT in methods:
         naive.append(NaiveAct(range(4), alpha=1.5, min_rows=2))
-    chosen = [each for each in (VHR, EDITED) if each in methods]
     return Reference(
         model,
         VarSpec(SINK_DIMS, tau=3.0, layers=range(4)) if VAR in methods else None,
-        VhrSpec(layers=range(4), reinforce_noimg=chosen[0] == EDITED) if chosen else None,
+        VhrSpec(layers=range(4)) if VHR in methods else None,
         naive=naive,
     )
 
@@ -334,7 +332,7 @@ def test_text_iterator_streamer(processor_folder: Path) -> None:
 
     model = AutoModelForImageTextToText.from_pretrained(processor_folder)
     processor = AutoProcessor.from_pretrained(processor_folder)
-    vlmfix.patch(model, EDITED)
+    vlmfix.patch(model, VHR)
     picture = Image.new("RGB", (40, 40), (200, 30, 60))
     inputs = processor(images=picture, text="USER: <image>\nis there a dog ? ASSISTANT:", return_tensors="pt")
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -442,9 +440,7 @@ def _fresh_dynamo() -> Any:
     torch._dynamo.reset()
 
 
-COMPILED = pytest.mark.parametrize(
-    "method", [VAR, EDITED, ACT, PAI, MMA], ids=["var", "vhr edited", "act", "pai", "mma"]
-)
+COMPILED = pytest.mark.parametrize("method", [VAR, VHR, ACT, PAI, MMA], ids=["var", "vhr", "act", "pai", "mma"])
 
 
 def decode(model: Any, prefill: Any, steps: int = 4, after_step: Any = None) -> torch.Tensor:
@@ -484,7 +480,7 @@ def test_patching_after_compiling_takes_effect_and_unpatching_too(build: Any, me
 def test_a_compiled_prefill_equals_eager(build: Any) -> None:
     model = build(sinks=True, layers=2)
     stock = forward(model, ONE).logits
-    vlmfix.patch(model, [VAR, EDITED])
+    vlmfix.patch(model, [VAR, VHR])
     expected = forward(model, ONE).logits
     assert_differs(expected, stock)
     close(forward(torch.compile(model, backend="eager"), ONE).logits, expected)

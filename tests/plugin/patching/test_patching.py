@@ -33,8 +33,7 @@ import vlmfix
 INPUTS = collate(RAGGED)
 VAR = vlmfix.VAR(sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
 VHR = vlmfix.VHR(layers=":")
-EDITED = vlmfix.VHR(layers=":", reinforce_noimg=True)
-METHODS = pytest.mark.parametrize("method", [vlmfix.NoMethod(), VHR, EDITED, VAR, [VAR, VHR]], ids=str)
+METHODS = pytest.mark.parametrize("method", [vlmfix.NoMethod(), VHR, VAR, [VAR, VHR]], ids=str)
 
 
 def logits(model: Any, inputs: Any = INPUTS, **options: Any) -> torch.Tensor:
@@ -105,7 +104,7 @@ def test_unpatch_leaves_no_residue(sinky: Any, method: Any, tmp_path: Path) -> N
 
 def test_a_patch_changes_only_hooks_and_the_configs_of_attention_modules(sinky: Any) -> None:
     before = snapshot(sinky)
-    vlmfix.patch(sinky, [VAR, EDITED])
+    vlmfix.patch(sinky, [VAR, VHR])
     after = snapshot(sinky)
     assert after.keys() == before.keys()
     for name, attributes in before.items():
@@ -122,7 +121,7 @@ def test_a_patch_changes_only_hooks_and_the_configs_of_attention_modules(sinky: 
 
 def test_the_state_dict_is_untouched(tiny: Any) -> None:
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
-    vlmfix.patch(tiny, EDITED)
+    vlmfix.patch(tiny, VHR)
     generate(tiny, INPUTS, 2)
     after = tiny.state_dict()
     assert list(after) == list(before)
@@ -131,7 +130,7 @@ def test_the_state_dict_is_untouched(tiny: Any) -> None:
 
 def test_a_patched_model_can_be_freed(tiny: Any) -> None:
     copied = copy.deepcopy(tiny)
-    vlmfix.patch(copied, EDITED)
+    vlmfix.patch(copied, VHR)
     generate(copied, INPUTS, 2)
     gone = weakref.ref(copied)
     del copied
@@ -141,7 +140,7 @@ def test_a_patched_model_can_be_freed(tiny: Any) -> None:
 
 def test_global_random_states_are_untouched(tiny: Any) -> None:
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
-    for method in ("var", EDITED):
+    for method in ("var", VHR):
         vlmfix.patch(tiny, method)
         logits(tiny)
         generate(tiny, INPUTS, 2)
@@ -154,7 +153,7 @@ def test_global_random_states_are_untouched(tiny: Any) -> None:
 def test_patch_then_forward_does_not_touch_the_inputs(sinky: Any) -> None:
     inputs = collate(RAGGED)
     kept = {key: value.clone() for key, value in inputs.items()}
-    vlmfix.patch(sinky, [VAR, EDITED])
+    vlmfix.patch(sinky, [VAR, VHR])
     generate(sinky, inputs, 2)
     assert all(torch.equal(inputs[key], kept[key]) for key in kept)
 
@@ -237,7 +236,7 @@ def test_an_exception_inside_a_context_restores_the_model(tiny: Any) -> None:
 
 
 def test_an_exception_inside_a_forward_leaves_no_state(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    vlmfix.patch(tiny, EDITED)
+    vlmfix.patch(tiny, VHR)
     expected = logits(tiny)
     layer = tiny.model.language_model.layers[2]
     monkeypatch.setattr(layer.mlp, "forward", lambda x: 1 / 0)
@@ -264,7 +263,7 @@ def test_a_failure_half_way_leaves_no_residue(tiny: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nn.Module, "register_forward_pre_hook", register)
     try:
-        vlmfix.patch(tiny, EDITED)
+        vlmfix.patch(tiny, VHR)
     except RuntimeError:
         assert snapshot(tiny) == before
         assert vlmfix.status(tiny) is None
@@ -346,7 +345,7 @@ def test_two_models_with_different_methods_do_not_meet(build: Any) -> None:
     assert torch.equal(logits(one), expected[0])
 
 
-@pytest.mark.parametrize("method", [VHR, EDITED, VAR], ids=["vhr", "vhr edited", "var"])
+@pytest.mark.parametrize("method", [VHR, VAR], ids=["vhr", "var"])
 def test_a_deep_copy_is_patched_on_its_own(sinky: Any, method: Any) -> None:
     stock = logits(sinky)
     before = snapshot(sinky)
@@ -394,7 +393,7 @@ def test_the_inner_model_can_be_patched_and_run(tiny: Any) -> None:
 
 def test_a_forward_can_ask_for_the_stock_model(sinky: Any) -> None:
     stock = logits(sinky)
-    vlmfix.patch(sinky, [VAR, EDITED])
+    vlmfix.patch(sinky, [VAR, VHR])
     assert torch.equal(logits(sinky, vlmfix=None), stock)
     assert not torch.equal(logits(sinky), stock)
     assert vlmfix.status(sinky).prompts == 1

@@ -20,7 +20,7 @@ from vlmfix.recipes import SHARED, load_recipe, method_from_dict, save_recipe
 EXAMPLES = [
     vlmfix.NoMethod(),
     vlmfix.VHR(),
-    vlmfix.VHR(alpha=1.3, outliers=False, reinforce_noimg=True, select="all", layers=[1, -1]),
+    vlmfix.VHR(alpha=1.3, outliers=False, select="all", layers=[1, -1]),
     vlmfix.VHR(layers="0.25:0.75"),
     vlmfix.VAR(),
     vlmfix.VAR(sink_dims=[5, 9], sink_threshold=3.0, nonsink_ratio=0.8, image_mass=0.0, recycle=0.4, layers="2:-1"),
@@ -187,7 +187,6 @@ def test_values_of_the_wrong_type(cls: Any, options: dict[str, Any]) -> None:
         (vlmfix.VHR, {"layers": [1.7]}),
         (vlmfix.VAR, {"sink_dims": [1.5]}),
         (vlmfix.VHR, {"outliers": "no"}),
-        (vlmfix.VHR, {"reinforce_noimg": "false"}),
         (vlmfix.VHR, {"alpha": True}),
     ],
     ids=str,
@@ -279,3 +278,13 @@ def test_the_default_recipe_of_a_family(family: str, method: vlmfix.Method) -> N
 
 def test_the_last_18_of_32_layers_are_those_of_the_paper() -> None:
     assert resolve_layers("0.4375:", 32) == tuple(range(14, 32))
+
+
+def test_a_recipe_with_a_removed_parameter_opens_where_it_means_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    for value in (False, True):
+        path.write_text(json.dumps({"methods": [{"method": "vhr", "alpha": 1.3, "reinforce_noimg": value}]}))
+        if not value:
+            assert vlmfix.load_recipe(path) == (vlmfix.VHR(alpha=1.3),)
+    with pytest.raises(vlmfix.MethodError, match=r"no longer has the parameter 'reinforce_noimg'.*Leave it out"):
+        vlmfix.load_recipe(path)

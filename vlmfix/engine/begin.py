@@ -1,0 +1,325 @@
+"""Begins forwards: finds out what a call of the model means, and what is known about its sequences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfix.engine.calls import (
+    answer_length,
+    check_batch,
+    has_images,
+    is_empty,
+    length_of,
+    num_drafted,
+    parameter_names,
+    tokens_of,
+)
+from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.image_free import encoded_text_only_heads, text_only_heads
+from vlmfix.engine.prompt_pass import begin_methods
+from vlmfix.engine.status import describe
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, extend_mask, state_of
+from vlmfix.model.images import ImageFinder, attended_keys
+from vlmfix.model.vision_tower import VisionRecorder
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from vlmfix.engine.plan import PatchedSite
+    from vlmfix.methods.base import Method
+    from vlmfix.model.anatomy import Anatomy
+
+
+class ForwardBeginner:
+    """Makes the ``EditedForward`` of every call of a patched model.
+
+    Args:
+        anatomy: The model.
+        methods: The bound methods.
+        sites: The attention modules they touch.
+
+    Attributes:
+        images: Finds the image tokens of a prompt.
+        vision: Records the vision tower, for methods that read it.
+        can_tell_drafts: Whether something in a forward tells drafted tokens from a further turn.
+    """
+
+    def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...], sites: Sequence[PatchedSite]) -> None:
+        self.anatomy = anatomy
+        self.methods = methods
+        self.images = ImageFinder(anatomy)
+        active = [method for method in methods if not method.is_identity]
+        vision_layers = sorted({layer for method in active for layer in method.vision_layers})
+        self.vision = VisionRecorder(anatomy, vision_layers) if vision_layers else None
+        self._compared = frozenset(
+            site.index for site in sites if any(method.needs_text_only_heads for _, method in site.heads)
+        )
+        self._keeps_ids = bool(self._compared) or any(method.needs_ids for method in active)
+        self._needs_past = any(site.is_sliding for site in sites) or any(each.needs_past for each in active)
+        self._needs_cache = [method.name for method in active if method.needs_cache]
+        self._reorders = any(method.reorders or method.replaces_logits for method in active)
+        self._takes_few_logits = "logits_to_keep" in parameter_names(anatomy.language_model)
+        self.can_tell_drafts = not active or anatomy.encoder is not None or self._takes_few_logits
+
+    def begin(self, module: nn.Module, inputs: dict[str, Any]) -> EditedForward | None:
+        """Make the forward of a call.
+
+        Args:
+            module: What is called: the model, or a language model inside it that ``generate`` calls.
+            inputs: Its arguments by name.
+
+        Returns:
+            The forward; ``None`` for a call without tokens, of which the model itself says what is missing.
+
+        Raises:
+            UnsupportedFeatureError: The call is one that the methods are not defined for.
+        """
+        cache = inputs.get("past_key_values")
+        state = state_of(cache)
+        if self.anatomy.encoder is not None:
+            return self._begin_answer(module, cache, state, inputs)
+        tokens = tokens_of(inputs)
+        if tokens is None:
+            return None
+        batch, q_len = tokens.shape[:2]
+        drafted = num_drafted(inputs)
+        is_draft = q_len - drafted <= 1 and not has_images(inputs)
+        if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
+            if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
+                check_batch(state, batch)
+            return self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
+        forward: EditedForward = self._begin_prompt(module, cache, state, inputs, drafted)
+        return forward
+
+    def keep(self, cache: Any, state: SequenceState) -> None:
+        """Keep what is known about sequences on their cache."""
+        setattr(cache, STATE_ATTRIBUTE, state)
+        if self._reorders and hasattr(cache, "reorder_cache"):
+            cache.reorder_cache = ReorderWithState(cache)
+
+    # Further tokens of an answer.
+
+    def _begin_decode(
+        self, module: nn.Module, cache: Any, state: SequenceState, input_ids: torch.Tensor | None, q_len: int
+    ) -> EditedForward:
+        self._check_same_methods(state)
+        keeps_ids = self._keeps_ids and not torch.compiler.is_compiling()
+        past: int | torch.Tensor = 0
+        is_static = getattr(cache, "is_compileable", False)
+        if self._needs_past or keeps_ids or not is_static:
+            # The outermost hooks are compiled by themselves: a copy made there would be a graph of its own.
+            is_later = is_static and torch.compiler.is_compiling() and module is not self.anatomy.inner
+            past = cache.get_seq_length() if is_later else length_of(cache)
+        if not is_static and past < state.image_mask.shape[1]:
+            state = state.cropped(int(past))
+            setattr(cache, STATE_ATTRIBUTE, state)
+        if keeps_ids and input_ids is not None:
+            state.decoded.append((past, input_ids))
+        state.is_answered = True
+        forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        forward.past_is_live = isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
+        return forward
+
+    # A prompt, or a further turn.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin_prompt(
+        self, module: nn.Module, cache: Any, known: SequenceState | None, inputs: dict[str, Any], drafted: int
+    ) -> EditedForward:
+        past, known = self._continued(cache, known)
+        if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
+            raise UnsupportedFeatureError(
+                f"{self._needs_cache[0]} edits a prompt otherwise than the tokens generated behind it, and without a "
+                "cache every new token makes all of them a prompt. Leave use_cache on."
+            )
+        image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module))
+        prompt_len = image_mask.shape[1] - drafted
+        if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
+            drafted = 0  # a prompt whose caller wants many logits
+        forward = self._read(known, past, image_mask, inputs, drafted)
+        if known is not None:
+            _check_whole_prompt(known, forward)
+        # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.
+        embeds = inputs.get("inputs_embeds") if self._is_inside(module) and not past else None
+        if forward.state.any_image and self._compared:
+            forward.text_only_heads = text_only_heads(self.anatomy, self._compared, forward.state, inputs, embeds)
+        begin_methods(self.anatomy, self._head(module), forward, inputs, self.vision, embeds)
+        if cache is not None:
+            self.keep(cache, forward.state)
+        return forward
+
+    def _read(
+        self, known: SequenceState | None, past: int, image_mask: torch.Tensor, inputs: dict[str, Any], drafted: int
+    ) -> EditedForward:
+        """Extend what is known about ``past`` tokens by those of a prompt.
+
+        Args:
+            known: State of the earlier turns, if any.
+            past: Tokens in the cache.
+            image_mask: bool ``[batch, q_len]`` of the new tokens.
+            inputs: The call's arguments by name.
+            drafted: How many of the new tokens are a drafted answer behind the prompt.
+
+        Raises:
+            UnsupportedFeatureError: The cache belongs to a batch of another size.
+        """
+        batch, q_len = image_mask.shape
+        if known is not None:
+            check_batch(known, batch)
+        prompt_len = q_len - drafted
+        attention_mask, input_ids = inputs.get("attention_mask"), inputs.get("input_ids")
+        valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
+        image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
+        valid = extend_mask(None if known is None else known.valid_mask, valid, past, fill=True)
+        if past and isinstance(attention_mask, torch.Tensor) and attention_mask.shape == (batch, past + q_len):
+            # Answers of a batch end at different lengths: what the caller hides behind the shorter ones is padding.
+            valid = valid & attention_mask[:, : past + prompt_len].to(valid.device).bool()
+        decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = []
+        if input_ids is not None:
+            if drafted:
+                decoded.append((past + prompt_len, input_ids[:, prompt_len:]))
+            input_ids = input_ids[:, :prompt_len]
+            if known is not None:
+                input_ids = torch.cat([known.ids_so_far(past), input_ids], dim=1)
+        # The one place that waits for the device: which samples have an image, where the last one ends, and the prompt.
+        positions = torch.arange(past + prompt_len, device=image_mask.device)
+        ends = torch.stack([torch.where(mask, positions, -1).amax(1) for mask in (image_mask, valid)]).tolist()
+        with_image = [(image_end, end) for image_end, end in zip(*ends, strict=True) if image_end >= 0]
+        state = SequenceState(
+            self.methods,
+            image_mask,
+            valid,
+            input_ids,
+            any_image=bool(with_image),
+            all_images=len(with_image) == batch,
+            learned={} if known is None else dict(known.learned),
+            decoded=decoded,
+            branch=None if known is None else known.branch,
+        )
+        image_stops = [max(image_end + 1 - past, 0) for image_end, _ in with_image]
+        return EditedForward(
+            state,
+            self.methods,
+            is_prefill=True,
+            past=past,
+            q_len=q_len,
+            prompt_len=prompt_len,
+            first_rows={
+                "text": min(image_stops, default=q_len),
+                "last": min((max(end - past, 0) for _, end in with_image), default=q_len),
+                "image_stop": max(image_stops, default=0),
+            },
+        )
+
+    def _is_step_without_cache(self, inputs: dict[str, Any]) -> bool:
+        """Whether a forward is one of ``generate`` without a cache, which asks for few logits where it can."""
+        few = inputs.get("logits_to_keep") is not None or not self._takes_few_logits
+        return few and inputs.get("use_cache") is False
+
+    # An answer behind an encoder.
+
+    def _begin_answer(
+        self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]
+    ) -> EditedForward:
+        """Begin a forward of a decoder whose encoder has read the prompt: all its rows are generated tokens'."""
+        if state is not None and not is_empty(cache):
+            self._check_same_methods(state)
+            past: int | torch.Tensor = length_of(cache)
+        else:
+            past, state = self._continued(cache, state)
+        begins, encoded = state is None, None
+        if state is None:
+            encoded = self.images.find_encoded(inputs, is_inside=self._is_inside(module))
+            has_image = encoded.image_mask.any(1).tolist()
+            state = SequenceState(
+                self.methods,
+                encoded.image_mask,
+                encoded.valid_mask,
+                None,
+                any_image=any(has_image),
+                all_images=all(has_image),
+                in_encoder=True,
+            )
+        q_len = answer_length(inputs)
+        forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        forward.begins = begins
+        if encoded is not None:
+            if state.any_image and self._compared:
+                forward.text_only_heads = encoded_text_only_heads(self.anatomy, self._compared, encoded, inputs)
+            begin_methods(self.anatomy, self._head(module), forward, inputs, self.vision)
+            if cache is not None:
+                self.keep(cache, state)
+        return forward
+
+    # What a call continues.
+
+    def _continued(self, cache: Any, state: SequenceState | None) -> tuple[int, SequenceState | None]:
+        """Return how many tokens a forward continues, and what is known about them."""
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and state is None:
+            raise UnsupportedFeatureError(
+                "This cache was filled before the model was patched, so vlmfix does not know where its images are. "
+                "Start with an empty cache."
+            )
+        if not past:
+            return 0, None
+        if state is not None:
+            self._check_same_methods(state)
+            if past < state.image_mask.shape[1]:
+                state = state.cropped(past)
+        return past, state
+
+    def _check_same_methods(self, state: SequenceState) -> None:
+        if state.methods != self.methods:
+            raise UnsupportedFeatureError(
+                f"This cache was filled under {describe(state.methods)}, and the model is now patched with "
+                f"{describe(self.methods)}. Start with an empty cache."
+            )
+
+    def _is_inside(self, module: nn.Module) -> bool:
+        """Whether a module is (part of) a language model that ``generate`` calls inside the model."""
+        return self.anatomy.language_model is not self.anatomy.model and module is not self.anatomy.model
+
+    def _head(self, module: nn.Module) -> PreTrainedModel:
+        """Return the model with the head of the language model that a module's arguments are for."""
+        return self.anatomy.language_model if self._is_inside(module) else self.anatomy.model
+
+
+def _check_whole_prompt(known: SequenceState, forward: EditedForward) -> None:
+    """Refuse to go on with a prompt that was edited as if it had ended."""
+    if known.is_answered or not known.any_image:
+        return
+    old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
+    behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
+    has_further_image = bool((behind.any(1) & new.any(1)).any())  # rows before it were edited as if behind the last one
+    for method in forward.methods:
+        needs_it = method.needs_whole_prompt or (has_further_image and method.prompt_rows == "text")
+        if needs_it and not method.is_identity:
+            raise UnsupportedFeatureError(
+                f"{method.name} needs a prompt in one forward, and this one continues a prompt that is already in the "
+                "cache: what it did there depends on tokens that come only now. Leave prefill_chunk_size unset, and "
+                "do not prefill a part of a prompt with an image in advance."
+            )
+
+
+class ReorderWithState:
+    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
+        state = state_of(self.cache)
+        if state is not None and state.branch is not None:
+            state.branch.reorder(self.cache, beam_idx)
+        else:
+            type(self.cache).reorder_cache(self.cache, beam_idx)
+        if state is not None:
+            state.reorder(beam_idx)

@@ -1,0 +1,91 @@
+"""What a call of a model is, by its arguments: how many tokens it reads, and which of them are a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmfix.errors import UnsupportedFeatureError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vlmfix.methods.sequence import SequenceState
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments a module's forward takes by position, in order."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]  # without self
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD) or ("input_ids",)
+
+
+def tokens_of(inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the ids ``[batch, q_len]`` or embeddings ``[batch, q_len, hidden_size]`` a call brings, if any."""
+    tokens: torch.Tensor | None = inputs.get("input_ids")
+    return inputs.get("inputs_embeds") if tokens is None else tokens
+
+
+def answer_length(inputs: dict[str, Any]) -> int:
+    """Return how many tokens a decoder behind an encoder reads; without any given, it starts by itself with one."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if inputs.get(name) is not None:
+            return int(inputs[name].shape[1])
+    return 1
+
+
+def num_drafted(inputs: dict[str, Any]) -> int:
+    """Return how many of the new tokens are a drafted answer rather than a prompt.
+
+    Assisted decoding asks for the logits of the token before the draft and of every drafted one, also in the forward
+    that reads the prompt; a caller who scores an answer behind a prompt does the same. Otherwise it is none.
+
+    A draft is always checked with a cache (which some versions leave to the model to make). Without one, many logits
+    are just wanted.
+    """
+    wanted = inputs.get("logits_to_keep")
+    has_cache = inputs.get("past_key_values") is not None or inputs.get("use_cache")
+    return max(wanted - 1, 0) if has_cache and isinstance(wanted, int) else 0
+
+
+def every_row(inputs: dict[str, Any], q_len: int, device: torch.device) -> dict[str, Any]:
+    """Ask for the same logits by position, so that no layer leaves out the rows of the others."""
+    wanted = inputs.get("logits_to_keep")
+    if not isinstance(wanted, int) or not 0 < wanted < q_len:
+        return {}
+    return {"logits_to_keep": torch.arange(q_len - wanted, q_len, device=device)}
+
+
+def has_images(inputs: dict[str, Any]) -> bool:
+    """Whether a call brings images of its own, encoded or not; one that checks a draft never does."""
+    return any(
+        value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and bool(value)))
+        for name, value in inputs.items()
+    )
+
+
+def length_of(cache: Any) -> int | torch.Tensor:
+    """Return how many tokens a cache holds; a copy, since a static cache counts in place."""
+    length: int | torch.Tensor = cache.get_seq_length()
+    return length.clone() if isinstance(length, torch.Tensor) else length
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether a cache holds no token, as far as that can be told without waiting for the device."""
+    if torch.compiler.is_compiling() and getattr(cache, "is_compileable", False):
+        return False  # Older versions would count its keys here, in a graph of its own.
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor):
+        # A static cache counts on the device; waiting for it at every step would cost more than it can find.
+        return length.device.type == "cpu" and int(length) == 0
+    return int(length) == 0
+
+
+def check_batch(known: SequenceState, batch: int) -> None:
+    """Refuse a cache whose rows were picked or repeated: what is known about them was not."""
+    if known.image_mask.shape[0] != batch:
+        raise UnsupportedFeatureError(
+            f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
+            "Expand the inputs before the first forward (generate does), or start with an empty cache."
+        )

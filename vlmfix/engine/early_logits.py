@@ -1,0 +1,121 @@
+"""Early logits: what a model's head reads from the output of early layers, mixed into its logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmfix.errors import UnsupportedModelError
+from vlmfix.model.blocks import final_norm
+
+if TYPE_CHECKING:
+    from vlmfix.engine.forwards import EditedForward
+    from vlmfix.methods.base import Method
+    from vlmfix.model.anatomy import Anatomy
+
+
+class EarlyHead:
+    """The head of a model, for states of early layers.
+
+    Args:
+        anatomy: The model.
+        methods: All bound methods of a patch.
+
+    Raises:
+        UnsupportedModelError: A method mixes logits, and the model has no language-model head.
+        UnsupportedFeatureError: A method wants the final norm, and it was not found.
+    """
+
+    def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
+        self.mixing = tuple(
+            (index, each) for index, each in enumerate(methods) if each.early_layers and not each.is_identity
+        )
+        head = anatomy.language_model.get_output_embeddings() if self.mixing else None
+        if self.mixing and not isinstance(head, nn.Module):
+            raise UnsupportedModelError(
+                f"{type(anatomy.language_model).__name__} has no language-model head to read early layers with. "
+                "Patch the model that generates, or set sla_alpha=0."
+            )
+        self._head = head
+        self._norm = final_norm(anatomy) if any(each.early_norm for _, each in self.mixing) else None
+        self._softcap = self._scale = self._divisor = None
+        if isinstance(head, nn.Module):
+            self._softcap, self._scale, self._divisor = _behind_head(anatomy, head)
+
+    def mix(self, forward: EditedForward, output: Any, inputs: dict[str, Any]) -> Any:
+        """Return a forward's output with mixed logits in the rows that predict new tokens of prompts with an image.
+
+        Args:
+            forward: The forward.
+            output: What the model with the head returned, an object with ``logits`` or a tuple.
+            inputs: Its arguments by name.
+        """
+        if isinstance(output, tuple):
+            where = 0 if inputs.get("labels") is None else 1  # the loss comes first
+            return (*output[:where], self._mixed(forward, output[where], inputs), *output[where + 1 :])
+        return dataclasses.replace(output, logits=self._mixed(forward, output.logits, inputs))
+
+    def _mixed(self, forward: EditedForward, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Mix ``[batch, kept, vocab]``."""
+        rows, wanted = forward.rows("last"), inputs.get("logits_to_keep")
+        if rows.start >= rows.stop:
+            return logits
+        num_rows = rows.stop - rows.start
+        if isinstance(wanted, torch.Tensor):
+            place = wanted.to(logits.device) - rows.start
+            inside = (place >= 0) & (place < num_rows)
+            start, chosen = 0, place.clamp(0, num_rows - 1)
+        else:
+            first = forward.q_len - logits.shape[1]
+            start, skipped = max(rows.start - first, 0), max(first - rows.start, 0)
+            chosen = torch.arange(skipped, num_rows, device=logits.device)
+            inside = torch.ones_like(chosen, dtype=torch.bool)
+        batch = forward.state.image_mask.shape[0]
+        mask = inside.expand(batch, -1)
+        if rows.mask is not None:
+            mask = mask & rows.mask.to(logits.device)[:, chosen]
+        before = logits[:batch, start:]
+        after = before.float()
+        for _, method in self.mixing:
+            states = [forward.early[layer][:, chosen.to(forward.early[layer].device)] for layer in method.early_layers]
+            early = [self._read(each, normed=method.early_norm).to(logits.device) for each in states]
+            after = method.mix_logits(after, early)
+        mixed = torch.where(mask[..., None], after.to(logits.dtype), before)
+        if start > 0:
+            mixed = torch.cat([logits[:batch, :start], mixed], dim=1)
+        return mixed if batch == logits.shape[0] else torch.cat([mixed, logits[batch:]])
+
+    def _read(self, states: torch.Tensor, *, normed: bool) -> torch.Tensor:
+        """Return logits of ``[batch, rows, hidden_size]``, fp32."""
+        assert self._head is not None
+        if normed:
+            assert self._norm is not None
+            states = self._norm(states)
+        device = next(self._head.parameters()).device
+        if device.type != "meta":  # offloaded: accelerate's own hook moves the states
+            states = states.to(device)
+        logits: torch.Tensor = self._head(states).float()
+        logits = logits * (self._scale or 1) / (self._divisor or 1)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+
+def _behind_head(anatomy: Anatomy, head: nn.Module) -> tuple[float | None, float | None, float | None]:
+    """Return what a model does to the logits of its head: the cap, factor and divisor of its config.
+
+    A composite model may leave out what the language model's config names, so its forward is asked by name.
+    """
+    owners = [module for module in anatomy.model.modules() if any(child is head for child in module.children())]
+    codes = [inspect.unwrap(type(owner).forward).__code__ for owner in owners]
+    names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}
+    found: list[float | None] = []
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        value = getattr(anatomy.text_config, field, None)
+        found.append(float(value) if value and field in names else None)
+    return found[0], found[1], found[2]

@@ -1,0 +1,163 @@
+"""One call of the model (``Forward``), as methods see it, and its query rows.
+
+A ``Forward`` is created by a hook on the model, travels down to every attention call in its keyword arguments and ends
+with the call. What must outlive it sits on the cache (``vlmfix.methods.sequence``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from vlmfix.methods.sequence import SequenceState
+
+PromptRows = Literal["none", "last", "text", "all"]
+"""Query rows of a prompt: none, each sample's last token (if no image follows it), those behind its last image token,
+or all that are no padding. Samples without an image have none."""
+
+
+class Rows(NamedTuple):
+    """Query rows of a forward.
+
+    Attributes:
+        start: First row, relative to the forward.
+        stop: End of the rows.
+        mask: bool ``[batch, stop - start]``: which of them count in each sample; ``None`` for all.
+    """
+
+    start: int
+    stop: int
+    mask: torch.Tensor | None
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Return the same choice among the rows ``start..stop - 1``, some of which may lie outside."""
+        if self.mask is None and start >= self.start and stop <= self.stop:
+            return Rows(start, stop, None)
+        mask = self.mask
+        if mask is None:
+            raise AssertionError("rows without a mask are never cut")
+        inside = mask[:, max(start - self.start, 0) : max(stop - self.start, 0)]
+        before, after = max(min(self.start, stop) - start, 0), max(stop - max(self.stop, start), 0)
+        return Rows(start, stop, F.pad(inside, (before, after)))
+
+
+class Forward:
+    """One call of a patched model, as methods see it.
+
+    Attributes:
+        state: What is known about its sequences.
+        is_prefill: Whether the forward reads a prompt (a first one, or a further turn) rather than decodes.
+        past: Tokens in the cache before this forward: int, or a 0-d tensor with a static cache while decoding.
+        q_len: Tokens of this forward.
+        prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
+        begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
+        is_over: Whether it has ended. Gradient checkpointing computes layers again later, and nothing is learned then.
+        text_only_heads: By site index, head outputs at the last position of an image-free pass over the same prompt,
+            ``[batch, num_heads, head_dim]``, where a method needs them.
+        edited: Per method, how many (sample, head, row) triples were edited, in parts still to be added up.
+        made: What several layers or methods share in this forward, see ``once``.
+    """
+
+    def __init__(
+        self,
+        state: SequenceState,
+        *,
+        is_prefill: bool,
+        past: int | torch.Tensor,
+        q_len: int,
+        prompt_len: int,
+        first_rows: dict[str, int] | None = None,
+    ) -> None:
+        self.state = state
+        self.is_prefill = is_prefill
+        self.past = past
+        self.q_len = q_len
+        self.prompt_len = prompt_len
+        self.begins = is_prefill
+        self.is_over = False
+        self.text_only_heads: dict[int, torch.Tensor] = {}
+        self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
+        self._first_rows = first_rows or {}
+        self.made: dict[Hashable, Any] = {}
+
+    @property
+    def image_mask(self) -> torch.Tensor:
+        """The image tokens: bool ``[batch, prompt]``."""
+        return self.state.image_mask
+
+    @property
+    def valid_mask(self) -> torch.Tensor:
+        """Tokens that are no padding: bool ``[batch, prompt]``."""
+        return self.state.valid_mask
+
+    @property
+    def has_image(self) -> torch.Tensor:
+        """Which samples have an image: bool ``[batch]``."""
+        return self.state.image_mask.any(1)
+
+    @property
+    def image_stop(self) -> int:
+        """End of the last image among the rows of a prompt."""
+        return self._first_rows["image_stop"]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned when this was first asked for under ``key`` in this forward."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
+        """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
+        if self.state.in_encoder:
+            return states[:, -1]
+        valid = self.valid_mask[:, -self.prompt_len :].to(states.device)
+        positions = torch.arange(self.prompt_len, device=states.device) + states.shape[1] - self.q_len
+        last = (valid * positions).amax(1)
+        return states[torch.arange(states.shape[0], device=states.device), last]
+
+    def num_prompt_rows(self) -> torch.Tensor:
+        """How many rows of a prompt's forward are no padding: int64 ``[batch]``."""
+        if self.state.in_encoder:
+            return torch.full_like(self.valid_mask[:, 0], self.q_len, dtype=torch.int64)
+        return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
+
+    def rows(self, kind: PromptRows, decode: bool = True) -> Rows:
+        """Return query rows of samples with an image.
+
+        Args:
+            kind: Which rows of the prompt.
+            decode: Whether rows of generated (or drafted) tokens belong to them.
+        """
+        key = ("rows", kind, decode)
+        if key not in self.made:
+            self.made[key] = self._prompt_rows(kind, decode) if self.is_prefill else self._decode_rows(decode)
+        rows: Rows = self.made[key]
+        return rows
+
+    def _decode_rows(self, decode: bool) -> Rows:
+        if not decode:
+            return Rows(0, 0, self.has_image[:, None][:, :0])
+        mask = None if self.state.all_images else self.has_image[:, None].expand(-1, self.q_len)
+        return Rows(0, self.q_len, mask)
+
+    def _prompt_rows(self, kind: PromptRows, decode: bool) -> Rows:
+        image, valid, past = self.image_mask, self.valid_mask, self.past
+        assert isinstance(past, int)
+        has_image = self.has_image[:, None]
+        drafted = self.q_len - self.prompt_len
+        if kind == "none":
+            start, mask = self.prompt_len, valid[:, :0]
+        elif kind == "all":
+            start, mask = 0, (valid & has_image)[:, past:]
+        else:
+            start = min(self._first_rows[kind], self.prompt_len)
+            behind = valid & has_image & (image.flip(1).cumsum(1).flip(1) == 0)
+            if kind == "last":
+                behind &= valid.flip(1).cumsum(1).flip(1) == 1
+            mask = behind[:, past + start :]
+        if drafted and decode:
+            mask = torch.cat([mask, has_image.expand(-1, drafted)], dim=1)
+        return Rows(start, start + mask.shape[1], mask)

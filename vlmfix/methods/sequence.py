@@ -1,0 +1,126 @@
+"""What is known along a batch of sequences (``SequenceState``): image tokens, learned sinks, chosen heads.
+
+It sits on the cache object, so that it dies with the sequence and follows copies, crops, beams and further turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+STATE_ATTRIBUTE = "_vlmfix"
+"""The attribute of a cache object that holds its ``SequenceState``."""
+
+
+SHARED = -1
+"""In the keys of what was learned: not one site's, but the method's in all of them."""
+
+
+class Learner(Protocol):
+    """What a sequence must know of the methods that learned something in it, see ``vlmfix.methods.base.Method``."""
+
+    def crop(self, learned: Any, length: int) -> Any:
+        """Forget what was learned of tokens behind the first ``length``."""
+
+    def reorder(self, learned: Any, beams: torch.Tensor) -> Any:
+        """Follow a reordering of the batch: row ``i`` continues row ``beams[i]``."""
+
+
+@dataclass
+class SequenceState:
+    """What is known about a batch of sequences after their last prompt.
+
+    Attributes:
+        methods: The bound methods that filled the state.
+        image_mask: bool ``[batch, prompt]``, image tokens. Positions behind it were generated: never image tokens.
+        valid_mask: bool ``[batch, prompt]``, tokens that are no padding.
+        input_ids: int64 ``[batch, prompt]``, or ``None`` when the model was called with embeddings.
+        any_image: Whether any sample has an image token.
+        all_images: Whether every sample has one.
+        learned: What methods learned, by (method index, site index or ``SHARED``).
+        decoded: Ids generated since the prompt, as (position, ids ``[batch, n]``); kept only for methods that read
+            the text of earlier turns again.
+        is_answered: Whether any token was decoded since the prompt.
+        in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
+        key_masks: Properties of the prompt's tokens derived from the masks, by name.
+        constants: Tensors made once per sequence, by (method index, site index).
+        branch: The other branch of a decoding method; only ``vlmfix.decoding`` looks into it.
+    """
+
+    methods: tuple[Learner, ...]
+    image_mask: torch.Tensor
+    valid_mask: torch.Tensor
+    input_ids: torch.Tensor | None
+    any_image: bool
+    all_images: bool = False
+    learned: dict[tuple[int, int], Any] = field(default_factory=dict)
+    decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    is_answered: bool = False
+    in_encoder: bool = False
+    key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    constants: dict[tuple[int, int], Any] = field(default_factory=dict)
+    branch: Any = None
+
+    def cropped(self, length: int) -> SequenceState:
+        """Return the state of the first ``length`` tokens, fewer than the prompt has."""
+        return replace(
+            self,
+            image_mask=self.image_mask[:, :length],
+            valid_mask=self.valid_mask[:, :length],
+            input_ids=None if self.input_ids is None else self.input_ids[:, :length],
+            learned={key: self.methods[key[0]].crop(value, length) for key, value in self.learned.items()},
+            decoded=[],
+            key_masks={},
+        )
+
+    def reorder(self, beams: torch.Tensor) -> None:
+        """Follow a reordering of the batch by beam search; beams of one prompt share its masks."""
+        for key, value in self.learned.items():
+            self.learned[key] = self.methods[key[0]].reorder(value, beams)
+
+    def key_mask(self, name: str) -> torch.Tensor:
+        """Return a property of the prompt's tokens, bool ``[batch, prompt]``.
+
+        Args:
+            name: ``"image"``; ``"valid"`` (no padding); ``"prompt"`` (all); ``"prefix"`` (before the first image
+                token, no padding); ``"behind"`` (no image, behind the first image token, no padding); ``"first"`` (the
+                first token that is no padding).
+        """
+        if name not in self.key_masks:
+            image, valid = self.image_mask, self.valid_mask
+            seen = image.cumsum(1) > 0
+            self.key_masks[name] = {
+                "image": lambda: image,
+                "valid": lambda: valid,
+                "prompt": lambda: torch.ones_like(image),
+                "prefix": lambda: valid & ~seen & image.any(1, keepdim=True),
+                "behind": lambda: valid & seen & ~image,
+                "first": lambda: valid & (valid.cumsum(1) == 1),
+            }[name]()
+        return self.key_masks[name]
+
+    def ids_so_far(self, length: int) -> torch.Tensor:
+        """Return the ids of the first ``length`` tokens of prompt and answer, -1 where they are not known."""
+        ids = self.valid_mask.new_full((self.valid_mask.shape[0], length), -1, dtype=torch.int64)
+        parts = [] if self.input_ids is None else [(0, self.input_ids), *self.decoded]
+        for where, known in parts:
+            position = int(where)
+            stop = min(position + known.shape[1], length)
+            ids[:, position:stop] = known[:, : max(stop - position, 0)]
+        return ids
+
+
+def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: bool = False) -> torch.Tensor:
+    """Append a bool mask ``[batch, q_len]`` of new tokens to that of ``past`` tokens, of which only some are known."""
+    if known is None:
+        return F.pad(new, (past, 0), value=fill) if past else new
+    known = known[:, :past].to(new.device)
+    return torch.cat([F.pad(known, (0, past - known.shape[1]), value=fill), new], dim=1)
+
+
+def state_of(cache: object) -> SequenceState | None:
+    """Return the state kept on a cache object, if any."""
+    return getattr(cache, STATE_ATTRIBUTE, None)
