@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..scores.verdicts import WORDS
+from .drawing import svg
 from .gallery import galleries
 from .page import render
-from .plots import NARROW, WIDE, category_figure, interval_columns, interval_figure, svg, tradeoff_figure
+from .plots import NARROW, WIDE, category_figure, interval_columns, interval_figure, tradeoff_figure
 from .rows import tables
 from .sentences import sentences
 from .summary import legend, summarise

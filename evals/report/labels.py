@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom; y runs down."""
@@ -16,26 +15,9 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1,
 _DISTANCES = (9.0, 18.0, 30.0, 44.0, 60.0, 80.0)
 
 
-@dataclass(frozen=True)
-class Label:
-    """Where a name goes.
-
-    Attributes:
-        x: Left end of the name.
-        y: Middle of the name.
-        distance: From the point to the name.
-        box: What it covers.
-    """
-
-    x: float
-    y: float
-    distance: float
-    box: Box
-
-
 def place_labels(
     points: Sequence[tuple[float, float]], widths: Sequence[float], height: float, frame: Box, radius: float = 7.0
-) -> list[Label]:
+) -> list[Box]:
     """Find places for names beside points; y runs down.
 
     Every name takes the nearest place that covers no point and no name before it and lies in the frame; where there is
@@ -47,38 +29,35 @@ def place_labels(
         height: Of a line of text.
         frame: What the names must stay in.
         radius: Of the points' marks.
+
+    Returns:
+        What each name covers.
     """
-    marks = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
-    taken: list[Box] = []
-    labels: list[Label] = []
+    taken: list[Box] = [(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    placed: list[Box] = []
     for (x, y), width in zip(points, widths, strict=True):
         best, least = None, math.inf
-        for distance in _DISTANCES:
-            for dx, dy in _DIRECTIONS:
-                label = _candidate(x, y, width, height, dx * distance, dy * distance, distance)
-                covered = sum(_overlap(label.box, other) for other in (*marks, *taken)) + 10 * _outside(
-                    label.box, frame
-                )
-                if covered < least - 1e-9:
-                    best, least = label, covered
+        for box in _candidates(x, y, width, height):
+            outside = width * height - _overlap(box, frame)
+            covered = sum(_overlap(box, other) for other in taken) + 10 * outside
+            if covered < least - 1e-9:
+                best, least = box, covered
             if least == 0:
                 break
         assert best is not None
-        taken.append(best.box)
-        labels.append(best)
-    return labels
+        taken.append(best)
+        placed.append(best)
+    return placed
 
 
-def _candidate(x: float, y: float, width: float, height: float, dx: float, dy: float, distance: float) -> Label:
-    left = x + dx if dx > 0 else x + dx - width if dx < 0 else x - width / 2
-    middle = y + dy + math.copysign(height / 2, dy) * (dx == 0 and dy != 0)
-    return Label(left, middle, distance, (left, middle - height / 2, left + width, middle + height / 2))
+def _candidates(x: float, y: float, width: float, height: float) -> Iterator[Box]:
+    """The places for a name around a point, the nearest first."""
+    for distance in _DISTANCES:
+        for right, down in _DIRECTIONS:
+            left = x + right * distance + width * (min(right, 0) if right else -0.5)
+            middle = y + down * distance + (0 if right else down * height / 2)
+            yield left, middle - height / 2, left + width, middle + height / 2
 
 
 def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _outside(box: Box, frame: Box) -> float:
-    whole = (box[2] - box[0]) * (box[3] - box[1])
-    return whole - _overlap(box, frame)

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from itertools import accumulate, groupby, pairwise
+from typing import Any, NamedTuple
 
 from ..benchmarks.columns import Metric, changed_methods, figure, seconds, used_metrics
 from ..scores.verdicts import verdict, verdict_legend
 from ..tables import Table, difference_cell, interval_cell, number, p_cell
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A figure of a row, as text; what is empty does not apply.
-
-    Attributes:
-        value: The figure.
-        difference: To the baseline, with its star.
-        interval: The two ends of the difference's interval, without brackets.
-        test: The difference's p-values in words.
-    """
+class Cell(NamedTuple):
+    """A figure of a row as text: its value, the difference to the baseline, and its interval and p-values; or empty."""
 
     value: str
     difference: str = ""
@@ -34,55 +26,45 @@ class Row:
     """A method in the summary.
 
     Attributes:
-        label: Its name.
-        describe: Its name with its parameters.
-        role: ``"baseline"``, ``"method"`` or ``"control"``.
+        method: Its row of ``results.json``.
         cells: Its figures.
         seconds: Time of its answers.
         verdict: See ``scores.verdicts``; empty where there is none.
-        is_compared: Whether it is compared with another row.
-        is_changed: Whether it changed an answer.
-        run: Name of the run it comes from; empty where all come from the same.
+        is_changed: Whether it changed an answer; None for a row that is not compared with another one.
     """
 
-    label: str
-    describe: str
-    role: str
+    method: Mapping[str, Any]
     cells: tuple[Cell, ...]
     seconds: str
     verdict: str
-    is_compared: bool
-    is_changed: bool
-    run: str = ""
+    is_changed: bool | None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The summary's columns and rows.
+    """The summary's columns, and its rows, the baseline first.
 
     Attributes:
         columns: The figures.
-        rows: The baseline first.
-        reference: The row that the others are compared with.
-        is_timed: Whether there are seconds.
-        is_judged: Whether there are verdicts.
+        rows: The methods.
+        reference: Label of the row that the others are compared with.
+        closing: Headings of what follows the figures: seconds and verdict, where there are any.
     """
 
     columns: tuple[Metric, ...]
     rows: tuple[Row, ...]
     reference: str
-    is_timed: bool
-    is_judged: bool
+    closing: tuple[str, ...]
 
     @property
     def groups(self) -> list[tuple[str, int]]:
         """Title of each benchmark, with its number of columns."""
         return _groups(self.columns)
 
-    @property
-    def closing(self) -> list[str]:
-        """Headings of what follows the figures."""
-        return ["seconds"] * self.is_timed + ["verdict"] * self.is_judged
+    def last_cells(self, row: Row) -> list[str]:
+        """What follows a row's figures."""
+        cells = {"seconds": row.seconds, "verdict": row.verdict}
+        return [cells[name] for name in self.closing]
 
 
 def summarise(results: Mapping[str, Any], columns: Sequence[Metric] | None = None) -> Summary:
@@ -96,20 +78,17 @@ def summarise(results: Mapping[str, Any], columns: Sequence[Metric] | None = Non
     changed = set(changed_methods(results))
     rows = tuple(
         Row(
-            label=method["label"],
-            describe=method["describe"],
-            role=method["role"],
-            cells=tuple(_cell(method, metric) for metric in shown),
-            seconds=number(seconds(method), percent=False),
-            verdict=verdict(results, method),
-            is_compared="differences" in method,
-            is_changed=method["label"] in changed,
-            run=method.get("run", ""),
+            method,
+            tuple(_cell(method, metric) for metric in shown),
+            number(seconds(method), percent=False),
+            verdict(results, method),
+            method["label"] in changed if "differences" in method else None,
         )
         for method in results["methods"]
     )
-    timed = any(seconds(method) > 0 for method in results["methods"])
-    return Summary(shown, rows, results.get("reference", "none"), timed, any(row.verdict for row in rows))
+    closing = ["seconds"] * any(seconds(method) > 0 for method in results["methods"])
+    closing += ["verdict"] * any(row.verdict for row in rows)
+    return Summary(shown, rows, results.get("reference", "none"), tuple(closing))
 
 
 def _cell(method: Mapping[str, Any], metric: Metric) -> Cell:
@@ -117,12 +96,9 @@ def _cell(method: Mapping[str, Any], metric: Metric) -> Cell:
     found = method.get("differences", {}).get(metric.key)
     if found is None:
         return Cell(value)
-    return Cell(
-        value,
-        difference_cell(found, percent=metric.percent),
-        interval_cell(found, percent=metric.percent),
-        f"p = {p_cell(found.get('p_value'))}, corrected {p_cell(found.get('p_holm'))}",
-    )
+    test = f"p = {p_cell(found.get('p_value'))}, corrected {p_cell(found.get('p_holm'))}"
+    percent = metric.percent
+    return Cell(value, difference_cell(found, percent=percent), interval_cell(found, percent=percent), test)
 
 
 def _groups(columns: Sequence[Metric]) -> list[tuple[str, int]]:
@@ -134,34 +110,30 @@ def main_table(summary: Summary, width: int) -> str:
 
     One table per benchmark where all together are wider than ``width``; seconds and verdicts stand in the last.
     """
-    whole = _plain(summary, 0, len(summary.columns), width, closing=True)
+    whole = _plain(summary, 0, len(summary.columns), width)
     if max(map(len, whole.split("\n"))) <= width:
         return whole
-    tables, first = [], 0
-    for _, size in summary.groups:
-        last = first + size == len(summary.columns)
-        tables.append(_plain(summary, first, first + size, width, closing=last))
-        first += size
-    return "\n\n".join(tables)
+    ends = list(accumulate((size for _, size in summary.groups), initial=0))
+    return "\n\n".join(_plain(summary, *part, width) for part in pairwise(ends))
 
 
-def _plain(summary: Summary, first: int, last: int, width: int, *, closing: bool) -> str:
+def _plain(summary: Summary, first: int, last: int, width: int) -> str:
+    """The columns from ``first`` to ``last`` (not included), with seconds and verdicts if these are the last ones."""
     columns = summary.columns[first:last]
-    more = summary.closing if closing else []
-    rows = [["method", *(metric.heading for metric in columns), *more]]
+    closing = summary.closing if last == len(summary.columns) else ()
+    rows = [["method", *(metric.heading for metric in columns), *closing]]
+    blank = [""] * len(closing)
     for row in summary.rows:
-        cells, blank = row.cells[first:last], [""] * len(more)
-        rows.append([row.label, *(cell.value for cell in cells), *(_closing(summary, row) if closing else [])])
-        if row.is_compared and not row.is_changed:
-            rows.append([f"  = {summary.reference}", *[""] * len(cells), *blank])
-        elif row.is_compared:
+        cells = row.cells[first:last]
+        rows.append(
+            [row.method["label"], *(cell.value for cell in cells), *(summary.last_cells(row) if closing else [])]
+        )
+        if row.is_changed:
             rows.append([f"  - {summary.reference}", *(cell.difference for cell in cells), *blank])
             rows.append(["  95 %", *(cell.interval for cell in cells), *blank])
-    return Table(rows, groups=(("", 1), *_groups(columns), *[("", 1)] * len(more))).plain(width)
-
-
-def _closing(summary: Summary, row: Row) -> list[str]:
-    return [row.seconds] * summary.is_timed + [row.verdict] * summary.is_judged
+        elif row.is_changed is not None:
+            rows.append([f"  = {summary.reference}", *[""] * len(cells), *blank])
+    return Table(rows, groups=(("", 1), *_groups(columns), *[("", 1)] * len(closing))).plain(width)
 
 
 def markdown_main(summary: Summary) -> str:
@@ -172,15 +144,15 @@ def markdown_main(summary: Summary) -> str:
             f"{cell.value}<br>{cell.difference} [{cell.interval.replace(',', ', ')}]" if cell.interval else cell.value
             for cell in row.cells
         ]
-        rows.append([_markdown_name(row), *cells, *_closing(summary, row)])
+        rows.append([_markdown_name(row.method), *cells, *summary.last_cells(row)])
     return Table(rows).markdown()
 
 
-def _markdown_name(row: Row) -> str:
-    name = f"`{row.describe}`"
-    if row.run and row.describe != row.label:
-        name = f"`{row.label}` {row.describe}"
-    return f"control {name}" if row.role == "control" else name
+def _markdown_name(method: Mapping[str, Any]) -> str:
+    name = f"`{method['describe']}`"
+    if "run" in method and method["describe"] != method["label"]:
+        name = f"`{method['label']}` {method['describe']}"
+    return f"control {name}" if method["role"] == "control" else name
 
 
 def legend(results: Mapping[str, Any], *, in_cells: bool = False) -> Iterator[str]:

@@ -116,7 +116,7 @@ def test_names_cover_neither_points_nor_each_other(seed: int) -> None:
     rng = np.random.default_rng(seed)
     points = [(float(x), float(y)) for x, y in rng.uniform((100, 100), (500, 400), (14, 2))]
     labels = place_labels(points, rng.uniform(20, 90, 14).tolist(), 12.0, (0, 0, 600, 500), 5.0)
-    boxes = [label.box for label in labels] + [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    boxes = [*labels] + [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
     for i, a in enumerate(boxes[:14]):
         assert a[0] >= 0 and a[1] >= 0 and a[2] <= 600 and a[3] <= 500
         for b in boxes[i + 1 :]:

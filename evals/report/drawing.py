@@ -1,0 +1,78 @@
+"""What every plot is drawn with: empty figures, colours, marks with tooltips, and figures as elements of a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+"""Of the methods, in their order, the baseline aside."""
+
+
+INK, PAPER, FAINT = "#222222", "#ffffff", "#888888"  # a page puts its own colours in place of the first two
+_DPI = 150
+
+
+def empty_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure in inches that no window manager ever sees."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(made)
+    found = made.subplots(rows, columns, squeeze=False)
+    return made, [each for row in found for each in row]
+
+
+def write_title(made: Figure, results: Mapping[str, Any], title: str) -> None:
+    """Say what a file shows; a page says it in its own words."""
+    made.suptitle(f"{title}\n{results['model']} on {results['data']}", fontsize=10, color=INK)
+
+
+def row_colours(results: Mapping[str, Any]) -> dict[str, str]:
+    """Every row's colour, the same in every plot."""
+    labels = [row["label"] for row in results["methods"]]
+    return {label: INK if i == 0 else COLOURS[(i - 1) % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def hide_spines(panel: Axes, sides: Sequence[str]) -> None:
+    """Leave out some sides of the frame, and draw the others as lightly as the text allows."""
+    for side in sides:
+        panel.spines[side].set_visible(False)
+    panel.spines[:].set_color(FAINT)
+    panel.tick_params(colors=INK, labelsize=8)
+
+
+def draw_dot(panel: Axes, x: float, y: float, colour: str, *, filled: bool, size: float, tooltip: str) -> None:
+    """Draw a point, hollow or filled, that says in a page what it stands for."""
+    (mark,) = panel.plot([x], [y], "o", color=colour, markerfacecolor=colour if filled else PAPER, markersize=size)
+    mark.set(zorder=3, gid=f"title:{tooltip}")
+
+
+def svg(made: Figure, name: str) -> str:
+    """A figure as an element of a page: its text stays text, and its colours follow the page.
+
+    Args:
+        made: The figure, drawn without a title.
+        name: What it shows, for those who cannot see it; no two figures of a page share one.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        made.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+    # Groups with an id of ours carry a tooltip; the other ids would stand twice in a page of several figures.
+    drawing = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", drawing)
+    drawing = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", drawing)
+    return drawing.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
