@@ -18,7 +18,7 @@ import vlmfix
 from vlmfix.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
 
 
 def half_heads() -> Any:
@@ -38,8 +38,11 @@ def test_the_method_in_the_readme_runs(tiny: Any) -> None:
         half_heads()(strength="much")
 
 
-def test_files_the_readme_names_exist() -> None:
-    for name in re.findall(r"(?:scripts|evals|vlmfix|tests)/[\w./]+\w", README):
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_files_that_are_named_exist(text: str) -> None:
+    names = re.findall(r"(?:scripts|evals|vlmfix|tests)/[\w./]+\w", text)
+    assert names
+    for name in names:
         assert (ROOT / name).exists() or "my_method" in name, name
 
 
@@ -50,7 +53,7 @@ def test_the_methods_table_is_complete() -> None:
 
 def shown_commands() -> list[str]:
     """What README says to type: commands of its blocks, lines joined, and those in its text that have an option."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + CONTRIBUTING, re.DOTALL)).replace("\\\n", " ")
     lines = [line for line in blocks.splitlines() if line.startswith("vlmfix ")]
     return lines + re.findall(r"`(vlmfix [a-z]+ [^`|]*--[^`|]*)`", README)
 
