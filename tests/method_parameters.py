@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vlmfix.methods.registry import method_class
 from vlmfix.model.anatomy import Anatomy, analyse
-from vlmfix.recipes import method_class
 
 
 def _sinks(anatomy: Anatomy) -> dict[str, Any]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.modality_balance import ModalityBalance
     from vlmfix.methods.none import NoMethod
     from vlmfix.methods.pai import PAI
+    from vlmfix.methods.registry import list_methods
     from vlmfix.methods.spin import SPIN
     from vlmfix.methods.vaf import VAF
     from vlmfix.methods.var import VAR
@@ -61,6 +62,7 @@ _LAZY = {
     "patched": "vlmfix.patching",
     "status": "vlmfix.patching",
     "unpatch": "vlmfix.patching",
+    "list_methods": "vlmfix.methods.registry",
     "load_recipe": "vlmfix.recipes",
     "save_recipe": "vlmfix.recipes",
     "find_sink_dims": "vlmfix.model.sink_dims",
@@ -106,6 +108,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "find_sink_dims",
+    "list_methods",
     "load_recipe",
     "methods",
     "patch",
@@ -136,9 +139,9 @@ def __dir__() -> list[str]:
 def _method_class(name: str) -> Any:
     """Return a method's class by its own name: every file with a method has one."""
     if name[:1].isupper():
-        from vlmfix.recipes import all_methods
+        from vlmfix.methods.registry import list_methods
 
-        for method in all_methods().values():
+        for method in list_methods().values():
             if method.__name__ == name:
                 return method
     raise AttributeError(f"module 'vlmfix' has no attribute {name!r}")

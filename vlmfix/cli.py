@@ -163,9 +163,7 @@ def _score(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     import dataclasses
 
-    from vlmfix.recipes import all_methods
-
-    for name, method in all_methods().items():
+    for name, method in vlmfix.list_methods().items():
         _show(f"{name}: {method.summary}" + (f" ({method.paper})" if method.paper else ""))
         for parameter in dataclasses.fields(method):
             if name != "none":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import pkgutil
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,90 +11,10 @@ from vlmfix.errors import DataError, MethodError
 from vlmfix.files import read_json
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
+from vlmfix.methods.registry import make_method, method_from_dict, method_names, recipe_entry
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy, AttentionKind
-
-
-PACKAGES = ("methods", "decoding")
-"""The packages that hold one method per file."""
-
-SHARED = {
-    *("base", "beam_search", "branch", "caches", "experimental", "forward", "measured", "other_image", "other_prompt"),
-    *("opera_search", "scores", "selection", "sequence", "two_branches", "views"),
-}
-"""The files in them that hold no method, but what several share."""
-
-
-def method_names() -> tuple[str, ...]:
-    """Return the short names of all methods: those of the files in ``vlmfix/methods`` and ``vlmfix/decoding``."""
-    return tuple(sorted(_packages()))
-
-
-def _packages() -> dict[str, str]:
-    """Return the package of every method by its name."""
-    return {
-        module.name: package
-        for package in PACKAGES
-        for module in pkgutil.iter_modules([str(Path(__file__).parent / package)])
-        if module.name not in SHARED
-    }
-
-
-def all_methods() -> dict[str, type[Method]]:
-    """Return every method class by its short name."""
-    return {name: method_class(name) for name in method_names()}
-
-
-def method_class(name: str) -> type[Method]:
-    """Return a method's class.
-
-    Raises:
-        MethodError: There is no such method.
-    """
-    package = _packages().get(name)
-    if package is None:
-        raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(method_names())}.")
-    for found in vars(import_module(f"vlmfix.{package}.{name}")).values():
-        if isinstance(found, type) and issubclass(found, Method) and found.name == name:
-            return found
-    raise AssertionError(f"vlmfix/{package}/{name}.py defines no method named {name!r}")
-
-
-def make_method(name: str, parameters: Mapping[str, Any]) -> Method:
-    """Build a method from its name and parameters.
-
-    Raises:
-        MethodError: Unknown method or parameter, or a value of the wrong type or out of range.
-    """
-    cls = method_class(name)
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for parameter, (value, reason) in cls.removed_parameters.items():
-        if parameters.get(parameter, value) != value:
-            raise MethodError(f"{name} no longer has the parameter {parameter!r}. {reason}")
-    parameters = {key: value for key, value in parameters.items() if key not in cls.removed_parameters}
-    for parameter in parameters:
-        if parameter not in known:
-            raise MethodError(f"{name} has no parameter {parameter!r}. It has: {', '.join(known)}.")
-    try:
-        return cls(**parameters)
-    except MethodError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise MethodError(f"Cannot build {name} with {dict(parameters)!r}: {error}.") from error
-
-
-def method_from_dict(data: Mapping[str, Any]) -> Method:
-    """Read back what ``Method.to_dict`` wrote.
-
-    Raises:
-        MethodError: No ``"method"`` key, unknown method or parameter.
-    """
-    if not isinstance(data, Mapping) or "method" not in data:
-        raise MethodError(
-            f"A recipe entry needs a 'method' key, for example {{'method': 'vhr', 'alpha': 2.0}}; got {data!r}."
-        )
-    return make_method(str(data["method"]), {key: value for key, value in data.items() if key != "method"})
 
 
 def load_recipe(path: str | Path) -> tuple[Method, ...]:
@@ -127,10 +44,13 @@ def save_recipe(path: str | Path, chosen: Method | Calibration | Sequence[Method
     """Write methods as a recipe file that ``patch`` and ``load_recipe`` read.
 
     Of what ``calibrate`` returned, only the method is written; ``Calibration.save`` keeps the provenance too.
+
+    Raises:
+        MethodError: A method could not be read back; nothing is written.
     """
     given = [chosen] if isinstance(chosen, (Method, Calibration)) else list(chosen)
-    entries = [each.method if isinstance(each, Calibration) else each for each in given]
-    text = json.dumps({"methods": [method.to_dict() for method in entries]}, indent=2)
+    methods = [each.method if isinstance(each, Calibration) else each for each in given]
+    text = json.dumps({"methods": [recipe_entry(method) for method in methods]}, indent=2)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
@@ -208,7 +128,7 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
         raise MethodError(
             f"{method.name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "
             f"{' or '.join(_MEANING[kind] for kind in method.attention_kinds)}. Choose another method; "
-            "vlmfix.methods() lists them."
+            "vlmfix.list_methods() lists them."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import vlmfix
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.files import read_json
-from vlmfix.recipes import method_class, method_from_dict, method_names
+from vlmfix.methods.registry import method_class, method_from_dict, method_names
 
 from ..options import EvalOptions
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.recipes import load_recipe, make_method, method_from_dict, method_names
+from vlmfix.methods.registry import make_method, method_from_dict, method_names
+from vlmfix.recipes import load_recipe
 
 from ..benchmarks.columns import BY_KEY, figure
 from ..data.write import write_json

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import MethodError, VlmfixError
-from vlmfix.methods.selection import Choice, Range, Space
-from vlmfix.recipes import method_from_dict
+from vlmfix.methods.parameters import Choice, Range, Space
+from vlmfix.methods.registry import method_from_dict
 
 from ..run.methods import parse_value
 from .rule import Goal

@@ -305,7 +305,7 @@ class Trial:
 
         A batch must equal its prompts one by one, and a prompt without an image be answered by the stock model.
         """
-        if vlmfix.methods()[name].searches:
+        if vlmfix.list_methods()[name].searches:
             return self.search(name)
         stock = self.stock
         samples = None if self.batchable is None else self.batchable[1]
@@ -375,7 +375,7 @@ MACHINERY: dict[str, Callable[[Trial], Cell]] = {
 
 def method_columns() -> tuple[str, ...]:
     """The methods registered, the identity left out."""
-    return tuple(name for name in vlmfix.methods() if name != "none")
+    return tuple(name for name in vlmfix.list_methods() if name != "none")
 
 
 def measure(trial: Trial, column: str) -> Cell:

@@ -69,7 +69,7 @@ def public_names(bench: Bench) -> Any:
     for module in (vlmfix, probes):
         for name in sorted(module.__all__):
             found[f"{module.__name__}.{name}"] = described(getattr(module, name))
-    found["methods"] = dict.fromkeys(sorted(vlmfix.methods()), True)
+    found["methods"] = dict.fromkeys(sorted(vlmfix.list_methods()), True)
     return found
 
 

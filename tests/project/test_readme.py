@@ -48,7 +48,7 @@ def test_files_that_are_named_exist(text: str) -> None:
 
 def test_the_methods_table_is_complete() -> None:
     listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
-    assert set(vlmfix.methods()) <= listed
+    assert set(vlmfix.list_methods()) <= listed
 
 
 def shown_commands() -> list[str]:

@@ -11,6 +11,7 @@ import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Range, parameter
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
@@ -30,40 +31,35 @@ class OtherTokens(NamedTuple):
     is_swapped: bool = False
 
 
+CUT = "0: no cut; 1: only the most likely token is left"
+
+
+PLAUSIBILITY = "Plausibility cut: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing."
+
+
 @dataclass(frozen=True)
 class DecodingMethod(Method):
     """Base class of methods that replace the logits of the next token by a contrast of two branches.
 
     The engine (``vlmfix.decoding.two_branches``) runs the other branch beside the model's own: the same answer behind a
     prompt with another image (:meth:`other_images`) or with other tokens (:meth:`other_tokens`).
-
-    Attributes:
-        layers: Must stay ``None``: it acts on logits, not in layers.
     """
 
-    replaces_logits: ClassVar[bool] = True
+    counts = "next tokens"
+    replaces_logits = True
+    needs_whole_prompt = True  # its last row is contrasted
     changes_image: ClassVar[bool] = False
     """Whether the other branch has another image: the same tokens, at the same positions."""
     removes_image: ClassVar[bool] = False
     """Whether the other branch has no image."""
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
+        """Refuse layers."""
         self.require(self.layers is None, "layers", "left out: the method acts on logits, not in layers")
-
-    @property
-    def counts(self) -> str:
-        """What ``vlmfix.status`` counts of it."""
-        return "next tokens"
 
     @property
     def uses_branch(self) -> bool:
         """Whether the other branch is needed at all."""
-        return True
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """Whether a prompt must come in one forward: its last row is contrasted."""
         return True
 
     def bind(self, anatomy: Anatomy) -> DecodingMethod:
@@ -76,7 +72,7 @@ class DecodingMethod(Method):
             raise MethodError(
                 f"{self.name} does not act in {type(anatomy.model).__name__}: what reads the prompt there is not the "
                 "forward that gives the logits, so no second branch can be run beside it. Choose a method that edits "
-                "attention; vlmfix.methods() lists them."
+                "attention; vlmfix.list_methods() lists them."
             )
         return self
 
@@ -120,20 +116,13 @@ class DecodingMethod(Method):
 class Contrast(DecodingMethod):
     """``(1 + alpha) l - alpha l'`` over tokens that ``l`` finds plausible; base class.
 
-    Attributes:
-        alpha: Strength of the contrast, >= 0; 0 takes the model's own logits.
-        beta: Plausibility cut, in [0, 1]: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing, 1
-            leaves only the most likely one.
+    ``alpha`` 0 takes the model's own logits, which are still cut: the answer is the stock one with ``beta`` 0 too.
     """
 
-    alpha: float = 1.0
-    beta: float = 0.1
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        self.require(0 <= self.alpha < float("inf"), "alpha", "a finite number >= 0 (0: no contrast)")
-        self.require(0 <= self.beta <= 1, "beta", "between 0 (no cut) and 1 (only the most likely token is left)")
+    alpha: float = parameter(
+        1.0, low=0, remark="0: no contrast", search=Range(0.05, 2.0), help="Strength of the contrast."
+    )
+    beta: float = parameter(0.1, low=0, high=1, remark=CUT, search=Range(0.02, 0.9), help=PLAUSIBILITY)
 
     @property
     def is_identity(self) -> bool:

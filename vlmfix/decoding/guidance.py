@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from vlmfix.decoding.base import DecodingMethod, OtherTokens, contrast, cut
+from vlmfix.decoding.base import CUT, PLAUSIBILITY, DecodingMethod, OtherTokens, contrast, cut
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.parameters import Range, parameter
 
 
 @dataclass(frozen=True)
@@ -20,32 +19,24 @@ class Guidance(DecodingMethod):
     Computed on logits, where it is the same but for a constant: ``l + (gamma - 1)(l - l')``. Tokens with
     ``p < max p + ln(beta)`` are cut. The other prompt is the same text with the image's tokens taken out, its positions
     without a gap. Beside ``pai`` or ``fia``, whose published runs use it, it is their guidance: their edits act in the
-    branch with the image only. ``PAI(edit_prompt=False)`` beside it is what PAI's released code computes.
-
-    Attributes:
-        gamma: Strength, >= 1; 1 is the identity. Default: the README value of PAI's code (2 in its CHAIR script).
-        beta: Plausibility cut, in [0, 1]. Default: the released code's.
+    branch with the image only. ``[PAI(edit_prompt=False), Guidance()]`` is what PAI's released code computes.
     """
 
-    name: ClassVar[str] = "guidance"
-    paper: ClassVar[str] = "arXiv 2407.21771"
-    summary: ClassVar[str] = "contrasts the answer with that to the prompt without its image"
-    removes_image: ClassVar[bool] = True
-    search_space: ClassVar[Space] = {"gamma": Range(1.02, 2.5), "beta": Range(0.02, 0.9)}
+    name = "guidance"
+    paper = "arXiv 2407.21771"
+    summary = "contrasts the answer with that to the prompt without its image"
+    removes_image = True
 
-    gamma: float = 1.1
-    beta: float = 0.1
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        self.require(1 <= self.gamma < float("inf"), "gamma", "a finite number >= 1 (1 switches the method off)")
-        self.require(0 <= self.beta <= 1, "beta", "between 0 (no cut) and 1 (only the most likely token is left)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``gamma`` is 1."""
-        return self.gamma == 1
+    gamma: float = parameter(
+        1.1,
+        low=1,
+        off=1,
+        search=Range(1.02, 2.5),
+        help="Strength. Default: the README value of PAI's code (2 in its CHAIR script).",
+    )
+    beta: float = parameter(
+        0.1, low=0, high=1, remark=CUT, search=Range(0.02, 0.9), help=f"{PLAUSIBILITY} Default: the released code's."
+    )
 
     def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens:
         """Take the image's tokens out.

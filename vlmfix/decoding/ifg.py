@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from vlmfix.decoding.base import Contrast
 from vlmfix.decoding.other_image import each_image
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.parameters import Range, parameter
 
 NEXT_TO_ZERO = 1e-6
 """Zeros themselves are what some models take for padding."""
-
-
-STAND_INS = ("mean", "blank", "blurred")
 
 
 @dataclass(frozen=True)
@@ -29,30 +26,25 @@ class IFG(Contrast):
     ``l >= max l + ln(beta)`` may be chosen. LACING learns a "soft image" to contrast with; a stand-in of the same size,
     with the same number of image tokens at the same positions, takes its place here, which no publication measures.
 
-    Attributes:
-        alpha: Strength of the contrast, >= 0. Default: the released code's.
-        beta: Plausibility cut, in [0, 1]. Default: the released code's.
-        stand_in: ``"mean"``: the image's own mean colour (of flattened patches: its mean patch). ``"blank"``: zeros,
-            which is the processor's mean colour. ``"blurred"``: the image without detail, averaged over ``blur`` of its
-            side and interpolated.
-        blur: Width of the blur as a fraction of the image's shorter side, in (0, 1].
+    The defaults are ours. The released sampler falls back to alpha 0.5 and beta 0.1, but its scripts run s = 1 to 3
+    without a cut: ``IFG(alpha=1, beta=0)`` is their s = 2.
     """
 
-    name: ClassVar[str] = "ifg"
-    paper: ClassVar[str] = "arXiv 2411.14279"
-    summary: ClassVar[str] = "contrasts the answer with that to a stand-in for the image"
-    search_space: ClassVar[Space] = {"alpha": Range(0.05, 2.0), "beta": Range(0.02, 0.9)}
-    changes_image: ClassVar[bool] = True
+    name = "ifg"
+    paper = "arXiv 2411.14279"
+    summary = "contrasts the answer with that to a stand-in for the image"
+    changes_image = True
 
-    alpha: float = 0.5
-    stand_in: str = "mean"
-    blur: float = 0.25
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        self.require(self.stand_in in STAND_INS, "stand_in", f"one of {', '.join(STAND_INS)}")
-        self.require(0 < self.blur <= 1, "blur", "above 0 and at most 1")
+    alpha: float = parameter(
+        0.5, low=0, remark="0: no contrast", search=Range(0.05, 2.0), help="Strength of the contrast."
+    )
+    stand_in: Literal["mean", "blank", "blurred"] = parameter(
+        "mean",
+        help='``"mean"``: the image\'s own mean colour (of flattened patches: its mean patch). ``"blank"``: zeros, '
+        'which is the processor\'s mean colour. ``"blurred"``: the image without detail, averaged over ``blur`` of its '
+        "side and interpolated.",
+    )
+    blur: float = parameter(0.25, above=0, high=1, help="Width of the blur as a fraction of the image's shorter side.")
 
     def other_images(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
         """Replace every image.

@@ -6,11 +6,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from vlmfix.decoding.base import Contrast, OtherTokens
 from vlmfix.errors import MethodError
-from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.model.anatomy import Anatomy
 
 _SURE = r"(?:(?:pretty|quite|very|absolutely|fairly|almost) )?(?:sure|certain|positive|convinced)"
@@ -109,46 +109,48 @@ class LQCD(Contrast):
     No code was released, and the formula is known from quotations. The rules that find leading clauses (English, by
     pattern), the hint and both defaults are ours; the second version's adaptive cut and its factor for the sentiment of
     the question are not known and not here.
-
-    Attributes:
-        alpha: Strength of the contrast, >= 0. 0 answers the neutral question.
-        beta: Plausibility cut, in [0, 1].
-        neutralise: Whether leading questions are made neutral; if not, they are left alone.
-        hint: What makes a neutral question leading: text, or token ids.
-        patterns: Regular expressions of further clauses to take out of leading questions.
-        behind: How many tokens of the chat template stand behind the question. Default: as many as there are behind
-            the last question mark, or behind the last full stop where there is none.
-        tokenizer: Folder or hub id of the model's tokenizer. Default: the model's own. Not needed with a hint of token
-            ids, ``behind``, and ``neutralise=False``.
     """
 
-    name: ClassVar[str] = "lqcd"
-    paper: ClassVar[str] = "arXiv 2408.11261"
-    summary: ClassVar[str] = "contrasts the answer to a neutral question with that to a leading one"
-    needs_cache: ClassVar[bool] = True
-    search_space: ClassVar[Space] = {"alpha": Range(0.05, 2.0), "beta": Range(0.02, 0.9)}
+    name = "lqcd"
+    paper = "arXiv 2408.11261"
+    summary = "contrasts the answer to a neutral question with that to a leading one"
+    needs_cache = True
 
-    neutralise: bool = True
-    hint: str | Sequence[int] = "I don't think so."
-    patterns: Sequence[str] = ()
-    behind: int | None = None
-    tokenizer: str | None = None
+    alpha: float = parameter(
+        1.0,
+        low=0,
+        remark="0: no contrast",
+        search=Range(0.05, 2.0),
+        help="Strength of the contrast. 0 answers the neutral question.",
+    )
+    neutralise: bool = parameter(True, help="Whether leading questions are made neutral; if not, they are left alone.")
+    hint: str | Sequence[int] = parameter(
+        "I don't think so.",
+        expected="a text, or a list of token ids",
+        help="What makes a neutral question leading: text, or token ids.",
+    )
+    patterns: Sequence[str] = parameter(
+        (),
+        expected="a list of regular expressions",
+        help="Regular expressions of further clauses to take out of leading questions.",
+    )
+    behind: int | None = parameter(
+        None,
+        low=0,
+        help="How many tokens of the chat template stand behind the question. Default: as many as there are behind the "
+        "last question mark, or behind the last full stop where there is none.",
+    )
+    tokenizer: str | None = parameter(
+        None,
+        expected="a folder or a hub id",
+        help="Folder or hub id of the model's tokenizer. Default: the model's own. Not needed with a hint of token "
+        "ids, ``behind``, and ``neutralise=False``.",
+    )
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
+        """Check the hint and the patterns."""
         super().validate()
-        is_text = isinstance(self.hint, str)
-        is_list = isinstance(self.hint, Sequence) and not is_text
-        is_hint = bool(self.hint) and (is_text or (is_list and all(isinstance(token, int) for token in self.hint)))
-        self.require(is_hint, "hint", "a text, or a list of token ids")
-        is_count = isinstance(self.behind, int) and not isinstance(self.behind, bool) and self.behind >= 0
-        self.require(self.behind is None or is_count, "behind", "a whole number >= 0")
-        is_name = self.tokenizer is None or isinstance(self.tokenizer, str)
-        self.require(is_name, "tokenizer", "a folder or a hub id")
-        self.require(not isinstance(self.patterns, str), "patterns", "a list of regular expressions")
-        for name in ("hint", "patterns"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value if isinstance(value, str) else tuple(value))
+        self.require(bool(self.hint), "hint", "a text, or a list of token ids")
         try:
             check_patterns(self.patterns)
         except (re.error, TypeError) as error:

@@ -6,14 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import Range, Space
-from vlmfix.model.anatomy import Anatomy, AttentionKind
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import DefaultLayers
+from vlmfix.model.anatomy import Anatomy
 
 FIRST = 10
 """Rows of an answer in which the released code looks at the image instead, and first place it rolls back to."""
@@ -54,51 +55,25 @@ class OPERA(Method):
 
     ``generate`` is then this search, for one prompt at a time, at ``1 + num_attn_candidates`` forwards per token. What
     others measured: most of its gain is length; against greedy decoding of LLaVA-1.5 there is none on CHAIR.
-
-    Attributes:
-        num_beams: Beams, >= 2; ``generate(num_beams=...)`` of more than one goes before.
-        scale_factor: Factor on attention weights, > 0.
-        threshold: How often a column may be the maximum; ``None``: never go back.
-        num_attn_candidates: Candidates per beam, and times to go back to one place, >= 1.
-        penalty_weights: Strength of the penalty, >= 0.
-        mode: ``"official"`` or ``"paper"``.
-        layers: The one layer whose attention is read. Default: the last.
     """
 
-    name: ClassVar[str] = "opera"
-    paper: ClassVar[str] = "arXiv 2311.17911"
-    summary: ClassVar[str] = "beam search that penalises knots of attention in the answer and goes back behind them"
-    replaces_logits: ClassVar[bool] = True
-    searches: ClassVar[bool] = True
-    search_space: ClassVar[Space] = {"penalty_weights": Range(0.1, 5.0), "scale_factor": Range(10.0, 100.0)}
+    name = "opera"
+    paper = "arXiv 2311.17911"
+    summary = "beam search that penalises knots of attention in the answer and goes back behind them"
+    counts = "candidate tokens"
+    attention_kinds = ("joint",)  # where the answer's rows look at image and answer alike
+    replaces_logits = True
+    searches = True
+    default_layers = DefaultLayers("the last; it can be one only", lambda num_layers: (num_layers - 1,))
 
-    num_beams: int = 5
-    scale_factor: float = 50.0
-    threshold: int | None = 15
-    num_attn_candidates: int = 5
-    penalty_weights: float = 1.0
-    mode: str = "official"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        for name, least in (("num_beams", 2), ("num_attn_candidates", 1), ("threshold", 1)):
-            value = getattr(self, name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            is_off = name == "threshold" and value is None
-            self.require(is_whole or is_off, name, f"a whole number >= {least}" + " or None" * (name == "threshold"))
-        self.require(0 < self.scale_factor < float("inf"), "scale_factor", "a finite number > 0")
-        self.require(0 <= self.penalty_weights < float("inf"), "penalty_weights", "a finite number >= 0")
-        self.require(self.mode in ("official", "paper"), "mode", "'official' or 'paper'")
-
-    @property
-    def counts(self) -> str:
-        """What ``vlmfix.status`` counts of it."""
-        return "candidate tokens"
-
-    @property
-    def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Where the answer's rows look at image and answer alike."""
-        return ("joint",)
+    num_beams: int = parameter(
+        5, low=2, help="Number of beams; ``generate(num_beams=...)`` of more than one goes before."
+    )
+    scale_factor: float = parameter(50.0, above=0, search=Range(10.0, 100.0), help="Factor on attention weights.")
+    threshold: int | None = parameter(15, low=1, help="How often a column may be the maximum; ``None``: never go back.")
+    num_attn_candidates: int = parameter(5, low=1, help="Candidates per beam, and times to go back to one place.")
+    penalty_weights: float = parameter(1.0, low=0, search=Range(0.1, 5.0), help="Strength of the penalty.")
+    mode: Literal["official", "paper"] = parameter("official", help='``"official"`` or ``"paper"``.')
 
     def bind(self, anatomy: Anatomy) -> OPERA:
         """Find the last layer with attention.
@@ -110,8 +85,8 @@ class OPERA(Method):
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model or "image" in anatomy.kinds:
             raise MethodError(
                 f"opera does not act in {type(anatomy.model).__name__}: no attention there is over the image's tokens "
-                "and the answer's in the forward that gives the logits. Choose another method; vlmfix.methods() lists "
-                "them."
+                "and the answer's in the forward that gives the logits. Choose another method; "
+                "vlmfix.list_methods() lists them."
             )
         if "generate" in vars(anatomy.model):
             raise MethodError(

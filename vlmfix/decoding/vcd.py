@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from vlmfix.decoding.base import Contrast
+from vlmfix.decoding.base import CUT, PLAUSIBILITY, Contrast
 from vlmfix.decoding.other_image import each_image
-from vlmfix.methods.selection import Choice, Range, Space
+from vlmfix.methods.parameters import Choice, Range, parameter
 
 STEPS = 1000
 """Steps of the diffusion process whose noise is used."""
@@ -28,36 +27,37 @@ class VCD(Contrast):
     beams come after the contrast.
 
     Published gains over sampling largely vanish against greedy decoding; compare with that.
-
-    Attributes:
-        alpha: Strength of the contrast, >= 0. Default: the value of the released POPE script (0.5 in its sampler).
-        beta: Plausibility cut, in [0, 1]. Default: that script's (0.1 in its sampler).
-        noise_step: Step of the noise, 1 to 999; 0 adds none: the answer stays what it is. Default: that script's.
-        seed: Seed of the noise.
     """
 
-    name: ClassVar[str] = "vcd"
-    paper: ClassVar[str] = "arXiv 2311.16922"
-    summary: ClassVar[str] = "contrasts the answer with that to a noised image"
-    search_space: ClassVar[Space] = {
-        "alpha": Range(0.05, 2.0),
-        "beta": Range(0.02, 0.9),
-        "noise_step": Choice((500, 300, 700, 900)),
-    }
-    changes_image: ClassVar[bool] = True
+    name = "vcd"
+    paper = "arXiv 2311.16922"
+    summary = "contrasts the answer with that to a noised image"
+    changes_image = True
 
-    beta: float = 0.2
-    noise_step: int = 500
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        is_whole = isinstance(self.noise_step, int) and not isinstance(self.noise_step, bool)
-        self.require(
-            is_whole and 0 <= self.noise_step < STEPS, "noise_step", f"a whole number between 0 and {STEPS - 1}"
-        )
-        self.require(isinstance(self.seed, int) and not isinstance(self.seed, bool), "seed", "a whole number")
+    alpha: float = parameter(
+        1.0,
+        low=0,
+        remark="0: no contrast",
+        search=Range(0.05, 2.0),
+        help="Strength of the contrast. Default: the value of the released POPE script (0.5 in its sampler).",
+    )
+    beta: float = parameter(
+        0.2,
+        low=0,
+        high=1,
+        remark=CUT,
+        search=Range(0.02, 0.9),
+        help=f"{PLAUSIBILITY} Default: that script's (0.1 in its sampler).",
+    )
+    noise_step: int = parameter(
+        500,
+        low=0,
+        high=STEPS - 1,
+        search=Choice((500, 300, 700, 900)),
+        help="Step of the noise. 0 adds none, so that the answer stays what it is; the release's index 0 adds noise of "
+        "standard deviation 0.005. Default: that script's.",
+    )
+    seed: int = parameter(0, help="Seed of the noise.")
 
     def other_images(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
         """Add the noise of step ``noise_step`` to every image."""

@@ -1,12 +1,12 @@
 """The methods, one file each.
 
-``vlmfix.methods()`` lists them: importing a submodule binds this package to the name ``vlmfix.methods``, so the package
-itself is what a user calls.
+``vlmfix.list_methods()`` lists them. Calling this package, ``vlmfix.methods()``, does the same and is deprecated.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class _CallablePackage(ModuleType):
     def __call__(self) -> dict[str, type[Method]]:
         """Return every method class by its short name."""
-        from vlmfix.recipes import all_methods
+        from vlmfix.methods.registry import list_methods
 
-        return all_methods()
+        warnings.warn("vlmfix.methods() is deprecated; call vlmfix.list_methods()", DeprecationWarning, stacklevel=2)
+        return list_methods()
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import HeadSpec, Range, Space, bind_heads, heads_of, listed_heads
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import HeadSpec, all_but, listed_heads
 from vlmfix.methods.views import Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy, AttentionKind
+
+_THRESHOLDS = "a number >= 0 or a text such as '5/N'"
 
 
 @dataclass(frozen=True)
@@ -158,62 +160,69 @@ def _shift(per_key: torch.Tensor, shift: int | torch.Tensor, num_keys: int) -> t
 class ACT(Method):
     """Shrink attention sinks other than the first token, in selected heads, and share out what they held.
 
-    A key's sink score is the mean weight it gets from the rows that may see it; keys above ``sink_threshold`` are
-    sinks, the first token excepted. In every row, sinks keep ``beta`` of their weight and the rest goes to the
-    recipients in proportion to what they have; row sums stay 1. While decoding, the means go on as running sums, so
-    that a row has the sinks it would have in a recomputation. The released decode step multiplies row sums instead (up
-    to 1.37); it is not followed. Prompts without an image are left alone, though the paper is about text models.
+    A key's sink score is the mean weight it gets from the rows that may see it. Keys above ``sink_threshold`` are
+    sinks, the first token excepted. In every row, sinks keep ``beta`` of their weight, and the rest goes to the
+    recipients in proportion to what they have. Row sums stay 1. While decoding, the means go on as running sums, so
+    that a row has the sinks it would have in a recomputation.
 
-    Attributes:
-        beta: What sinks keep, in [0, 1]; 1 is the identity.
-        sink_threshold: ``"alpha/N"`` with N the number of tokens (the paper's 5/N), or an absolute weight (the
-            released code uses .1 and .15).
-        heads: (layer, head) pairs to calibrate. The paper searches them offline (``vlmfix.calibrate``). ``None``
-            calibrates every head of the layers, which the paper advises against.
-        rows: Rows of a prompt to edit: ``"all"`` as released, ``"text"`` behind the image, or the ``"last"``.
-        recipients: ``"all"`` other keys, or only ``"image"`` tokens (a variant of ours).
-        sinks: While decoding, ``"running"`` means, or ``"frozen"`` those of the prompt.
-        min_rows: Keys seen by fewer rows are no sinks: their mean says little.
-        layers: Default: all but the first two and the last, or those of ``heads``.
+    Where this differs from the released code: its decode step multiplies row sums (up to 1.37), which is not followed.
+    It spares the first element of its list of sinks, which is not the first token where that token is no sink. It has
+    no ``min_rows``. The paper is about text models; prompts without an image are left alone here.
     """
 
-    name: ClassVar[str] = "act"
-    paper: ClassVar[str] = "arXiv 2406.15765"
-    summary: ClassVar[str] = "shrinks attention sinks behind the first token, in selected heads"
-    search_space: ClassVar[Space] = {"beta": Range(0.1, 0.9)}
-    edits_weights: ClassVar[bool] = True
-    reorders: ClassVar[bool] = True
-    needs_past: ClassVar[bool] = True
-    needs_text_keys: ClassVar[bool] = False
+    name = "act"
+    paper = "arXiv 2406.15765"
+    summary = "shrinks attention sinks behind the first token, in selected heads"
+    edits_weights = True
+    reorders = True
+    needs_past = True
+    needs_text_keys = False
+    observed_rows = "all"  # a key's mean is over every row that sees it,
+    needs_whole_prompt = True  # later ones too
+    default_layers = all_but("all but the first two and the last, or those of ``heads``", first=2, last=1)
 
-    beta: float = 0.4
-    sink_threshold: str | float = "5/N"
-    heads: HeadSpec = None
-    rows: Literal["all", "text", "last"] = "all"
-    recipients: Literal["all", "image"] = "all"
-    sinks: Literal["running", "frozen"] = "running"
-    min_rows: int = 8
+    beta: float = parameter(0.4, low=0, high=1, off=1, search=Range(0.1, 0.9), help="What sinks keep.")
+    sink_threshold: str | float = parameter(
+        "5/N",
+        low=0,
+        expected=_THRESHOLDS,
+        help='``"alpha/N"`` with N the number of tokens (5/N in the paper), or an absolute weight (the released code '
+        "uses 0.1 and 0.15).",
+    )
+    heads: HeadSpec = parameter(
+        None,
+        off=(),
+        help="(layer, head) pairs to calibrate. The paper searches them offline (``vlmfix.calibrate``). ``None`` "
+        "calibrates every head of the layers, which the paper advises against.",
+    )
+    rows: Literal["all", "text", "last"] = parameter(
+        "all", help='Rows of a prompt to edit: ``"all"`` as released, ``"text"`` behind the image, or the ``"last"``.'
+    )
+    recipients: Literal["all", "image"] = parameter(
+        "all", help='``"all"`` other keys, or only ``"image"`` tokens (a variant of ours).'
+    )
+    sinks: Literal["running", "frozen"] = parameter(
+        "running", help='While decoding, ``"running"`` means, or ``"frozen"`` those of the prompt.'
+    )
+    min_rows: int = parameter(
+        8,
+        low=1,
+        help="Keys seen by fewer rows are no sinks, because their mean says little: in a prompt, none of its last 7 "
+        "tokens is. The limit is ours. 1 is the paper and the released code, where the last token's attention to "
+        "itself counts as a mean.",
+    )
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.beta <= 1, "beta", "between 0 and 1 (1 switches the method off)")
-        self.require(self._threshold() is not None, "sink_threshold", "a number >= 0 or a text such as '5/N'")
-        self.require(self.rows in ("all", "text", "last"), "rows", "all, text or last")
-        self.require(self.recipients in ("all", "image"), "recipients", "all or image")
-        self.require(self.sinks in ("running", "frozen"), "sinks", "running or frozen")
-        self.require(isinstance(self.min_rows, int) and self.min_rows >= 1, "min_rows", "a whole number >= 1")
-
-    def _threshold(self) -> tuple[float, bool] | None:
-        """The threshold's number, and whether it is divided by the number of tokens."""
-        if isinstance(self.sink_threshold, (int, float)) and not isinstance(self.sink_threshold, bool):
-            return (float(self.sink_threshold), False) if 0 <= self.sink_threshold < math.inf else None
-        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*/\s*[nN]\s*", str(self.sink_threshold))
-        return (float(match.group(1)), True) if match else None
+        """Check that a threshold given as a text can be read."""
+        self.require(isinstance(self._threshold, tuple), "sink_threshold", _THRESHOLDS)
 
     @property
-    def is_identity(self) -> bool:
-        """Whether ``beta`` is 1 or no head is to be calibrated."""
-        return self.beta == 1 or self.heads == ()
+    def _threshold(self) -> tuple[float, bool] | None:
+        """The threshold's number, and whether it is divided by the number of tokens."""
+        if not isinstance(self.sink_threshold, str):
+            return float(self.sink_threshold), False
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*/\s*[nN]\s*", self.sink_threshold)
+        return (float(match.group(1)), True) if match else None
 
     @property
     def prompt_rows(self) -> PromptRows:
@@ -221,31 +230,14 @@ class ACT(Method):
         return self.rows
 
     @property
-    def observed_rows(self) -> PromptRows:
-        """All: a key's mean is over every row that sees it."""
-        return "all"
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """A key's mean is over rows that come later."""
-        return True
-
-    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """Self-attention, over text alone too: sinks are not the image's. Its tokens may be the recipients."""
         return ("joint",) if self.recipients == "image" else ("joint", "text", "answer")
 
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """All but the first two and the last; the middle layer of models of three layers or fewer."""
-        return tuple(range(2, num_layers - 1)) or (num_layers // 2,)
-
-    def bind(self, anatomy: Anatomy) -> ACT:
-        """Resolve layers; with a list of heads, those that have some."""
-        return bind_heads(self, super().bind(anatomy), self.heads, anatomy)
-
-    def heads_in(self, layer_idx: int) -> tuple[int, ...] | None:
-        """Those of the list, if there is one."""
-        return None if self.heads is None else heads_of(self.heads, layer_idx)
+    @property
+    def only_heads(self) -> HeadSpec:
+        """Those listed, if any are."""
+        return self.heads
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say when heads were not searched."""
@@ -293,7 +285,7 @@ class ACT(Method):
         return attn_weights.addcmul_(attn_weights, by_key), edited
 
     def _others(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
-        """Which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
+        """Return which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
         if self.heads is None or layer.heads == self.heads_in(layer.site.layer_idx):
             return None
         return listed_heads(self.heads, layer, attn_weights)
@@ -302,9 +294,8 @@ class ACT(Method):
         """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
         sums, tokens = means.at_rows(layer)
         sums, counts = sums[:, :-1], sums[:, -1:]
-        threshold = self._threshold()
-        assert threshold is not None
-        limit, is_relative = threshold
+        assert self._threshold is not None
+        limit, is_relative = self._threshold
         least = counts * (limit / tokens[:, None, :, None]) if is_relative else counts * limit
         can_be = layer.per_keys(lambda: ~layer.keys("first", counts)[:, None, None], counts) & (counts >= self.min_rows)
         result: torch.Tensor = (sums > least) & can_be

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.measured import HeadStatistics
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import RaisesGeneratedText
-from vlmfix.methods.selection import Range, Space
 from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.attention import visible_keys
@@ -28,48 +26,44 @@ class AdaIAT(RaisesGeneratedText):
     in layer l: ``ref = sum_h mean_{j in G} A_hj``; if ``ref < Hal_l + beta (Real_l - Hal_l)``, then
     ``A_hj <- max(0, 1 + alpha (M_lh - 1)) A_hj`` for j in G, and the row is divided by its sum. ``M_lh`` is the mean
     attention per generated token at real objects over that at hallucinated ones; ``Real_l`` and ``Hal_l`` are the two
-    summed over heads. Decided per sample, layer and row; the release sums ``ref`` over a batch, and has no clamp, so
-    that some of its weights are negative. The prompt and prompts without an image are not touched.
+    summed over heads. The prompt and prompts without an image are not touched.
 
-    Attributes:
-        alpha: Strength, >= 0; 0 is the identity. The released 6 for LLaVA-1.5-7B (9 for Qwen2.5-VL-7B).
-        beta: Where the threshold lies between hallucinated (0) and real (1). The released .5 (.25 for Qwen2.5-VL-7B).
-        statistics: ``HeadStatistics``, its dict, or a JSON file with it, read when a model is patched. Required; made
-            by ``vlmfix.calibrate(model, 'adaiat', data)``. None are shipped.
-        m_form: ``"minus_one"`` as released; ``"paper"``: factors ``1 + alpha M``, as the paper writes them.
-        gate: ``"mean"`` as released. A mean over n keys is at most 1/n, so that long texts open the gate by
-            themselves; ``"share"`` (ours) compares the sum over G, and needs statistics of that kind.
-        layers: Default: 5 to 17 of 32, scaled to the model's depth (ours for other depths).
+    This is decided per sample, layer and row; the release sums ``ref`` over a batch. The release has no clamp at 0
+    either, so that some of its weights are negative.
     """
 
-    name: ClassVar[str] = "adaiat"
-    paper: ClassVar[str] = "arXiv 2603.04908"
-    summary: ClassVar[str] = "raises attention to the text generated so far, gated per layer, scaled per head"
-    search_space: ClassVar[Space] = {"alpha": Range(0.5, 12.0), "beta": Range(0.1, 1.0)}
-    edits_weights: ClassVar[bool] = True
+    name = "adaiat"
+    paper = "arXiv 2603.04908"
+    summary = "raises attention to the text generated so far, gated per layer, scaled per head"
+    edits_weights = True
 
-    alpha: float = 6.0
-    beta: float = 0.5
-    statistics: HeadStatistics | Mapping[str, Any] | str | None = None
-    m_form: Literal["minus_one", "paper"] = "minus_one"
-    gate: Literal["mean", "share"] = "mean"
-
-    def __post_init__(self) -> None:
-        """Read statistics given as a dict, then check ranges."""
-        if isinstance(self.statistics, Mapping):
-            object.__setattr__(self, "statistics", HeadStatistics.from_dict(self.statistics))
-        elif isinstance(self.statistics, Path):
-            object.__setattr__(self, "statistics", str(self.statistics))
-        super().__post_init__()
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        self.require(math.isfinite(self.beta), "beta", "a finite number")
-        known = self.statistics is None or isinstance(self.statistics, (HeadStatistics, str))
-        self.require(known, "statistics", "HeadStatistics, its dict, or the path of a JSON file")
-        self.require(self.m_form in ("minus_one", "paper"), "m_form", "minus_one or paper")
-        self.require(self.gate in ("mean", "share"), "gate", "mean or share")
+    alpha: float = parameter(
+        6.0,
+        low=0,
+        off=0,
+        search=Range(0.5, 12.0),
+        help="Strength. The released 6 for LLaVA-1.5-7B (9 for Qwen2.5-VL-7B).",
+    )
+    beta: float = parameter(
+        0.5,
+        search=Range(0.1, 1.0),
+        help="Where the threshold lies between hallucinated (0) and real (1). The released 0.5 (0.25 for "
+        "Qwen2.5-VL-7B).",
+    )
+    statistics: HeadStatistics | Mapping[str, Any] | str | None = parameter(
+        None,
+        expected="HeadStatistics, its dict, or the path of a JSON file",
+        help="``HeadStatistics``, its dict, or a JSON file with it, read when a model is patched. Required; made by "
+        "``vlmfix.calibrate(model, 'adaiat', data)``. None are shipped.",
+    )
+    m_form: Literal["minus_one", "paper"] = parameter(
+        "minus_one", help='``"minus_one"`` as released; ``"paper"``: factors ``1 + alpha M``, as the paper writes them.'
+    )
+    gate: Literal["mean", "share"] = parameter(
+        "mean",
+        help='``"mean"`` as released. A mean over n keys is at most 1/n, so that long texts open the gate by '
+        'themselves; ``"share"`` (ours) compares the sum over G, and needs statistics of that kind.',
+    )
 
     def bind(self, anatomy: Anatomy) -> AdaIAT:
         """Resolve layers and statistics.
@@ -127,15 +121,8 @@ class AdaIAT(RaisesGeneratedText):
         )
         return torch.where(edited[..., None], attn_weights * scale, attn_weights), edited
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form; statistics of a bound method are in it as numbers."""
-        data = super().to_dict()
-        if isinstance(self.statistics, HeadStatistics):
-            data["statistics"] = self.statistics.to_dict()
-        return data
-
     def _constants(self, layer: Layer) -> tuple[torch.Tensor, float]:
-        """The factors, fp32 ``[num_heads, 1]``, and the threshold of a layer."""
+        """Return the factors, fp32 ``[num_heads, 1]``, and the threshold of a layer."""
         constants: tuple[torch.Tensor, float] = layer.constant(lambda: self._make_constants(layer))
         return constants
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import HALLUCINATION_HEADS, shape_of
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import scale_heads
-from vlmfix.methods.selection import HeadSpec, Range, Space, bind_heads, heads_of, listed_heads
+from vlmfix.methods.selection import DefaultLayers, HeadSpec, listed_heads
 from vlmfix.methods.views import Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy
 
@@ -22,40 +22,46 @@ from vlmfix.model.anatomy import Anatomy
 class ADHH(Method):
     """Let hallucination heads that lean on the text see only what stands up to the image's end.
 
-    T is the text behind the first image token: question, role tokens, generated tokens and the current one; neither
+    Let T be the text behind the first image token: question, role tokens, generated tokens and the current one; neither
     image tokens nor padding. In the row that predicts the next token, each listed head with ``sum_{j in T} w_j >= tau``
     gets ``w_j <- 0`` for j in T. The rest of the row stays as it is, so that the row's sum falls to 1 - share. Text
-    before the image, a question too, is never in T. Decided per sample, head and step.
+    before the image is never in T, even if it is the question. Decided per sample, head and step.
 
-    Attributes:
-        tau: Share of the text that deactivates a head, >= 0; the released .4 for LLaVA-1.5 (.5 for MiniGPT-4). Above 1
-            the method is switched off.
-        heads: (layer, head) pairs. ``None``: the published list of LLaVA-1.5-7B, LLaVA-1.5-13B or LLaVA-1.6-34B, which
-            are recognised by the shape of their config; other models need a list of their own (``vlmfix.calibrate``).
-        renormalize: Scale what is left of a row back to a sum of 1 (ours; the release does not).
-        mode: ``"adaptive"`` is the method. ``"always"`` sets the listed heads' outputs to 0 in all rows of prompts with
-            an image, without a threshold, as the release does for newer models.
-        layers: Default: those of ``heads``.
+    Lists of one's own come from ``vlmfix.calibrate``. It labels mentions of objects where they stand in the text; the
+    released search labels every occurrence of a word's first token.
     """
 
-    name: ClassVar[str] = "adhh"
-    paper: ClassVar[str] = (
-        "ICLR 2025, Understanding and Mitigating Hallucination in LVLMs via Modular Attribution and Intervention"
-    )
-    summary: ClassVar[str] = "deactivates listed heads in rows where they lean on the text behind the image"
-    search_space: ClassVar[Space] = {"tau": Range(0.1, 1.0)}
-    edits_weights: ClassVar[bool] = True
-    edits_heads: ClassVar[bool] = True
+    name = "adhh"
+    paper = "ICLR 2025, Understanding and Mitigating Hallucination in LVLMs via Modular Attribution and Intervention"
+    summary = "deactivates listed heads in rows where they lean on the text behind the image"
+    edits_weights = True
+    edits_heads = True
+    default_layers = DefaultLayers("those of ``heads``", lambda num_layers: tuple(range(num_layers)))
 
-    tau: float = 0.4
-    heads: HeadSpec = None
-    renormalize: bool = False
-    mode: Literal["adaptive", "always"] = "adaptive"
+    tau: float = parameter(
+        0.4,
+        low=0,
+        remark="above 1 switches the method off",
+        search=Range(0.1, 1.0),
+        help="Share of the text that deactivates a head; the released 0.4 for LLaVA-1.5 (0.5 for MiniGPT-4). Above 1 "
+        "the method is switched off.",
+    )
+    heads: HeadSpec = parameter(
+        None,
+        help="(layer, head) pairs. ``None``: the published list of LLaVA-1.5-7B, LLaVA-1.5-13B or LLaVA-1.6-34B, which "
+        "are recognised by the shape of their config; other models need a list of their own (``vlmfix.calibrate``).",
+    )
+    renormalize: bool = parameter(
+        False, help="Scale what is left of a row back to a sum of 1 (ours; the release does not)."
+    )
+    mode: Literal["adaptive", "always"] = parameter(
+        "adaptive",
+        help='``"adaptive"`` is the method. ``"always"`` sets the listed heads\' outputs to 0 in all rows of prompts '
+        "with an image, without a threshold, as the release does for newer models.",
+    )
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.tau < math.inf, "tau", "a finite number >= 0 (above 1 switches the method off)")
-        self.require(self.mode in ("adaptive", "always"), "mode", "adaptive or always")
+        """Refuse to renormalise weights where none are edited."""
         self.require(not self.renormalize or self.mode == "adaptive", "renormalize", "false with mode='always'")
 
     @property
@@ -68,29 +74,27 @@ class ADHH(Method):
         """The last; ``mode="always"`` edits no weights."""
         return "last" if self.mode == "adaptive" else "none"
 
+    @property
+    def only_heads(self) -> HeadSpec:
+        """Those listed."""
+        return None if self.is_identity else self.heads
+
     def bind(self, anatomy: Anatomy) -> ADHH:
         """Resolve the heads and the layers that have some.
 
         Raises:
             MethodError: No list is known for the model.
         """
-        bound = super().bind(anatomy)
-        if self.is_identity:
-            return bound
-        if self.heads is None:
-            known = HALLUCINATION_HEADS.get(shape_of(anatomy))
-            if known is None:
-                raise MethodError(
-                    "adhh needs a list of heads, and none is published for this model (only for "
-                    f"{', '.join(name for name, _ in HALLUCINATION_HEADS.values())}). Find one with "
-                    "vlmfix.calibrate(model, 'adhh', data), or pass heads=[(layer, head), ...]."
-                )
-            bound = dataclasses.replace(bound, heads=known[1])
-        return bind_heads(self, bound, bound.heads, anatomy)
-
-    def heads_in(self, layer_idx: int) -> tuple[int, ...] | None:
-        """Those of the list, if there is one."""
-        return None if self.heads is None else heads_of(self.heads, layer_idx)
+        if self.is_identity or self.heads is not None:
+            return super().bind(anatomy)
+        known = HALLUCINATION_HEADS.get(shape_of(anatomy))
+        if known is None:
+            raise MethodError(
+                "adhh needs a list of heads, and none is published for this model (only for "
+                f"{', '.join(name for name, _ in HALLUCINATION_HEADS.values())}). Find one with "
+                "vlmfix.calibrate(model, 'adhh', data), or pass heads=[(layer, head), ...]."
+            )
+        return dataclasses.replace(self, heads=known[1]).bind(anatomy)
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say whose list is in use."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import scale_heads
-from vlmfix.methods.selection import HeadSpec, Range, Space, bind_heads
-from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.methods.selection import DefaultLayers, HeadSpec, check_heads
+from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -21,39 +21,39 @@ class AllPath(Method):
     """Scale good heads up and bad heads down, by lists made offline for one model and one format of answers.
 
     The outputs of head (l, n) are multiplied by ``up`` if it is in Z+ only, by ``down`` if it is in Z- only, and by 1
-    otherwise, also if it is in both. All rows of prompts with an image, image rows too, and every decode step. The
-    paper takes Z- from the worst heads of its text score, and Z+ from the best heads of its text score and of its image
-    score together (``vlmfix.calibrate``): 40 and 40 + 50 of 1024 heads for captions with LLaVA-1.5, else 20 and
-    20 + 10. No lists are shipped.
+    otherwise, also if it is in both. This holds for all rows of prompts with an image, image rows too, and for every
+    decode step.
 
-    Attributes:
-        up: Factor of the good heads, >= 0. The paper's 2; with ``down``, 1 switches the method off.
-        down: Factor of the bad heads, >= 0. The paper's 0.
-        up_heads: Z+, (layer, head) pairs. A head that is listed twice is scaled once.
-        down_heads: Z-. One of the two lists must be given; ``None`` is then an empty one.
-        answers: Which answers the lists were made for. The lists of one format say little about another (ranks
-            correlate by .12); kept in recipes, it changes nothing else.
-        layers: Default: those of the lists.
+    The paper takes Z- from the worst heads of its text score, and Z+ from the best heads of its text score and of its
+    image score together: 40 and 40 + 50 of 1024 heads for captions with LLaVA-1.5, else 20 and 20 + 10. No lists are
+    shipped. ``vlmfix.calibrate`` makes them, and reads an answer as the sum over all spellings and cases of its word
+    (ours); the release reads one token id per answer.
     """
 
-    name: ClassVar[str] = "allpath"
-    paper: ClassVar[str] = "arXiv 2511.17254"
-    summary: ClassVar[str] = "scales good heads up and bad heads down, by lists made offline"
-    search_space: ClassVar[Space] = {"up": Range(1.0, 3.0), "down": Range(0.0, 1.0)}
-    edits_heads: ClassVar[bool] = True
-    needs_text_keys: ClassVar[bool] = False
+    name = "allpath"
+    paper = "arXiv 2511.17254"
+    summary = "scales good heads up and bad heads down, by lists made offline"
+    edits_heads = True
+    needs_text_keys = False
+    prompt_rows = "none"  # no scores or weights are edited
+    default_layers = DefaultLayers("those of the lists", lambda num_layers: tuple(range(num_layers)))
 
-    up: float = 2.0
-    down: float = 0.0
-    up_heads: HeadSpec = None
-    down_heads: HeadSpec = None
-    answers: Literal["caption", "yesno", "mcq"] = "caption"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        for parameter in ("up", "down"):
-            self.require(0 <= getattr(self, parameter) < math.inf, parameter, "a finite number >= 0")
-        self.require(self.answers in ("caption", "yesno", "mcq"), "answers", "caption, yesno or mcq")
+    up: float = parameter(
+        2.0,
+        low=0,
+        search=Range(1.0, 3.0),
+        help="Factor of the good heads. The paper's 2; with ``down``, 1 switches the method off.",
+    )
+    down: float = parameter(0.0, low=0, search=Range(0.0, 1.0), help="Factor of the bad heads. The paper's 0.")
+    up_heads: HeadSpec = parameter(None, help="Z+, (layer, head) pairs. A head that is listed twice is scaled once.")
+    down_heads: HeadSpec = parameter(
+        None, help="Z-. One of the two lists must be given; ``None`` is then an empty one."
+    )
+    answers: Literal["caption", "yesno", "mcq"] = parameter(
+        "caption",
+        help="Which answers the lists were made for. The lists of one format say little about another (ranks correlate "
+        "by 0.12). It is kept in recipes, and changes nothing else.",
+    )
 
     @property
     def factors(self) -> dict[tuple[int, int], float]:
@@ -70,9 +70,9 @@ class AllPath(Method):
         return self.up == self.down == 1 or (has_lists and not self.factors)
 
     @property
-    def prompt_rows(self) -> PromptRows:
-        """No scores or weights are edited."""
-        return "none"
+    def only_heads(self) -> HeadSpec:
+        """Those with a factor other than 1."""
+        return None if self.is_identity else tuple(self.factors)
 
     def bind(self, anatomy: Anatomy) -> AllPath:
         """Resolve the layers that have listed heads.
@@ -80,23 +80,21 @@ class AllPath(Method):
         Raises:
             MethodError: No list was given.
         """
-        bound = super().bind(anatomy)
         listed = (*(self.up_heads or ()), *(self.down_heads or ()))
-        bind_heads(bound, bound, listed, anatomy)  # all of them must exist, also those whose factor is 1
-        if self.is_identity:
-            return bound
-        if not listed:
+        check_heads(self.name, listed, anatomy, self.attention_kinds)  # also those whose factor is 1
+        if not listed and not self.is_identity:
             raise MethodError(
                 "allpath needs lists of heads, and none are shipped. Make them with "
                 "vlmfix.calibrate(model, 'allpath', data), or pass up_heads=[(layer, head), ...] and down_heads=[...]."
             )
-        return bind_heads(self, bound, tuple(self.factors), anatomy)
+        return super().bind(anatomy)
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``."""
         return scale_heads(head_outputs, layer.constant(lambda: self._scale(head_outputs, layer)), layer)
 
     def _scale(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Return the factors of a layer's heads, fp32 ``[num_heads]``."""
         factors, at = self.factors, layer.site.layer_idx
         scale = [factors.get((at, head), 1.0) for head in range(head_outputs.shape[2])]
         return torch.tensor(scale, device=head_outputs.device)

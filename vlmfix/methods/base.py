@@ -8,7 +8,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.selection import LayerSpec, Space, are_indices, resolve_layers
+from vlmfix.methods.parameters import (
+    Choice,
+    NotAccepted,
+    Parameter,
+    Space,
+    accepted,
+    attributes_section,
+    is_off,
+    search_space,
+)
+from vlmfix.methods.selection import (
+    ALL_LAYERS,
+    DefaultLayers,
+    HeadSpec,
+    LayerSpec,
+    check_heads,
+    heads_of,
+    resolve_layers,
+)
 from vlmfix.methods.views import PromptRows
 
 if TYPE_CHECKING:
@@ -22,25 +40,42 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Method")
 
 
+class _SearchSpace:
+    """``Method.search_space``, read off the fields of the class at hand."""
+
+    def __get__(self, method: Method | None, cls: type[Method]) -> Space:
+        return search_space(cls) | ({"layers": Choice(cls.search_layers)} if cls.search_layers else {})
+
+
+_LAYERS = Parameter(
+    help="Decoder layers it acts in, see ``LayerSpec``. Default: ",
+    expected="a list of whole numbers, or a text such as '1,18:32' or '0.25:0.75'",
+)
+
+
 @dataclass(frozen=True)
 class Method:
-    """Base class of all methods.
+    """Base class of all methods: a frozen dataclass of its parameters, declared with ``parameters.parameter``.
 
-    A method stands at one or more places on the path of attention, overrides only their hooks and declares them in the
+    A method stands at one or more places on the path of attention, overrides only their hooks and declares them in
     class attributes: the mask, the scores before the softmax, the weights behind it, the outputs of the heads, and what
-    the blocks of a decoder layer add to the residual stream. It never keeps state: what it learns is returned from its
-    hooks or stored in ``layer.learned`` (one layer) and ``layer.shared`` (all layers) and lives on the sequence's
-    cache.
+    the blocks of a decoder layer add to the residual stream. What does not depend on a parameter is a plain class
+    attribute without an annotation (``name = "vhr"``, ``prompt_rows = "last"``), also where this class has a property.
 
-    Attributes:
-        layers: Decoder layers to edit, see ``LayerSpec``. ``None`` is the method's own default.
+    A method never keeps state: what it learns is returned from its hooks or stored in ``layer.learned`` (one layer) and
+    ``layer.shared`` (all layers) and lives on the sequence's cache.
     """
 
     name: ClassVar[str] = ""
+    """Its short name: that of its file."""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    search_space: ClassVar[Space] = {}
-    """Parameters that ``vlmfix tune`` searches, and between what."""
+    default_layers: ClassVar[DefaultLayers] = ALL_LAYERS
+    """The layers it edits unless ``layers`` says otherwise."""
+    search_space = _SearchSpace()
+    """Parameters that ``vlmfix tune`` searches, and between what: see ``parameter(search=...)``."""
+    search_layers: ClassVar[tuple[LayerSpec, ...]] = ()
+    """Values of ``layers`` that it searches too, the default first."""
     opens_mask: ClassVar[bool] = False
     edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False
@@ -70,34 +105,25 @@ class Method:
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
-    layers: LayerSpec = dataclasses.field(default=None, kw_only=True)
+    layers: LayerSpec = dataclasses.field(default=None, kw_only=True, metadata=_LAYERS.as_metadata())
+
+    def __init_subclass__(cls) -> None:
+        """Append the parameters to the docstring."""
+        super().__init_subclass__()
+        cls.__doc__ = (cls.__doc__ or cls.__name__).rstrip() + attributes_section(cls)
 
     def __post_init__(self) -> None:
-        """Normalise what JSON and the command line deliver, then check ranges."""
+        """Check every parameter, and normalise what JSON and the command line deliver."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
-            if kind == "float":
-                self.require(isinstance(value, (int, float)) and not isinstance(value, bool), field.name, "a number")
-            elif kind == "bool":
-                self.require(isinstance(value, bool), field.name, "true or false")
-            elif kind in ("HeadSpec", "HeadSpec | str") and value is not None:
-                if kind == "HeadSpec | str" and isinstance(value, str):
-                    continue
-                pairs = isinstance(value, Sequence) and all(are_indices(pair) and len(pair) == 2 for pair in value)
-                self.require(
-                    pairs and all(min(pair) >= 0 for pair in value), field.name, "a list of (layer, head) pairs"
-                )
-                object.__setattr__(self, field.name, tuple((pair[0], pair[1]) for pair in value))
-            elif kind in ("LayerSpec", "Sequence[int] | None") and value is not None:
-                if kind == "LayerSpec" and isinstance(value, str):
-                    continue
-                self.require(are_indices(value), field.name, "a list of whole numbers")
-                object.__setattr__(self, field.name, tuple(value))
+            try:
+                value = accepted(type(self), field, getattr(self, field.name))
+            except NotAccepted as error:
+                self.require(False, field.name, str(error))
+            object.__setattr__(self, field.name, value)
         self.validate()
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
+        """Raise ``MethodError`` for what the fields cannot say: parameters that contradict one another."""
 
     @property
     def counts(self) -> str:
@@ -107,7 +133,7 @@ class Method:
     @property
     def is_identity(self) -> bool:
         """Whether the parameters switch the method off: then nothing is computed and outputs are bitwise stock."""
-        return False
+        return is_off(self)
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -168,18 +194,36 @@ class Method:
         """Whether the final norm stands between those layers and the head."""
         return False
 
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers edited when ``layers`` is ``None``."""
-        return tuple(range(num_layers))
+    @property
+    def only_heads(self) -> HeadSpec:
+        """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers."""
+        return None
 
     def bind(self: M, anatomy: Anatomy) -> M:
-        """Return a copy with everything that depends on the model resolved (layers, dimensions)."""
+        """Return a copy with everything that depends on the model resolved (layers, dimensions).
+
+        Raises:
+            MethodError: Layers or heads that the model does not have.
+        """
         num_layers = anatomy.num_layers
         if self.layers is None:
             layers = self.default_layers(num_layers)
         else:
             layers = resolve_layers(self.layers, num_layers, self.name)
+        if self.only_heads is not None:
+            layers = self._layers_of_heads(layers, self.only_heads, anatomy)
         return dataclasses.replace(self, layers=layers)
+
+    def _layers_of_heads(
+        self, layers: tuple[int, ...], heads: Sequence[Sequence[int]], anatomy: Anatomy
+    ) -> tuple[int, ...]:
+        """Return the layers that have listed heads; of those chosen by the user, if any are."""
+        with_heads = check_heads(self.name, heads, anatomy, self.attention_kinds)
+        if self.layers is not None:
+            with_heads &= set(layers)
+        if heads and not with_heads:
+            raise MethodError(f"{self.name}: layers={self.layers!r} holds none of the listed heads.")
+        return tuple(sorted(with_heads)) or layers
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """What a user should know about this method on this model; shown by ``vlmfix.status``."""
@@ -195,11 +239,11 @@ class Method:
         raise NotImplementedError
 
     def heads_in(self, layer_idx: int) -> Sequence[int] | None:
-        """Which query heads' scores or weights it edits or observes in a layer; ``None`` for all.
+        """Return which query heads' scores or weights it edits or observes in a layer; ``None`` for all.
 
-        Its hooks may then be given these heads alone, with or without others: ``layer.heads`` says which.
+        Its hooks may then be given these heads alone, or with others: ``layer.heads`` says which.
         """
-        return None
+        return None if self.only_heads is None else heads_of(self.only_heads, layer_idx)
 
     @property
     def mask_bias(self) -> float:
@@ -327,4 +371,6 @@ class Method:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
     return [_plain(each) for each in value] if isinstance(value, tuple) else value

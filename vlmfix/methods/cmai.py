@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.experimental import ExperimentalMethod
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import log_mass, visible
-from vlmfix.methods.selection import Range, Space
-from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.methods.selection import DefaultLayers
+from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -102,7 +103,7 @@ def _on(number: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
 
 
 def _text_rows(layer: Layer) -> torch.Tensor:
-    """Which of the rows in hand are text tokens: bool ``[batch, rows]``."""
+    """Return which of the rows in hand are text tokens: bool ``[batch, rows]``."""
     forward, (start, stop) = layer.forward, layer.rows
     mask = forward.has_image[:, None].expand(-1, stop - start) if layer.row_mask is None else layer.row_mask
     if not forward.is_prefill:
@@ -117,55 +118,42 @@ class CMAI(ExperimentalMethod):
 
     With the head-mean weights of a reference layer, ``A_ti`` of text on image tokens and ``A_tt`` of text on text, the
     focus of a text token is ``F = A_tt A_ti``. It keeps the smallest set of image tokens that holds ``rho`` of its
-    focus; the others are masked out for it in all later layers and heads. Rows: those behind the last image token in a
-    prompt, and every decode step; text between images lends its focus. Softmax shares what was hidden out among the
-    kept image tokens **and** the text, so that the image's share falls: see ``renorm``.
+    focus. The others are masked out for it in all later layers and heads. The rows are those behind the last image
+    token in a prompt, and that of every decode step; text between images lends its focus. Softmax shares what was
+    hidden out among the kept image tokens **and** the text, so that the image's share falls: see ``renorm``.
 
     Only the paper's abstract was known to us: formula and numbers are our reading of it, a new method rather than a
     reproduction. Its companion that merges image tokens (VMTC) is left out: it changes the prompt's length, and its
     details are not known. The paper is about following instructions; no result on hallucination is published.
-
-    Attributes:
-        rho: Share of its focus a row keeps, in (0, 1]; 1 is the identity. 0.9 is ours, untested.
-        renorm: ``"image"`` raises the kept image tokens so that the image keeps its share of every row; ``"none"``
-            does not.
-        experimental: Must be true.
-        layers: The first one is the reference, which is not edited; the others are. Default: from the one before a
-            quarter of the depth on (ours).
     """
 
-    name: ClassVar[str] = "cmai"
-    paper: ClassVar[str] = "arXiv 2411.15453 (abstract)"
-    summary: ClassVar[str] = "hides image tokens that a text token's context does not look at (experimental)"
-    search_space: ClassVar[Space] = {"rho": Range(0.5, 1.0)}
-    caveat: ClassVar[str] = "our reading of a paper known by its abstract alone, not a reproduction"
-    edits_scores: ClassVar[bool] = True
-    hides_keys: ClassVar[bool] = True
-    reorders: ClassVar[bool] = True
-    needs_past: ClassVar[bool] = True
+    name = "cmai"
+    paper = "arXiv 2411.15453 (abstract)"
+    summary = "hides image tokens that a text token's context does not look at (experimental)"
+    caveat = "our reading of a paper known by its abstract alone, not a reproduction"
+    edits_scores = True
+    hides_keys = True
+    reorders = True
+    needs_past = True
+    observed_rows = "all"  # text between images lends its focus too
+    default_layers = DefaultLayers(
+        "from the one before a quarter of the depth on (ours); the first one is the reference, which is not edited",
+        lambda num_layers: tuple(range(max(round(num_layers / 4), 1) - 1, num_layers)),
+    )
 
-    rho: float = 0.9
-    renorm: Literal["none", "image"] = "none"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        super().validate()
-        self.require(0 < self.rho <= 1, "rho", "above 0 and at most 1 (1 switches the method off)")
-        self.require(self.renorm in ("none", "image"), "renorm", "none or image")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``rho`` is 1."""
-        return self.rho == 1
-
-    @property
-    def observed_rows(self) -> PromptRows:
-        """All: text between images counts too."""
-        return "all"
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """From the reference layer, the one before a quarter of the depth, to the last."""
-        return tuple(range(max(round(num_layers / 4), 1) - 1, num_layers))
+    rho: float = parameter(
+        0.9,
+        above=0,
+        high=1,
+        off=1,
+        search=Range(0.5, 1.0),
+        help="Share of its focus a row keeps. 0.9 is ours, untested.",
+    )
+    renorm: Literal["none", "image"] = parameter(
+        "none",
+        help='``"image"`` raises the kept image tokens so that the image keeps its share of every row; ``"none"`` does '
+        "not.",
+    )
 
     def bind(self, anatomy: Anatomy) -> CMAI:
         """Resolve layers; those without softmax attention are left out."""

@@ -8,22 +8,20 @@ from typing import ClassVar
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Parameter
 from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
 class ExperimentalMethod(Method):
-    """A method that no publication supports in this form.
-
-    Attributes:
-        experimental: Must be true: says that you know.
-        layers: Decoder layers to edit, see ``LayerSpec``.
-    """
+    """A method that no publication supports in this form."""
 
     caveat: ClassVar[str] = ""
     """What it is, for the error message."""
 
-    experimental: bool = dataclasses.field(default=False, kw_only=True)
+    experimental: bool = dataclasses.field(
+        default=False, kw_only=True, metadata=Parameter(help="Must be true: says that you know.").as_metadata()
+    )
 
     def validate(self) -> None:
         """Raise ``MethodError`` unless ``experimental``."""

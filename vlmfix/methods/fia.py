@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import raise_keys
-from vlmfix.methods.selection import Range, Space
-from vlmfix.methods.views import Layer, PromptRows
-
-if TYPE_CHECKING:
-    from vlmfix.methods.views import Prompt
-
+from vlmfix.methods.selection import all_but
+from vlmfix.methods.views import Layer, Prompt, PromptRows
 
 _FIRST, _PENULTIMATE = 0, -2
 
@@ -26,42 +22,41 @@ _FIRST, _PENULTIMATE = 0, -2
 class FIA(Method):
     """Raise the scores of two sets of image tokens in the row that predicts the next token.
 
-    Both sets come from the attention ``c[j]`` of the vision tower's class token, summed over heads: *local* tokens are
-    the top ``int(local_ratio * n)`` patches of the first vision layer; *summary* tokens are the top patches of the
-    second-to-last one, as many as exceed ``Q3 + 1.5 IQR``; summary wins. Then ``s_j <- s_j + alpha |s_j|`` for local
-    and ``+ beta |s_j|`` for summary tokens, in all heads. Needs a CLIP-like tower and one token per patch.
+    Both sets come from the attention ``c[j]`` of the vision tower's class token, summed over heads. *Local* tokens are
+    the top ``int(local_ratio * n)`` patches of the first vision layer. *Summary* tokens are the top patches of the
+    second-to-last one, as many as exceed ``Q3 + 1.5 IQR``. A patch in both is a summary token. Then
+    ``s_j <- s_j + alpha |s_j|`` for local and ``+ beta |s_j|`` for summary tokens, in all heads. The method needs a
+    CLIP-like tower and one token per patch.
 
-    What the abstract of the paper's first version calls head-specific modulation is in no released code: all heads get
-    the same factor, here too. The "spatial" tokens of the released code are top-k of softmax row sums, which are all 1:
-    not offered. The headline setting (ratio .25, guidance on) makes captions loop; the default is the one logged
-    setting with a gain and intact text, which was logged with guidance and has not been measured without.
-
-    Attributes:
-        alpha: Gain of local tokens, >= 0. Sharp: .5 does nothing, .8 breaks the text (Table 2).
-        beta: Gain of summary tokens, >= 0.
-        local_ratio: Share of local tokens, in [0, 1].
-        edit_prompt: Edit the prompt's last row too; the published runs, with guidance, do not.
-        layers: Default: all but the first two.
+    The abstract of the paper's first version speaks of head-specific modulation. No released code has it: all heads
+    get the same factor, here too. The "spatial" tokens of the released code are the top k of softmax row sums, which
+    are all 1; they are not offered. The published runs use guidance beside it, and do not edit the prompt's last row
+    then: ``[FIA(edit_prompt=False), Guidance()]``. The headline setting (ratio 0.25, guidance on) makes captions loop.
+    The default is the one logged setting with a gain and intact text. It was logged with guidance, and has not been
+    measured without.
     """
 
-    name: ClassVar[str] = "fia"
-    paper: ClassVar[str] = "arXiv 2501.12206"
-    summary: ClassVar[str] = "raises the scores of image tokens the vision tower's class token looks at"
-    search_space: ClassVar[Space] = {"alpha": Range(0.05, 1.0), "beta": Range(0.05, 0.8)}
-    edits_scores: ClassVar[bool] = True
-    reads_prompt: ClassVar[bool] = True
-    vision_layers: ClassVar[tuple[int, ...]] = (_FIRST, _PENULTIMATE)
+    name = "fia"
+    paper = "arXiv 2501.12206"
+    summary = "raises the scores of image tokens the vision tower's class token looks at"
+    edits_scores = True
+    reads_prompt = True
+    vision_layers = (_FIRST, _PENULTIMATE)
+    needs_whole_prompt = True  # the patches of an image are ranked together
+    default_layers = all_but("all but the first two", first=2)
 
-    alpha: float = 0.7
-    beta: float = 0.4
-    local_ratio: float = 0.15
-    edit_prompt: bool = True
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        for parameter in ("alpha", "beta"):
-            self.require(0 <= getattr(self, parameter) < math.inf, parameter, "a finite number >= 0")
-        self.require(0 <= self.local_ratio <= 1, "local_ratio", "between 0 and 1")
+    alpha: float = parameter(
+        0.7,
+        low=0,
+        search=Range(0.05, 1.0),
+        help="Gain of local tokens. It is sharp: 0.5 does nothing, 0.8 breaks the text (Table 2). With ``beta``, 0 "
+        "switches the method off.",
+    )
+    beta: float = parameter(0.4, low=0, search=Range(0.05, 0.8), help="Gain of summary tokens.")
+    local_ratio: float = parameter(0.15, low=0, high=1, help="Share of local tokens.")
+    edit_prompt: bool = parameter(
+        True, help="Edit the prompt's last row too; the published runs, with guidance, do not."
+    )
 
     @property
     def is_identity(self) -> bool:
@@ -73,17 +68,8 @@ class FIA(Method):
         """The last row, unless switched off."""
         return "last" if self.edit_prompt else "none"
 
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """The patches of an image are ranked together."""
-        return True
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """All but the first two; the last layer of models of two layers or fewer."""
-        return tuple(range(min(2, num_layers - 1), num_layers))
-
     def begin(self, prompt: Prompt) -> Prompt:
-        """Wait: the vision tower may run inside the forward."""
+        """Return the prompt unread; the vision tower may not have run yet."""
         return prompt
 
     def crop(self, learned: Any, length: int) -> Any:
@@ -104,7 +90,7 @@ class FIA(Method):
         return raise_keys(scores, layer, gain)
 
     def _gains(self, prompt: Prompt) -> torch.Tensor:
-        """Gains of all tokens so far, fp32 ``[batch, prompt]``; images of earlier turns keep theirs."""
+        """Return the gains of all tokens so far, fp32 ``[batch, prompt]``; images of earlier turns keep theirs."""
         mask = prompt.forward.image_mask
         gains = torch.zeros(mask.shape, device=mask.device)
         past = 0

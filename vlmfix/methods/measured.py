@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from vlmfix.errors import DataError, MethodError
 from vlmfix.files import read_json
 from vlmfix.methods.base import Method
+from vlmfix.methods.registry import recipe_entry
 from vlmfix.model.anatomy import Anatomy
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ class Calibration:
     provenance: dict[str, Any] = field(repr=False)
 
     def save(self, path: str | Path) -> None:
-        """Write a recipe file with the provenance beside the method; ``patch`` and ``load_recipe`` read it."""
-        data = {"methods": [self.method.to_dict()], "calibration": self.provenance}
+        """Write a recipe file with the provenance beside the method; ``patch`` and ``load_recipe`` read it.
+
+        Raises:
+            MethodError: The method could not be read back; nothing is written.
+        """
+        data = {"methods": [recipe_entry(self.method)], "calibration": self.provenance}
         text = json.dumps(data, indent=1, allow_nan=False)
         # Innermost lists on one line: a newline is never part of a JSON string.
         text = re.sub(r"\[\n[^\[\]{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import Range, Space
-from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import all_but
+from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -19,48 +21,26 @@ class MMA(Method):
     """Let image tokens see the question behind them while the prompt is read.
 
     Pairs (i, j) with i an image token and j > i a token of the question get the additive mask ``log(gamma)`` instead of
-    minus infinity; one softmax over old and opened keys. Image tokens among themselves, text, and decode steps keep the
-    model's own mask. The paper trains models with this mask: using it without training is ours, and can hurt.
-
-    Attributes:
-        gamma: Weight of the opened pairs, in [0, 1]: 1 is the full mask, 0 the identity.
-        columns: ``"question"``: text behind the last image of the prompt, the header of the answer included, as in the
-            released code. ``"own_image"``: all text behind the image token itself, for prompts of several images.
-        layers: Default: all but the last, whose image rows nothing reads.
+    minus infinity. One softmax runs over old and opened keys. Image tokens among themselves, text, and decode steps
+    keep the model's own mask. The paper trains models with this mask. Using it without training is ours, and can hurt.
     """
 
-    name: ClassVar[str] = "mma"
-    paper: ClassVar[str] = "arXiv 2503.02597"
-    summary: ClassVar[str] = "lets image tokens see the question behind them"
-    search_space: ClassVar[Space] = {"gamma": Range(0.05, 1.0)}
-    opens_mask: ClassVar[bool] = True
+    name = "mma"
+    paper = "arXiv 2503.02597"
+    summary = "lets image tokens see the question behind them"
+    opens_mask = True
+    prompt_rows = "none"  # the mask alone is edited
+    needs_whole_prompt = True  # an image token must see a question that comes later
+    default_layers = all_but("all but the last, whose image rows nothing reads", last=1)
 
-    gamma: float = 1.0
-    columns: Literal["question", "own_image"] = "question"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.gamma <= 1, "gamma", "between 0 and 1 (0 switches the method off)")
-        self.require(self.columns in ("question", "own_image"), "columns", "question or own_image")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``gamma`` is 0."""
-        return self.gamma == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """No scores or weights are edited."""
-        return "none"
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """An image token must see a question that comes later."""
-        return True
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """All but the last."""
-        return tuple(range(max(num_layers - 1, 1)))
+    gamma: float = parameter(
+        1.0, low=0, high=1, off=0, search=Range(0.05, 1.0), help="Weight of the opened pairs; 1 is the full mask."
+    )
+    columns: Literal["question", "own_image"] = parameter(
+        "question",
+        help='``"question"``: text behind the last image of the prompt, the header of the answer included, as in the '
+        'released code. ``"own_image"``: all text behind the image token itself, for prompts of several images.',
+    )
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say what the method was made for."""
@@ -75,15 +55,14 @@ class MMA(Method):
         """Open (image token, later question token) pairs: bool ``[batch, stop - start, q_len]``."""
         image, text = layer.once(lambda: self._tokens(layer))
         pairs: torch.Tensor = image[:, start:stop, None] & text[:, None, :]
-        return pairs.triu(1 + start)
+        return pairs.triu(1 + start)  # j > i, with i counted from ``start``
 
     def _tokens(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens are image tokens, and which belong to the question: bool ``[batch, q_len]``."""
+        """Return which tokens are image tokens, and which belong to the question: bool ``[batch, q_len]``."""
         forward = layer.forward
         image, valid = forward.image_mask[:, -forward.prompt_len :], forward.valid_mask[:, -forward.prompt_len :]
         text = valid & ~image
         if self.columns == "question":
             text &= image.flip(1).cumsum(1).flip(1) == 0  # no image follows
         drafted = forward.q_len - forward.prompt_len
-        image, text = (torch.nn.functional.pad(mask, (0, drafted)) for mask in (image, text))
-        return image, text
+        return F.pad(image, (0, drafted)), F.pad(text, (0, drafted))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from vlmfix.methods.base import Method
 
@@ -12,10 +11,6 @@ from vlmfix.methods.base import Method
 class NoMethod(Method):
     """Attach to every text attention layer and edit nothing."""
 
-    name: ClassVar[str] = "none"
-    summary: ClassVar[str] = "the identity: baseline of every evaluation"
-
-    @property
-    def is_identity(self) -> bool:
-        """Always true."""
-        return True
+    name = "none"
+    summary = "the identity: baseline of every evaluation"
+    is_identity = True

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import layers_by_depth
+from vlmfix.methods.parameters import parameter
+from vlmfix.methods.selection import scaled_layers
 from vlmfix.methods.views import Layer, PromptRows
-from vlmfix.model.anatomy import Anatomy, AttentionKind
+from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
 class RaisesImageScores(Method):
-    """Base of the methods that raise the image's scores in the row that predicts the next token.
+    """Base of the methods that raise the image's scores in the row that predicts the next token."""
 
-    Attributes:
-        alpha: Strength, >= 0; 0 is the identity.
-        edit_prompt: Edit the prompt's last row too, not only those of generated tokens.
-    """
+    edits_scores = True
 
-    edits_scores: ClassVar[bool] = True
-
-    alpha: float = 1.0
-    edit_prompt: bool = True
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
+    alpha: float = parameter(1.0, low=0, off=0, help="Strength.")
+    edit_prompt: bool = parameter(True, help="Edit the prompt's last row too, not only those of generated tokens.")
 
     @property
     def prompt_rows(self) -> PromptRows:
@@ -123,54 +108,32 @@ def _rows_with_image(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
     return has_image, (has_image * num_rows).sum()
 
 
+def best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which heads have the ``count`` largest of ``[batch, num_heads, ...]``; of equal ones, the first.
+
+    Returns:
+        Bool, of the same shape.
+    """
+    ranks = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return ranks < count
+
+
 @dataclass(frozen=True)
 class RaisesGeneratedText(Method):
-    """Base of the methods that raise attention to generated text, in the rows of generated tokens alone.
+    """Base of the methods that raise attention to generated text, in the rows of generated tokens alone."""
 
-    Attributes:
-        alpha: Strength, >= 0; 0 is the identity.
-    """
+    prompt_rows = "none"
+    attention_kinds = ("joint", "text")  # self-attention over prompt and answer: the one is weighed against the other
+    default_layers = scaled_layers(5, 17)  # the scaling to other depths is ours
 
-    alpha: float = 1.0
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.alpha < math.inf, "alpha", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 0."""
-        return self.alpha == 0
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """None."""
-        return "none"
-
-    @property
-    def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Self-attention over prompt and answer: the answer is weighed against the prompt."""
-        return ("joint", "text")
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers 5 to 17 of 32, scaled."""
-        return generated_text_layers(num_layers)
+    alpha: float = parameter(1.0, low=0, off=0, help="Strength.")
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Say when the layers are wider than the paper's."""
-        return scope_note(self.name, self.layer_indices, anatomy.num_layers)
-
-
-def generated_text_layers(num_layers: int) -> tuple[int, ...]:
-    """Layers 5 to 17 of 32, scaled to the model's depth."""
-    return layers_by_depth(5, 17, 32, num_layers)
-
-
-def scope_note(name: str, layers: Sequence[int], num_layers: int) -> tuple[str, ...]:
-    """Say when layers outside the default ones were chosen."""
-    scope = generated_text_layers(num_layers)
-    if set(layers) <= set(scope):
-        return ()
-    return (
-        f"{name}: layers outside {scope[0]}..{scope[-1]} (5..17 of 32, scaled): wider scopes broke the paper's texts",
-    )
+        """Warn about layers outside the default ones."""
+        scope = self.default_layers(anatomy.num_layers)
+        if set(self.layer_indices) <= set(scope):
+            return ()
+        return (
+            f"{self.name}: layers outside {scope[0]}..{scope[-1]} (5..17 of 32, scaled): wider scopes broke the "
+            "paper's texts",
+        )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from vlmfix.errors import MethodError
 
 if TYPE_CHECKING:
     import torch
 
-    from vlmfix.methods.base import Method
     from vlmfix.methods.views import Layer
-    from vlmfix.model.anatomy import Anatomy
+    from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 
 LayerSpec = Sequence[int] | str | None
@@ -27,41 +25,34 @@ HeadSpec = Sequence[Sequence[int]] | None
 """Attention heads as (layer, head) pairs, counted from 0; heads are query heads."""
 
 
-M = TypeVar("M", bound="Method")
-
-
-def bind_heads(method: M, bound: M, heads: HeadSpec, anatomy: Anatomy) -> M:
-    """Check a list of heads against a model and edit only layers that have some of them.
+def check_heads(
+    name: str, heads: Sequence[Sequence[int]], anatomy: Anatomy, kinds: Sequence[AttentionKind]
+) -> set[int]:
+    """Check a list of heads against a model, and return the layers they are in.
 
     Args:
-        method: The method as the user wrote it.
-        bound: Its copy with layers resolved.
-        heads: Its (layer, head) pairs, or ``None`` for all heads.
+        name: The method's name, for the messages.
+        heads: (layer, head) pairs.
         anatomy: The model.
+        kinds: The kinds of attention the method acts in.
 
     Raises:
-        MethodError: A head outside the model or its attention, or none in the chosen layers.
+        MethodError: A head outside the model, or outside the attention the method acts in.
     """
-    if heads is None:
-        return bound
     for layer, head in heads:
         if layer >= anatomy.num_layers or head >= anatomy.num_heads:
             raise MethodError(
-                f"{method.name}: head ({layer}, {head}) does not exist in this model of {anatomy.num_layers} layers "
-                f"with {anatomy.num_heads} heads. The list belongs to another model."
+                f"{name}: head ({layer}, {head}) does not exist in this model of {anatomy.num_layers} layers with "
+                f"{anatomy.num_heads} heads. The list belongs to another model."
             )
-    with_heads = {layer for layer, _ in heads}
-    reachable = {site.layer_idx for site in anatomy.sites if site.kind in method.attention_kinds}
-    if not with_heads <= reachable:
+    layers = {layer for layer, _ in heads}
+    reachable = {site.layer_idx for site in anatomy.sites if site.kind in kinds}
+    if not layers <= reachable:
         raise MethodError(
-            f"{method.name}: the attention it acts in is in layers {sorted(reachable)} of this model; heads are listed "
-            f"in layers {sorted(with_heads - reachable)} too. The list belongs to another model."
+            f"{name}: the attention it acts in is in layers {sorted(reachable)} of this model; heads are listed in "
+            f"layers {sorted(layers - reachable)} too. The list belongs to another model."
         )
-    if method.layers is not None:
-        with_heads &= set(bound.layer_indices)
-    if heads and not with_heads:
-        raise MethodError(f"{method.name}: layers={method.layers!r} holds none of the listed heads.")
-    return dataclasses.replace(bound, layers=tuple(sorted(with_heads)) or bound.layers)
+    return layers
 
 
 def listed_heads(heads: HeadSpec, layer: Layer, like: torch.Tensor) -> torch.Tensor:
@@ -84,10 +75,39 @@ def heads_of(heads: Sequence[Sequence[int]], layer_idx: int) -> tuple[int, ...]:
     return tuple(sorted({head for at, head in heads if at == layer_idx}))
 
 
-def layers_by_depth(first: int, last: int, depth: int, num_layers: int) -> tuple[int, ...]:
-    """Scale the layers ``first..last`` (inclusive) of a model of ``depth`` layers to one of ``num_layers``."""
-    low, high = round(first / depth * num_layers), round(last / depth * num_layers)
-    return tuple(range(min(low, num_layers - 1), min(max(high, low), num_layers - 1) + 1))
+@dataclass(frozen=True)
+class DefaultLayers:
+    """The layers a method edits by default, in a model of any depth.
+
+    Attributes:
+        words: The same in words, for help texts.
+        choose: Returns the layers of a model with that many of them, in order.
+    """
+
+    words: str
+    choose: Callable[[int], tuple[int, ...]]
+
+    def __call__(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers, in order."""
+        return self.choose(num_layers)
+
+
+ALL_LAYERS = DefaultLayers("all", lambda num_layers: tuple(range(num_layers)))
+
+
+def all_but(words: str, first: int = 0, last: int = 0) -> DefaultLayers:
+    """All layers but the ``first`` and the ``last`` ones; the middle layer where that leaves none."""
+    return DefaultLayers(words, lambda num_layers: tuple(range(first, num_layers - last)) or (num_layers // 2,))
+
+
+def scaled_layers(first: int, last: int, depth: int = 32) -> DefaultLayers:
+    """The layers ``first..last`` (inclusive) of a model of ``depth`` layers, scaled to the model's own depth."""
+
+    def choose(num_layers: int) -> tuple[int, ...]:
+        low, high = round(first / depth * num_layers), round(last / depth * num_layers)
+        return tuple(range(min(low, num_layers - 1), min(max(high, low), num_layers - 1) + 1))
+
+    return DefaultLayers(f"{first}..{last} (inclusive) of {depth}, scaled to the model's depth", choose)
 
 
 def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "method") -> tuple[int, ...]:
@@ -127,44 +147,7 @@ def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "meth
 _BOUND = r"-?\d+|-?\d*\.\d+"
 
 
-def are_indices(value: object) -> bool:
-    """Whether a value is a list of whole numbers."""
-    if isinstance(value, str) or not isinstance(value, (Sequence, range)):
-        return False
-    return all(isinstance(each, int) and not isinstance(each, bool) for each in value)
-
-
 def _bound(text: str | None, num_layers: int) -> int | None:
     if not text:
         return None
     return round(float(text) * num_layers) if "." in text else int(text)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers between two bounds, both included.
-
-    Attributes:
-        low: The smallest; near where the method does nothing, so that a search can find out that less is better.
-        high: The largest worth trying: beyond it, published runs break the text.
-        log: Whether orders of magnitude matter rather than differences.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A few values.
-
-    Attributes:
-        values: JSON values, the default first.
-    """
-
-    values: tuple[Any, ...]
-
-
-Space = Mapping[str, Range | Choice]
-"""Parameters to search, by name."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import Range, Space
-from vlmfix.methods.views import Layer, PromptRows, Rows
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.scores import best
+from vlmfix.methods.views import Layer, Rows
 from vlmfix.model.anatomy import Anatomy, AttentionKind
 from vlmfix.model.attention import explicit_scores, masked_softmax, visible_keys
 
@@ -20,46 +21,42 @@ class SPIN(Method):
     """Shrink the outputs of the heads that look least at the image, chosen anew for every token.
 
     In the row that predicts the next token, ``g_h = sum_{j in image} q_h . k_j / sqrt(d)``. The ``floor(keep H)`` heads
-    with the largest g stay as they are, at least one, the lower index first among equals; the outputs of the others are
-    multiplied by ``suppress`` in that row. The release divides by the standard deviation and takes a softmax over heads
-    first, which changes no order. g is computed as ``q_h . sum_j k_j`` in fp32, before any cap on the scores; the sum
-    of image keys is kept from the prompt on. Rows that see no image token are left alone.
+    with the largest g stay as they are: at least one, and the lower index first among equals. The outputs of the others
+    are multiplied by ``suppress`` in that row. The release first divides g by its standard deviation and takes a
+    softmax over heads, which changes no order. Rows that see no image token are left alone.
 
-    Attributes:
-        keep: Share of heads that stay as they are, in [0, 1]; 1 is the identity. The released .95 for captions with
-            LLaVA-1.5-7B (.8 for its POPE, .9 for MMHal with the 13B model, .7 for Qwen-VL).
-        suppress: Factor of the other heads, in [0, 1]; 1 is the identity. The released .08 for captions (.1 for POPE, 0
-            where none is given).
-        score: ``"scores"`` as released: raw scores, to which a constant can be added without any change of attention.
-            ``"mass"`` (ours): the attention weight on the image.
-        layers: Default: all. The release edits the first 20 in some of its runs.
+    g is computed as ``q_h . sum_j k_j`` in fp32, before any cap on the scores. The sum of image keys is kept from the
+    prompt on.
     """
 
-    name: ClassVar[str] = "spin"
-    paper: ClassVar[str] = "arXiv 2505.16411"
-    summary: ClassVar[str] = "shrinks the heads that look least at the image, chosen per token"
-    search_space: ClassVar[Space] = {"keep": Range(0.5, 1.0), "suppress": Range(0.0, 1.0)}
-    edits_heads: ClassVar[bool] = True
+    name = "spin"
+    paper = "arXiv 2505.16411"
+    summary = "shrinks the heads that look least at the image, chosen per token"
+    edits_heads = True
+    prompt_rows = "last"
 
-    keep: float = 0.95
-    suppress: float = 0.08
-    score: Literal["scores", "mass"] = "scores"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        for parameter in ("keep", "suppress"):
-            self.require(0 <= getattr(self, parameter) <= 1, parameter, "between 0 and 1 (1 switches the method off)")
-        self.require(self.score in ("scores", "mass"), "score", "scores or mass")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether all heads are kept, or the others are not changed."""
-        return self.keep == 1 or self.suppress == 1
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """The last."""
-        return "last"
+    keep: float = parameter(
+        0.95,
+        low=0,
+        high=1,
+        off=1,
+        search=Range(0.5, 1.0),
+        help="Share of heads that stay as they are. The released 0.95 for captions with LLaVA-1.5-7B (0.8 for its "
+        "POPE, 0.9 for MMHal with the 13B model, 0.7 for Qwen-VL).",
+    )
+    suppress: float = parameter(
+        0.08,
+        low=0,
+        high=1,
+        off=1,
+        search=Range(0.0, 1.0),
+        help="Factor of the other heads. The released 0.08 for captions (0.1 for POPE, 0 where none is given).",
+    )
+    score: Literal["scores", "mass"] = parameter(
+        "scores",
+        help='``"scores"`` as released: raw scores, to which a constant can be added without any change of attention. '
+        '``"mass"`` (ours): the attention weight on the image.',
+    )
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -96,8 +93,7 @@ class SPIN(Method):
 
     def choose(self, gates: torch.Tensor) -> torch.Tensor:
         """Return the heads to suppress, by gates ``[batch, num_heads, rows]``: bool of that shape."""
-        ranks = gates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return ranks >= self.num_kept(gates.shape[1])
+        return ~best(gates, self.num_kept(gates.shape[1]))
 
 
 def _summed_scores(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,12 +112,16 @@ def _summed_scores(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor
             layer.learned = known
     sums, sees_image = known
     batch, num_heads, num_rows, size = query.shape
+    # Query heads that share a key head stand next to each other.
     grouped = query.reshape(batch, key.shape[1], num_heads // key.shape[1], num_rows, size)
     return (grouped * sums[:, :, None]).sum(-1).flatten(1, 2), sees_image
 
 
 def _seen_image_keys(layer: Layer, rows: Rows) -> torch.Tensor:
-    """Say which image keys rows see: bool ``[batch, rows, keys]``; without a window all see the same: ``rows`` is 1."""
+    """Return which image keys rows see: bool ``[batch, rows, keys]``.
+
+    Without a window all rows see the same, and ``rows`` is 1.
+    """
     assert layer.call is not None
     visible = visible_keys(layer.call, rows.start, rows.stop)
     image = layer.keys("image", layer.call.key[..., 0] if visible is None else visible)[:, None]

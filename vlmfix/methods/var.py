@@ -6,15 +6,17 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import Range, Space
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import all_but
 from vlmfix.methods.sequence import extend_mask
 from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.sink_dims import sink_dims_for
 
 
 @dataclass
@@ -45,58 +47,49 @@ class VAR(Method):
     A token is a sink of a layer when its hidden state entering the layer is extreme in one of the model's sink
     dimensions: ``max_d |x_d| / rms(x) >= sink_threshold``. A query row of a head is edited when its attention to the
     image is at least ``image_mass``, at least ``nonsink_ratio`` of that lies outside visual sinks, and the layer has a
-    visual sink: then ``recycle`` of the attention to all sinks, visual and textual, goes to the image tokens that are
-    no sinks, in proportion to what they have. Row sums stay 1. Rows: those behind the last image token in a prompt,
-    and every decode step. Sinks are those of the prompt; generated tokens never count.
+    visual sink. Then ``recycle`` of the attention to all sinks, visual and textual, goes to the image tokens that are
+    no sinks, in proportion to what they have. Row sums stay 1. The rows are those behind the last image token in a
+    prompt, and that of every decode step. Sinks are those of the prompt; generated tokens never count.
 
-    Attributes:
-        sink_dims: Hidden dimensions that mark sinks. ``None``: those known for the language model, else found by
-            ``vlmfix.find_sink_dims`` when the model is patched. Empty: the method edits nothing.
-        sink_threshold: tau, > 0. No token of a model narrower than tau squared can reach it.
-        nonsink_ratio: rho in the paper's sense (the released code uses 1 - rho), in [0, 1].
-        image_mass: Least attention on the image for a row to be edited, in [0, 1].
-        recycle: Recycled share of sink attention, in [0, 1]; 0 is the identity. The paper's 0.6; the released
-            configuration recycles 0.4.
-        layers: Default: all but the first two and the last.
+    The released code edits the last layer too, since its switch for that has no effect, and recycles 0.4:
+    ``VAR(recycle=0.4, layers="2:")`` equals it. Its rho is one minus this ``nonsink_ratio``.
     """
 
-    name: ClassVar[str] = "var"
-    paper: ClassVar[str] = "arXiv 2503.03321"
-    summary: ClassVar[str] = "moves attention from sinks to the rest of the image, in rows that look at the image"
-    search_space: ClassVar[Space] = {
-        "recycle": Range(0.1, 1.0),
-        "nonsink_ratio": Range(0.2, 1.0),
-        "image_mass": Range(0.05, 0.5),
-    }
-    edits_weights: ClassVar[bool] = True
-    reads_layer_input: ClassVar[bool] = True
+    name = "var"
+    paper = "arXiv 2503.03321"
+    summary = "moves attention from sinks to the rest of the image, in rows that look at the image"
+    edits_weights = True
+    reads_layer_input = True
+    default_layers = all_but("all but the first two and the last", first=2, last=1)
 
-    sink_dims: Sequence[int] | None = None
-    sink_threshold: float = 20.0
-    nonsink_ratio: float = 0.5
-    image_mass: float = 0.2
-    recycle: float = 0.6
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 < self.sink_threshold < math.inf, "sink_threshold", "a finite number > 0")
-        for parameter in ("nonsink_ratio", "image_mass", "recycle"):
-            self.require(0 <= getattr(self, parameter) <= 1, parameter, "between 0 and 1")
-        self.require(all(dim >= 0 for dim in self.sink_dims or ()), "sink_dims", "indices >= 0 of hidden dimensions")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing would be recycled or no dimension marks sinks."""
-        return self.recycle == 0 or self.sink_dims == ()
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """All but the first two and the last; the middle layer of models of three layers or fewer."""
-        return tuple(range(2, num_layers - 1)) or (num_layers // 2,)
+    sink_dims: Sequence[int] | None = parameter(
+        None,
+        low=0,
+        off=(),
+        expected="indices >= 0 of hidden dimensions",
+        help="Hidden dimensions that mark sinks. ``None``: those known for the language model, else found by "
+        "``vlmfix.find_sink_dims`` when the model is patched. Without any, nothing is edited.",
+    )
+    sink_threshold: float = parameter(
+        20.0, above=0, help="tau. No token of a model narrower than tau squared can reach it."
+    )
+    nonsink_ratio: float = parameter(
+        0.5, low=0, high=1, search=Range(0.2, 1.0), help="rho in the paper's sense (the released code uses 1 - rho)."
+    )
+    image_mass: float = parameter(
+        0.2, low=0, high=1, search=Range(0.05, 0.5), help="Least attention on the image for a row to be edited."
+    )
+    recycle: float = parameter(
+        0.6,
+        low=0,
+        high=1,
+        off=0,
+        search=Range(0.1, 1.0),
+        help="Recycled share of the attention to sinks. The paper's 0.6; the released configuration has 0.4.",
+    )
 
     def bind(self, anatomy: Anatomy) -> VAR:
         """Resolve layers and sink dimensions."""
-        from vlmfix.model.sink_dims import sink_dims_for
-
         bound = super().bind(anatomy)
         if self.sink_dims is None and self.recycle > 0:
             bound = dataclasses.replace(bound, sink_dims=sink_dims_for(anatomy))

@@ -9,37 +9,35 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import Choice, Range, Space
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import DefaultLayers
 from vlmfix.methods.views import Layer
-from vlmfix.model.anatomy import AttentionKind
 
 
 @dataclass(frozen=True)
 class VHR(Method):
     """Scale the outputs of the heads that change most when the image is taken away.
 
-    In a prompt, the head outputs at the last position (the one that predicts the first new token) are compared with
-    those of an image-free pass over the same text (eq. 4); heads that surge without the image are dropped (eq. 6); the
-    heads above the layer's median are multiplied by ``alpha`` at every position (eq. 7) and stay frozen while decoding.
-    Selection is per sample and per layer; attention weights are never edited. Where an encoder reads the prompt, the
-    heads are those of the decoder's cross-attention, and the position is the last one before the answer; where image
-    features are keys of cross-attention, the heads are those of self-attention (both ours).
+    In a prompt, the head outputs at the last position, which predicts the first new token, are compared with those of
+    an image-free pass over the same text (eq. 4). Heads that surge without the image are dropped (eq. 6). The heads
+    above the layer's median are multiplied by ``alpha`` at every position (eq. 7), and stay the same while decoding.
+    Heads are selected per sample and per layer. Attention weights are never edited.
 
-    Attributes:
-        alpha: Scale of the selected heads, > 0. 1 is the identity. The paper uses 2 on 7B models and reports broken
-            text from 4 on.
-        layers: Default: layer 1 and the last 14 of 32 layers (Table 5), scaled to the model's depth.
-        outliers: Drop heads whose divergence and whose image-free output both exceed mean + std of the layer (eq. 6;
-            the standard deviation divides by n - 1).
-        select: ``"divergent"`` is the method. ``"all"`` and ``"unselected"`` are its controls: every head, or only
-            those the method leaves alone.
+    Where an encoder reads the prompt, the heads are those of the decoder's cross-attention, and the position is the
+    last one before the answer. Where image features are keys of cross-attention, the heads are those of self-attention.
+    Both are ours.
     """
 
-    name: ClassVar[str] = "vhr"
-    paper: ClassVar[str] = "arXiv 2412.13949"
-    summary: ClassVar[str] = "scales the heads that depend most on the image, chosen per prompt"
-    search_space: ClassVar[Space] = {"alpha": Range(1.05, 3.0), "layers": Choice((None, "0:"))}
-    edits_heads: ClassVar[bool] = True
+    name = "vhr"
+    paper = "arXiv 2412.13949"
+    summary = "scales the heads that depend most on the image, chosen per prompt"
+    edits_heads = True
+    attention_kinds = ("joint", "text", "encoder")  # not cross-attention to image features alone: nothing to compare
+    default_layers = DefaultLayers(
+        "layer 1 and the last 14 of 32 (Table 5), scaled to the model's depth",
+        lambda n: tuple(sorted({min(1, n - 1), *range(n - round(14 / 32 * n), n)})),  # the paper gives absolute counts
+    )
+    search_layers = (None, "0:")
     removed_parameters: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "reinforce_noimg": (
             False,
@@ -48,19 +46,25 @@ class VHR(Method):
         )
     }
 
-    alpha: float = 2.0
-    outliers: bool = True
-    select: Literal["divergent", "all", "unselected"] = "divergent"
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 < self.alpha < float("inf"), "alpha", "a finite number > 0 (1 switches the method off)")
-        self.require(self.select in ("divergent", "all", "unselected"), "select", "divergent, all or unselected")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` is 1."""
-        return self.alpha == 1
+    alpha: float = parameter(
+        2.0,
+        above=0,
+        off=1,
+        search=Range(1.05, 3.0),
+        help="Scale of the selected heads. The paper uses 2 on 7B models and reports broken text from 4 on.",
+    )
+    outliers: bool | Literal["released"] = parameter(
+        True,
+        help="Drop heads that surge when the image is taken away. ``True``: heads whose divergence and whose "
+        "image-free output both exceed mean + std of the layer (eq. 6; the standard deviation divides by n - 1). "
+        '``"released"``: as public ports of the official code do it, with squared divergences, and only in layers '
+        "where these have a standard deviation above 1.",
+    )
+    select: Literal["divergent", "all", "unselected"] = parameter(
+        "divergent",
+        help='``"divergent"`` is the method. ``"all"`` and ``"unselected"`` are its controls: every head, or only '
+        "those the method leaves alone.",
+    )
 
     @property
     def needs_text_only_heads(self) -> bool:
@@ -68,19 +72,9 @@ class VHR(Method):
         return self.select != "all"
 
     @property
-    def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """Where the image-free pass has an output to compare with: not in cross-attention to image features."""
-        return ("joint", "text", "encoder")
-
-    @property
     def needs_whole_prompt(self) -> bool:
         """Heads are chosen at the end of the prompt and scaled in all of it."""
         return self.needs_text_only_heads
-
-    def default_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layer 1 and the last 14 of 32 (a heuristic for other depths: the paper gives absolute counts)."""
-        last = round(14 / 32 * num_layers)
-        return tuple(sorted({min(1, num_layers - 1), *range(num_layers - last, num_layers)}))
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``; in a prompt, choose the heads first."""
@@ -125,14 +119,17 @@ def vision_divergence(with_image: torch.Tensor, without_image: torch.Tensor, eps
 
 
 def divergent_heads(
-    with_image: torch.Tensor, without_image: torch.Tensor, outliers: bool = True, eps: float = 0.0
+    with_image: torch.Tensor,
+    without_image: torch.Tensor,
+    outliers: bool | Literal["released"] = True,
+    eps: float = 0.0,
 ) -> torch.Tensor:
     """Return the vision-sensitive heads of one layer (eqs. 4, 6 and 7).
 
     Args:
         with_image: Head outputs at the last position, ``[batch, num_heads, head_dim]``, fp32.
         without_image: The same from the image-free pass.
-        outliers: Whether to drop heads that surge when the image is removed.
+        outliers: Whether, and how, to drop heads that surge when the image is taken away; see ``VHR.outliers``.
         eps: See ``vision_divergence``.
 
     Returns:
@@ -141,7 +138,10 @@ def divergent_heads(
     divergence = vision_divergence(with_image, without_image, eps)
     if outliers and divergence.shape[1] > 1:
         surge = without_image.square().sum(-1)
-        outlier = _above_one_std(divergence) & _above_one_std(surge)
+        compared = divergence.square() if outliers == "released" else divergence
+        outlier = _above_one_std(compared) & _above_one_std(surge)
+        if outliers == "released":
+            outlier &= compared.std(1, keepdim=True) > 1
         divergence = divergence.masked_fill(outlier, 0.0)
     selected: torch.Tensor = divergence > divergence.median(dim=1, keepdim=True).values
     return selected

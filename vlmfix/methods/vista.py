@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.selection import LayerSpec, Range, Space, resolve_layers
-from vlmfix.methods.views import PromptRows
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import LayerSpec, resolve_layers
+from vlmfix.methods.views import Block, Prompt
 from vlmfix.model.anatomy import Anatomy
-
-if TYPE_CHECKING:
-    from vlmfix.methods.views import Block, Prompt
-    from vlmfix.model.blocks import BlockKind
-
 
 LEAST_SHARE = 1e-3
 """Least length of a vector, as a share of the stream's, that is a direction and not noise."""
@@ -37,54 +32,64 @@ class VISTA(Method):
     is edited in fp32 before it is added to the stream:
     ``x <- |x| unit(unit(x) + lam (1 + max(0, -cos(x, v_l))) unit(v_l))``. It keeps its length and turns by about
     ``lam`` radians, more where it points away. The logits that predict a token become
-    ``sla_alpha mean_k head(h_k) + (1 - sla_alpha) logits``, k over early layers, without the final norm, as released
-    (so that ``sla_alpha`` is no share: those logits have another scale).
+    ``sla_alpha mean_k head(h_k) + (1 - sla_alpha) logits``, k over early layers. As released, this is without the final
+    norm; ``sla_alpha`` is therefore no share, since those logits have another scale.
 
     The strength must match the task: the authors run .17 for captions, .1 for open questions and .01 for yes/no
     questions, and a user of their code found .17 on yes/no questions much worse than .01.
 
-    Followed is the released code, which edits MLP outputs and not the stream itself. Its direction comes from a PCA of
-    one vector, which adds 1 to the first coordinate of layer 0; left out unless ``paper_code``. Ours: a layer in which
-    the image moves the last position by less than a thousandth of its length (or two rounding errors of the model's
-    dtype) is left alone, since only the direction of ``v_l`` counts and that one would be noise; in a further turn on
-    the same cache, ``v_l`` is computed anew, with the earlier turns as the cache holds them.
+    The released code is followed, which edits MLP outputs and not the stream itself. Its direction comes from a PCA of
+    one vector, which adds 1 to the first coordinate of layer 0; that is left out unless ``paper_code``. It mixes the
+    logits of all prompt rows; here, rows that predict no token keep theirs, which has no consequence.
+
+    Two things are ours. A layer in which the image moves the last position by less than a thousandth of its length (or
+    two rounding errors of the model's dtype) is left alone, since only the direction of ``v_l`` counts, and that one
+    would be noise. In a further turn on the same cache, ``v_l`` is computed anew, with the earlier turns as the cache
+    holds them.
 
     Decoding with a cache defines the method: without one, a new vector would be computed at every token.
-
-    Attributes:
-        lam: Strength, >= 0. ``None``: by ``task``.
-        task: ``"caption"``: .17; ``"short"``: .01; ``None``: .1.
-        sla_alpha: Weight of the early logits, in [0, 1]. 0 leaves logits alone.
-        sla_layers: Early layers, see ``LayerSpec``. Default: 25 to 30 of 32; for other depths from there scaled to the
-            last but one (a heuristic).
-        sla_final_norm: Apply the model's final norm to early states (ours; the release does not).
-        paper_code: Keep the first coordinate's artefact of the released code.
-        layers: Layers to steer. Default: all.
     """
 
-    name: ClassVar[str] = "vista"
-    paper: ClassVar[str] = "arXiv 2502.03628"
-    summary: ClassVar[str] = "turns MLP outputs towards what the image adds to the stream; mixes in early logits"
-    search_space: ClassVar[Space] = {"lam": Range(0.005, 0.3, log=True), "sla_alpha": Range(0.0, 0.5)}
-    edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("mlp",)
-    reads_prompt: ClassVar[bool] = True
-    needs_ids: ClassVar[bool] = True
-    needs_cache: ClassVar[bool] = True
+    name = "vista"
+    paper = "arXiv 2502.03628"
+    summary = "turns MLP outputs towards what the image adds to the stream; mixes in early logits"
+    edits_blocks = ("mlp",)
+    prompt_rows = "all"  # image tokens too
+    needs_whole_prompt = True  # the vector belongs to the end of the prompt
+    reads_prompt = True
+    needs_ids = True
+    needs_cache = True
 
-    lam: float | None = None
-    task: Literal["caption", "short"] | None = None
-    sla_alpha: float = 0.3
-    sla_layers: LayerSpec = None
-    sla_final_norm: bool = False
-    paper_code: bool = False
+    lam: float | None = parameter(
+        None,
+        low=0,
+        search=Range(0.005, 0.3, log=True),
+        help="Strength. ``None``: by ``task``. With ``sla_alpha``, 0 switches the method off.",
+    )
+    task: Literal["caption", "short"] | None = parameter(
+        None, help='``"caption"``: lam 0.17; ``"short"``: 0.01; ``None``: 0.1.'
+    )
+    sla_alpha: float = parameter(
+        0.3,
+        low=0,
+        high=1,
+        search=Range(0.0, 0.5),
+        remark="0 leaves logits alone",
+        help="Weight of the early logits. 0 leaves logits alone.",
+    )
+    sla_layers: LayerSpec = parameter(
+        None,
+        help="Early layers, see ``LayerSpec``. Default: 25 to 30 of 32; for other depths from there scaled to the last "
+        "but one (a heuristic).",
+    )
+    sla_final_norm: bool = parameter(
+        False, help="Apply the model's final norm to early states (ours; the release does not)."
+    )
+    paper_code: bool = parameter(False, help="Keep the first coordinate's artefact of the released code.")
 
     def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        is_number = isinstance(self.lam, (int, float)) and not isinstance(self.lam, bool)
-        self.require(self.lam is None or (is_number and 0 <= self.lam < math.inf), "lam", "a finite number >= 0")
-        self.require(self.task in _STRENGTHS, "task", "caption, short or left out")
+        """Refuse two strengths."""
         self.require(self.lam is None or self.task is None, "task", "left out where lam is given")
-        self.require(0 <= self.sla_alpha <= 1, "sla_alpha", "between 0 and 1 (0 leaves logits alone)")
 
     @property
     def strength(self) -> float:
@@ -95,16 +100,6 @@ class VISTA(Method):
     def is_identity(self) -> bool:
         """Whether nothing is steered and no logits are mixed."""
         return self.strength == 0 == self.sla_alpha
-
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """All, image tokens too."""
-        return "all"
-
-    @property
-    def needs_whole_prompt(self) -> bool:
-        """The vector belongs to the end of the prompt."""
-        return True
 
     @property
     def early_layers(self) -> tuple[int, ...]:

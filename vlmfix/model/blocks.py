@@ -97,8 +97,8 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
         raise UnsupportedModelError(
             f"{type(layer).__name__} of {type(anatomy.model).__name__} does not simply add the outputs of one "
             f"attention and one MLP block to one residual stream (expected self_attn and mlp with their norms, {found})"
-            ", so methods and probes on that stream cannot act there. Choose a method on attention: vlmfix.methods() "
-            "lists them."
+            ", so methods and probes on that stream cannot act there. Choose a method on attention: "
+            "vlmfix.list_methods() lists them."
         )
     attention, mlp = parts[mixers[0]], parts[mlps[0]]
     if getattr(layer, "norm_after", False) or getattr(anatomy.text_config, "swin_norm", False):

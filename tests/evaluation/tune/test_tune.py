@@ -17,8 +17,8 @@ from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.tune.rule import Goal, admitted, choose, goal_of
 from vlmfix.evals.tune.search import Search, space_of
 from vlmfix.evals.tune.splits import make_splits
-from vlmfix.methods.selection import Choice, Range
-from vlmfix.recipes import all_methods, method_from_dict
+from vlmfix.methods.parameters import Choice, Range
+from vlmfix.methods.registry import list_methods, method_from_dict
 
 
 def goal(hallucination, recall, accuracy=0.9):
@@ -64,9 +64,9 @@ def test_goals_are_read_off_the_results():
 # The space.
 
 
-@pytest.mark.parametrize("name", sorted(all_methods()))
+@pytest.mark.parametrize("name", sorted(list_methods()))
 def test_a_declared_space_is_one_the_method_takes(name):
-    method = all_methods()[name]
+    method = list_methods()[name]
     known = {field.name: field.default for field in dataclasses.fields(method)}
     if name != "none":
         assert method.search_space, "a method without a search space cannot be tuned"

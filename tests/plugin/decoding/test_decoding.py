@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicLayer
 import vlmfix
 from vlmfix.decoding.base import contrast, cut
 from vlmfix.decoding.caches import PairedCache
-from vlmfix.recipes import make_method, method_from_dict
+from vlmfix.methods.registry import make_method, method_from_dict
 
-METHODS = sorted(name for name, cls in vlmfix.methods().items() if hasattr(cls, "uses_branch"))
+METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if hasattr(cls, "uses_branch"))
 EACH = pytest.mark.parametrize("name", METHODS)
 ONE = collate([RAGGED[0]])
 TEXT = collate([RAGGED[2]])

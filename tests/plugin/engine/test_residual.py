@@ -379,7 +379,7 @@ def test_half_precision_keeps_its_dtype_and_is_near_fp32(tiny: Any, method: Any,
 
 @METHODS
 def test_a_method_survives_json(method: Any) -> None:
-    from vlmfix.recipes import method_from_dict
+    from vlmfix.methods.registry import method_from_dict
 
     assert method_from_dict(method.to_dict()) == method
 

@@ -16,18 +16,18 @@ from naive.reference import Reference, VarSpec, VhrSpec
 
 import vlmfix
 from vlmfix.methods.base import Method
-from vlmfix.recipes import make_method
+from vlmfix.methods.registry import make_method
 
-NAMES = sorted(set(vlmfix.methods()) - {"none"})
+NAMES = sorted(set(vlmfix.list_methods()) - {"none"})
 
 
 def method(name: str, model: Any) -> Method:
     return make_method(name, parameters_of(name, model))
 
 
-SEARCHES = {name for name in NAMES if vlmfix.methods()[name].searches}
+SEARCHES = {name for name in NAMES if vlmfix.list_methods()[name].searches}
 """Composes with none: see its own tests."""
-DECODING = [name for name in NAMES if vlmfix.methods()[name].replaces_logits]
+DECODING = [name for name in NAMES if vlmfix.list_methods()[name].replaces_logits]
 ONE_ENGINE = (set(DECODING) - {"guidance", "vcd"}) | SEARCHES
 """Decoding methods that compose as those two do: branches of equal and of unequal length."""
 PAIRS = [

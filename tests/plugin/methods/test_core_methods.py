@@ -27,8 +27,8 @@ from naive.fia import NaiveFia, class_token_rows
 from naive.reference import Reference
 
 import vlmfix
+from vlmfix.methods.registry import method_from_dict
 from vlmfix.methods.scores import raise_scores
-from vlmfix.recipes import method_from_dict
 
 PAI = vlmfix.PAI(alpha=0.8, layers=":")
 MMA = vlmfix.MMA(layers=":")
@@ -372,9 +372,9 @@ def test_a_row_wholly_on_sinks_is_left_alone() -> None:
 
 
 def test_the_published_threshold_depends_on_the_number_of_tokens() -> None:
-    assert vlmfix.ACT()._threshold() == (5.0, True)
-    assert vlmfix.ACT(sink_threshold=" 2.5 / n")._threshold() == (2.5, True)
-    assert vlmfix.ACT(sink_threshold=0.1)._threshold() == (0.1, False)
+    assert vlmfix.ACT()._threshold == (5.0, True)
+    assert vlmfix.ACT(sink_threshold=" 2.5 / n")._threshold == (2.5, True)
+    assert vlmfix.ACT(sink_threshold=0.1)._threshold == (0.1, False)
 
 
 def test_all_heads_is_said_not_to_be_the_paper(tiny: Any) -> None:

@@ -14,7 +14,7 @@ from vlmfix.cli import main
 from vlmfix.errors import MethodError
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.methods import every_method, expand_all, plan_methods, skipped_notes
-from vlmfix.recipes import method_names
+from vlmfix.methods.registry import method_names
 
 
 @pytest.fixture(scope="module")

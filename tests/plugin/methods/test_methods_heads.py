@@ -39,9 +39,9 @@ from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.allpath import AllPath
 from vlmfix.methods.iat import IAT
 from vlmfix.methods.measured import HALLUCINATION_HEADS, HeadStatistics, Shape
-from vlmfix.methods.scores import generated_text_layers
+from vlmfix.methods.registry import method_from_dict
 from vlmfix.methods.spin import SPIN
-from vlmfix.recipes import load_recipe, method_from_dict, save_recipe
+from vlmfix.recipes import load_recipe, save_recipe
 
 TABLE = HeadStatistics.from_dict(STATISTICS)
 
@@ -509,11 +509,11 @@ def test_weights_are_never_negative(build: Any, alpha: float) -> None:
 
 
 def test_default_layers_follow_the_depth_and_wider_ones_are_noted(tiny: Any) -> None:
-    assert generated_text_layers(32) == tuple(range(5, 18))
-    assert generated_text_layers(64)[0] == 10
-    assert generated_text_layers(1) == (0,)
+    assert vlmfix.IAT.default_layers(32) == tuple(range(5, 18))
+    assert vlmfix.IAT.default_layers(64)[0] == 10
+    assert vlmfix.IAT.default_layers(1) == (0,)
     vlmfix.patch(tiny, "iat")
-    assert vlmfix.status(tiny).layers == generated_text_layers(4)
+    assert vlmfix.status(tiny).layers == vlmfix.IAT.default_layers(4)
     assert not vlmfix.status(tiny).notes
     vlmfix.patch(tiny, "iat", layers=":")
     assert "wider scopes" in vlmfix.status(tiny).notes[0]

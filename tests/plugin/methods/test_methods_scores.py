@@ -31,8 +31,8 @@ from vlmfix.methods.cmai import CMAI
 from vlmfix.methods.eah import EAH
 from vlmfix.methods.hgai import HGAI
 from vlmfix.methods.modality_balance import ModalityBalance
+from vlmfix.methods.registry import make_method
 from vlmfix.methods.vaf import VAF
-from vlmfix.recipes import make_method
 
 
 def balance(**options: Any) -> ModalityBalance:

@@ -18,8 +18,8 @@ from vlmfix.methods.cmai import CMAI
 from vlmfix.methods.eah import EAH
 from vlmfix.methods.hgai import HGAI
 from vlmfix.methods.modality_balance import ModalityBalance
+from vlmfix.methods.registry import method_from_dict
 from vlmfix.methods.vaf import VAF
-from vlmfix.recipes import method_from_dict
 
 ONE = collate([RAGGED[1]])
 

@@ -50,4 +50,4 @@ def test_two_branches_of_a_padded_batch_agree_with_the_formula(
 
 def test_every_method_has_a_formula() -> None:
     in_reference = {"none", "var", "vhr"}
-    assert set(vlmfix.methods()) == set(naive.names()) | in_reference
+    assert set(vlmfix.list_methods()) == set(naive.names()) | in_reference

@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 
 import vlmfix
 from vlmfix.methods.base import Method
+from vlmfix.methods.registry import make_method
 from vlmfix.model import attention
-from vlmfix.recipes import make_method
 
 INPUTS = collate(RAGGED)
 VALID = INPUTS["attention_mask"].bool()
@@ -81,7 +81,7 @@ def test_explicit_rows_equal_the_base_kernel_with_a_flex_mask(build: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", sorted(n for n, cls in vlmfix.methods().items() if n != "none" and not cls.replaces_logits)
+    "name", sorted(n for n, cls in vlmfix.list_methods().items() if n != "none" and not cls.replaces_logits)
 )
 @pytest.mark.parametrize("size", [1, 3 * 4 * 4 * 33])
 def test_rows_in_chunks_equal_rows_at_once(sinky: Any, monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:

@@ -6,7 +6,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,8 +17,9 @@ import torch
 from families.tiny_llava import RAGGED, SINK_DIMS, collate, forward
 
 import vlmfix
+from vlmfix.methods.registry import method_from_dict
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.recipes import SHARED, load_recipe, method_from_dict, save_recipe
+from vlmfix.recipes import load_recipe, save_recipe
 
 EXAMPLES = [
     vlmfix.NoMethod(),
@@ -27,10 +31,16 @@ EXAMPLES = [
 ]
 
 
+def _names_in(module: ModuleType) -> set[str]:
+    classes = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, vlmfix.Method)]
+    return {each.name for each in classes if each.__module__ == module.__name__}
+
+
 def test_methods_lists_one_method_per_file() -> None:
-    package = Path(vlmfix.__file__).parent
-    files = {path.stem for room in ("methods", "decoding") for path in package.glob(f"{room}/[a-z]*.py")} - SHARED
-    found = vlmfix.methods()
+    rooms = [import_module(f"vlmfix.{room}") for room in ("methods", "decoding")]
+    modules = [import_module(each.name) for room in rooms for each in iter_modules(room.__path__, f"{room.__name__}.")]
+    files = {name for module in modules if (name := module.__name__.rpartition(".")[2]) in _names_in(module)}
+    found = vlmfix.list_methods()
     assert set(found) == files
     assert all(method.name == name and method.summary for name, method in found.items())
     assert all(getattr(vlmfix, method.__name__) is method for method in found.values())

@@ -350,12 +350,12 @@ def test_a_patched_model_stays_patched_and_the_result_says_so(tiny: Any, probe: 
     assert close(stock.to_dict() | {"patch": ""}, same.to_dict() | {"patch": ""})
 
 
-@pytest.mark.parametrize("method", vlmfix.methods())
+@pytest.mark.parametrize("method", vlmfix.list_methods())
 def test_the_weights_shown_are_those_behind_the_patch(build: Any, method: str) -> None:
     """Against the weights an eager model returns, the edited ones among them; every probe runs on every method."""
     model, inputs = build(attn="eager", sinks=True), collate([RAGGED[0]])
     vlmfix.patch(model, method, **parameters_of(method, model))
-    if vlmfix.methods()[method].replaces_logits:
+    if vlmfix.list_methods()[method].replaces_logits:
         for probe in PROBES.values():
             with pytest.raises(UnsupportedFeatureError, match=f"{method} decodes from two"):
                 probe(model, inputs)

@@ -1,0 +1,265 @@
+"""Parameters of a method: what they may be, what ``vlmfix tune`` searches and what they mean, beside their default."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers between two bounds, both included.
+
+    Attributes:
+        low: The smallest; near where the method does nothing, so that a search can find out that less is better.
+        high: The largest worth trying: beyond it, published runs break the text.
+        log: Whether orders of magnitude matter rather than differences.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A few values.
+
+    Attributes:
+        values: JSON values, the default first.
+    """
+
+    values: tuple[Any, ...]
+
+
+Space = Mapping[str, Range | Choice]
+"""Parameters to search, by name."""
+
+
+_NEVER = object()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is known about a parameter beside its name, type and default; see :func:`parameter`."""
+
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    off: object = _NEVER
+    search: Range | Choice | None = None
+    expected: str = ""
+    remark: str = ""
+
+    def as_metadata(self) -> dict[str, Parameter]:
+        """Return the metadata of its field."""
+        return {"parameter": self}
+
+
+def parameter(
+    default: T,
+    *,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    off: object = _NEVER,
+    search: Range | Choice | None = None,
+    expected: str = "",
+    remark: str = "",
+) -> T:
+    """Declare a parameter of a method, as the value of a field of its dataclass.
+
+    The field's annotation is checked too: numbers must be finite, a ``Literal`` lists the choices, lists become tuples.
+
+    Args:
+        default: The default.
+        help: What it means, and where its default comes from.
+        low: The least number allowed.
+        high: The largest number allowed.
+        above: A number that must be exceeded.
+        off: The value that switches the method off, whatever the others are: nothing is computed and outputs are
+            bitwise those of the stock model. Where it takes several parameters, override ``Method.is_identity``.
+        search: What ``vlmfix tune`` tries; ``None`` leaves the parameter alone.
+        expected: What a value must be, for the error message; by default as the annotation and the range say.
+        remark: What else the error message says about values ("1 changes nothing").
+
+    Returns:
+        A ``dataclasses.field``; typed as the default, so that a wrong default is found.
+    """
+    known = Parameter(help, low, high, above, off, search, expected, remark)
+    field: T = dataclasses.field(default=default, metadata=known.as_metadata())
+    return field
+
+
+def parameter_of(field: dataclasses.Field[Any]) -> Parameter:
+    """Return what is known about a field; nothing, if it is declared without :func:`parameter`."""
+    return field.metadata.get("parameter", Parameter())  # type: ignore[no-any-return]
+
+
+class NotAccepted(Exception):
+    """A value is none that the parameter takes; the text says what would be."""
+
+
+def accepted(cls: type, field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return a value as a method keeps it: lists as tuples, paths as texts, measured data read from their dict.
+
+    Args:
+        cls: The method's class.
+        field: The parameter's field.
+        value: What JSON, the command line or Python delivered.
+
+    Raises:
+        NotAccepted: It has another type, or lies out of range.
+    """
+    known = parameter_of(field)
+    kind = _kinds(cls)[field.name]
+    try:
+        return _read(value, kind, known)
+    except _Other:
+        raise NotAccepted(expected(kind, known)) from None
+
+
+class _Other(Exception):
+    """A value is of another kind."""
+
+
+HeadPairs = Sequence[Sequence[int]]
+
+
+def _read(value: Any, kind: Any, known: Parameter) -> Any:
+    """Read a value as one type, or raise ``_Other``."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        for each in get_args(kind):
+            try:
+                return _read(value, each, known)
+            except _Other:
+                continue
+        raise _Other
+    if origin is Literal:
+        return _checked(value, value in get_args(kind) and type(value) in map(type, get_args(kind)))
+    if kind == HeadPairs:
+        pairs = [_read(pair, Sequence[int], Parameter(low=0)) for pair in _items(value)]
+        return _checked(tuple(pairs), all(len(pair) == 2 for pair in pairs))
+    if origin is Sequence:
+        return tuple(_read(each, get_args(kind)[0], known) for each in _items(value))
+    if kind in (float, int):
+        is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return _checked(value, is_number and math.isfinite(value) and _is_in_range(value, known))
+    if kind in (bool, str, type(None)):
+        value = str(value) if kind is str and isinstance(value, Path) else value
+        return _checked(value, isinstance(value, kind))
+    if hasattr(kind, "from_dict"):
+        return kind.from_dict(value) if isinstance(value, Mapping) else _checked(value, isinstance(value, kind))
+    return _checked(value, isinstance(value, origin or kind) if isinstance(origin or kind, type) else True)
+
+
+def _checked(value: T, holds: bool) -> T:
+    if not holds:
+        raise _Other
+    return value
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return _checked(value, isinstance(value, Sequence) and not isinstance(value, (str, bytes)))
+
+
+def _is_in_range(value: float, known: Parameter) -> bool:
+    return (
+        (known.low is None or value >= known.low)
+        and (known.above is None or value > known.above)
+        and (known.high is None or value <= known.high)
+    )
+
+
+def expected(kind: Any, known: Parameter) -> str:
+    """Say what a value must be, such as ``"between 0 and 1 (1 switches the method off)"``."""
+    text = known.expected or _in_words(kind, known)
+    remark = known.remark
+    if not remark and isinstance(known.off, (int, float)):
+        remark = f"{known.off:g} switches the method off"
+    return f"{text} ({remark})" if remark else text
+
+
+def _in_words(kind: Any, known: Parameter) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(each, known) for each in inner))
+    if origin is Literal:
+        *first, last = map(str, inner)
+        return f"{', '.join(first)} or {last}" if first else last
+    if kind == HeadPairs:
+        return "a list of (layer, head) pairs"
+    if origin is Sequence:
+        return f"a list of {_range_in_words('{}s', known)}" if inner == (int,) else "a list"
+    if kind is int:
+        return _range_in_words("a {}", known)
+    if kind is float:
+        return _range_in_words("a finite number", known)
+    return {bool: "true or false", str: "a text", type(None): "None"}.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _range_in_words(noun: str, known: Parameter) -> str:
+    noun = noun.format("whole number")
+    low, high, above = known.low, known.high, known.above
+    if high is None:
+        bound = f" >= {low:g}" if low is not None else f" > {above:g}" if above is not None else ""
+        return noun + bound
+    between = f"above {above:g} and at most {high:g}" if above is not None else f"between {low:g} and {high:g}"
+    return between if noun == "a finite number" else f"{noun} {between}"
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name; ``None`` for one that only type checkers can resolve."""
+    kinds = {}
+    for field in dataclasses.fields(cls):
+        owner = next(each for each in cls.__mro__ if field.name in inspect.get_annotations(each))
+        kind = inspect.get_annotations(owner)[field.name]
+        if isinstance(kind, str):
+            try:
+                kind = eval(kind, vars(sys.modules[owner.__module__]))
+            except NameError as error:
+                if "parameter" in field.metadata:
+                    raise TypeError(
+                        f"{owner.__name__}.{field.name}: the annotation {kind!r} must be known when the program runs, "
+                        f"not only to a type checker ({error})"
+                    ) from error
+                kind = object
+        kinds[field.name] = kind
+    return kinds
+
+
+def search_space(cls: type) -> dict[str, Range | Choice]:
+    """Return the parameters that ``vlmfix tune`` searches, and between what."""
+    found = {field.name: parameter_of(field).search for field in dataclasses.fields(cls)}
+    return {name: search for name, search in found.items() if search is not None}
+
+
+def is_off(method: Any) -> bool:
+    """Whether any parameter has the value that switches the method off."""
+    return any(getattr(method, field.name) == parameter_of(field).off for field in dataclasses.fields(method))
+
+
+def attributes_section(cls: type, indent: str = "    ") -> str:
+    """Return the parameters of a class that is about to become a dataclass as the last section of its docstring."""
+    inherited: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
+    lines = []
+    for name, field in {**inherited, **vars(cls)}.items():
+        if isinstance(field, dataclasses.Field) and (text := parameter_of(field).help):
+            text += f"{cls.default_layers.words}." if name == "layers" else ""  # type: ignore[attr-defined]
+            lines += textwrap.wrap(f"{name}: {text}", 116, initial_indent=2 * indent, subsequent_indent=3 * indent)
+    return "\n".join(["", "", f"{indent}Attributes:", *lines, indent]) if lines else ""
