@@ -10,8 +10,10 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from .benchmarks.chair.matcher import ChairMatcher
-from .benchmarks.pope.questions import PopeQuestion
+from .benchmarks.chair.task import Chair
+from .benchmarks.coco_objects import ChairMatcher
+from .benchmarks.object_questions import PopeQuestion
+from .benchmarks.pope.task import Pope
 from .benchmarks.registry import Tasks, make_tasks
 from .data.records import read_ids
 from .data.samples import Sample
@@ -113,20 +115,20 @@ def _samples(tasks: Tasks, asks: bool) -> tuple[list[Any], int]:
     from vlmfix import CalibrationSample
 
     if not asks:
-        assert tasks.chair is not None
+        chair = tasks.find(Chair)
+        assert chair is not None
         captions = [
-            CalibrationSample(
-                each.path, each.question, objects=tasks.chair.truth[each.image_id], image_id=each.image_id
-            )
-            for each in tasks.chair.samples
+            CalibrationSample(each.path, each.question, objects=chair.truth[each.image_id], image_id=each.image_id)
+            for each in chair.samples
         ]
-        return captions, tasks.chair.max_new_tokens
-    assert tasks.pope is not None
-    paths = {sample.image_id: sample for sample in tasks.pope.samples}
-    asked = {q.split for q in tasks.pope.questions}
+        return captions, chair.max_new_tokens
+    pope = tasks.find(Pope)
+    assert pope is not None
+    paths = {sample.image_id: sample for sample in pope.samples}
+    asked = {q.split for q in pope.asked}
     wanted = {POPE_SPLIT} & asked or asked  # question files given by the user may have other names
-    questions = {(q.image_id, q.text): q for q in tasks.pope.questions if q.split in wanted}
-    return [_question(q, paths[q.image_id], tasks.pope.prompt_text(q)) for q in questions.values()], 1
+    questions = {(q.image_id, q.text): q for q in pope.asked if q.split in wanted}
+    return [_question(q, paths[q.image_id], pope.prompt_text(q)) for q in questions.values()], 1
 
 
 def _question(question: PopeQuestion, sample: Sample, text: str) -> Any:

@@ -44,6 +44,7 @@ def evaluate(
         EvalInterrupted: Ctrl-C; likewise.
     """
     # Imported here, so that the verb's --help does not wait for torch.
+    from .benchmarks.chair.task import Chair
     from .data.write import write_json, write_text
     from .report.html import html_report
     from .report.text import brief_report, markdown_report, text_report
@@ -72,7 +73,7 @@ def evaluate(
     export_answers(run, answers)
     write_json(run.folder / "results.json", results)
     write_text(run.folder / "report.md", markdown_report(results))
-    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.chair, answers))
+    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.find(Chair), answers))
     if options.verbose:
         show(text_report(results))
     else:
@@ -88,7 +89,9 @@ def _expected(run: EvalRun) -> str:
     from .power import planned_lines
 
     images = {task.name: len({sample.image_id for sample in task.samples}) for task in run.tasks.tasks}
-    pope = run.tasks.pope
+    from .benchmarks.pope.task import Pope
+
+    pope = run.tasks.find(Pope)
     questions = len(pope.samples) / images[pope.name] if pope is not None else 1.0
     return planned_lines(images, questions, methods=len(run.methods) - 1) if len(run.methods) > 1 else ""
 

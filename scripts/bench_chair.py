@@ -13,8 +13,7 @@ from pathlib import Path
 
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
-from vlmfix.evals.benchmarks.chair.words import ChairMode, objects_by_word
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ChairMode, objects_by_word
 from vlmfix.evals.score_files.chair import read_captions
 
 SENTENCES = (

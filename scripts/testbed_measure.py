@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS, score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
-from vlmfix.evals.benchmarks.pope.questions import SPLITS as POPE_SPLITS
-from vlmfix.evals.benchmarks.pope.questions import PopeQuestion, build_questions
-from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, score_answers
+from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.object_questions import SPLITS as POPE_SPLITS
+from vlmfix.evals.benchmarks.object_questions import PopeQuestion, build_questions
+from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.data.coco import CocoData, load_image
 from vlmfix.evals.stats.bootstrap import bootstrap
-from vlmfix.evals.stats.intervals import Statistic
+from vlmfix.evals.stats.table import Table
 from vlmfix.evals.testbed import MODEL_DIR, MODELS, PROMPTS, model_folder, prepare
 from vlmfix.evals.testbed.scenes import IMAGE_SIZE, NAMES, SPLITS, scene_kind
 from vlmfix.evals.testbed.vocabulary import SCENES
@@ -175,7 +175,7 @@ def measure(reader: Reader, folder: Path, num_internals: int = 50) -> dict[str, 
     result: dict[str, Any] = {
         "images": len(ids),
         "chair": _percent(table.summary()),
-        "chair_95": _intervals(CHAIR_STATISTICS, table, ("chair_s", "chair_i", "recall", "f1")),
+        "chair_95": _intervals(table, ("chair_s", "chair_i", "recall", "f1")),
         "mentions_percent": mention_rates(dict(zip(ids, table.nodes, strict=True)), truth),
         "wrong_by_mention_position": position,
         "blank_caption": reader.captions([blank], PROMPTS["describe"])[0],
@@ -201,18 +201,15 @@ def _pope(
     reader: Reader, questions: Sequence[PopeQuestion], images: Sequence[Image.Image], texts: Sequence[str]
 ) -> dict[str, Any]:
     words, scores = reader.answers(images, texts)
-    table = score_answers(questions, words, scores=scores)
+    table = score_labels([q.label for q in questions], words, image_ids=[q.image_id for q in questions], scores=scores)
     counts = {"n": len(table), "unparsed": table.counts()["unparsed"]}
-    return (
-        _percent(table.summary())
-        | counts
-        | {"accuracy_95": _intervals(POPE_STATISTICS, table, ["accuracy"])["accuracy"]}
-    )
+    return _percent(table.summary()) | counts | {"accuracy_95": _intervals(table, ["accuracy"])["accuracy"]}
 
 
-def _intervals(statistics: Mapping[str, Statistic], table: Any, names: Sequence[str]) -> dict[str, list[float]]:
+def _intervals(table: Table, names: Sequence[str]) -> dict[str, list[float]]:
     """95 % bootstrap intervals over images, in percent."""
-    found = {name: bootstrap(statistics[name], table) for name in names}
+    figures = {figure.name: figure.statistic for figure in table.FIGURES}
+    found = {name: bootstrap(figures[name], table) for name in names}
     return {name: [round(100 * interval.low, 1), round(100 * interval.high, 1)] for name, interval in found.items()}
 
 

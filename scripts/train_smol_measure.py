@@ -22,7 +22,7 @@ from PIL import Image
 from testbed_measure import Reader, measure, reader_of
 
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.testbed import SPLITS, prepare
 from vlmfix.evals.testbed.scenes import IMAGE_SIZE, RenderedScene, image_id, make_scene

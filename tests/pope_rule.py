@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.pope.questions import ObjectStatistics, PopeQuestion
+from vlmfix.evals.benchmarks.object_questions import ObjectStatistics, PopeQuestion
 
 
 def check_questions(questions: Iterable[PopeQuestion], ground_truth: Mapping[int, Collection[str]]) -> dict[str, int]:

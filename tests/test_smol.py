@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.smol import patterns
 from vlmfix.evals.testbed.smol.captions import INSTRUCTIONS, caption

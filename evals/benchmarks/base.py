@@ -1,68 +1,142 @@
-"""What every benchmark of a run has to offer."""
+"""What every benchmark offers. Columns, intervals, controls, exports and ``vlmfix score NAME`` follow from it."""
 
 from __future__ import annotations
 
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmfix.errors import VlmfixError
+
 from ..data.samples import Answer, Answers, Sample
 from ..data.write import write_text
+from ..options import EvalOptions
+from ..stats.figures import Figure
 from ..stats.intervals import finite
-from .columns import BENCHMARK_STATISTICS
-from .yes_no import auc, paired_answers
+from ..stats.table import Table, summary
+from .yes_no import paired_answers
 
-#: Recall to match -> the bias on the end token, and the table of the baseline's texts under it.
-Stopper = Callable[[float], tuple[float, Any]]
+if TYPE_CHECKING:
+    from .choice import RunData
+
+EARLY_STOP, YES_BIAS = "early stop", "yes bias"
+"""The controls that need no method: the baseline with descriptions ended earlier, or with its yes/no threshold
+moved."""
 
 
-class Task(ABC):
-    """One benchmark of a run: what it asks, how its answers become figures, and the file format they are exchanged in.
+class Benchmark(ABC):
+    """One benchmark of a run: what it asks, how answers become figures, and the files they are exchanged in.
 
-    A task's part of ``results.json`` holds its integer counts, ``summary`` (figure name -> value, see ``columns``),
-    ``changed`` (answers that differ from the baseline's) and ``seconds``. What it prints beside its columns:
-
-    - ``about``: one line on what was asked and how it was read;
-    - ``breakdown``: row name -> figure name -> value, a table per method;
-    - ``paired``: ``mcnemar`` of a method's yes/no answers against the baseline's.
+    A benchmark is a folder beside this file with a ``task.py`` that defines one such class, or a class that another
+    package names under the entry-point group ``vlmfix.benchmarks``. See ``README.md`` beside this file.
 
     Attributes:
-        name: Its name on the command line, and in ``results.json``.
-        scoring: Names of settings that decide how answers are scored, not what they are: a judge, a word similarity.
+        name: Its name on the command line and in ``results.json``.
+        title: Its name for readers.
+        summary: One line on what it measures, for ``--help``.
+        figures: What it measures; the first ones first in tables.
+        matched_on: Control -> name of the figure that the control is matched on, such as ``{"early stop": "recall"}``.
+        scoring: Settings that decide how answers are scored, not what they are: a judge, a word similarity.
+        row_by_row: Whether every figure counts rows one by one. Otherwise what belongs to several rows of an image is
+            counted, and runs are compared on whole images only.
         samples: Everything it asks, each different question once.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    figures: ClassVar[tuple[Figure, ...]]
+    matched_on: ClassVar[Mapping[str, str]] = MappingProxyType({})
     scoring: ClassVar[tuple[str, ...]] = ()
+    row_by_row: ClassVar[bool] = False
     samples: tuple[Sample, ...]
 
-    def stopper(self, answers: Answers, decode: Callable[[list[int]], str]) -> Stopper | None:
-        """The early-stop control of descriptions that are no captions of CHAIR's; None without any.
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give the declared figures the benchmark's name."""
+        super().__init_subclass__(**options)
+        if "figures" in vars(cls):
+            cls.figures = tuple(replace(figure, benchmark=cls.name) for figure in cls.figures)
+            for figure in cls.figures:
+                if figure.control is not None and figure.control not in cls.matched_on:
+                    raise TypeError(
+                        f"{figure.key} is compared with {figure.control}: say in matched_on what that is matched on"
+                    )
+
+    @classmethod
+    def figure(cls, name: str) -> Figure:
+        """The declared figure of a name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return {figure.name: figure for figure in cls.figures}[name]
+
+    @classmethod
+    def early_stop_figures(cls) -> tuple[Figure, Figure] | None:
+        """Hallucination and recall: what a method is compared with the early stop on, and what that is matched on.
+
+        Of several compared ones, the one that other heads are compared on too. None without an early stop.
+        """
+        compared = [figure for figure in cls.figures if figure.control == EARLY_STOP]
+        if EARLY_STOP not in cls.matched_on or not compared:
+            return None
+        shown = next((figure for figure in compared if figure.head_control), compared[0])
+        return shown, cls.figure(cls.matched_on[EARLY_STOP])
+
+    # Asking
+
+    @classmethod
+    @abstractmethod
+    def make(cls, options: EvalOptions, data: RunData) -> Benchmark:
+        """Read what a run asks, and choose images.
 
         Args:
-            answers: The baseline's, with tokens and stop margins.
-            decode: Token ids to text.
+            options: Of the run.
+            data: Where to find data, and whom to tell what the reader must know.
+
+        Raises:
+            DataError: A file is missing or broken; the message names it.
         """
-        return None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What identifies its questions and images, for ``config.json``."""
 
-    @abstractmethod
-    def table(self, answers: Answers) -> Any:
-        """Score one method's answers: a table with ``image_ids``, or None if they cannot be scored here."""
+    # Scoring
 
     @abstractmethod
-    def part(self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
-        """A method's part of ``results.json``.
+    def score(self, answers: Answers) -> Table | None:
+        """One method's table: the only place where answers become numbers. None if they cannot be scored here."""
+
+    def side_tables(self, answers: Answers) -> Mapping[str, Table]:
+        """Further tables of a method's answers that ``counts.json`` keeps, by name."""
+        return {}
+
+    def about(self, table: Table | None) -> str:
+        """One line: what was asked, how the answers were read, and what that means for the figures."""
+        return f"{self.title}: {len(self.samples)} questions"
+
+    def counts(self, table: Any) -> dict[str, Any]:
+        """Integer counts, under the official names where there are any, with ``unparsed`` answers."""
+        return {"n": len(table)}
+
+    def breakdown(self, table: Any) -> dict[str, dict[str, float]]:
+        """Row name -> figure name -> value as printed (percentages, points), for a table of its own."""
+        return {}
+
+    def details(
+        self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int
+    ) -> dict[str, Any]:
+        """What ``results.json`` holds of a method beside counts, summary and effort.
 
         Args:
             label: The method.
@@ -70,6 +144,32 @@ class Task(ABC):
             answers: Label to answers.
             seed: Of the bootstrap.
         """
+        return {}
+
+    def part(self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
+        """A method's part of ``results.json``; arguments as of :meth:`details`.
+
+        Returns:
+            ``about``; ``asked``, ``truncated``, ``changed``, ``seconds`` and ``pace``; ``counts``; ``summary`` (figure
+            name -> value); ``breakdown``; ``paired`` (yes/no answers against the baseline's); and the details.
+        """
+        table, baseline = tables[label], next(iter(tables))
+        part: dict[str, Any] = {
+            "about": self.about(table),
+            "asked": len(self.samples),
+            "truncated": sum(answers[label][sample.key].truncated for sample in self.samples),
+            **effort(self.samples, answers[label], answers[baseline]),
+            "summary": {},
+        }
+        if table is None:
+            return part
+        part |= {"counts": self.counts(table), "summary": finite(summary(table, self.figures))}
+        part["breakdown"] = {row: finite(figures) for row, figures in self.breakdown(table).items()}
+        if label != baseline and (paired := paired_answers(table, tables[baseline], seed)) is not None:
+            part["paired"] = paired
+        return part | self.details(label, tables, answers, seed)
+
+    # Files
 
     @abstractmethod
     def export(self, folder: Path, answers: Answers) -> None:
@@ -80,10 +180,27 @@ class Task(ABC):
             answers: Its answers.
         """
 
+    @classmethod  # noqa: B027
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what ``vlmfix score NAME`` needs to know beside the file of answers (``FILE``, ``--out``)."""
 
-def effort(task: Task, answers: Answers, baseline: Answers) -> dict[str, Any]:
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
+        """Read a file of answers, whoever generated them: what was asked, and the answers to it.
+
+        Args:
+            path: The file.
+            options: As typed, with what :meth:`add_score_arguments` added.
+
+        Raises:
+            VlmfixError: The benchmark scores no files, or the file cannot be read; the message says what to do.
+        """
+        raise VlmfixError(f"vlmfix score knows no file format of {cls.name}; evaluate it with vlmfix eval")
+
+
+def effort(samples: Sequence[Sample], answers: Answers, baseline: Answers) -> dict[str, Any]:
     """``changed``, ``seconds`` and ``pace`` of a method's answers."""
-    keys = [sample.key for sample in task.samples]
+    keys = [sample.key for sample in samples]
     return {
         "changed": sum(_said(answers[key]) != _said(baseline[key]) for key in keys),
         "seconds": round(sum(answers[key].seconds for key in keys), 3),
@@ -119,117 +236,6 @@ def safe_name(label: str) -> str:
     return re.sub(r"[^\w.+-]", "-", label)
 
 
-_SCORE_NOISE = 1e-3
-
-
-Key = tuple[int, str, str]
-"""Image, split and item of a row."""
-
-
-@dataclass(frozen=True, eq=False)
-class ItemTable:
-    """One method's table as ``counts.json`` keeps it; its columns are attributes.
-
-    Attributes:
-        image_ids: int64 [n], the image of each row.
-        splits: The part of the benchmark each row belongs to, ``""`` where there are no parts.
-        items: What each row is about beside its image (a question), ``""`` for a caption.
-        columns: Name -> bool, int64 or float64 [n].
-    """
-
-    image_ids: NDArray[np.int64]
-    splits: tuple[str, ...]
-    items: tuple[str, ...]
-    columns: Mapping[str, NDArray[Any]] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getattr__(self, name: str) -> NDArray[Any]:
-        try:
-            return self.__dict__["columns"][name]  # type: ignore[no-any-return]
-        except KeyError:
-            raise AttributeError(f"a stored table has no column {name!r}") from None
-
-    @property
-    def keys(self) -> list[Key]:
-        """What identifies each row: image, split and item."""
-        return list(zip(self.image_ids.tolist(), self.splits, self.items, strict=True))
-
-    @property
-    def question_ids(self) -> tuple[str, ...]:
-        """A name of each row, for pairing."""
-        return tuple(f"{split}:{item}" for split, item in zip(self.splits, self.items, strict=True))
-
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> ItemTable:
-        """The table of some of the rows, in the order of ``rows``, int [k]."""
-        index = np.asarray(rows, dtype=np.int64)
-        return ItemTable(
-            self.image_ids[index],
-            tuple(self.splits[i] for i in index),
-            tuple(self.items[i] for i in index),
-            {name: values[index] for name, values in self.columns.items()},
-        )
-
-    def differs(self, other: ItemTable) -> bool:
-        """Whether any column that both have differs between them; rows must be in the same order.
-
-        Scores may differ by what another batch does to their last digits.
-        """
-        shared = self.columns.keys() & other.columns.keys()
-        return any(_differ(self.columns[name], other.columns[name]) for name in shared)
-
-
-def _differ(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    if "f" in (a.dtype.kind, b.dtype.kind):
-        return not np.allclose(a, b, rtol=0, atol=_SCORE_NOISE, equal_nan=True)
-    return not np.array_equal(a, b)
-
-
-Columns = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Scored(ItemTable):
-    """One method's answers to a benchmark.
-
-    Attributes:
-        benchmark: Its name.
-        native: The table of the benchmark's own scorer, with the official counts.
-    """
-
-    benchmark: str = ""
-    native: Any = None
-
-    def summary(self) -> dict[str, float]:
-        """Every figure of the benchmark, by the names in ``columns.METRICS``; NaN where nothing was asked."""
-        found = {name: statistic.of(self) for name, statistic in BENCHMARK_STATISTICS[self.benchmark].items()}
-        if self.has("score"):
-            found["auc"] = auc(self.score, self.label)
-        return found
-
-    def has(self, name: str) -> bool:
-        """Whether there is a column."""
-        return name in self.columns
-
-
-def yes_no(
-    labels: Sequence[bool], predictions: Sequence[bool | None], scores: Sequence[float | None] = ()
-) -> dict[str, NDArray[Any]]:
-    """The columns of yes/no answers.
-
-    Args:
-        labels: Whether yes is right, [n].
-        predictions: What was read from the answers, None for neither, [n].
-        scores: Yes-minus-no logits, [n]; a column only if all are there.
-    """
-    label = np.asarray(labels, dtype=np.bool_)
-    prediction = np.asarray([-1 if p is None else int(p) for p in predictions], dtype=np.int8)
-    columns = {"label": label, "prediction": prediction, "correct": prediction == label, "unparsed": prediction < 0}
-    given = [score for score in scores if score is not None]
-    return {**columns, "score": np.asarray(given)} if given and len(given) == len(labels) else columns
-
-
 def first_of(keys: Sequence[Any]) -> NDArray[np.bool_]:
     """Whether each entry is the first of its key, [n]."""
     seen: set[Any] = set()
@@ -260,51 +266,3 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_list(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON list."""
     write_text(path, json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n")
-
-
-@dataclass(frozen=True)
-class ScoredTask(Task):
-    """A task whose tables are :class:`~vlmfix.evals.benchmarks.base.Scored`.
-
-    Attributes:
-        samples: Everything it asks, each different question once.
-        prompt: Template with ``{question}``.
-    """
-
-    samples: tuple[Sample, ...]
-    prompt: str
-
-    @abstractmethod
-    def about(self, table: Scored | None) -> str:
-        """One line: what was asked, how the answers were read, and what that means for the figures."""
-
-    @abstractmethod
-    def counts(self, table: Scored) -> dict[str, Any]:
-        """Integer counts, under the official names where there are any, with ``unparsed`` answers."""
-
-    def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
-        """Row name -> figure name -> value as printed (percentages, points), for a table of its own."""
-        return {}
-
-    def questions(self, table: Scored) -> NDArray[np.int64]:
-        """The rows that are yes/no questions, each different one once; paired by McNemar's test."""
-        return np.arange(len(table)) if table.has("label") else np.arange(0)
-
-    def part(self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
-        """Counts, summary, breakdown, effort, and yes/no answers paired with the baseline's."""
-        table, baseline = tables[label], next(iter(tables))
-        part: dict[str, Any] = {
-            "about": self.about(table),
-            "asked": len(self.samples),
-            "truncated": sum(answers[label][sample.key].truncated for sample in self.samples),
-            **effort(self, answers[label], answers[baseline]),
-            "summary": {},
-        }
-        if table is None:
-            return part
-        breakdown = {row: finite(figures) for row, figures in self.breakdown(table).items()}
-        part |= {"counts": self.counts(table), "summary": finite(table.summary()), "breakdown": breakdown}
-        rows = self.questions(table)
-        if label != baseline and len(rows):
-            part["paired"] = paired_answers(table.take(rows), tables[baseline].take(rows), range(len(rows)), seed)
-        return part

@@ -1,41 +1,40 @@
-"""POPE: yes/no answers about single objects (Li et al. 2023, arXiv:2305.10355). The positive class is yes.
+"""Yes/no answers: how they are read, and the figures they have in common.
+
+The figures are POPE's (Li et al. 2023, arXiv:2305.10355). The positive class is yes:
 
     accuracy = (TP + TN) / n,  precision = TP / (TP + FP),  recall = TP / |label yes|,  F1 = 2 TP / (2 TP + FP + FN')
     with FN' = |label yes| - TP
 
 An answer that a parser leaves open is wrong: it is in n and in the positives, and in no cell of the confusion matrix.
+
+The columns that tables with yes/no answers share, each [n]:
+
+    label       bool   whether yes is right
+    prediction  int8   1 yes, 0 no, -1 left open
+    correct     bool   whether the prediction is the label
+    unparsed    bool   the parser found nothing to go by
+    score       float  logit of yes minus logit of no; present only if every row has one
+    margin      float  the same where some rows are no questions (NaN there)
+    questions   bool   which rows are yes/no questions; without it, all
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ..stats.bootstrap import _difference
-from ..stats.intervals import (
-    CONFIDENCE,
-    RESAMPLES,
-    FloatArray,
-    Interval,
-    Statistic,
-    _share,
-    by_name,
-    columns,
-    divide,
-    one,
-    percentile_interval,
-    ratio,
-)
+from ..stats.figures import Auc, Figure, FloatArray, SumStatistic, divide, share, stacked
+from ..stats.intervals import interval_dict
+from ..stats.table import Key, Table
 from ..stats.tests import mcnemar
-from .pope.questions import PopeQuestion
 
 Parser = Literal["official", "official_raw", "opera", "vcd", "lmms", "vlmeval"]
 
@@ -115,108 +114,79 @@ def is_unparsed(text: str, parser: Parser = "official") -> bool:
     return prediction is None or (prediction and _YES.search(lowered) is None)
 
 
+def _yes(table: Any) -> NDArray[np.bool_]:
+    return np.asarray(table.prediction == 1)
+
+
+def _confusion(table: Any) -> FloatArray:
+    yes, no = table.prediction == 1, table.prediction == 0
+    return stacked(yes & table.label, yes & ~table.label, no & ~table.label, no & table.label)
+
+
+def _mcc(sums: FloatArray) -> FloatArray:
+    tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
+    return divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
+
+
+ACCURACY = share("correct")
+YES_RATIO = share(_yes)
+PRECISION = share(lambda t: _yes(t) & t.label, _yes, empty=0.0)
+RECALL = share(lambda t: _yes(t) & t.label, "label", empty=0.0)
+F1 = share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + t.label, empty=0.0)
+MCC = SumStatistic(_confusion, _mcc)
+"""Matthews correlation; 0 if a margin of the confusion matrix is empty."""
+
+
 @dataclass(frozen=True, eq=False)
-class PopeTable:
-    """Labels and predictions, one row per question; every figure is made of their counts.
+class YesNoTable(Table):
+    """Answers of which each is read as yes or no.
+
+    Columns as in the module's text, without ``margin`` and ``questions``.
 
     Attributes:
-        image_ids: int64 [n], the image of each question.
-        label: bool [n], whether the object is there.
-        prediction: int8 [n], 1 yes, 0 no, -1 left open by the parser.
-        unparsed: bool [n], answers the parser found nothing in to go by (see :func:`is_unparsed`).
-        score: float64 [n], higher means yes (logit of yes minus logit of no), or None.
         parser: How the answers were read; "score" if predictions come from scores.
-        question_ids: Key of each question, for pairing two tables.
     """
 
-    image_ids: NDArray[np.int64]
-    label: NDArray[np.bool_]
-    prediction: NDArray[np.int8]
-    unparsed: NDArray[np.bool_]
-    score: NDArray[np.float64] | None
-    parser: str
-    question_ids: tuple[str, ...]
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure("accuracy", "accuracy", 1, ACCURACY, control="yes bias", headline=True, help="right answers"),
+        Figure("precision", "precision", 1, PRECISION, column=False),
+        Figure("recall", "recall", 1, RECALL, column=False),
+        Figure("f1", "F1", 1, F1, help="harmonic mean of precision and recall of the answer yes"),
+        Figure("yes_ratio", "yes", 0, YES_RATIO, help="answers that say yes"),
+        Figure("mcc", "MCC", 1, MCC, column=False),
+        Figure("auc", "AUC", 1, Auc(), head_control=True, help="how often a yes question scores above a no question"),
+    )
 
-    def __len__(self) -> int:
-        return len(self.label)
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether the prediction is the label, bool [n]."""
-        return np.asarray(self.prediction == self.label.astype(np.int8))
-
-    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> PopeTable:
-        """The table of some of the questions, in the order of ``rows``, int [k]."""
-        index = np.asarray(rows, dtype=np.int64)
-        return PopeTable(
-            image_ids=self.image_ids[index],
-            label=self.label[index],
-            prediction=self.prediction[index],
-            unparsed=self.unparsed[index],
-            score=None if self.score is None else self.score[index],
-            parser=self.parser,
-            question_ids=tuple(self.question_ids[i] for i in index),
-        )
+    parser: str = "official"
 
     def counts(self) -> dict[str, int]:
         """n, the confusion matrix (open answers are in none of its cells), and the unparsed answers."""
-        yes, no = self.prediction == 1, self.prediction == 0
-        return {
-            "n": len(self),
-            "TP": int((yes & self.label).sum()),
-            "FP": int((yes & ~self.label).sum()),
-            "TN": int((no & ~self.label).sum()),
-            "FN": int((no & self.label).sum()),
-            "unparsed": int(self.unparsed.sum()),
-        }
-
-    def summary(self) -> dict[str, float]:
-        """Accuracy, precision, recall, F1, yes_ratio (of the predictions), MCC, and AUC if there are scores.
-
-        Fractions are 0 to 1. As in the official script a precision, recall or F1 without any predicted or labelled yes
-        is 0. MCC is 0 if a margin of the confusion matrix is empty, AUC is NaN if one of the labels does not occur.
-        """
-        c = self.counts()
-        positives = int(self.label.sum())
-        summary = {
-            "accuracy": (c["TP"] + c["TN"]) / c["n"],
-            "precision": _ratio(c["TP"], c["TP"] + c["FP"]),
-            "recall": _ratio(c["TP"], positives),
-            "f1": _ratio(2 * c["TP"], c["TP"] + c["FP"] + positives),
-            "yes_ratio": (c["TP"] + c["FP"]) / c["n"],
-            "mcc": _mcc_of_counts(c["TP"], c["FP"], c["TN"], c["FN"]),
-        }
-        if self.score is not None:
-            summary["auc"] = auc(self.score, self.label)
-        return summary
+        tp, fp, tn, fn = (int(count) for count in _confusion(self).sum(axis=0))
+        return {"n": len(self), "TP": tp, "FP": fp, "TN": tn, "FN": fn, "unparsed": int(self.unparsed.sum())}
 
 
-def score_answers(
-    questions: Sequence[PopeQuestion],
-    answers: Sequence[str],
+def yes_no_columns(
+    labels: Sequence[bool],
+    predictions: Sequence[bool | None],
+    scores: Sequence[float | None] = (),
     *,
-    parser: Parser = "official",
-    scores: Sequence[float] | None = None,
-) -> PopeTable:
-    """Read the answers to POPE questions.
+    unparsed: Sequence[bool] | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The columns of yes/no answers.
 
     Args:
-        questions: The questions.
-        answers: One answer per question, in the same order.
-        parser: See :func:`parse_answer`.
-        scores: One number per question, higher means yes, or None.
-
-    Raises:
-        DataError: no questions, different lengths, or an unknown parser.
+        labels: Whether yes is right, [n].
+        predictions: What was read from the answers, None for neither, [n].
+        scores: Yes-minus-no logits, [n]; a column only if all are there. One missing score (a method that overflows, a
+            vocabulary without a yes token) leaves the table without any.
+        unparsed: Which answers count as unparsed, [n]; by default those that are neither.
     """
-    return score_labels(
-        [q.label for q in questions],
-        answers,
-        image_ids=[q.image_id for q in questions],
-        question_ids=[f"{q.split}:{q.question_id}" for q in questions],
-        parser=parser,
-        scores=scores,
-    )
+    label = np.asarray(labels, dtype=np.bool_)
+    prediction = np.asarray([-1 if p is None else int(p) for p in predictions], dtype=np.int8)
+    open_ = prediction < 0 if unparsed is None else np.asarray(unparsed, dtype=np.bool_)
+    columns = {"label": label, "prediction": prediction, "correct": prediction == label, "unparsed": open_}
+    given = [score for score in scores if score is not None]
+    return {**columns, "score": np.asarray(given)} if given and len(given) == len(labels) else columns
 
 
 def score_labels(
@@ -224,165 +194,110 @@ def score_labels(
     answers: Sequence[str],
     *,
     image_ids: Sequence[int],
-    question_ids: Sequence[str] | None = None,
+    splits: Sequence[str] = (),
+    items: Sequence[str] = (),
     parser: Parser = "official",
-    scores: Sequence[float] | None = None,
-) -> PopeTable:
-    """Read yes/no answers to questions known only by label and image (see :func:`score_answers`).
+    scores: Sequence[float | None] = (),
+) -> YesNoTable:
+    """Read yes/no answers.
+
+    Args:
+        labels: Whether yes is right, one per question.
+        answers: One answer per question, in the same order.
+        image_ids: The image of each question.
+        splits: The part of the benchmark each belongs to.
+        items: The questions, which name the rows; by default their number.
+        parser: See :func:`parse_answer`.
+        scores: One number per question, higher means yes.
 
     Raises:
-        DataError: no questions, different lengths, or an unknown parser.
+        DataError: no questions, different lengths, a score that is not finite, or an unknown parser.
     """
-    _check_lengths(len(labels), answers=answers, image_ids=image_ids, question_ids=question_ids, scores=scores)
-    parsed = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
-    return PopeTable(
-        image_ids=np.asarray(image_ids, dtype=np.int64),
-        label=np.asarray(labels, dtype=np.bool_),
-        prediction=np.asarray([-1 if value is None else int(value) for value in parsed], dtype=np.int8),
-        unparsed=np.asarray([is_unparsed(text, parser) for text in answers], dtype=np.bool_),
-        score=None if scores is None else _finite(scores),
+    _check_lengths(len(labels), answers=answers, image_ids=image_ids, splits=splits, items=items, scores=scores)
+    read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
+    _check_finite(scores)
+    return YesNoTable(
+        np.asarray(image_ids, dtype=np.int64),
+        yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers]),
+        tuple(splits),
+        tuple(items) or tuple(map(str, range(len(labels)))),
         parser=parser,
-        question_ids=tuple(str(i) for i in (range(len(labels)) if question_ids is None else question_ids)),
     )
 
 
 def score_logits(
-    labels: Sequence[bool],
-    scores: Sequence[float],
-    *,
-    image_ids: Sequence[int],
-    question_ids: Sequence[str] | None = None,
-    bias: float = 0.0,
-) -> PopeTable:
+    labels: Sequence[bool], scores: Sequence[float], *, image_ids: Sequence[int], bias: float = 0.0
+) -> YesNoTable:
     """Predict yes where ``score + bias > 0``; the scores in the table stay as given.
 
     Raises:
         DataError: no questions, different lengths, or a score that is not finite.
     """
-    _check_lengths(len(labels), scores=scores, image_ids=image_ids, question_ids=question_ids)
-    values = _finite(scores)
-    return PopeTable(
-        image_ids=np.asarray(image_ids, dtype=np.int64),
-        label=np.asarray(labels, dtype=np.bool_),
-        prediction=(values > -bias).astype(np.int8),
-        unparsed=np.zeros(len(values), dtype=np.bool_),
-        score=values,
-        parser="score",
-        question_ids=tuple(str(i) for i in (range(len(labels)) if question_ids is None else question_ids)),
-    )
+    _check_lengths(len(labels), scores=scores, image_ids=image_ids)
+    _check_finite(scores)
+    columns = yes_no_columns(labels, [score > -bias for score in scores], scores)
+    items = tuple(map(str, range(len(labels))))
+    return YesNoTable(np.asarray(image_ids, dtype=np.int64), columns, items=items, parser="score")
 
 
-def auc(scores: Iterable[float], labels: Iterable[bool]) -> float:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counted half.
-
-    The Mann-Whitney statistic from mean ranks, exact for ties.
-
-    Args:
-        scores: [n], higher means yes.
-        labels: [n].
-
-    Returns:
-        0 to 1; NaN if there are no positives or no negatives.
-    """
-    values, positive = np.asarray(list(scores), dtype=np.float64), np.asarray(list(labels), dtype=np.bool_)
-    n_pos = int(positive.sum())
-    n_neg = len(positive) - n_pos
-    if not n_pos or not n_neg:
-        return math.nan
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # mean rank of equal scores, from 1
-    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
-
-
-def _check_lengths(n: int, **columns: Sequence[object] | None) -> None:
+def _check_lengths(n: int, **columns: Sequence[object]) -> None:
     if not n:
         raise DataError("POPE got no questions to score: give at least one")
     for name, column in columns.items():
-        if column is not None and len(column) != n:
+        if len(column) != n and (len(column) or name in ("answers", "image_ids")):
             raise DataError(
                 f"POPE got {n} questions but {len(column)} {name.replace('_', ' ')}: give one per question, "
                 "in the same order"
             )
 
 
-def _finite(scores: Sequence[float]) -> NDArray[np.float64]:
-    values = np.asarray(scores, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise DataError(f"the yes/no score of question {bad[0]} is {values[bad[0]]}: scores must be finite")
-    return values
+def _check_finite(scores: Sequence[float | None]) -> None:
+    bad = next((i for i, score in enumerate(scores) if score is not None and not math.isfinite(score)), None)
+    if bad is not None:
+        raise DataError(f"the yes/no score of question {bad} is {scores[bad]}: scores must be finite")
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
+def question_rows(table: Table) -> NDArray[np.int64]:
+    """The rows that are yes/no questions, int64 [m]."""
+    if not {"label", "prediction"} <= table.columns.keys():
+        return np.arange(0)
+    return np.flatnonzero(table.columns.get("questions", np.ones(len(table))))
 
 
-def _mcc_of_counts(tp: int, fp: int, tn: int, fn: int) -> float:
-    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(margins) if margins else 0.0
+def distinct_rows(keys: Sequence[Key]) -> list[int]:
+    """Rows with every question about an image once: splits of a benchmark may share questions."""
+    first: dict[tuple[int, str], int] = {}
+    for row, (image_id, _, item) in enumerate(keys):
+        first.setdefault((image_id, item), row)
+    return list(first.values())
 
 
-def paired_auc(table: PopeTable, other: PopeTable, *, seed: int = 0) -> Interval:
-    """Paired interval of an AUC difference: images are resampled, and each question weighs as often as its image.
+def paired_answers(table: Table, baseline: Table, seed: int) -> dict[str, Any] | None:
+    """McNemar's test and the difference in MCC of a method's yes/no answers to the baseline's; None without any.
+
+    The test takes every question once: splits share their positives, and one answer counted three times would make the
+    test see more evidence than there is.
 
     Args:
-        table: Answers with scores, float64 [n].
-        other: Answers with scores to the same questions in the same order.
-        seed: Seed of the resampling.
-
-    Returns:
-        Estimate and percentile interval; not defined (NaN ends) with fewer than two images.
+        table: The method's answers.
+        baseline: The baseline's answers to the same questions.
+        seed: Seed of the bootstrap.
     """
-    images, inverse = np.unique(table.image_ids, return_inverse=True)
-    n = len(images)
-    ranked = [ranked_questions(t) for t in (table, other)]
-    ones = np.ones((1, n))
-    estimate = float(np.subtract(*(weighted_auc(r, ones[:, inverse]) for r in ranked))[0])
-    rng = np.random.default_rng(seed)
-    draws = [np.empty(0)]
-    for start in range(0, RESAMPLES if n > 1 else 0, 250):  # Bounds the memory at 250 weights per question.
-        count = min(250, RESAMPLES - start)
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)[:, inverse]
-        draws.append(np.subtract(*(weighted_auc(r, weights) for r in ranked)))
-    return percentile_interval(estimate, np.concatenate(draws), n, CONFIDENCE, difference=True)
-
-
-def ranked_questions(table: PopeTable) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Questions by rising score: their order, the last index of each one's run of equal scores, and their labels."""
-    assert table.score is not None
-    order = np.argsort(table.score, kind="stable")
-    scores = table.score[order]
-    first = np.searchsorted(scores, scores, side="left")
-    return order, np.stack([first, np.searchsorted(scores, scores, side="right")]), table.label[order]
-
-
-def weighted_auc(
-    ranked: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]], weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """AUC [k] of weighted questions, weights [k, n]: P(positive above negative), ties counted half."""
-    order, (first, last), label = ranked
-    sorted_weights = weights[:, order]
-    negative = np.where(label, 0.0, sorted_weights)
-    positive = sorted_weights - negative
-    below = np.concatenate([np.zeros((len(weights), 1)), np.cumsum(negative, axis=1)], axis=1)
-    wins = (positive * (below[:, first] + below[:, last]) / 2).sum(axis=1)
-    pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    auc: NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(weights), np.nan), where=pairs > 0)
-    return auc
-
-
-YES_NO_STATISTICS: Mapping[str, Statistic] = by_name(
-    _share("accuracy", "correct", "questions"),
-    ratio(
-        "f1",
-        lambda t: 2 * ((t.prediction == 1) & t.label),
-        lambda t: (t.prediction == 1).astype(int) + t.label,
-    ),
-    ratio("yes_ratio", lambda t: t.prediction == 1, lambda t: t.questions),
-    _share("exact", "exact", "free"),
-    _share("contains", "contains", "free"),
-)
-"""Questions of one's own: yes/no ones, and those with a free answer."""
+    rows = question_rows(table)
+    if not len(rows):
+        return None
+    own, other = table.take(rows), baseline.take(rows)
+    once = distinct_rows(own.keys)
+    test = mcnemar(own.take(once), other.take(once))
+    return {
+        "mcnemar": {
+            "questions": len(once),
+            "only_method": test.only_a,
+            "only_baseline": test.only_b,
+            "p_value": test.p_value,
+        },
+        "mcc": interval_dict(MCC.difference(own, other, seed=seed)),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,10 +312,10 @@ class YesBiasControl:
 
     bias: float
     target_yes_ratio: float
-    table: PopeTable
+    table: YesNoTable
 
 
-def yes_bias_control(baseline: PopeTable, target_yes_ratio: float) -> YesBiasControl:
+def yes_bias_control(baseline: YesNoTable, target_yes_ratio: float) -> YesBiasControl:
     """Shift the unpatched model's yes/no decision until it says yes as often as a method does.
 
     Answers are taken from the scores alone. Equal scores cannot be parted, so the yes-ratio is the nearest possible
@@ -414,7 +329,7 @@ def yes_bias_control(baseline: PopeTable, target_yes_ratio: float) -> YesBiasCon
     Raises:
         DataError: the table has no scores, or the target is not in [0, 1].
     """
-    if baseline.score is None:
+    if "score" not in baseline.columns:
         raise DataError("the yes-bias control needs yes/no scores: run the baseline with scores stored")
     if not 0 <= target_yes_ratio <= 1:
         raise DataError(f"the target yes-ratio must be between 0 and 1, not {target_yes_ratio}")
@@ -425,14 +340,8 @@ def yes_bias_control(baseline: PopeTable, target_yes_ratio: float) -> YesBiasCon
     distance = np.abs(said_yes - target_yes_ratio * len(baseline))
     best = min(range(len(thresholds)), key=lambda j: (distance[j], abs(thresholds[j])))
     bias = 0.0 - thresholds[best]
-    table = score_logits(
-        baseline.label.tolist(),
-        baseline.score.tolist(),
-        image_ids=baseline.image_ids.tolist(),
-        question_ids=baseline.question_ids,
-        bias=bias,
-    )
-    return YesBiasControl(bias, target_yes_ratio, table)
+    shifted = yes_no_columns(baseline.label.tolist(), (baseline.score > -bias).tolist(), baseline.score.tolist())
+    return YesBiasControl(bias, target_yes_ratio, replace(baseline, columns=shifted, parser="score"))
 
 
 def _threshold(levels: NDArray[np.float64], j: int) -> float:
@@ -447,53 +356,3 @@ def _threshold(levels: NDArray[np.float64], j: int) -> float:
         return upper - max(1.0, abs(upper) * 1e-6)
     middle = (lower + upper) / 2
     return middle if lower <= middle < upper else lower
-
-
-def _mcc(sums: FloatArray) -> FloatArray:
-    tp, fp, tn, fn = np.moveaxis(sums, -1, 0)
-    return divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
-
-
-def _confusion(table: Any) -> FloatArray:
-    yes, no = table.prediction == 1, table.prediction == 0
-    return columns(yes & table.label, yes & ~table.label, no & ~table.label, no & table.label)
-
-
-POPE_STATISTICS: Mapping[str, Statistic] = by_name(
-    ratio("accuracy", lambda t: t.correct, one),
-    ratio("precision", lambda t: (t.prediction == 1) & t.label, lambda t: t.prediction == 1, empty=0.0),
-    ratio("recall", lambda t: (t.prediction == 1) & t.label, lambda t: t.label, empty=0.0),
-    ratio(
-        "f1",
-        lambda t: 2 * ((t.prediction == 1) & t.label),
-        lambda t: (t.prediction == 1).astype(int) + t.label,
-        empty=0.0,
-    ),
-    ratio("yes_ratio", lambda t: t.prediction == 1, one),
-    Statistic("mcc", _confusion, _mcc),
-)
-"""Statistics of a ``PopeTable``, named as in its ``summary()``."""
-
-
-def paired_answers(
-    table: PopeTable, baseline: PopeTable, distinct: Sequence[int] | NDArray[np.int64], seed: int
-) -> dict[str, Any]:
-    """McNemar's test and the difference in MCC of a method's answers to the baseline's.
-
-    Args:
-        table: The method's answers.
-        baseline: The baseline's answers to the same questions.
-        distinct: Rows with every question once: the splits share their positives, and one answer counted three times
-            would make the test see more evidence than there is.
-        seed: Seed of the bootstrap.
-    """
-    test = mcnemar(table.take(distinct), baseline.take(distinct))
-    return {
-        "mcnemar": {
-            "questions": len(distinct),
-            "only_method": test.only_a,
-            "only_baseline": test.only_b,
-            "p_value": test.p_value,
-        },
-        "mcc": _difference(POPE_STATISTICS["mcc"], table, baseline, seed),
-    }

@@ -13,20 +13,18 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-import numpy as np
-
 from vlmfix.errors import DataError
 
-from ..benchmarks.base import ItemTable
 from ..benchmarks.chair.text_quality import text_differences
-from ..benchmarks.columns import BENCHMARKS, BY_KEY, METRICS
-from ..benchmarks.yes_no import POPE_STATISTICS, paired_answers
-from ..scores.controls import EARLY_STOP_METRICS, YES_BIAS_METRICS, compare, defined, head_lines, matched_on
+from ..benchmarks.registry import benchmark_class, benchmark_names
+from ..benchmarks.yes_no import MCC, paired_answers, question_rows
+from ..scores.controls import bias_curves, bias_lines, head_lines, stored_lines, stored_versions
 from ..scores.counts import RunCounts
-from ..scores.differences import correct_controls, correct_rows, difference, value
+from ..scores.differences import correct_controls, correct_rows, differences
 from ..scores.verdicts import verdict
-from ..stats.intervals import CONFIDENCE, RESAMPLES, finite, interval_dict
-from .shared_rows import Shared, differing, distinct_rows, obstacle, share
+from ..stats.intervals import CONFIDENCE, RESAMPLES, finite
+from ..stats.table import Table, summary
+from .shared_rows import Shared, differing, obstacle, share
 
 SCHEMA_VERSION = 1
 
@@ -46,8 +44,13 @@ class Row:
     label: str
     run: str
     entry: Mapping[str, Any]
-    tables: Mapping[str, ItemTable]
-    controls: Mapping[str, Mapping[str, ItemTable]]
+    tables: Mapping[str, Table]
+    controls: Mapping[str, Mapping[str, Table]]
+
+    @property
+    def benchmarks(self) -> dict[str, Table]:
+        """The tables of benchmarks, without those that stand beside them."""
+        return {name: table for name, table in self.tables.items() if name in benchmark_names()}
 
 
 def run_names(count: int) -> list[str]:
@@ -106,7 +109,7 @@ def compare_runs(
                 "notes": list(found.notes),
             }
             for benchmark, found in shared.items()
-            if benchmark in BENCHMARKS
+            if benchmark in benchmark_names()
         },
         "left_out": left_out,
         "methods": entries,
@@ -132,9 +135,9 @@ def _shared(runs: Mapping[str, RunCounts], across_prompts: bool) -> tuple[dict[s
                 shared[benchmark] = share(benchmark, runs)
             except DataError as error:
                 reason = str(error)
-        if reason is not None and benchmark in BENCHMARKS:
+        if reason is not None and benchmark in benchmark_names():
             left_out[benchmark] = reason
-    if not any(benchmark in BENCHMARKS for benchmark in shared):
+    if not set(shared) & set(benchmark_names()):
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
         raise DataError(f"nothing can be compared between these runs:{reasons or ' they have no benchmark'}")
     return shared, left_out
@@ -180,69 +183,49 @@ def _entry(row: Row, reference: Row, seed: int) -> dict[str, Any]:
         "run": row.run,
         **{name: row.entry.get(name) for name in names},
     }
-    for benchmark, table in row.tables.items():
-        if benchmark not in BENCHMARKS:
-            continue
-        figures = {
-            metric.name: value(metric, table)
-            for metric in METRICS
-            if metric.benchmark == benchmark and defined(metric, [table])
-        }
-        if benchmark == "pope":
-            figures["mcc"] = POPE_STATISTICS["mcc"].of(table)
+    for benchmark, table in row.benchmarks.items():
         other = reference.tables[benchmark]
+        shown = [figure for figure in benchmark_class(benchmark).figures if figure.column]
+        figures = summary(table, shown)
+        if len(rows := question_rows(table)):
+            figures["mcc"] = MCC.of(table.take(rows))
         part: dict[str, Any] = {"summary": finite(figures), "changed": int(table.differs(other)), "seconds": 0.0}
         part["all"] = {"summary": part["summary"]}
-        if "unparsed" in table.columns and benchmark != "pope":
-            part |= {"about": "", "counts": {"unparsed": int(table.unparsed.sum())}}
-        if row is not reference and {"label", "correct", "prediction"} <= table.columns.keys():
-            part["paired"] = paired_answers(table, other, _asked(table), seed)  # type: ignore[arg-type]
+        if "unparsed" in table.columns:
+            part["counts"] = {"unparsed": int(table.unparsed.sum())}
+        if row is not reference and (paired := paired_answers(table, other, seed)) is not None:
+            part["paired"] = paired
         entry[benchmark] = part
     if row is not reference:
-        entry["differences"] = _differences(row, reference, seed)
+        entry["differences"] = differences(row.benchmarks, reference.benchmarks, seed)
     return entry
 
 
-def _asked(table: ItemTable) -> list[int]:
-    """Rows of yes/no questions, each question once."""
-    is_question = table.columns.get("questions", np.ones(len(table)))
-    return [row for row in distinct_rows(table.keys) if is_question[row]]
-
-
-def _differences(row: Row, other: Row, seed: int) -> dict[str, Any]:
-    return {
-        metric.key: interval_dict(
-            difference(metric, row.tables[metric.benchmark], other.tables[metric.benchmark], seed)
-        )
-        for metric in METRICS
-        if metric.benchmark in row.tables
-        and metric.benchmark in other.tables
-        and defined(metric, (row.tables[metric.benchmark], other.tables[metric.benchmark]))
-    }
-
-
 def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
-    """The controls of one run's methods, on the shared rows.
-
-    They were matched on all rows of the run: ``matched`` says what that means on the shared ones.
-    """
+    """The controls of one run's methods, matched on the shared rows."""
+    baseline = rows[0]
+    curves = {
+        name: bias_curves(name, table, stored_versions(table, baseline.controls[name]))
+        for name, table in baseline.benchmarks.items()
+    }
     lines: list[dict[str, Any]] = []
     for row in rows:
         if row.entry["role"] != "method":
             continue
         of_run: list[dict[str, Any]] = []
-        for benchmark, table in row.tables.items():
-            for name, control in row.controls[benchmark].items():
-                matched = matched_on(name, benchmark, table, control)
-                for key in EARLY_STOP_METRICS[benchmark] if name == "early stop" else [YES_BIAS_METRICS[benchmark]]:
-                    of_run.append(compare(row.label, name, BY_KEY[key], table, control, seed, matched))
+        for name, table in row.benchmarks.items():
+            for control, curve in curves[name].items():
+                of_run += bias_lines(row.label, name, control, curve, table, seed)[0]
+            for control, stored in row.controls[name].items():
+                if control not in curves[name]:  # Older runs keep the control, and not what it was chosen from.
+                    of_run += stored_lines(row.label, name, control, table, stored, seed)
         for other in rows:
             if other.entry.get("parent") == row.entry["label"]:
                 select = str(other.entry["params"]["select"])
-                tables = {b: {row.label: row.tables[b], other.label: other.tables[b]} for b in row.tables}
+                tables = {b: {row.label: t, other.label: other.tables[b]} for b, t in row.benchmarks.items()}
                 of_run += head_lines(row.label, other.label, select, tables, seed)
         for line in of_run:
-            if not row.entry[BY_KEY[line["metric"]].benchmark]["changed"]:
+            if not row.entry[line["metric"].partition(".")[0]]["changed"]:
                 line["verdict"] = "unchanged"
         lines += of_run
     return lines
@@ -255,12 +238,12 @@ def _judge(
     own: list[dict[str, Any]] = []
     for row in rows:
         judged = {"label": row.label, "role": row.entry["role"]}
-        judged |= {name: {"changed": row.entry[name]["changed"]} for name in BENCHMARKS if name in row.tables}
+        judged |= {name: {"changed": row.entry[name]["changed"]} for name in row.benchmarks}
         if row.entry["role"] == "method":
             baseline = next(other for other in rows if other.run == row.run)
-            judged["differences"] = _differences(row, baseline, seed)
+            judged["differences"] = differences(row.benchmarks, baseline.benchmarks, seed)
             if "text" in row.tables and {"repetition", "looping", "truncated"} <= row.tables["text"].columns.keys():
-                found = text_differences(row.tables["text"], baseline.tables["text"], seed)  # type: ignore[arg-type]
+                found = text_differences(row.tables["text"], baseline.tables["text"], seed)
                 judged["chair"]["text_quality"] = {"differences": found}
         own.append(judged)
     correct_rows([row for row in own if "differences" in row])

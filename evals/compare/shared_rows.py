@@ -9,9 +9,10 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from ..benchmarks.base import Key
+from ..benchmarks.registry import benchmark_class
 from ..run.provenance import setting_differences
 from ..scores.counts import BenchmarkCounts, RunCounts
+from ..stats.table import Key
 
 #: Settings of a benchmark that say which rows it has; the rows themselves are compared.
 _ROWS = ("image_ids", "ground_truth", "questions", "items")
@@ -19,10 +20,6 @@ _ROWS = ("image_ids", "ground_truth", "questions", "items")
 
 #: Settings that change the answers without changing what is asked or how it is scored.
 _LENGTHS = ("max_new_tokens",)
-
-
-#: Benchmarks whose figures count rows one by one; those of others may count what belongs to several rows of an image.
-_ROW_BY_ROW = ("chair", "text", "pope", "custom")
 
 
 #: Benchmark whose conditions those of another follow.
@@ -130,7 +127,7 @@ def share(benchmark: str, runs: Mapping[str, RunCounts]) -> Shared:
     conflicting = len(set.intersection(*by_key)) - len(kept)
     if conflicting > 0:
         notes.append(f"{conflicting} rows have one id but another image file or ground truth in the runs: left out")
-    if benchmark not in _ROW_BY_ROW:
+    if not benchmark_class(_FOLLOWS.get(benchmark, benchmark)).row_by_row:
         whole = _whole_images(kept, found)
         if len(whole) < len(kept):
             notes.append(
@@ -158,7 +155,7 @@ def _identities(part: BenchmarkCounts, images: Mapping[int, str]) -> dict[_Ident
     table = next(iter(part.methods.values()))
     seen: Counter[Key] = Counter()
     found: dict[_Identity, int] = {}
-    for row, (key, truth) in enumerate(zip(table.keys, part.truth, strict=True)):
+    for row, (key, truth) in enumerate(zip(table.keys, table.truth, strict=True)):
         found[(key, seen[key]), images.get(key[0], ""), truth] = row
         seen[key] += 1
     return found
@@ -183,11 +180,3 @@ def _whole_images(kept: Sequence[_Identity], found: Mapping[str, Mapping[_Identi
     shared = set(kept)
     partial = {key[0] for rows in found.values() for (key, _), *rest in rows if ((key, _), *rest) not in shared}
     return [identity for identity in kept if identity[0][0][0] not in partial]
-
-
-def distinct_rows(keys: Sequence[Key]) -> list[int]:
-    """Rows with every question about an image once: splits of a benchmark may share questions."""
-    first: dict[tuple[int, str], int] = {}
-    for row, (image_id, _, item) in enumerate(keys):
-        first.setdefault((image_id, item), row)
-    return list(first.values())

@@ -9,7 +9,7 @@ from typing import Any
 from vlmfix.model.anatomy import input_device
 from vlmfix.observe.words import decode, locate_mentions
 
-from ..benchmarks.chair.matcher import ChairMatcher
+from ..benchmarks.coco_objects import ChairMatcher
 from ..run.generate import Generator
 from ..run.methods import MethodSpec
 from .words import Eye, Span, ask_for, context_of, layer_groups, picture_as_seen, word_spans

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError, VlmfixError
 
-from ..benchmarks.chair.matcher import ChairMatcher
+from ..benchmarks.coco_objects import ChairMatcher
 from ..data.coco import load_image
 from ..flags import IMAGES, MODEL, OUTPUT, add_verb, option
 from ..options import CHAIR_PROMPT, TESTBED_SPLITS, Options

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..benchmarks.chair.words import double_words
+from ..benchmarks.coco_objects import double_words
 from ..data.coco import load_image
 from .page import data_uri
 
 if TYPE_CHECKING:
-    from ..benchmarks.chair.task import ChairTask
+    from ..benchmarks.chair.task import Chair
     from ..data.samples import Answers, Sample
     from ..run.methods import MethodSpec
 
@@ -56,7 +56,7 @@ class Gallery:
     pairs: tuple[Pair, ...]
 
 
-def galleries(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[str, Answers]) -> Iterator[Gallery]:
+def galleries(methods: Sequence[MethodSpec], task: Chair, answers: Mapping[str, Answers]) -> Iterator[Gallery]:
     """The captions whose invented objects changed most, each beside the baseline's, of every method but controls."""
     baseline = methods[0].label
     for spec in methods[1:]:
@@ -76,11 +76,11 @@ def galleries(methods: Sequence[MethodSpec], task: ChairTask, answers: Mapping[s
         yield Gallery(f"Captions that {spec.label} changed most", note, tuple(pairs))
 
 
-def _text(label: str, task: ChairTask, sample: Sample, caption: str) -> Text:
+def _text(label: str, task: Chair, sample: Sample, caption: str) -> Text:
     return Text(label, tuple(_parts(task, sample, caption)), tuple(_invented(task, sample, caption)))
 
 
-def _parts(task: ChairTask, sample: Sample, caption: str) -> Iterator[Part]:
+def _parts(task: Chair, sample: Sample, caption: str) -> Iterator[Part]:
     """A caption with its objects marked, as far as their place in it is known."""
     truth = task.truth[sample.image_id]
     start = 0
@@ -104,7 +104,7 @@ def _second_word(first: str, rest: str) -> int:
     return following.end() if names & double_words().keys() else 0
 
 
-def _invented(task: ChairTask, sample: Sample, caption: str) -> list[str]:
+def _invented(task: Chair, sample: Sample, caption: str) -> list[str]:
     """The objects a caption names that are not there, sorted."""
     return sorted(set(task.matcher.match(caption).nodes) - set(task.truth[sample.image_id]))
 

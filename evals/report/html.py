@@ -18,7 +18,7 @@ from .text import conditions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..benchmarks.chair.task import ChairTask
+    from ..benchmarks.chair.task import Chair
     from ..data.samples import Answers
     from ..run.methods import MethodSpec
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def html_report(
     results: Mapping[str, Any],
     methods: Sequence[MethodSpec],
-    task: ChairTask | None,
+    task: Chair | None,
     answers: Mapping[str, Answers],
 ) -> str:
     """Write the page of a run.

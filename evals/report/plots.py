@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError
 
-from ..benchmarks.columns import Metric, used_metrics
+from ..benchmarks.columns import used_figures
 from ..data.write import write_error
 from ..scores.pareto import axes, flat_front, pareto
+from ..stats import figures
 from ..tables import excludes_zero, interval_cell, number, signed, survives
 from .drawing import FAINT, INK, PAPER, draw_dot, empty_figure, hide_spines, row_colours, write_title
 from .labels import place_labels
@@ -60,14 +61,14 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def interval_columns(results: Mapping[str, Any]) -> list[Metric]:
+def interval_columns(results: Mapping[str, Any]) -> list[figures.Figure]:
     """The figures whose differences are drawn: those in percent that have a better side."""
     compared = any(row.get("differences") for row in results["methods"])
-    return [metric for metric in used_metrics(results) if metric.percent and metric.better] if compared else []
+    return [metric for metric in used_figures(results) if metric.percent and metric.better] if compared else []
 
 
 def interval_figure(
-    results: Mapping[str, Any], shown: Sequence[Metric] | None = None, *, titled: bool = True
+    results: Mapping[str, Any], shown: Sequence[figures.Figure] | None = None, *, titled: bool = True
 ) -> Figure | None:
     """Every method's paired differences with their 95 % intervals, one panel per figure.
 
@@ -101,7 +102,7 @@ def interval_figure(
 
 
 def _interval_panel(
-    panel: Axes, metric: Metric, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, named: bool
+    panel: Axes, metric: figures.Figure, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, named: bool
 ) -> None:
     for place, row in enumerate(rows):
         found = row["differences"].get(metric.key)
@@ -174,7 +175,7 @@ def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
 
 
 def _early_stop_curve(
-    results: Mapping[str, Any], chosen: tuple[Metric, Metric], lowest: float
+    results: Mapping[str, Any], chosen: tuple[figures.Figure, figures.Figure], lowest: float
 ) -> list[tuple[float, float]]:
     """Recall and hallucination of the baseline's captions, ended ever earlier, down to a recall."""
     if chosen[0].benchmark != "chair":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..benchmarks.columns import BY_KEY
+from ..benchmarks.columns import figure_of
 from ..scores.pareto import pareto_table
 from ..tables import Table, difference_cell, interval_cell, number, p_cell
 
@@ -130,7 +130,7 @@ def controls_table(results: Mapping[str, Any], *, tests: bool = False) -> Table 
     rows = [["method", "control", "matched", "metric", "method", "control", "difference", "95 %"]]
     rows[0] += [*(["p", "p (Holm)"] if tests else []), "verdict"]
     for line in results.get("controls", ()):
-        metric, difference = BY_KEY[line["metric"]], line.get("difference")
+        metric, difference = figure_of(line["metric"]), line.get("difference")
         p_values = [p_cell((difference or {}).get(name)) for name in ("p_value", "p_holm")] if tests else []
         rows.append(
             [

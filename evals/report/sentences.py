@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..benchmarks.columns import Metric, changed_methods, used_metrics
+from ..benchmarks.columns import changed_methods, used_figures
 from ..scores.verdicts import FREE_CONTROLS, verdict
+from ..stats.figures import Figure
 from ..tables import is_certain
 
 
-def headline_columns(results: Mapping[str, Any]) -> list[Metric]:
+def headline_columns(results: Mapping[str, Any]) -> list[Figure]:
     """The figures that the short table of a run shows, and that its sentences speak of."""
-    return [metric for metric in used_metrics(results) if metric.headline]
+    return [metric for metric in used_figures(results) if metric.headline]
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
@@ -54,9 +55,9 @@ _OUTCOMES = {"better": "less", "worse": "more"}  # of the method, and what the c
 
 def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     """What the controls that need no method achieve beside a method."""
-    columns = {metric.key: metric for metric in used_metrics(results)}
+    columns = {metric.key: metric for metric in used_figures(results)}
     for control, phrase in FREE_CONTROLS.items():
-        compared: dict[str, list[Metric]] = {}
+        compared: dict[str, list[Figure]] = {}
         for line in results.get("controls", ()):
             if (line["method"], line["control"]) == (row["label"], control) and line["metric"] in columns:
                 outcome = line.get("verdict_holm", line["verdict"])
@@ -69,10 +70,10 @@ def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[st
             yield f"{phrase} does as much"
 
 
-def _listed(columns: Sequence[Metric]) -> str:
+def _listed(columns: Sequence[Figure]) -> str:
     return ", ".join(metric.full_title for metric in columns)
 
 
-def _is_gain(row: Mapping[str, Any], metric: Metric) -> bool:
+def _is_gain(row: Mapping[str, Any], metric: Figure) -> bool:
     difference = row["differences"].get(metric.key)
     return difference is not None and is_certain(difference) and difference["estimate"] * metric.better > 0

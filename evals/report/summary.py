@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
-from ..benchmarks.columns import Metric, changed_methods, figure, seconds, used_metrics
+from ..benchmarks.columns import changed_methods, seconds, used_figures, value_in
 from ..scores.verdicts import verdict, verdict_legend
+from ..stats.figures import Figure
 from ..tables import Table, difference_cell, interval_cell, number, p_cell
 
 
@@ -51,7 +52,7 @@ class Summary:
         closing: Headings of what follows the figures: seconds and verdict, where there are any.
     """
 
-    columns: tuple[Metric, ...]
+    columns: tuple[Figure, ...]
     rows: tuple[Row, ...]
     reference: str
     closing: tuple[str, ...]
@@ -67,14 +68,14 @@ class Summary:
         return [cells[name] for name in self.closing]
 
 
-def summarise(results: Mapping[str, Any], columns: Sequence[Metric] | None = None) -> Summary:
+def summarise(results: Mapping[str, Any], columns: Sequence[Figure] | None = None) -> Summary:
     """Collect the summary of a run.
 
     Args:
         results: The content of ``results.json``; rows are compared with ``results["reference"]``, by default ``none``.
         columns: The figures; by default all that the run has.
     """
-    shown = tuple(used_metrics(results) if columns is None else columns)
+    shown = tuple(used_figures(results) if columns is None else columns)
     changed = set(changed_methods(results))
     rows = tuple(
         Row(
@@ -91,8 +92,8 @@ def summarise(results: Mapping[str, Any], columns: Sequence[Metric] | None = Non
     return Summary(shown, rows, results.get("reference", "none"), tuple(closing))
 
 
-def _cell(method: Mapping[str, Any], metric: Metric) -> Cell:
-    value = number(figure(method, metric), percent=metric.percent)
+def _cell(method: Mapping[str, Any], metric: Figure) -> Cell:
+    value = number(value_in(method, metric), percent=metric.percent)
     found = method.get("differences", {}).get(metric.key)
     if found is None:
         return Cell(value)
@@ -101,7 +102,7 @@ def _cell(method: Mapping[str, Any], metric: Metric) -> Cell:
     return Cell(value, difference_cell(found, percent=percent), interval_cell(found, percent=percent), test)
 
 
-def _groups(columns: Sequence[Metric]) -> list[tuple[str, int]]:
+def _groups(columns: Sequence[Figure]) -> list[tuple[str, int]]:
     return [(name.upper(), len(list(own))) for name, own in groupby(metric.benchmark for metric in columns)]
 
 

@@ -173,7 +173,8 @@ def score_amber_file(
     similarity = None if spacy_model is None else spacy_similarity(spacy_model)
     with _about(path):
         table = score_responses(data, responses, similarity=similarity, similarity_name=spacy_model)
-    counts, figures, summary = table.counts(), table.figures(), table.summary()
+    counts, figures, score = table.counts(), table.figures(), table.official_score()
+    summary = {} if score is None else {"AMBER": score}
     result = {"benchmark": "amber", "similarity": table.similarity, "counts": counts, "answered": answered(parts)}
     write_result(out, path, {**result, "figures": figures, "summary": summary})
     lines = [f"AMBER, word similarity {table.similarity} (official: en_core_web_lg), {path}", *subset_lines(parts)]
@@ -221,7 +222,7 @@ def score_hallusionbench_file(path: Path, questions: Path, *, subset: bool = Fal
         codes = [code_of(row, judge_key, where, 2) for where, row in rows]
         agreed = [code_of(row, "same", where, 1) == 1 for where, row in rows] if "same" in rows[0][1] else None
         table = hallusionbench.score_judgements(asked, codes, same=agreed, judge=f"codes in {judge_key!r}")
-    counts, figures = table.counts(), table.figures()
+    counts, figures = table.counts(), table.percentages()
     result = {"benchmark": "hallusionbench", "judge": table.judge, "counts": counts, "figures": finite(figures)}
     result["answered"] = answered(parts)
     write_result(out, path, {**result, "yes_no": finite(table.yes_no())})
@@ -229,8 +230,8 @@ def score_hallusionbench_file(path: Path, questions: Path, *, subset: bool = Fal
     values = [*_texts(figures), str(counts["unclear"]), *(f"{value:.3f}" for value in table.yes_no().values())]
     lines = [f"HallusionBench, judged by {table.judge}, {path}", *subset_lines(parts)]
     lines.append(plain_table([columns, [str(len(table)), *values]]))
-    if table.unparsed is not None:
-        lines.append(f"unparsed: {table.unparsed} of {len(table)} (not one of yes and no: unclear)")
+    if not table.judged:
+        lines.append(f"unparsed: {counts['unparsed']} of {len(table)} (not one of yes and no: unclear)")
     return "\n".join(lines)
 
 
@@ -253,11 +254,12 @@ def score_mme_file(path: Path, *, parser: str = "official", subset: bool = False
     """
     answers = load_results(path) if path.is_dir() else [_mme_answer(row, where) for where, row in read_rows(path)]
     with _about(path):
-        tables = mme.score_answers(answers, parser=parser, images=None)  # type: ignore[arg-type]
+        whole = mme.score_answers(answers, parser=parser, images=None)  # type: ignore[arg-type]
+    tables = whole.tasks()
     parts = {f"images of {task}": (t.counts()["images"], mme.IMAGES_PER_TASK) for task, t in tables.items()}
     if not subset:
         check_whole(parts, path)
-    result: dict[str, Any] = {"benchmark": "mme", "parser": parser, "total": mme.total(tables)}
+    result: dict[str, Any] = {"benchmark": "mme", "parser": parser, "total": whole.total()}
     result["answered"] = answered(parts)
     result["tasks"] = {task: {"counts": t.counts(), "summary": t.summary()} for task, t in tables.items()}
     write_result(out, path, result)

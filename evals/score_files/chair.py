@@ -20,15 +20,14 @@ import numpy as np
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 
-from ..benchmarks.chair.figures import CHAIR_STATISTICS, ChairTable, score_captions
-from ..benchmarks.chair.matcher import ChairMatcher
+from ..benchmarks.chair.figures import ChairTable, score_captions
 from ..benchmarks.chair.text_quality import TextTable, length_matched, score_texts
 from ..benchmarks.chair.truth import MODES, GroundTruth, ScoringMode, caption_mode, load_ground_truth
+from ..benchmarks.coco_objects import ChairMatcher
 from ..data.records import answer_of, image_id_of, read_rows
 from ..data.write import write_json
 from ..run.provenance import SCHEMA_VERSION
-from ..stats.bootstrap import paired_bootstrap
-from ..stats.intervals import CONFIDENCE, RESAMPLES, finite, interval_dict
+from ..stats.intervals import CONFIDENCE, finite, interval_dict
 from ..tables import difference_cell, interval_cell, number, plain_table
 
 _FIGURES = ("chair_s", "chair_i", "recall", "precision", "f1")
@@ -206,9 +205,9 @@ def _token_counter() -> ChairMatcher | None:
 
 def _scored(captions: Captions, truth: GroundTruth, matcher: ChairMatcher, counter: ChairMatcher | None) -> Scored:
     table = score_captions(captions.texts, truth.objects, matcher, ground_truth_mode=truth.mode)
-    if table.tokens is None and counter is not None:
+    if "tokens" not in table.columns and counter is not None:
         lengths = [len(counter.match(captions.texts[int(i)]).tokens) for i in table.image_ids]
-        table = dataclasses.replace(table, tokens=np.array(lengths, dtype=np.int64))
+        table = dataclasses.replace(table, columns={**table.columns, "tokens": np.array(lengths, dtype=np.int64)})
     return Scored(captions, table, score_texts(captions.texts, captions.truncated))
 
 
@@ -224,12 +223,9 @@ def _check_same_images(captions: Captions, other: Captions) -> None:
 
 def _compared(own: Scored, reference: Scored, truth: GroundTruth, matcher: ChairMatcher, seed: int) -> dict[str, Any]:
     differences = {
-        name: interval_dict(
-            paired_bootstrap(
-                statistic, own.table, reference.table, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE
-            )
-        )
-        for name, statistic in CHAIR_STATISTICS.items()
+        figure.name: interval_dict(figure.statistic.difference(own.table, reference.table, seed=seed))
+        for figure in ChairTable.FIGURES
+        if figure.name != "length_tokens"
     }
     texts = (own.captions.texts, reference.captions.texts)
     matched = length_matched(texts, (own.table, reference.table), truth.objects, matcher, seed)

@@ -15,11 +15,10 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from ..benchmarks.pope.questions import PopeQuestion, load_questions
-from ..benchmarks.yes_no import PARSERS, POPE_STATISTICS, Parser, PopeTable, paired_auc, score_labels
+from ..benchmarks.object_questions import PopeQuestion, load_questions
+from ..benchmarks.yes_no import PARSERS, Parser, YesNoTable, score_labels
 from ..data.records import IMAGE_KEYS, Records, answer_of, number_of, read_rows
-from ..stats.bootstrap import paired_bootstrap
-from ..stats.intervals import CONFIDENCE, RESAMPLES, finite, interval_dict
+from ..stats.intervals import CONFIDENCE, finite, interval_dict
 from ..stats.tests import mcnemar
 from ..tables import difference_cell, interval_cell, number, p_cell, plain_table
 from .chair import write_result
@@ -51,11 +50,11 @@ class Answers:
     """
 
     path: Path
-    table: PopeTable
+    table: YesNoTable
     splits: Mapping[str, Sequence[int]]
     distinct: Sequence[int]
 
-    def tables(self) -> dict[str, PopeTable]:
+    def tables(self) -> dict[str, YesNoTable]:
         """One table per split."""
         return {split: self.table.take(rows) for split, rows in self.splits.items()}
 
@@ -146,14 +145,15 @@ class _Reader:
             [question.label for question in self.questions],
             [answer_of(row, where, self.text_key) for where, row in rows],
             image_ids=[question.image_id for question in self.questions],
-            question_ids=[f"{question.split}:{question.question_id}" for question in self.questions],
+            splits=[question.split for question in self.questions],
+            items=[question.question_id for question in self.questions],
             parser=self.parser,
             scores=self._numbers(rows),
         )
         return Answers(path, table, splits, list(first.values()))
 
-    def _numbers(self, rows: Records) -> list[float] | None:
-        return None if self.scores is None else [number_of(row, where, self.scores) for where, row in rows]
+    def _numbers(self, rows: Records) -> list[float]:
+        return [] if self.scores is None else [number_of(row, where, self.scores) for where, row in rows]
 
     def _matched(self, path: Path, rows: Records) -> Records:
         """The rows in the order of the questions."""
@@ -206,7 +206,7 @@ class _Reader:
             labels,
             [answer_of(row, where, self.text_key) for where, row in rows],
             image_ids=clusters,
-            question_ids=[
+            items=[
                 f"{name}:{question}:{place}" for place, (name, question) in enumerate(zip(names, asked, strict=True))
             ],
             parser=self.parser,
@@ -235,7 +235,7 @@ def _label(row: Mapping[str, Any], where: str) -> bool:
     return label
 
 
-def _result(table: PopeTable) -> dict[str, Any]:
+def _result(table: YesNoTable) -> dict[str, Any]:
     return {"counts": table.counts(), "summary": finite(table.summary())}
 
 
@@ -262,18 +262,12 @@ def _compared(own: Answers, other: Answers, seed: int) -> dict[str, Any]:
     }
 
 
-def _differences(table: PopeTable, baseline: PopeTable, seed: int) -> dict[str, Any]:
-    found = {
-        name: interval_dict(
-            paired_bootstrap(
-                POPE_STATISTICS[name], table, baseline, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE
-            )
-        )
-        for name in _FIGURES
+def _differences(table: YesNoTable, baseline: YesNoTable, seed: int) -> dict[str, Any]:
+    return {
+        figure.name: interval_dict(figure.statistic.difference(table, baseline, seed=seed))
+        for figure in table.FIGURES
+        if figure.statistic.is_defined(table) and figure.statistic.is_defined(baseline)
     }
-    if table.score is not None and baseline.score is not None:
-        found["auc"] = interval_dict(paired_auc(table, baseline, seed=seed))
-    return found
 
 
 def _rows(
@@ -291,7 +285,7 @@ def _rows(
     return rows
 
 
-def _cells(table: PopeTable, names: Sequence[str]) -> list[str]:
+def _cells(table: YesNoTable, names: Sequence[str]) -> list[str]:
     summary, counts = table.summary(), table.counts()
     return [str(counts["n"]), *(number(summary[name]) for name in names), str(counts["unparsed"])]
 

@@ -4,118 +4,198 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..benchmarks.base import ItemTable, Stopper
-from ..benchmarks.chair.early_stop import EarlyStop
-from ..benchmarks.chair.task import ChairTask
-from ..benchmarks.columns import BY_KEY, Metric
-from ..benchmarks.yes_no import PopeTable, yes_bias_control
+from ..benchmarks.base import EARLY_STOP, YES_BIAS, Benchmark
+from ..benchmarks.registry import benchmark_class
+from ..benchmarks.yes_no import question_rows
 from ..data.samples import Answers
 from ..run.methods import MethodSpec
-from ..stats.intervals import finite, interval_dict
-from .differences import difference, value
+from ..stats.figures import Figure, SumStatistic
+from ..stats.intervals import Interval, finite, interval_dict
+from ..stats.table import Table
+from .bias_curves import BiasCurve, EarlyStop, YesBias
+from .early_stop import stopped_versions
 
 #: Benchmark -> method label -> table.
 Tables = Mapping[str, Mapping[str, Any]]
 
 
-#: Benchmark -> method label -> name of a control -> its table; filled while the controls are compared.
-ControlTables = dict[str, dict[str, dict[str, Any]]]
+#: Benchmark -> method label -> name of a control -> its table.
+ControlTables = dict[str, dict[str, dict[str, Table]]]
 
 
-#: What a method is compared on with its early stop, its yes bias and its head controls.
-EARLY_STOP_METRICS = {"chair": ("chair.chair_i", "chair.chair_s"), "amber": ("amber.chair", "amber.hal")}
-
-
-#: Benchmark -> the recall that an early stop is matched on.
-_RECALL = {"chair": "recall", "amber": "cover"}
-
-
-YES_BIAS_METRICS = {
-    "pope": "pope.accuracy",
-    "amber": "amber.accuracy",
-    "mme": "mme.accuracy",
-    "hallusionbench": "hallusionbench.aacc",
-    "custom": "custom.accuracy",
-}
-
-
-HEAD_CONTROL_METRICS = (
-    *("chair.chair_i", "chair.f1", "pope.auc", "sycophancy.accuracy_wrong_hint", "amber.chair", "amber.f1"),
-    *("mme.score", "hallusionbench.aacc", "mmhal.average_score", "custom.accuracy", "custom.contains"),
-)
+#: Benchmark -> name of a control -> the baseline under every bias.
+Curves = Mapping[str, Mapping[str, BiasCurve]]
 
 
 HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
 
 
-def defined(metric: Metric, tables: Iterable[Any]) -> bool:
-    """Whether every table has the figure: answers without a judge have no table, answers without scores no AUC."""
-    return all(
-        table is not None and (metric.name != "auc" or getattr(table, "score", None) is not None) for table in tables
-    )
-
-
-def make_early_stop(task: ChairTask | None, answers: Answers, decode: Callable[[list[int]], str]) -> EarlyStop | None:
-    """The baseline's captions under every earlier stop; None without captions or without any object to recall.
+def bias_curves(name: str, baseline: Table | None, versions: Sequence[Table]) -> dict[str, BiasCurve]:
+    """The controls of a benchmark: name -> the baseline under every bias.
 
     Args:
-        task: What was captioned, if anything.
-        answers: The baseline's, with tokens and stop margins.
-        decode: Token ids to text.
+        name: The benchmark.
+        baseline: The baseline's table; None where nobody could score its answers.
+        versions: The same with its descriptions cut (see :mod:`vlmfix.evals.scores.early_stop`); none where there are
+            none.
     """
-    if task is None or not any(task.truth[sample.image_id] for sample in task.samples):
-        return None
-    given = {sample.image_id: answers[sample.key] for sample in task.samples}
-    tokens = {i: answer.tokens for i, answer in given.items()}
-    return EarlyStop(tokens, {i: a.eos_gaps for i, a in given.items()}, decode, task.truth, task.matcher)
+    wanted = benchmark_class(name).matched_on
+    curves: dict[str, BiasCurve] = {}
+    if EARLY_STOP in wanted and versions and not math.isnan(_matched(name, EARLY_STOP).statistic.of(versions[0])):
+        curves[EARLY_STOP] = EarlyStop(versions)
+    if YES_BIAS in wanted and baseline is not None:
+        rows = question_rows(baseline)
+        scores = baseline.columns.get("score", baseline.columns.get("margin"))
+        if scores is not None and len(rows) and np.isfinite(scores[rows]).all():
+            curves[YES_BIAS] = YesBias(baseline, rows, scores[rows])
+    return curves
 
 
-def curve_points(early_stop: EarlyStop | None) -> list[dict[str, float | None]]:
-    """The early-stop curve for ``results.json``."""
-    if early_stop is None:
-        return []
-    return [finite({"bias": p.bias, "recall": p.recall, "chair_i": p.chair_i}) for p in early_stop.curve()]
+def run_curves(
+    tasks: Sequence[Benchmark], tables: Tables, baseline: str, answers: Answers, decode: Callable[[list[int]], str]
+) -> tuple[Curves, ControlTables]:
+    """The controls of a run.
+
+    Args:
+        tasks: What was asked.
+        tables: Benchmark to label to table.
+        baseline: Label of the baseline.
+        answers: The baseline's.
+        decode: Token ids to text.
+
+    Returns:
+        The curves; and the tables of the early stop's versions, for ``counts.json``, which is all that is needed to
+        match it again on some of the images.
+    """
+    curves: dict[str, dict[str, BiasCurve]] = {}
+    kept: ControlTables = {}
+    for task in tasks:
+        versions = stopped_versions(task, answers, decode) if EARLY_STOP in task.matched_on else []
+        table = tables[task.name][baseline]
+        curves[task.name] = bias_curves(task.name, table, versions)
+        if EARLY_STOP in curves[task.name]:
+            kept[task.name] = {baseline: _stored(versions)}
+    return curves, kept
+
+
+def _stored(versions: Sequence[Table]) -> dict[str, Table]:
+    """Versions by name, with the columns that any of them changes."""
+    changing = [
+        name
+        for name, values in versions[0].columns.items()
+        if name == "stop_bias" or any(not _equal(values, table.columns[name]) for table in versions)
+    ]
+    return {
+        f"{EARLY_STOP} {number}": Table(
+            t.image_ids, {name: t.columns[name] for name in changing}, t.splits, t.items, t.truth
+        )
+        for number, t in enumerate(versions)
+    }
+
+
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+
+
+def stored_versions(baseline: Table, controls: Mapping[str, Table]) -> list[Table]:
+    """The versions that ``counts.json`` keeps, on the rows of the baseline's table; none of older runs."""
+    found = []
+    while (table := controls.get(f"{EARLY_STOP} {len(found)}")) is not None:
+        columns = {**baseline.columns, **table.columns}
+        found.append(Table(baseline.image_ids, columns, baseline.splits, baseline.items, baseline.truth))
+    return found
+
+
+def curve_points(curves: Curves) -> list[dict[str, float | None]]:
+    """The early-stop curve of the first benchmark that has one, for ``results.json``."""
+    for name, found in curves.items():
+        curve = found.get(EARLY_STOP)
+        figures = benchmark_class(name).early_stop_figures()
+        if isinstance(curve, EarlyStop) and figures is not None:
+            shown, matched = figures
+            points = curve.points(_sums(matched), _sums(shown))
+            return [finite({"bias": bias, matched.name: reached, shown.name: other}) for bias, reached, other in points]
+    return []
 
 
 def control_lines(
-    methods: Sequence[MethodSpec],
-    tables: Tables,
-    early_stop: EarlyStop | None,
-    seed: int,
-    kept: ControlTables,
-    stoppers: Mapping[str, Stopper] = MappingProxyType({}),
+    methods: Sequence[MethodSpec], tables: Tables, curves: Curves, seed: int, kept: ControlTables
 ) -> list[dict[str, Any]]:
     """The lines of the controls' table, without corrections.
 
     Args:
         methods: Rows, the baseline first.
         tables: Benchmark to label to table.
-        early_stop: The baseline's captions, ended earlier.
+        curves: The controls that are a bias.
         seed: Of the bootstrap.
         kept: Where the controls' tables go, for ``counts.json``.
-        stoppers: Benchmark -> its early stop, of those beside CHAIR.
     """
-    if early_stop is not None:
-        stoppers = {"chair": _chair_stopper(early_stop), **stoppers}
     found: list[dict[str, Any]] = []
     for spec in methods:
         if spec.role != "method":
             continue
-        for benchmark, stopper in stoppers.items():
-            found += _early_stop(spec, benchmark, tables[benchmark], stopper, seed, kept)
-        for benchmark in YES_BIAS_METRICS:
-            if benchmark in tables:
-                found += _yes_bias(spec, benchmark, tables[benchmark], seed, kept, baseline=methods[0].label)
-        for control in methods:
-            if control.parent == spec.label:
-                found += head_lines(spec.label, control.label, str(control.params["select"]), tables, seed)
+        for benchmark, by_name in curves.items():
+            for control, curve in by_name.items():
+                lines, table = bias_lines(spec.label, benchmark, control, curve, tables[benchmark][spec.label], seed)
+                found += lines
+                if table is not None:
+                    kept.setdefault(benchmark, {}).setdefault(spec.label, {})[control] = table
+        for other in methods:
+            if other.parent == spec.label:
+                found += head_lines(spec.label, other.label, str(other.params["select"]), tables, seed)
     return found
+
+
+def bias_lines(
+    label: str, benchmark: str, control: str, curve: BiasCurve, table: Table | None, seed: int
+) -> tuple[list[dict[str, Any]], Table | None]:
+    """A method against the baseline under a bias, which is matched again in every resample.
+
+    Args:
+        label: The method.
+        benchmark: The benchmark.
+        control: Name of the control.
+        curve: The baseline under every bias.
+        table: The method's table.
+        seed: Of the bootstrap.
+
+    Returns:
+        A line per figure, and the control's table where it is matched on all images; nothing where the figure to match
+        is undefined.
+    """
+    matched = _matched(benchmark, control)
+    if table is None or math.isnan(target := matched.statistic.of(table)):
+        return [], None
+    place = curve.nearest(_sums(matched), target)
+    other = curve.table(place)
+    figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == control]
+    intervals = curve.differences(_sums(matched), table, [_sums(figure) for figure in figures], seed=seed)
+    told = matched_on(control, benchmark, table, other)
+    lines = [
+        {**line(label, control, figure, table, other, interval, told), "bias": float(curve.biases[place])}
+        for figure, interval in zip(figures, intervals, strict=True)
+    ]
+    return lines, other
+
+
+def stored_lines(
+    label: str, benchmark: str, control: str, table: Table, other: Table, seed: int
+) -> list[dict[str, Any]]:
+    """A method against the table of a control as it was chosen; arguments as of :func:`bias_lines`.
+
+    The choice is held fixed, so the intervals are narrower than they should be.
+    """
+    told = matched_on(control, benchmark, table, other)
+    return [
+        line(label, control, figure, table, other, figure.statistic.difference(table, other, seed=seed), told)
+        for figure in benchmark_class(benchmark).figures
+        if figure.control == control
+    ]
 
 
 def head_lines(label: str, control: str, select: str, tables: Tables, seed: int) -> list[dict[str, Any]]:
@@ -129,116 +209,50 @@ def head_lines(label: str, control: str, select: str, tables: Tables, seed: int)
         seed: Of the bootstrap.
     """
     lines = []
-    for metric in (BY_KEY[key] for key in HEAD_CONTROL_METRICS):
-        own = tables.get(metric.benchmark, {})
-        if own and defined(metric, (own[label], own[control])) and not math.isnan(value(metric, own[label])):
-            lines.append(compare(label, HEAD_CONTROLS[select], metric, own[label], own[control], seed))
+    for name, by_label in tables.items():
+        own, other = by_label[label], by_label[control]
+        for figure in benchmark_class(name).figures:
+            if figure.head_control and defined(figure, (own, other)) and not math.isnan(figure.statistic.of(own)):
+                interval = figure.statistic.difference(own, other, seed=seed)
+                lines.append(line(label, HEAD_CONTROLS[select], figure, own, other, interval))
     return lines
 
 
-def compare(
-    label: str, control: str, metric: Metric, table: Any, other: Any, seed: int, matched: str = ""
+def defined(figure: Figure, tables: Iterable[Any]) -> bool:
+    """Whether every table has the figure."""
+    return all(figure.statistic.is_defined(table) for table in tables)
+
+
+def line(
+    label: str, control: str, figure: Figure, table: Table, other: Table, interval: Interval, matched: str = ""
 ) -> dict[str, Any]:
     """One line of the controls: a method's figure, its control's, the paired difference and what follows from it."""
-    interval = difference(metric, table, other, seed)
-    if interval.low * metric.better > 0 and interval.high * metric.better > 0:
-        verdict = "better"
-    elif interval.low * metric.better < 0 and interval.high * metric.better < 0:
-        verdict = "worse"
-    else:
-        verdict = "same"
+    towards = sorted(end * figure.better for end in (interval.low, interval.high))
+    verdict = "better" if towards[0] > 0 else "worse" if towards[1] < 0 else "same"
     return {
         "method": label,
         "control": control,
         "matched": matched,
-        "metric": metric.key,
-        **finite({"method_value": value(metric, table), "control_value": value(metric, other)}),
+        "metric": figure.key,
+        **finite({"method_value": figure.statistic.of(table), "control_value": figure.statistic.of(other)}),
         "difference": interval_dict(interval),
         "verdict": verdict,
     }
 
 
-def matched_on(name: str, benchmark: str, table: Any, control: Any) -> str:
+def matched_on(control: str, benchmark: str, table: Table, other: Table) -> str:
     """What a control was matched on, of the method and of the control: recall, or the share of yes."""
-    figure = _RECALL[benchmark] if name == "early stop" else "yes_ratio"
-    word = "yes" if name == "yes bias" else figure
-    key = f"{benchmark}.{figure}"
-    own, reached = (100 * value(BY_KEY[key], each) for each in (table, control))
-    return f"{word} {own:.1f}, {reached:.1f}"
+    figure = _matched(benchmark, control)
+    own, reached = (100 * figure.statistic.of(each) for each in (table, other))
+    return f"{figure.title.lower()} {own:.1f}, {reached:.1f}"
 
 
-def _early_stop(
-    spec: MethodSpec, benchmark: str, tables: Mapping[str, Any], stopper: Stopper, seed: int, kept: ControlTables
-) -> list[dict[str, Any]]:
-    table = tables[spec.label]
-    recall = value(BY_KEY[f"{benchmark}.{_RECALL[benchmark]}"], table)
-    if math.isnan(recall):
-        return []
-    bias, stopped = stopper(recall)
-    kept.setdefault(benchmark, {}).setdefault(spec.label, {})["early stop"] = stopped
-    matched = matched_on("early stop", benchmark, table, stopped)
-    rows = [
-        compare(spec.label, "early stop", BY_KEY[key], table, stopped, seed, matched)
-        for key in EARLY_STOP_METRICS[benchmark]
-    ]
-    return [{**row, "bias": bias} for row in rows]
+def _matched(benchmark: str, control: str) -> Figure:
+    found = benchmark_class(benchmark)
+    return found.figure(found.matched_on[control])
 
 
-def _chair_stopper(early_stop: EarlyStop) -> Stopper:
-    def at(recall: float) -> tuple[float, Any]:
-        control = early_stop.at(recall)
-        return control.bias, control.table
-
-    return at
-
-
-def _yes_bias(
-    spec: MethodSpec, benchmark: str, tables: Mapping[str, Any], seed: int, kept: ControlTables, *, baseline: str
-) -> list[dict[str, Any]]:
-    found = _questions(tables[baseline])
-    if found is None:
-        return []
-    rows, stock = found
-    table = tables[spec.label]
-    control = yes_bias_control(stock, float((table.prediction[rows] == 1).mean()))
-    shifted = _as_answers(tables[baseline], rows, control.table)
-    kept.setdefault(benchmark, {}).setdefault(spec.label, {})["yes bias"] = shifted
-    matched = matched_on("yes bias", benchmark, table, shifted)
-    row = compare(spec.label, "yes bias", BY_KEY[YES_BIAS_METRICS[benchmark]], table, shifted, seed, matched)
-    return [{**row, "bias": control.bias}]
-
-
-def _questions(table: Any) -> tuple[NDArray[np.int64], PopeTable] | None:
-    """The rows that are yes/no questions, int64 [m], and these as POPE's; None without any, or without their scores."""
-    if table is None:
-        return None
-    if isinstance(table, PopeTable):
-        return None if table.score is None else (np.arange(len(table)), table)
-    columns = table.columns
-    score = columns.get("score", columns.get("margin"))
-    if score is None or not {"label", "prediction"} <= columns.keys():
-        return None
-    rows = np.flatnonzero(columns.get("questions", np.ones(len(table))))
-    if not len(rows) or not np.isfinite(score[rows]).all():
-        return None
-    names = table.question_ids
-    return rows, PopeTable(
-        image_ids=table.image_ids[rows],
-        label=columns["label"][rows],
-        prediction=columns["prediction"][rows],
-        unparsed=columns["prediction"][rows] < 0,
-        score=score[rows],
-        parser="score",
-        question_ids=tuple(names[i] for i in rows.tolist()),
-    )
-
-
-def _as_answers(table: Any, rows: NDArray[np.int64], answers: PopeTable) -> Any:
-    """A table with other answers to its questions, those rows; what is made of several answers is left out."""
-    if isinstance(table, PopeTable):
-        return answers
-    columns = {name: table.columns[name] for name in ("label", "score", "questions", "margin") if name in table.columns}
-    for name in ("prediction", "correct"):
-        columns[name] = table.columns[name].copy()
-        columns[name][rows] = getattr(answers, name)
-    return ItemTable(table.image_ids, table.splits, table.items, columns)
+def _sums(figure: Figure) -> SumStatistic:
+    """The figure's statistic; a benchmark whose figure is none of sums has no control on it (see ``Benchmark``)."""
+    assert isinstance(figure.statistic, SumStatistic)
+    return figure.statistic

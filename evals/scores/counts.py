@@ -7,9 +7,8 @@ what is loaded here as they read the table itself.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from vlmfix.errors import DataError
 from vlmfix.files import read_json
 
-from ..benchmarks.base import ItemTable
-from ..data.write import canonical_json, digest, write_text
+from ..data.write import canonical_json, write_text
+from ..stats.table import Table
 
 if TYPE_CHECKING:
     from ..benchmarks.registry import Tasks
@@ -39,66 +38,35 @@ _KINDS = {"b": "bool", "i": "int", "u": "int", "f": "float"}
 _DTYPES: Mapping[str, Any] = {"bool": np.bool_, "int": np.int64, "float": np.float64}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What the rows of a benchmark's tables are about, the same for every method.
-
-    Attributes:
-        splits: Of each row; empty for none.
-        items: Of each row; empty for none.
-        truth: Of each row, a short name of its ground truth: rows of two runs are the same only if it is.
-    """
-
-    splits: Sequence[str] = ()
-    items: Sequence[str] = ()
-    truth: Sequence[str] = ()
-
-
-def table_columns(table: Any) -> dict[str, NDArray[Any]]:
-    """Every column of numbers or truth values of a table: its fields and properties [n], the image ids aside."""
-    names = [field.name for field in dataclasses.fields(table)]
-    names += [name for name, value in vars(type(table)).items() if isinstance(value, property)]
-    found: dict[str, NDArray[Any]] = dict(table.columns) if isinstance(table, ItemTable) else {}
-    for name in dict.fromkeys(names):
-        value = getattr(table, name)
-        if name != "image_ids" and isinstance(value, np.ndarray) and value.shape == (len(table.image_ids),):
-            if value.dtype.kind in _KINDS:
-                found[name] = value
-    return found
-
-
 def benchmark_counts(
-    tables: Mapping[str, Any], rows: Rows, controls: Mapping[str, Mapping[str, Any]] | None = None
+    tables: Mapping[str, Table], controls: Mapping[str, Mapping[str, Table]] | None = None
 ) -> dict[str, Any]:
     """One benchmark's part of ``counts.json``.
 
     Args:
         tables: Method label -> table; all about the same rows in the same order.
-        rows: What these rows are about.
         controls: Method label -> name of a control -> its table, about the same rows.
     """
     first = next(iter(tables.values()))
-    n = len(first.image_ids)
-    by_label = {label: table_columns(table) for label, table in tables.items()}
     common = {
         name: values
-        for name, values in table_columns(first).items()
-        if all(name in other and np.array_equal(values, other[name]) for other in by_label.values())
+        for name, values in first.columns.items()
+        if all(name in table.columns and np.array_equal(values, table.columns[name]) for table in tables.values())
     }
     if len(tables) == 1:  # Nothing says which columns belong to the rows and which to the method.
         common = {}
     return {
         "image_ids": [int(i) for i in first.image_ids],
-        "splits": list(rows.splits) or [""] * n,
-        "items": list(rows.items) or [""] * n,
-        "truth": list(rows.truth) or [""] * n,
+        "splits": list(first.splits),
+        "items": list(first.items),
+        "truth": list(first.truth),
         "common": _packed(common),
         "methods": {
-            label: _packed({name: values for name, values in columns.items() if name not in common})
-            for label, columns in by_label.items()
+            label: _packed({name: values for name, values in table.columns.items() if name not in common})
+            for label, table in tables.items()
         },
         "controls": {
-            label: {name: _packed(table_columns(table)) for name, table in named.items()}
+            label: {name: _packed(table.columns) for name, table in named.items()}
             for label, named in (controls or {}).items()
         },
     }
@@ -138,12 +106,10 @@ class BenchmarkCounts:
     Attributes:
         methods: Label -> table, in the order of the run.
         controls: Label -> name of a control -> table.
-        truth: Of each row, a short name of its ground truth.
     """
 
-    methods: Mapping[str, ItemTable]
-    controls: Mapping[str, Mapping[str, ItemTable]]
-    truth: tuple[str, ...]
+    methods: Mapping[str, Table]
+    controls: Mapping[str, Mapping[str, Table]]
 
 
 @dataclass(frozen=True)
@@ -232,12 +198,13 @@ def _read_object(path: Path, folder: Path) -> dict[str, Any]:
 def _benchmark(part: Mapping[str, Any]) -> BenchmarkCounts:
     image_ids = np.asarray(part["image_ids"], dtype=np.int64)
     splits, items = (tuple(map(str, part[name])) for name in ("splits", "items"))
+    truth = tuple(map(str, part["truth"]))
     common = _unpacked(part["common"], len(image_ids))
 
-    def table(columns: Mapping[str, Any], shared: Mapping[str, NDArray[Any]]) -> ItemTable:
-        return ItemTable(image_ids, splits, items, {**shared, **_unpacked(columns, len(image_ids))})
+    def table(columns: Mapping[str, Any], shared: Mapping[str, NDArray[Any]]) -> Table:
+        return Table(image_ids, {**shared, **_unpacked(columns, len(image_ids))}, splits, items, truth)
 
-    if not len(image_ids) == len(splits) == len(items) == len(part["truth"]):
+    if not len(image_ids) == len(splits) == len(items) == len(truth):
         raise ValueError("columns of different length")
     return BenchmarkCounts(
         {label: table(columns, common) for label, columns in part["methods"].items()},
@@ -245,7 +212,6 @@ def _benchmark(part: Mapping[str, Any]) -> BenchmarkCounts:
             label: {name: table(columns, {}) for name, columns in named.items()}
             for label, named in part["controls"].items()
         },
-        tuple(map(str, part["truth"])),
     )
 
 
@@ -257,52 +223,22 @@ def _unpacked(columns: Mapping[str, Any], n: int) -> dict[str, NDArray[Any]]:
     return found
 
 
-Tables = Mapping[str, Mapping[str, Any]]
-
-
-Controls = Mapping[str, Mapping[str, Mapping[str, Any]]]
-
-
 def image_digests(tasks: Tasks) -> dict[int, str]:
     """Image id -> digest of its file, of every image of a run."""
     return {sample.image_id: tasks.image_digests[sample.path] for sample in tasks.samples() if sample.path is not None}
 
 
-def count_run(tasks: Tasks, tables: Tables, controls: Controls) -> dict[str, Any]:
+def count_run(
+    tables: Mapping[str, Mapping[str, Any]], controls: Mapping[str, Mapping[str, Mapping[str, Table]]]
+) -> dict[str, Any]:
     """The ``benchmarks`` of ``counts.json``.
 
     Args:
-        tasks: What was asked.
-        tables: Benchmark -> method label -> table; text quality under ``"text"``.
+        tables: Benchmark -> method label -> table; side tables under their names.
         controls: Benchmark -> method label -> name of a control -> its table.
     """
     return {
-        name: benchmark_counts(by_label, rows_of(name, tasks, next(iter(by_label.values()))), controls.get(name))
+        name: benchmark_counts(by_label, controls.get(name))
         for name, by_label in tables.items()
         if all(table is not None for table in by_label.values())  # Answers that nobody has judged have no table.
     }
-
-
-def rows_of(name: str, tasks: Tasks, table: Any) -> Rows:
-    """What the rows of a benchmark's tables are about, with their ground truth.
-
-    Text quality has no ground truth; questions are known by their text, and where a table knows no more than names of
-    its rows, by these.
-    """
-    ids = [int(i) for i in table.image_ids]
-    if name == "chair" and tasks.chair is not None:
-        truth = {i: digest(sorted(tasks.chair.truth[i]))[:8] for i in ids}
-        return Rows(truth=[truth[i] for i in ids])
-    if name == "pope" and tasks.pope is not None:
-        questions = tasks.pope.questions
-        return Rows(
-            splits=[q.split for q in questions],
-            items=[q.text for q in questions],
-            truth=["yes" if q.label else "no" for q in questions],
-        )
-    if isinstance(table, ItemTable):
-        labels = table.columns.get("label")
-        told = [] if labels is None else ["yes" if label else "no" for label in labels.tolist()]
-        return Rows(splits=table.splits, items=table.items, truth=told)
-    names = getattr(table, "question_ids", None)
-    return Rows() if names is None else Rows(items=[str(n) for n in names])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..benchmarks.columns import BENCHMARKS, STATISTICS, Metric
-from ..benchmarks.yes_no import auc, paired_auc
-from ..stats.bootstrap import paired_bootstrap
-from ..stats.intervals import CONFIDENCE, RESAMPLES, Interval
+from ..benchmarks.columns import benchmarks_of
+from ..benchmarks.registry import benchmark_class
+from ..stats.intervals import CONFIDENCE, interval_dict
 from ..stats.tests import holm_by_name
 from ..tables import survives
 
@@ -71,8 +70,8 @@ def _tests(row: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
             yield f"chair.{way}.{figure}", part[figure]["difference"]
     for figure, test in row.get("chair", {}).get("text_quality", {}).get("differences", {}).items():
         yield f"chair.text.{figure}", test
-    for benchmark in BENCHMARKS:
-        for name, test in row.get(benchmark, {}).get("paired", {}).items():
+    for benchmark in benchmarks_of(row):
+        for name, test in row[benchmark].get("paired", {}).items():
             yield f"{benchmark}.{name}", test
 
 
@@ -82,28 +81,20 @@ def _correct(family: Mapping[str, dict[str, Any]]) -> None:
         test["p_holm"] = corrected[label]
 
 
-def value(metric: Metric, table: Any) -> float:
-    """The figure of a whole table, NaN where it is not defined.
+def differences(own: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A method's paired difference in every column.
 
     Args:
-        metric: The figure.
-        table: A benchmark's table, or one loaded from ``counts.json``.
-    """
-    if metric.name == "auc":
-        return auc(table.score, table.label)
-    return STATISTICS[metric.benchmark][metric.name].of(table)
-
-
-def difference(metric: Metric, table: Any, other: Any, seed: int) -> Interval:
-    """Paired interval of ``table``'s figure minus ``other``'s, over resampled images.
-
-    Args:
-        metric: The figure; its benchmark names the statistics (``stats.STATISTICS``).
-        table: The method's table.
-        other: The baseline's, about the same images.
+        own: Benchmark to the method's table.
+        other: Benchmark to the table it is compared with, about the same images.
         seed: Seed of the bootstrap.
+
+    Returns:
+        Key of the figure -> interval.
     """
-    if metric.name == "auc":
-        return paired_auc(table, other, seed=seed)
-    statistic = STATISTICS[metric.benchmark][metric.name]
-    return paired_bootstrap(statistic, table, other, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE)
+    return {
+        figure.key: interval_dict(figure.statistic.difference(own[name], other[name], seed=seed))
+        for name in own
+        for figure in benchmark_class(name).figures
+        if figure.column and all(figure.statistic.is_defined(each[name]) for each in (own, other))
+    }

@@ -18,12 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..benchmarks.columns import BY_KEY, Metric, figure
+from ..benchmarks.columns import benchmarks_of, value_in
+from ..benchmarks.registry import benchmark_class
+from ..stats.figures import Figure
 from ..tables import Table, difference_cell, interval_cell, number
-
-AXES = (("chair.chair_i", "chair.recall"), ("amber.chair", "amber.cover"))
-"""Hallucination and recall of each benchmark that has both."""
-
 
 SECONDS_TIE = 0.05
 
@@ -91,12 +89,16 @@ def flat_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return sorted({(x, y) for x, y in points if not any((u >= x and v <= y) and (u, v) != (x, y) for u, v in points)})
 
 
-def axes(results: Mapping[str, Any]) -> tuple[Metric, Metric] | None:
-    """Hallucination and recall of the first benchmark of a run that has both; None if there is none."""
-    for keys in AXES:
-        found = [BY_KEY[key] for key in keys if key in BY_KEY]
-        if len(found) == len(keys) and all(figure(results["methods"][0], metric) is not None for metric in found):
-            return found[0], found[1]
+def axes(results: Mapping[str, Any]) -> tuple[Figure, Figure] | None:
+    """Hallucination and recall of the first benchmark of a run that has both; None if there is none.
+
+    They are the figure that an early stop is matched on, and what a method is compared with it on.
+    """
+    first = results["methods"][0]
+    for name in benchmarks_of(first):
+        found = benchmark_class(name).early_stop_figures()
+        if found is not None and all(value_in(first, figure) is not None for figure in found):
+            return found
     return None
 
 
@@ -112,15 +114,15 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     benchmark = chosen[0].benchmark
     points = []
     for row in results["methods"]:
-        values = [figure(row, metric) for metric in chosen]
+        values = [value_in(row, figure) for figure in chosen]
         part = row.get(benchmark, {})
         copy = "differences" in row and not part.get("changed", 1)
         if values[0] is not None and values[1] is not None and not copy:
             points.append(Point(row["label"], values[0], values[1], *_times(results, row, benchmark)))
     rivals = [
-        Point(EARLY_STOP, point["chair_i"], point["recall"], points[0].seconds)
+        Point(EARLY_STOP, point[chosen[0].name], point[chosen[1].name], points[0].seconds)
         for point in results.get("early_stop_curve", ())
-        if benchmark == "chair" and point["chair_i"] is not None and point["bias"] > 0 and points
+        if point.get(chosen[0].name) is not None and point["bias"] > 0 and points
     ]
     dominated = front(points, rivals)
     return [
@@ -162,8 +164,8 @@ def pareto_table(results: Mapping[str, Any]) -> Table | None:
     for point in sorted(found, key=lambda p: (not p["front"], p["hallucination"], -p["recall"])):
         differences = by_label[point["label"]].get("differences", {})
         cells = ["*" if point["front"] else "", point["label"]]
-        for metric, name in zip(chosen, ("hallucination", "recall"), strict=True):
-            difference = differences.get(metric.key)
+        for figure, name in zip(chosen, ("hallucination", "recall"), strict=True):
+            difference = differences.get(figure.key)
             cells += [number(point[name]), difference_cell(difference), interval_cell(difference)]
         spread = by_label[point["label"]][chosen[0].benchmark].get("pace") or {"batches": 0}
         quartiles = ",".join(f"{end:.2f}" for end in spread["quartiles"]) if spread["batches"] > 1 else ""

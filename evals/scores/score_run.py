@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..benchmarks.columns import BY_KEY, METRICS
 from ..benchmarks.registry import Tasks
 from ..data.samples import Answers
 from ..run.methods import MethodSpec
-from ..stats.intervals import CONFIDENCE, RESAMPLES, interval_dict
-from .controls import ControlTables, Tables, control_lines, curve_points, defined, make_early_stop
+from ..stats.intervals import CONFIDENCE, RESAMPLES
+from .controls import ControlTables, Curves, control_lines, curve_points, run_curves
 from .counts import count_run
-from .differences import correct_controls, correct_rows, difference
+from .differences import correct_controls, correct_rows, differences
 
 
 def score_run(
@@ -39,7 +38,7 @@ def score_run(
         ``corrections``; and ``counts``, the benchmarks of ``counts.json``.
     """
     tables: dict[str, dict[str, Any]] = {
-        task.name: {spec.label: task.table(answers[spec.label]) for spec in methods} for task in tasks.tasks
+        task.name: {spec.label: task.score(answers[spec.label]) for spec in methods} for task in tasks.tasks
     }
     baseline = methods[0].label
     rows: list[dict[str, Any]] = []
@@ -54,39 +53,41 @@ def score_run(
         for task in tasks.tasks:
             row[task.name] = task.part(spec.label, tables[task.name], answers, seed)
         if spec.label != baseline:
-            row["differences"] = {
-                metric.key: interval_dict(difference(metric, found[spec.label], found[baseline], seed))
-                for metric in METRICS
-                if (found := tables.get(metric.benchmark)) and defined(metric, found.values())
-            }
+            own, other = ({name: found[each] for name, found in tables.items()} for each in (spec.label, baseline))
+            row["differences"] = differences(own, other, seed)
         rows.append(row)
-    changed = {(str(row["label"]), task.name): row[task.name]["changed"] for row in rows for task in tasks.tasks}
+    curves: Curves = {}
     kept: ControlTables = {}
-    early_stop = make_early_stop(tasks.chair, answers[baseline], decode) if controls else None
-    compared: list[dict[str, Any]] = []
     if controls:
-        found = {task.name: task.stopper(answers[baseline], decode) for task in tasks.tasks}
-        stoppers = {name: stopper for name, stopper in found.items() if stopper is not None}
-        compared = control_lines(methods, tables, early_stop, seed, kept, stoppers)
+        curves, kept = run_curves(tasks.tasks, tables, baseline, answers[baseline], decode)
+    compared = control_lines(methods, tables, curves, seed, kept) if controls else []
+    changed = {(str(row["label"]), task.name): row[task.name]["changed"] for row in rows for task in tasks.tasks}
     for control in compared:
-        if not changed[control["method"], BY_KEY[control["metric"]].benchmark]:
+        if not changed[control["method"], control["metric"].partition(".")[0]]:
             control["verdict"] = "unchanged"
     correct_controls(compared)
     return {
         "methods": rows,
         "controls": compared,
-        "early_stop_curve": curve_points(early_stop),
+        "early_stop_curve": curve_points(curves),
         "intervals": {
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,
             "resampled": "images",
-            "method": "percentile bootstrap, paired",
+            "method": "percentile bootstrap, paired; controls are matched again in every resample",
         },
         "corrections": correct_rows(rows),
-        "counts": count_run(tasks, {**tables, **_text_tables(tasks, methods, answers)}, kept),
+        "counts": count_run({**tables, **_side_tables(tasks, methods, answers)}, kept),
     }
 
 
-def _text_tables(tasks: Tasks, methods: Sequence[MethodSpec], answers: Mapping[str, Answers]) -> Tables:
-    chair = tasks.chair
-    return {} if chair is None else {"text": {spec.label: chair.text_table(answers[spec.label]) for spec in methods}}
+def _side_tables(
+    tasks: Tasks, methods: Sequence[MethodSpec], answers: Mapping[str, Answers]
+) -> dict[str, dict[str, Any]]:
+    """What ``counts.json`` keeps beside the benchmarks' tables: name -> label -> table."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in tasks.tasks:
+        for spec in methods:
+            for name, table in task.side_tables(answers[spec.label]).items():
+                found.setdefault(name, {})[spec.label] = table
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..benchmarks.columns import BY_KEY, changed_methods
+from ..benchmarks.columns import changed_methods
 from ..tables import is_certain
 
 FREE_CONTROLS = {"early stop": "ending captions earlier", "yes bias": "shifting the yes/no threshold"}
@@ -49,7 +49,7 @@ def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
         return "mixed"
     if decided:
         return decided.pop()
-    told_apart = any(is_certain(found) for key, found in method.get("differences", {}).items() if key in BY_KEY)
+    told_apart = any(is_certain(found) for found in method.get("differences", {}).values())
     return "trade-off" if told_apart else "unclear"
 
 

@@ -28,7 +28,7 @@ class McNemar:
 
 
 def mcnemar(table_a: Any, table_b: Any) -> McNemar:
-    """Exact McNemar test between two ``PopeTable`` of the same questions in the same order.
+    """Exact McNemar test between two tables of yes/no answers to the same questions in the same order.
 
     Of the questions that only one of the two answers right, the first one's share is Binomial(1/2) if both are equally
     good: p = min(1, 2 * P(X <= min(only_a, only_b))). It takes questions as independent; :func:`paired_bootstrap` does
@@ -39,8 +39,7 @@ def mcnemar(table_a: Any, table_b: Any) -> McNemar:
     """
     if table_a.question_ids != table_b.question_ids or not np.array_equal(table_a.label, table_b.label):
         raise DataError(
-            "the two POPE tables are not about the same questions in the same order: score both methods on one "
-            "question list"
+            "the two tables are not about the same questions in the same order: score both methods on one question list"
         )
     right_a, right_b = np.asarray(table_a.correct), np.asarray(table_b.correct)
     only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())

@@ -13,7 +13,7 @@ from vlmfix.errors import DataError, VlmfixError
 from vlmfix.methods.registry import make_method, method_from_dict, method_names
 from vlmfix.recipes import load_recipe
 
-from ..benchmarks.columns import BY_KEY, figure
+from ..benchmarks.columns import figure_of, value_in
 from ..data.write import write_json
 from ..evaluate import evaluate
 from ..flags import IMAGES, MODEL, OUTPUT, SCORING, add_verb, option
@@ -54,7 +54,7 @@ def recipe_text(
         "calibration": _figures(calibration, label),
         "heldout": _figures(heldout, "chosen"),
         "grid": [
-            {**row["params"], **{key: value for key in SHOWN if (value := figure(row, BY_KEY[key])) is not None}}
+            {**row["params"], **{key: value for key in SHOWN if (value := value_in(row, figure_of(key))) is not None}}
             for row in calibration["methods"]
         ],
         "versions": heldout["settings"]["versions"],
@@ -67,9 +67,13 @@ def _figures(results: Mapping[str, Any], label: str) -> dict[str, Any]:
     own, none = rows[label], results["methods"][0]
     found = {}
     for key in SHOWN:
-        value = figure(own, BY_KEY[key])
+        value = value_in(own, figure_of(key))
         if value is not None:
-            found[key] = {"none": figure(none, BY_KEY[key]), "value": value, "difference": own["differences"].get(key)}
+            found[key] = {
+                "none": value_in(none, figure_of(key)),
+                "value": value,
+                "difference": own["differences"].get(key),
+            }
     return {"data": results["data"], "command": results["command"], "figures": found}
 
 
@@ -80,7 +84,7 @@ def tuning_table(recipe: Mapping[str, Any]) -> str:
         ["", *["none", "chosen", "difference", "95 %"] * 2],
     ]
     for key in recipe["heldout"]["figures"]:
-        metric = BY_KEY[key]
+        metric = figure_of(key)
         cells: list[str] = []
         for side in ("calibration", "heldout"):
             found = recipe[side]["figures"][key]

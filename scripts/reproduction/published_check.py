@@ -90,7 +90,7 @@ def _measured(table: Table, folder: Path, key: str, method: str, baseline: str |
         value = read_json(path, what="result of vlmfix score", remedy="run the commands first, with --run")
         return Measured(value["summary"][key.partition(".")[2]] * _scale(key))
 
-    from vlmfix.evals.benchmarks.columns import STATISTICS
+    from vlmfix.evals.benchmarks.columns import figure_of
     from vlmfix.evals.scores.counts import load_run
     from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
 
@@ -99,7 +99,7 @@ def _measured(table: Table, folder: Path, key: str, method: str, baseline: str |
     for label in (method, baseline):
         if label is not None and label not in tables:
             raise DataError(f"{folder} has no method {label!r}; it has {', '.join(tables)}")
-    statistic = mean_f1() if name == "mean_f1" else STATISTICS[benchmark][name]
+    statistic = mean_f1() if name == "mean_f1" else figure_of(key).statistic
     if baseline is None:
         interval = bootstrap(statistic, tables[method])
     else:
@@ -116,7 +116,7 @@ def mean_f1() -> Any:
     """The mean of the splits' F1, as LLaVA's script prints it."""
     import numpy as np
 
-    from vlmfix.evals.stats.intervals import Statistic
+    from vlmfix.evals.stats.figures import SumStatistic
 
     def columns(table: Any) -> Any:
         yes = table.prediction == 1
@@ -131,4 +131,4 @@ def mean_f1() -> Any:
         with np.errstate(invalid="ignore"):
             return np.nan_to_num(sums[..., 0::2] / sums[..., 1::2]).mean(axis=-1)
 
-    return Statistic("mean_f1", columns, value)
+    return SumStatistic(columns, value)

@@ -156,7 +156,7 @@ def missing(table: Table, places: Mapping[str, str | None], model: str | None) -
     from vlmfix.errors import VlmfixError
 
     if any(word in ("nltk", "mixed") for words in table.commands for word in words):
-        from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+        from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 
         try:
             ChairMatcher("nltk")

@@ -19,7 +19,7 @@ from vlmfix.calibration.calibrate import _LEARNED
 from vlmfix.cli import _parser
 from vlmfix.cli import main as vlmfix_main
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.columns import STATISTICS
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.options import EvalOptions

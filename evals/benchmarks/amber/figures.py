@@ -12,26 +12,34 @@ equal "Yes" or "No"; any other is wrong and counted as unparsed. AMBER = (100 - 
 As in the official script sums run over all responses (micro average), every denominator starts at 0.001, F1 is made of
 rounded precision and recall, and figures are percentages rounded to one decimal. The script also takes a noun for an
 object if spaCy's en_core_web_lg gives a similarity above 0.8: this needs word vectors, which the caller plugs in
-(``similarity``, such as ``amber_words.spacy_similarity()``). Without it only exact words count, as with similarity 0.
+(``similarity``, such as ``objects.spacy_similarity()``). Without it only exact words count, as with similarity 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.intervals import FloatArray, columns, divide
-from .data import TASKS, AmberData, AmberTask
-from .objects import Nouns, Similarity, caption_counts, compared, lemma_vocabulary, tagged_nouns
-
-IntArray = NDArray[np.int64]
-
+from ...stats.figures import Figure, FloatArray, SumStatistic, divide, share, stacked
+from ...stats.table import Table
+from ..yes_no import yes_no_columns
+from .data import TASKS, AmberData, AmberItem, AmberTask
+from .objects import (
+    DESCRIPTION_COUNTS,
+    Nouns,
+    Similarity,
+    caption_counts,
+    compared,
+    lemma_vocabulary,
+    tagged_nouns,
+)
 
 #: The official prefixes of the counts of each dimension.
 _PREFIX: Mapping[AmberTask, str] = {
@@ -58,46 +66,91 @@ _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
 _EMPTY = 0.001
 
 
+def _score_columns(table: Any) -> FloatArray:
+    names = ("hallucinated", "nouns", "right_no", "answered_no", "truth_no")
+    return stacked(*(table.columns[name] for name in names))
+
+
+def _score(sums: FloatArray) -> FloatArray:
+    hallucinated, nouns, right_no, answered_no, truth_no = np.moveaxis(sums, -1, 0)
+    return (1 - divide(hallucinated, nouns) + divide(2 * right_no, answered_no + truth_no)) / 2
+
+
 @dataclass(frozen=True, eq=False)
-class AmberTable:
-    """Integer counts: one row per description and one per question; every figure is made of their sums.
+class AmberTable(Table):
+    """Integer counts, a row per description, then one per question; the task is the split, AMBER's id the item.
+
+    Columns, [n]. Of descriptions, zero on questions: ``descriptions`` (which rows are some), ``nouns`` (in the
+    vocabulary), ``hallucinated`` (nouns neither in the image nor safe), ``hallucinating`` (whether there is one),
+    ``covered`` (objects of the image that are named), ``truth_objects`` (objects of the image), ``cognitive`` (objects
+    of the hallucination list that are named), ``cognitive_objects`` (its length). Of questions, zero on descriptions:
+    those of yes/no answers with ``questions`` and ``margin`` (see :mod:`vlmfix.evals.benchmarks.yes_no`),
+    ``answered_no``, ``truth_no``, ``right_no``.
 
     Attributes:
-        caption_ids: int64 [n], items of the descriptions.
-        nouns: int64 [n], nouns in the vocabulary.
-        hallucinated: int64 [n], those that are neither in the image nor safe.
-        covered: int64 [n], objects of the image that are named.
-        truth_objects: int64 [n], objects of the image.
-        cognitive: int64 [n], objects of the hallucination list that are named.
-        cognitive_objects: int64 [n], its length.
         empty: Descriptions without any text.
-        question_ids: int64 [m], items of the questions.
-        task: Dimension of each question, [m].
-        label: bool [m], whether yes is right.
-        prediction: int8 [m], 1 "Yes", 0 "No", -1 anything else.
         dimensions: Those that the annotations have questions of.
         similarity: What the word similarity was, for the table: "none" or a name.
     """
 
-    caption_ids: IntArray
-    nouns: IntArray
-    hallucinated: IntArray
-    covered: IntArray
-    truth_objects: IntArray
-    cognitive: IntArray
-    cognitive_objects: IntArray
-    empty: int
-    question_ids: IntArray
-    task: NDArray[np.str_]
-    label: NDArray[np.bool_]
-    prediction: NDArray[np.int8]
-    dimensions: tuple[AmberTask, ...]
-    similarity: str
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure(
+            "chair",
+            "CHAIR",
+            -1,
+            share("hallucinated", "nouns"),
+            control="early stop",
+            head_control=True,
+            headline=True,
+            help="nouns of descriptions that are not in the image",
+        ),
+        Figure(
+            "cover",
+            "Cover",
+            1,
+            share("covered", "truth_objects"),
+            headline=True,
+            help="objects of the image that are named",
+        ),
+        Figure(
+            "hal",
+            "Hal",
+            -1,
+            share("hallucinating", "descriptions"),
+            control="early stop",
+            help="descriptions that invent",
+        ),
+        Figure(
+            "cog",
+            "Cog",
+            -1,
+            share("cognitive", "cognitive_objects"),
+            help="objects a model may well invent that are named",
+        ),
+        Figure("accuracy", "accuracy", 1, share("correct", "questions"), control="yes bias", help="right answers"),
+        Figure(
+            "f1",
+            "F1",
+            1,
+            share(lambda t: 2 * t.right_no, lambda t: t.answered_no.astype(int) + t.truth_no),
+            head_control=True,
+            headline=True,
+            help="harmonic mean of precision and recall of the answer no",
+        ),
+        Figure(
+            "yes_ratio", "yes", 0, share(lambda t: t.prediction == 1, "questions"), help="questions answered with yes"
+        ),
+        Figure("amber", "score", 1, SumStatistic(_score_columns, _score), help="mean of 1 - CHAIR and F1"),
+    )
+
+    empty: int = 0
+    dimensions: tuple[AmberTask, ...] = ()
+    similarity: str = "none"
 
     def counts(self) -> dict[str, int]:
         """The sums under the official names (metrics.txt), as integers, with ``unparsed`` and ``empty``."""
         counts: dict[str, int] = {}
-        if len(self.caption_ids):
+        if self.descriptions.any():
             counts |= {
                 "chair_num": int(self.nouns.sum()),
                 "chair_score": int(self.hallucinated.sum()),
@@ -105,27 +158,27 @@ class AmberTable:
                 "safe_cover_score": int(self.covered.sum()),
                 "hallu_cover_num": int(self.cognitive_objects.sum()),
                 "hallu_cover_score": int(self.cognitive.sum()),
-                "non_hallu_num": len(self.caption_ids),
-                "non_hallu_score": int((self.hallucinated == 0).sum()),
+                "non_hallu_num": int(self.descriptions.sum()),
+                "non_hallu_score": int((self.descriptions & ~self.hallucinating).sum()),
                 "empty": self.empty,
             }
-        if len(self.question_ids):
-            tasks = [task for task in _PREFIX if (self.task == task).any()]
-            parts = {task: self._question_counts(self.task == task) for task in tasks}
+        if self.columns["questions"].any():
+            task = np.asarray(self.splits)
+            tasks = [name for name in _PREFIX if name in self.splits]
+            parts = {name: self._question_counts(task == name) for name in tasks}
             counts |= {name: sum(part[name] for part in parts.values()) for name in parts[tasks[0]]}
-            counts |= {f"{_PREFIX[task]}_{name}": n for task in tasks for name, n in parts[task].items()}
-            counts["unparsed"] = int((self.prediction < 0).sum())
+            counts |= {f"{_PREFIX[name]}_{count}": n for name in tasks for count, n in parts[name].items()}
+            counts["unparsed"] = int(self.unparsed.sum())
         return counts
 
     def _question_counts(self, rows: NDArray[np.bool_]) -> dict[str, int]:
-        label, prediction = self.label[rows], self.prediction[rows]
-        right_no = int(((prediction == 0) & ~label).sum())
+        right_no = int(self.right_no[rows].sum())
         return {
-            "qa_correct_num": len(label),
-            "qa_correct_score": int((prediction == label).sum()),
-            "qa_no_num": int((~label).sum()),
+            "qa_correct_num": int(rows.sum()),
+            "qa_correct_score": int(self.correct[rows].sum()),
+            "qa_no_num": int(self.truth_no[rows].sum()),
             "qa_no_score": right_no,
-            "qa_ans_no_num": int((prediction == 0).sum()),
+            "qa_ans_no_num": int(self.answered_no[rows].sum()),
             "qa_ans_no_score": right_no,
         }
 
@@ -137,7 +190,7 @@ class AmberTable:
         """
         c = self.counts()
         figures: dict[str, dict[str, float]] = {}
-        if len(self.caption_ids):
+        if self.descriptions.any():
             figures["Generative Task"] = {
                 "CHAIR": _percent(c["chair_score"], c["chair_num"]),
                 "Cover": _percent(c["safe_cover_score"], c["safe_cover_num"]),
@@ -150,12 +203,12 @@ class AmberTable:
                 figures[name] = _question_figures(c, name, tasks)
         return figures
 
-    def summary(self) -> dict[str, float]:
-        """The AMBER score (100 - CHAIR + F1) / 2 of the paper, if both parts were answered."""
+    def official_score(self) -> float | None:
+        """The AMBER score (100 - CHAIR + F1) / 2 of the printed figures, as in the paper; None with one part only."""
         figures = self.figures()
         if "Generative Task" not in figures or "Descriminative Task" not in figures:
-            return {}
-        return {"AMBER": (100 - figures["Generative Task"]["CHAIR"] + figures["Descriminative Task"]["F1"]) / 2}
+            return None
+        return (100 - figures["Generative Task"]["CHAIR"] + figures["Descriminative Task"]["F1"]) / 2
 
 
 def score_responses(
@@ -166,6 +219,8 @@ def score_responses(
     similarity: Similarity | None = None,
     similarity_name: str | None = None,
     threshold: float = 0.8,
+    image_ids: Mapping[int, int] | None = None,
+    scores: Mapping[int, float | None] = MappingProxyType({}),
 ) -> AmberTable:
     """Score the responses to AMBER, to all of it or to some of its tasks.
 
@@ -178,6 +233,8 @@ def score_responses(
         similarity: Similarity of two words, or None for exact words only.
         similarity_name: Its name, for the table.
         threshold: Two words are one if their similarity is above it (official: 0.8).
+        image_ids: Item id -> number of its image; by default each item has its own.
+        scores: Item id -> logit of yes minus that of no, of questions that it is known of.
 
     Raises:
         DataError: no responses, an unknown id, a task with missing answers, or a vocabulary the default lemmas do not
@@ -196,24 +253,46 @@ def score_responses(
         nouns = tagged_nouns()
     same = None if similarity is None else compared(similarity, threshold)
     rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
-    columns = np.asarray(rows, dtype=np.int64).reshape(len(captions), 6)
-    answers = [{"Yes": 1, "No": 0}.get(responses[item.id], -1) for item in questions]
+    counted = np.asarray(rows, dtype=np.int64).reshape(len(captions), len(DESCRIPTION_COUNTS))
+    ids = [item.id for item in (*captions, *questions)]
     return AmberTable(
-        caption_ids=np.asarray([item.id for item in captions], dtype=np.int64),
-        nouns=columns[:, 0],
-        hallucinated=columns[:, 1],
-        covered=columns[:, 2],
-        truth_objects=columns[:, 3],
-        cognitive=columns[:, 4],
-        cognitive_objects=columns[:, 5],
+        np.asarray([(image_ids or {}).get(i, i) for i in ids], dtype=np.int64),
+        {
+            **_description_columns(counted, len(questions)),
+            **_question_columns(questions, responses, len(captions), scores),
+        },
+        tuple(item.task for item in (*captions, *questions)),
+        tuple(map(str, ids)),
         empty=sum(not responses[item.id].strip() for item in captions),
-        question_ids=np.asarray([item.id for item in questions], dtype=np.int64),
-        task=np.asarray([item.task for item in questions], dtype=np.str_),
-        label=np.asarray([item.label for item in questions], dtype=np.bool_),
-        prediction=np.asarray(answers, dtype=np.int8),
         dimensions=tuple(task for task in _PREFIX if any(item.task == task for item in data.items.values())),
         similarity="none" if similarity is None else (similarity_name or "custom"),
     )
+
+
+def _description_columns(counted: NDArray[np.int64], questions: int) -> dict[str, NDArray[Any]]:
+    """The columns of descriptions, from their counts [n, 6], with zeros behind them for the questions."""
+    padded = np.concatenate([counted, np.zeros((questions, counted.shape[1]), dtype=np.int64)])
+    columns: dict[str, NDArray[Any]] = dict(zip(DESCRIPTION_COUNTS, padded.T, strict=True))
+    described = np.arange(len(padded)) < len(counted)
+    return {**columns, "descriptions": described, "hallucinating": columns["hallucinated"] > 0}
+
+
+def _question_columns(
+    questions: Sequence[AmberItem], responses: Mapping[int, str], captions: int, scores: Mapping[int, float | None]
+) -> dict[str, NDArray[Any]]:
+    """The columns of questions, with nothing before them for the captions; "Yes" and "No" alone are read."""
+    words = {"Yes": True, "No": False}
+    read = yes_no_columns([bool(q.label) for q in questions], [words.get(responses[q.id]) for q in questions])
+    label, prediction = read["label"], read["prediction"]
+    read |= {
+        "questions": np.ones(len(questions), dtype=np.bool_),
+        "right_no": (prediction == 0) & ~label,
+        "answered_no": prediction == 0,
+        "truth_no": ~label,
+    }
+    columns = {name: np.concatenate([np.zeros(captions, dtype=part.dtype), part]) for name, part in read.items()}
+    margins = [np.nan if (score := scores.get(q.id)) is None else score for q in questions]
+    return {**columns, "margin": np.asarray([*[np.nan] * captions, *margins], dtype=np.float64)}
 
 
 def _checked_ids(data: AmberData, responses: Mapping[int, str]) -> list[int]:
@@ -249,13 +328,3 @@ def _question_figures(c: Mapping[str, int], name: str, tasks: Sequence[AmberTask
     p, r = precision / 100, recall / 100
     f1 = round(2 * p * r / (p + r + (0.001 if name == "Exsitence" else 0.0001)) * 100, 1)
     return {"Accuracy": share("qa_correct"), "Precision": precision, "Recall": recall, "F1": f1}
-
-
-def _amber_columns(table: Any) -> FloatArray:
-    names = ("hallucinated", "nouns", "right_no", "answered_no", "truth_no")
-    return columns(*(getattr(table, name) for name in names))
-
-
-def _amber(sums: FloatArray) -> FloatArray:
-    hallucinated, nouns, right_no, answered_no, truth_no = np.moveaxis(sums, -1, 0)
-    return (1 - divide(hallucinated, nouns, np.nan) + divide(2 * right_no, answered_no + truth_no, np.nan)) / 2

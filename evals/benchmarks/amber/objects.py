@@ -10,12 +10,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vlmfix.errors import DataError, UnsupportedFeatureError
+from vlmfix.errors import UnsupportedFeatureError
 
-from ..chair.words import punkt_tokens
+from ..nltk_words import perceptron_tagger, punkt_tokens
 from .data import AmberData, AmberItem
 
 Similarity = Callable[[str, str], float]
+
+
+#: What :func:`caption_counts` counts, in this order.
+DESCRIPTION_COUNTS = ("nouns", "hallucinated", "covered", "truth_objects", "cognitive", "cognitive_objects")
 
 
 Nouns = Callable[[str], list[str]]
@@ -42,20 +46,7 @@ def tagged_nouns() -> Nouns:
         UnsupportedFeatureError: nltk is not installed.
         DataError: the tagger's weights or the Punkt tables are not found; the message says how to get them.
     """
-    try:
-        import nltk
-    except ImportError as error:
-        raise UnsupportedFeatureError(
-            "AMBER's descriptions need the nltk package: type `pip install 'vlmfix[nltk]'`"
-        ) from error
-    tokenize = punkt_tokens()
-    try:
-        tagger = nltk.tag.PerceptronTagger()
-    except LookupError as error:
-        raise DataError(
-            "nltk does not find the data averaged_perceptron_tagger_eng: type `python -m nltk.downloader punkt_tab "
-            "averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that holds them"
-        ) from error
+    tokenize, tagger = punkt_tokens("AMBER's tokenizer"), perceptron_tagger("AMBER's tagger")
     _, table = _lemmas()
     return lambda text: [table.get(word, word) for word, tag in tagger.tag(tokenize(text)) if tag.startswith("NN")]
 
@@ -76,27 +67,6 @@ def spacy_similarity(model: str = "en_core_web_lg") -> Similarity:
     return lambda first, second: float(parse(first).similarity(parse(second)))
 
 
-def description_counter(
-    data: AmberData, *, nouns: Nouns | None = None, similarity: Similarity | None = None, threshold: float = 0.8
-) -> Callable[[int, str], tuple[int, int, int]]:
-    """The function from an item and a description to its covered objects, nouns and hallucinated nouns.
-
-    Args:
-        data: The annotations.
-        nouns: As of :func:`vlmfix.evals.benchmarks.amber.figures.score_responses`, and so the others.
-        similarity: See there.
-        threshold: See there.
-    """
-    found = nouns or tagged_nouns()
-    same = None if similarity is None else compared(similarity, threshold)
-
-    def count(item: int, text: str) -> tuple[int, int, int]:
-        said, hallucinated, covered, *_ = caption_counts(found(text), data.items[item], data, same)
-        return covered, said, hallucinated
-
-    return count
-
-
 def compared(similarity: Similarity, threshold: float) -> Callable[[str, str], bool]:
     """Whether two words are one, by their similarity."""
     known: dict[tuple[str, str], bool] = {}  # Word vectors are slow, and the same words come again and again.
@@ -112,7 +82,7 @@ def compared(similarity: Similarity, threshold: float) -> Callable[[str, str], b
 def caption_counts(
     nouns: Sequence[str], item: AmberItem, data: AmberData, same: Callable[[str, str], bool] | None
 ) -> tuple[int, int, int, int, int, int]:
-    """Nouns, hallucinated, covered, |T|, named of H, |H| of one response."""
+    """Count one response: the numbers named in :data:`DESCRIPTION_COUNTS`."""
     found = [noun for noun in nouns if noun in data.vocabulary]
     truth, invented = _owners(item.truth, data), _owners(item.hallucination, data)
     covered: set[int] = set()

@@ -9,99 +9,84 @@ D_i their set:
     recall    = sum_i |D_i & GT(i)| / sum_i |GT(i)|
     precision = sum_i |D_i & GT(i)| / sum_i |D_i|,     F1 = 2 * precision * recall / (precision + recall)
 
-The two official word normalisations (:class:`ChairMatcher` modes) differ by up to three points of CHAIR_s on the same
+The two official word normalisations (modes of :class:`~vlmfix.evals.benchmarks.coco_objects.ChairMatcher`) differ by up
+to three points of CHAIR_s on the same
 captions: the mode belongs to every figure, and two modes never go into one table.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.intervals import Statistic, by_name, one, ratio
-from .matcher import ChairMatcher
-from .words import ChairMode
+from ...data.write import digest
+from ...stats.figures import Figure, share
+from ...stats.table import Table
+from ..coco_objects import ChairMatcher, ChairMode
 
-IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class MentionTable:
-    """CHAIR's counts of mentioned objects, one row per caption; every figure is a ratio of their sums.
-
-    Attributes:
-        image_ids: int64 [n], sorted.
-        mentions: int64 [n], object mentions, repeats counted.
-        hallucinated: int64 [n], mentions of objects not in the ground truth.
-        distinct: int64 [n], different objects mentioned.
-        recalled: int64 [n], different objects mentioned that are in the ground truth.
-        gt_objects: int64 [n], objects in the ground truth.
-    """
-
-    image_ids: IntArray
-    mentions: IntArray
-    hallucinated: IntArray
-    distinct: IntArray
-    recalled: IntArray
-    gt_objects: IntArray
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def counts(self) -> dict[str, int]:
-        """Corpus sums."""
-        return {
-            "captions": len(self),
-            "hallucinated_captions": int((self.hallucinated > 0).sum()),
-            "mentions": int(self.mentions.sum()),
-            "hallucinated_mentions": int(self.hallucinated.sum()),
-            "gt_objects": int(self.gt_objects.sum()),
-            "recalled_gt_objects": int(self.recalled.sum()),
-            "generated_distinct": int(self.distinct.sum()),
-        }
+CHAIR_I = share("hallucinated", "mentions")
+CHAIR_S = share(lambda t: t.hallucinated > 0)
 
 
 def count_mentions(
     image_ids: Sequence[int], nodes: Sequence[Sequence[str]], ground_truth: Mapping[int, Collection[str]]
-) -> MentionTable:
+) -> dict[str, NDArray[np.int64]]:
     """Count the objects that captions mention.
 
     Args:
-        image_ids: The images, sorted.
+        image_ids: The image of each caption, [n].
         nodes: The objects each caption mentions, in order, repeats included.
         ground_truth: Image id -> objects in the image.
+
+    Returns:
+        int64 [n] each: ``mentions`` (repeats counted), ``hallucinated`` (mentions of objects not in the ground truth),
+        ``distinct`` (different objects mentioned), ``recalled`` (those of them in the ground truth) and ``gt_objects``
+        (objects in the ground truth).
     """
     truth = [frozenset(ground_truth[i]) for i in image_ids]
 
-    def column(values: Iterable[int]) -> IntArray:
+    def column(values: Iterable[int]) -> NDArray[np.int64]:
         return np.fromiter(values, dtype=np.int64, count=len(image_ids))
 
-    return MentionTable(
-        image_ids=column(image_ids),
-        mentions=column(len(names) for names in nodes),
-        hallucinated=column(sum(n not in gt for n in names) for names, gt in zip(nodes, truth, strict=True)),
-        distinct=column(len(set(names)) for names in nodes),
-        recalled=column(len(gt.intersection(names)) for names, gt in zip(nodes, truth, strict=True)),
-        gt_objects=column(len(gt) for gt in truth),
-    )
+    return {
+        "mentions": column(len(names) for names in nodes),
+        "hallucinated": column(sum(n not in gt for n in names) for names, gt in zip(nodes, truth, strict=True)),
+        "distinct": column(len(set(names)) for names in nodes),
+        "recalled": column(len(gt.intersection(names)) for names, gt in zip(nodes, truth, strict=True)),
+        "gt_objects": column(len(gt) for gt in truth),
+    }
+
+
+def mention_counts(table: Table) -> dict[str, int]:
+    """Corpus sums of the columns of :func:`count_mentions`."""
+    return {
+        "captions": len(table),
+        "hallucinated_captions": int((table.hallucinated > 0).sum()),
+        "mentions": int(table.mentions.sum()),
+        "hallucinated_mentions": int(table.hallucinated.sum()),
+        "gt_objects": int(table.gt_objects.sum()),
+        "recalled_gt_objects": int(table.recalled.sum()),
+        "generated_distinct": int(table.distinct.sum()),
+    }
 
 
 @dataclass(frozen=True, eq=False)
-class ChairTable(MentionTable):
-    """Everything CHAIR counts of whole captions.
+class ChairTable(Table):
+    """What CHAIR counts, one row per caption, by image id.
+
+    Columns: those of :func:`count_mentions`; ``words`` int64 [n], pieces when the caption is split at single spaces
+        (length
+    as in the POPE paper), 0 for an empty caption; ``tokens`` int64 [n], tokens after merging two-word names (length as
+    in OPERA's script), present only with the punkt tokenizer, which alone counts them exactly.
 
     Attributes:
-        words: int64 [n], pieces when the caption is split at single spaces (length as in the POPE paper); 0 for an
-            empty caption.
-        tokens: int64 [n], tokens after merging two-word names (length as in OPERA's script), or None: only the punkt
-            tokenizer counts them exactly.
         nodes: The objects each caption mentions, in order.
         hallucinated_nodes: Those of them that are not in the ground truth.
         hallucinated_words: The same as the caption words them ("table" for "dining table").
@@ -109,39 +94,58 @@ class ChairTable(MentionTable):
         ground_truth_mode: Mode the ground truth was made with.
     """
 
-    words: IntArray
-    tokens: IntArray | None
-    nodes: tuple[tuple[str, ...], ...] = field(repr=False)
-    hallucinated_nodes: tuple[tuple[str, ...], ...] = field(repr=False)
-    hallucinated_words: tuple[tuple[str, ...], ...] = field(repr=False)
-    mode: ChairMode
-    ground_truth_mode: ChairMode
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure("chair_s", "CHAIR_s", -1, CHAIR_S, control="early stop", help="captions that name an object not there"),
+        Figure(
+            "chair_i",
+            "CHAIR_i",
+            -1,
+            CHAIR_I,
+            control="early stop",
+            head_control=True,
+            headline=True,
+            less="fewer invented objects",
+            more="more invented objects",
+            help="mentions of objects that are not there",
+        ),
+        Figure(
+            "recall",
+            "recall",
+            1,
+            share("recalled", "gt_objects"),
+            headline=True,
+            less="lower recall",
+            more="higher recall",
+            help="objects of the image that are named",
+        ),
+        Figure("precision", "precision", 1, share("recalled", "distinct"), column=False),
+        Figure(
+            "f1",
+            "F1",
+            1,
+            # = 2PR/(P+R), written so that it stays defined when nothing is recalled
+            share(lambda t: 2 * t.recalled, lambda t: t.gt_objects + t.distinct),
+            head_control=True,
+            headline=True,
+            help="harmonic mean of precision and recall of objects",
+        ),
+        Figure("length_words", "words", 0, share("words"), percent=False, help="words per caption"),
+        Figure("length_tokens", "tokens", 0, share(lambda t: t.columns.get("tokens", np.nan * t.words)), column=False),
+    )
+    PER_ROW: ClassVar[tuple[str, ...]] = (*Table.PER_ROW, "nodes", "hallucinated_nodes", "hallucinated_words")
+
+    nodes: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    hallucinated_nodes: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    hallucinated_words: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    mode: ChairMode = "original"
+    ground_truth_mode: ChairMode = "original"
 
     def counts(self) -> dict[str, int]:
         """Corpus sums; ``tokens_after_double_words`` is present only if the tokenizer counts them exactly."""
-        counts = super().counts()
-        if self.tokens is not None:
+        counts = mention_counts(self)
+        if "tokens" in self.columns:
             counts["tokens_after_double_words"] = int(self.tokens.sum())
         return counts
-
-    def summary(self) -> dict[str, float]:
-        """The figures as fractions (0 to 1) and the mean lengths per caption.
-
-        NaN stands for a zero denominator and for a length in tokens that is not known exactly (regex tokenizer).
-        """
-        c = self.counts()
-        recall = _ratio(c["recalled_gt_objects"], c["gt_objects"])
-        precision = _ratio(c["recalled_gt_objects"], c["generated_distinct"])
-        return {
-            "chair_s": _ratio(c["hallucinated_captions"], c["captions"]),
-            "chair_i": _ratio(c["hallucinated_mentions"], c["mentions"]),
-            "recall": recall,
-            "precision": precision,
-            # = 2PR/(P+R), written so that it stays defined when nothing is recalled
-            "f1": _ratio(2 * c["recalled_gt_objects"], c["gt_objects"] + c["generated_distinct"]),
-            "length_words": _ratio(int(self.words.sum()), len(self)),
-            "length_tokens": math.nan if self.tokens is None else _ratio(int(self.tokens.sum()), len(self)),
-        }
 
 
 def score_captions(
@@ -155,7 +159,8 @@ def score_captions(
 
     Args:
         captions: Image id -> caption.
-        ground_truth: Image id -> objects in the image, from :func:`ground_truth`; other images in it are ignored.
+        ground_truth: Image id -> objects in the image, from :func:`~vlmfix.evals.benchmarks.coco_objects.ground_truth`;
+            other images in it are ignored.
         matcher: Finds the mentions.
         ground_truth_mode: The mode ``ground_truth`` was made with, if it is not the matcher's.
 
@@ -177,12 +182,14 @@ def score_captions(
         [(word, node) for word, node in zip(match.words, match.nodes, strict=True) if node not in gt]
         for match, gt in zip(matches, truth, strict=True)
     ]
-
-    table = count_mentions(image_ids, [match.nodes for match in matches], ground_truth)
+    columns = count_mentions(image_ids, [match.nodes for match in matches], ground_truth)
+    columns["words"] = np.array([len(captions[i].split(" ")) if captions[i] else 0 for i in image_ids], dtype=np.int64)
+    if matcher.exact_tokens:
+        columns["tokens"] = np.array([len(match.tokens) for match in matches], dtype=np.int64)
     return ChairTable(
-        **vars(table),
-        words=np.array([len(captions[i].split(" ")) if captions[i] else 0 for i in image_ids], dtype=np.int64),
-        tokens=np.array([len(m.tokens) for m in matches], dtype=np.int64) if matcher.exact_tokens else None,
+        np.array(image_ids, dtype=np.int64),
+        columns,
+        truth=tuple(digest(sorted(gt))[:8] for gt in truth),
         nodes=tuple(match.nodes for match in matches),
         hallucinated_nodes=tuple(tuple(node for _, node in pairs) for pairs in wrong),
         hallucinated_words=tuple(tuple(word for word, _ in pairs) for pairs in wrong),
@@ -191,21 +198,6 @@ def score_captions(
     )
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.nan
-
-
 def invented_by_category(table: ChairTable) -> dict[str, int]:
     """Category -> captions that name it where it is not."""
     return dict(sorted(Counter(name for names in table.hallucinated_nodes for name in set(names)).items()))
-
-
-CHAIR_STATISTICS: Mapping[str, Statistic] = by_name(
-    ratio("chair_s", lambda t: t.hallucinated > 0, one),
-    ratio("chair_i", lambda t: t.hallucinated, lambda t: t.mentions),
-    ratio("recall", lambda t: t.recalled, lambda t: t.gt_objects),
-    ratio("precision", lambda t: t.recalled, lambda t: t.distinct),
-    ratio("f1", lambda t: 2 * t.recalled, lambda t: t.gt_objects + t.distinct),
-    ratio("length_words", lambda t: t.words, one),
-)
-"""Statistics of a ``ChairTable``, named as in its ``summary()``."""

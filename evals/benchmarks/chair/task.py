@@ -1,24 +1,33 @@
-"""CHAIR as a task: images to caption."""
+"""CHAIR: objects that captions invent (Rohrbach et al. 2018, arXiv:1809.02156)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...data.samples import Answers, Sample
-from ...data.write import digest, write_text
+from ...data.write import digest
+from ...options import EvalOptions
 from ...stats.intervals import finite
-from ..base import Task, effort
+from ...stats.table import Table
+from ..base import Benchmark, write_lines
+from ..choice import RunData
+from ..coco_objects import ChairMatcher, ground_truth
 from .figures import ChairTable, invented_by_category, score_captions
-from .matcher import ChairMatcher
-from .text_quality import TextTable, length_matched, score_texts, text_differences, text_quality
+from .text_quality import TextTable, length_matched, score_texts, text_differences
+
+PROMPT = "Please describe this image in detail."
+
+NEW_TOKENS = 512
+
+TESTBED_NEW_TOKENS = 128
+"""The testbed's captions have about 40 tokens; a method that breaks its text shows as truncated captions."""
 
 
 @dataclass(frozen=True)
-class ChairTask(Task):
+class Chair(Benchmark):
     """Images to caption and what is in them.
 
     Attributes:
@@ -29,11 +38,25 @@ class ChairTask(Task):
     """
 
     name: ClassVar[str] = "chair"
+    title: ClassVar[str] = "CHAIR"
+    summary: ClassVar[str] = "objects that captions name and that are not in the image"
+    figures = ChairTable.FIGURES
+    matched_on: ClassVar[Mapping[str, str]] = {"early stop": "recall"}
+    row_by_row: ClassVar[bool] = True
 
     samples: tuple[Sample, ...]
     truth: Mapping[int, frozenset[str]]
     matcher: ChairMatcher
     max_new_tokens: int
+
+    @classmethod
+    def make(cls, options: EvalOptions, data: RunData) -> Chair:
+        """Images of COCO, or of the testbed, with their ground truth."""
+        ids = sorted(data.coco.select(ids=data.pool, limit=data.limit(), seed=options.seed))
+        prompt, matcher = options.prompt or PROMPT, ChairMatcher(options.chair_mode)  # type: ignore[arg-type]
+        limit = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
+        samples = tuple(Sample(cls.name, i, data.coco.image(i).path, prompt, limit, "gaps") for i in ids)
+        return cls(samples, ground_truth(data.coco, ids, matcher), matcher, limit)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, matcher mode, length limit, image ids and a digest of the ground truth."""
@@ -49,7 +72,7 @@ class ChairTask(Task):
         """One method's captions by image id."""
         return {sample.image_id: answers[sample.key].text for sample in self.samples}
 
-    def table(self, answers: Answers) -> ChairTable:
+    def score(self, answers: Answers) -> ChairTable:
         """Count the objects of every caption."""
         return score_captions(self.captions(answers), self.truth, self.matcher)
 
@@ -58,33 +81,35 @@ class ChairTask(Task):
         truncated = {sample.image_id: answers[sample.key].truncated for sample in self.samples}
         return score_texts(self.captions(answers), truncated)
 
-    def part(self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int) -> dict[str, Any]:
-        """Counts, summary, truncation, and text quality with CHAIR at equal length."""
-        table, own = tables[label], answers[label]
-        return {
-            "counts": {**table.counts(), "words": int(table.words.sum())},
-            "summary": finite(table.summary()),
-            "truncated": sum(own[sample.key].truncated for sample in self.samples),
-            **effort(self, own, answers[next(iter(tables))]),
-            "text_quality": self._quality(label, tables, answers, seed),
-            "invented": invented_by_category(table),
-        }
+    def side_tables(self, answers: Answers) -> Mapping[str, Table]:
+        """Text quality, as ``text``."""
+        return {"text": self.text_table(answers)}
 
-    def _quality(
+    def about(self, table: ChairTable | None) -> str:
+        """Mode, captions and their limit."""
+        return (
+            f"CHAIR {self.matcher.mode} mode, {len(self.samples)} captions of at most {self.max_new_tokens} new tokens"
+        )
+
+    def counts(self, table: ChairTable) -> dict[str, int]:
+        """The official sums, and all words."""
+        return {**table.counts(), "words": int(table.words.sum())}
+
+    def details(
         self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int
     ) -> dict[str, Any]:
+        """Text quality with CHAIR at equal length, and what was invented."""
+        table, text = tables[label], self.text_table(answers[label])
+        quality: dict[str, Any] = {"counts": text.counts(), "summary": finite(text.summary())}
         baseline = next(iter(tables))
-        own, other = self.captions(answers[label]), self.captions(answers[baseline])
-        truncated = {sample.image_id: answers[label][sample.key].truncated for sample in self.samples}
-        part = text_quality(own, truncated)
         if label != baseline:
-            pair = (tables[label], tables[baseline])
-            part["length_matched"] = length_matched((own, other), pair, self.truth, self.matcher, seed)
-            texts = (self.text_table(answers[label]), self.text_table(answers[baseline]))
-            part["differences"] = text_differences(*texts, seed)
-        return part
+            captions = self.captions(answers[label]), self.captions(answers[baseline])
+            pair = (table, tables[baseline])
+            quality["length_matched"] = length_matched(captions, pair, self.truth, self.matcher, seed)
+            quality["differences"] = text_differences(text, self.text_table(answers[baseline]), seed)
+        return {"text_quality": quality, "invented": invented_by_category(table)}
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``chair.jsonl``: image_id and caption, one line per image."""
         rows = [{"image_id": image_id, "caption": text} for image_id, text in self.captions(answers).items()]
-        write_text(folder / "chair.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / "chair.jsonl", rows)

@@ -27,23 +27,17 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.bootstrap import _difference
-from ...stats.intervals import Statistic, by_name, finite, one, ratio
-from .figures import CHAIR_STATISTICS, ChairTable, MentionTable, count_mentions
-from .matcher import ChairMatcher
-
-IntArray = NDArray[np.int64]
-
-
-BoolArray = NDArray[np.bool_]
-
+from ...stats.figures import Figure, Statistic, share
+from ...stats.intervals import finite, interval_dict
+from ...stats.table import Table
+from ..coco_objects import ChairMatcher
+from .figures import CHAIR_I, CHAIR_S, ChairTable, count_mentions, mention_counts
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
@@ -76,35 +70,22 @@ def first_words(text: str, count: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class TextTable:
-    """Counts of text quality, one row per caption.
+class TextTable(Table):
+    """Counts of text quality, one row per caption, by image id.
 
-    Attributes:
-        image_ids: int64 [n], sorted.
-        four_grams: int64 [n], runs of four words.
-        repeated: int64 [n], those that are repeats of an earlier one.
-        truncated: bool [n], the token limit came before an end token; None if that was not recorded.
-        unfinished: bool [n], no final punctuation.
+    Columns: ``four_grams`` int64 [n], runs of four words; ``repeated`` int64 [n], those that are repeats of an earlier
+        one;
+    ``repetition`` float64 [n], their share; ``looping`` bool [n], whether it is more than half; ``unfinished`` bool
+    [n], no final punctuation; ``truncated`` bool [n], the token limit came before an end token, present only if that
+    was recorded.
     """
 
-    image_ids: IntArray
-    four_grams: IntArray
-    repeated: IntArray
-    truncated: BoolArray | None
-    unfinished: BoolArray
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    @property
-    def repetition(self) -> NDArray[np.float64]:
-        """Share of repeated runs of four words, float64 [n], 0 to 1."""
-        return self.repeated / np.maximum(self.four_grams, 1)
-
-    @property
-    def looping(self) -> BoolArray:
-        """Whether more than half of the runs are repeats, bool [n]."""
-        return np.asarray(self.repetition > _LOOPING)
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure("repetition", "rep-4", -1, share("repetition")),
+        Figure("looping", "loops", -1, share("looping")),
+        Figure("unfinished", "unfinished", -1, share("unfinished")),
+        Figure("truncation", "cut off", -1, share("truncated")),
+    )
 
     def counts(self) -> dict[str, int]:
         """Corpus sums; ``truncated_captions`` is present only if truncation was recorded."""
@@ -115,20 +96,9 @@ class TextTable:
             "looping_captions": int(self.looping.sum()),
             "unfinished_captions": int(self.unfinished.sum()),
         }
-        if self.truncated is not None:
+        if "truncated" in self.columns:
             counts["truncated_captions"] = int(self.truncated.sum())
         return counts
-
-    def summary(self) -> dict[str, float]:
-        """The rates of the module's docstring, 0 to 1; ``truncation`` only if it was recorded."""
-        summary = {
-            "repetition": float(self.repetition.mean()),
-            "looping": float(self.looping.mean()),
-            "unfinished": float(self.unfinished.mean()),
-        }
-        if self.truncated is not None:
-            summary["truncation"] = float(self.truncated.mean())
-        return summary
 
 
 def score_texts(captions: Mapping[int, str], truncated: Mapping[int, bool] | None = None) -> TextTable:
@@ -148,13 +118,17 @@ def score_texts(captions: Mapping[int, str], truncated: Mapping[int, bool] | Non
     if missing:
         raise DataError(f"expected for every caption whether it was truncated, found nothing for image {missing[0]}")
     pairs = np.array([repeated_four_grams(captions[i]) for i in image_ids], dtype=np.int64)
-    return TextTable(
-        image_ids=np.array(image_ids, dtype=np.int64),
-        four_grams=pairs[:, 0],
-        repeated=pairs[:, 1],
-        truncated=None if truncated is None else np.array([truncated[i] for i in image_ids], dtype=np.bool_),
-        unfinished=np.array([not is_finished(captions[i]) for i in image_ids], dtype=np.bool_),
-    )
+    repetition = pairs[:, 1] / np.maximum(pairs[:, 0], 1)
+    columns = {
+        "four_grams": pairs[:, 0],
+        "repeated": pairs[:, 1],
+        "repetition": repetition,
+        "looping": repetition > _LOOPING,
+        "unfinished": np.array([not is_finished(captions[i]) for i in image_ids], dtype=np.bool_),
+    }
+    if truncated is not None:
+        columns["truncated"] = np.array([truncated[i] for i in image_ids], dtype=np.bool_)
+    return TextTable(np.array(image_ids, dtype=np.int64), columns)
 
 
 def match_by_words(
@@ -164,7 +138,7 @@ def match_by_words(
     table_b: ChairTable,
     ground_truth: Mapping[int, Collection[str]],
     matcher: ChairMatcher,
-) -> tuple[MentionTable, MentionTable]:
+) -> tuple[Table, Table]:
     """CHAIR of both captions of every image, cut to the shorter one's number of words.
 
     Args:
@@ -188,12 +162,16 @@ def match_by_words(
         for text, table, chosen in zip(texts, (table_a, table_b), nodes, strict=True):
             cut = first_words(text, shorter)
             chosen.append(table.nodes[row] if cut == text else matcher.match(cut).nodes)
-    return count_mentions(ids, nodes[0], ground_truth), count_mentions(ids, nodes[1], ground_truth)
+    return _mentions(ids, nodes[0], ground_truth), _mentions(ids, nodes[1], ground_truth)
+
+
+def _mentions(ids: Sequence[int], nodes: Sequence[Sequence[str]], truth: Mapping[int, Collection[str]]) -> Table:
+    return Table(np.asarray(ids, dtype=np.int64), count_mentions(ids, nodes, truth))
 
 
 def match_by_mentions(
     table_a: ChairTable, table_b: ChairTable, ground_truth: Mapping[int, Collection[str]]
-) -> tuple[MentionTable, MentionTable]:
+) -> tuple[Table, Table]:
     """CHAIR of the first mentions of both captions of every image, as many as the one with fewer has.
 
     Args:
@@ -207,7 +185,7 @@ def match_by_mentions(
     ids = _common_images(table_a, table_b)
     fewer = [min(len(a), len(b)) for a, b in zip(table_a.nodes, table_b.nodes, strict=True)]
     a, b = (
-        count_mentions(ids, [nodes[:count] for nodes, count in zip(table.nodes, fewer, strict=True)], ground_truth)
+        _mentions(ids, [nodes[:count] for nodes, count in zip(table.nodes, fewer, strict=True)], ground_truth)
         for table in (table_a, table_b)
     )
     return a, b
@@ -219,28 +197,13 @@ def _common_images(table_a: ChairTable, table_b: ChairTable) -> list[int]:
     return [int(i) for i in table_a.image_ids]
 
 
-TEXT_STATISTICS: Mapping[str, Statistic] = by_name(
-    ratio("repetition", lambda t: t.repetition, one),
-    ratio("looping", lambda t: t.looping, one),
-    ratio("truncation", lambda t: t.truncated, one),
-)
-"""Statistics of a ``TextTable`` with recorded truncation, named as in its ``summary()``."""
-
-
-def text_quality(captions: Mapping[int, str], truncated: Mapping[int, bool]) -> dict[str, Any]:
-    """Repetition and truncation of one method's captions.
-
-    Args:
-        captions: Image id -> caption.
-        truncated: Image id -> whether the token limit ended it.
-    """
-    table = score_texts(captions, truncated)
-    return {"counts": table.counts(), "summary": finite(table.summary())}
-
-
-def text_differences(table: TextTable, baseline: TextTable, seed: int) -> dict[str, Any]:
+def text_differences(table: Table, baseline: Table, seed: int) -> dict[str, Any]:
     """Paired differences of a method's rates of repetition, loops and truncated captions to the baseline's."""
-    return {name: _difference(statistic, table, baseline, seed) for name, statistic in TEXT_STATISTICS.items()}
+    return {
+        figure.name: interval_dict(figure.statistic.difference(table, baseline, seed=seed))
+        for figure in TextTable.FIGURES
+        if figure.name != "unfinished"
+    }
 
 
 def length_matched(
@@ -265,8 +228,9 @@ def length_matched(
     }
     return {
         name: {
-            "counts": {"method": own.counts(), "baseline": other.counts()},
-            **{key: _compared(CHAIR_STATISTICS[key], own, other, seed) for key in ("chair_i", "chair_s")},
+            "counts": {"method": mention_counts(own), "baseline": mention_counts(other)},
+            "chair_i": _compared(CHAIR_I, own, other, seed),
+            "chair_s": _compared(CHAIR_S, own, other, seed),
         }
         for name, (own, other) in found.items()
     }
@@ -275,5 +239,5 @@ def length_matched(
 def _compared(statistic: Statistic, own: Any, other: Any, seed: int) -> dict[str, Any]:
     return {
         **finite({"method_value": statistic.of(own), "baseline_value": statistic.of(other)}),
-        "difference": _difference(statistic, own, other, seed),
+        "difference": interval_dict(statistic.difference(own, other, seed=seed)),
     }

@@ -32,8 +32,7 @@ from vlmfix.files import parse_json, read_text
 
 from ...data.coco import CocoData
 from ...data.records import image_id_of, parse_image_id, read_rows
-from .matcher import ChairMatcher, ground_truth
-from .words import ChairMode, objects_by_word
+from ..coco_objects import ChairMatcher, ChairMode, ground_truth, objects_by_word
 
 ScoringMode = Literal["original", "nltk", "mixed"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +15,12 @@ from ...data.records import read_rows
 from ...data.samples import Answers, Sample
 from ...data.source import choose, dataset_rows, image_number, is_dataset, row_image
 from ...data.write import digest, file_digest
-from ..base import Scored, ScoredTask, distinct, texts, write_lines, yes_no
-from ..yes_no import is_unparsed, parse_answer
+from ...options import EvalOptions
+from ...stats.figures import Auc, Figure, share
+from ...stats.table import Table
+from ..base import Benchmark, distinct, texts, write_lines
+from ..choice import RunData
+from ..yes_no import is_unparsed, parse_answer, yes_no_columns
 from .data import CustomQuestion, read_questions
 
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
@@ -68,40 +72,76 @@ def load_questions(where: str) -> list[CustomQuestion]:
     )
 
 
+def _yes(table: Any) -> NDArray[np.bool_]:
+    return np.asarray(table.prediction == 1)
+
+
 @dataclass(frozen=True)
-class CustomTask(ScoredTask):
+class Custom(Benchmark):
     """Questions of one's own, or those about some of the images.
 
     Attributes:
         asked: The questions, in file order.
         each: The sample of each.
+        samples: The different ones among them.
+        prompt: Template with ``{question}``.
         max_new_tokens: Limit of an answer's length.
     """
 
     name: ClassVar[str] = "custom"
+    title: ClassVar[str] = "questions of one's own"
+    summary: ClassVar[str] = "questions of one's own from a file, yes/no or free"
+    figures = (
+        Figure(
+            "accuracy",
+            "accuracy",
+            1,
+            share("correct", "questions"),
+            control="yes bias",
+            head_control=True,
+            headline=True,
+        ),
+        Figure("f1", "F1", 1, share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + t.label)),
+        Figure("yes_ratio", "yes", 0, share(_yes, "questions"), help="answers that say yes"),
+        Figure("auc", "AUC", 1, Auc(), help="how often a yes question scores above a no question"),
+        Figure("exact", "exact", 1, share("exact", "free"), help="free answers equal to a right one"),
+        Figure(
+            "contains",
+            "contained",
+            1,
+            share("contains", "free"),
+            head_control=True,
+            headline=True,
+            help="that contain a right one",
+        ),
+    )
+    matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
+    row_by_row: ClassVar[bool] = True
 
     asked: tuple[CustomQuestion, ...]
     each: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    prompt: str
     max_new_tokens: int
 
     @classmethod
-    def make(cls, where: str, *, limit: int | None, seed: int, prompt: str | None, max_new_tokens: int) -> CustomTask:
-        """Read the questions and choose at most ``limit`` images; a question without one counts as one."""
-        questions = load_questions(where)
-        kept = set(choose((_unit(q) for q in questions), limit, seed))
+    def make(cls, options: EvalOptions, data: RunData) -> Custom:
+        """Read the questions and choose at most ``--limit`` images; a question without one counts as one."""
+        questions = load_questions(data.own(cls.name))
+        kept = set(choose((_unit(q) for q in questions), options.limit, options.seed))
         asked = tuple(q for q in questions if _unit(q) in kept)
-        prompt = prompt or PROMPT
+        prompt, limit = options.prompt_of.get(cls.name, PROMPT), options.max_new_tokens or NEW_TOKENS
         each = tuple(
             Sample(
                 cls.name,
-                0 if q.path is None else _number(q),
+                0 if q.path is None else image_number(cls.name, _unit(q)),
                 q.path,
                 prompt.replace("{question}", q.text),
-                max_new_tokens,
+                limit,
             )
             for q in asked
         )
-        return cls(distinct(each), prompt, asked, each, max_new_tokens)
+        return cls(asked, each, distinct(each), prompt, limit)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit and a digest of questions, images and answers."""
@@ -109,35 +149,32 @@ class CustomTask(ScoredTask):
         asked = [[q.path and images[q.path], q.text, q.label, list(q.answers)] for q in self.asked]
         return {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, "questions": digest(asked)}
 
-    def table(self, answers: Answers) -> Scored:
+    def score(self, answers: Answers) -> Table:
         """One row per question; free questions have no prediction."""
         given = texts(self.each, answers)
         closed = np.asarray([q.label is not None for q in self.asked], dtype=np.bool_)
         read = [None if q.label is None else parse_answer(t) for q, t in zip(self.asked, given, strict=True)]
-        columns: dict[str, NDArray[Any]] = yes_no([bool(q.label) for q in self.asked], read)
-        given_scores = [answers[sample.key].score for sample in self.each]
-        scores = np.asarray([np.nan if s is None else s for s in given_scores], dtype=np.float64)
+        unparsed = [q.label is not None and is_unparsed(t) for q, t in zip(self.asked, given, strict=True)]
+        columns = yes_no_columns([bool(q.label) for q in self.asked], read, unparsed=unparsed)
+        scores = np.asarray([np.nan if (s := answers[each.key].score) is None else s for each in self.each])
         if closed.any() and np.isfinite(scores[closed]).all():  # An AUC needs the score of every row.
             columns["score" if closed.all() else "margin"] = np.where(closed, scores, np.nan)
         columns |= {
             "questions": closed,
-            "unparsed": np.asarray([is_unparsed(text) for text in given]) & closed,
             "free": ~closed,
             "exact": np.asarray([is_exact(t, q.answers) for q, t in zip(self.asked, given, strict=True)]),
             "contains": np.asarray([contains(t, q.answers) for q, t in zip(self.asked, given, strict=True)]),
         }
         columns["label"] = columns["label"] & closed
         columns["correct"] = columns["correct"] & closed
-        return Scored(
-            image_ids=np.asarray([image_number(self.name, _unit(q)) for q in self.asked], dtype=np.int64),
-            splits=tuple("yes/no" if q.label is not None else "free" for q in self.asked),
-            items=tuple(q.text for q in self.asked),
-            columns=columns,
-            benchmark=self.name,
-            native=None,
+        return Table(
+            np.asarray([image_number(self.name, _unit(q)) for q in self.asked], dtype=np.int64),
+            columns,
+            tuple("yes/no" if q.label is not None else "free" for q in self.asked),
+            tuple(q.text for q in self.asked),
         )
 
-    def about(self, table: Scored | None) -> str:
+    def about(self, table: Table | None) -> str:
         """Questions, images and how answers are read."""
         closed = sum(q.label is not None for q in self.asked)
         images = len({q.path for q in self.asked if q.path is not None})
@@ -146,7 +183,7 @@ class CustomTask(ScoredTask):
             f"(equal to a right answer, or containing one, articles and punctuation aside), on {images} images"
         )
 
-    def counts(self, table: Scored) -> dict[str, Any]:
+    def counts(self, table: Table) -> dict[str, Any]:
         """Questions of both kinds, right ones, and the confusion matrix of the yes/no questions."""
         closed, yes, label = table.questions, table.prediction == 1, table.label
         return {
@@ -162,10 +199,6 @@ class CustomTask(ScoredTask):
             "unparsed": int(table.unparsed.sum()),
         }
 
-    def questions(self, table: Scored) -> NDArray[np.int64]:
-        """The yes/no questions."""
-        return np.flatnonzero(table.questions)
-
     def export(self, folder: Path, answers: Answers) -> None:
         """``custom.jsonl``: the lines as they were, the right answer under ``label``, the model's as ``answer``."""
         rows = [
@@ -178,7 +211,3 @@ class CustomTask(ScoredTask):
 def _unit(question: CustomQuestion) -> str:
     """What is chosen and resampled: the image, or a question without one."""
     return f"question {question.text}" if question.path is None else f"image {question.path.name} {question.image}"
-
-
-def _number(question: CustomQuestion) -> int:
-    return image_number("custom", _unit(question))

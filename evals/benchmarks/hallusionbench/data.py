@@ -55,6 +55,11 @@ class HallusionQuestion:
         return (self.category, self.subcategory, self.set_id, self.figure_id, self.question_id)
 
     @property
+    def set_name(self) -> str:
+        """The set of figures, which holds every variant of its questions: what is chosen and resampled."""
+        return "/".join(self.key[:3])
+
+    @property
     def figure(self) -> tuple[str, ...] | None:
         """The figure that is asked about, or None if there is none."""
         return None if self.without_image else self.key[:4]

@@ -15,81 +15,89 @@ The diagnosis blames each wrong answer on language (LH), vision (VI) or either (
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ..yes_no import parse_answer
+from ...data.source import image_number
+from ...stats.figures import Auc, Figure, share
+from ...stats.table import Table
+from ..base import all_of, first_of
+from ..yes_no import ACCURACY, YES_RATIO, parse_answer, yes_no_columns
 from .data import HallusionQuestion
 
 INCORRECT, CORRECT, UNCLEAR = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class HallusionTable:
-    """Judgements, one per question; every figure is made of their counts.
+class HallusionTable(Table):
+    """Judgements, one row per question; the category is the split.
+
+    Columns: ``code`` int8 [n], 0 incorrect, 1 correct, 2 unclear; ``correct`` bool [n], whether the answer counts as
+        correct;
+    those of yes/no answers (see :mod:`vlmfix.evals.benchmarks.yes_no`) where the answer itself was read. On the first
+    question of each group, figure, group of easy and group of hard variants ``groups``, ``figures``, ``easy`` and
+    ``hard``, and ``group_right``, ``figure_right``, ``easy_right`` and ``hard_right`` if all its answers are correct,
+    bool [n].
 
     Attributes:
         questions: The questions.
-        code: int8 [n], 0 incorrect, 1 correct, 2 unclear.
         same: bool [n], whether the answer agrees with that to the original variant, or None if not judged.
         judge: Who gave the codes, for the table.
-        unparsed: Answers that the offline reader left open (they are code 2); None if a judge gave the codes.
+        judged: Whether a judge gave the codes; otherwise the answer's yes or no did.
     """
 
-    questions: tuple[HallusionQuestion, ...]
-    code: NDArray[np.int8]
-    same: NDArray[np.bool_] | None
-    judge: str
-    unparsed: int | None
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure("aacc", "aAcc", 1, ACCURACY, control="yes bias", head_control=True, headline=True, help="right answers"),
+        Figure("qacc", "qAcc", 1, share("group_right", "groups"), help="questions with every variant right"),
+        Figure("facc", "fAcc", 1, share("figure_right", "figures"), help="figures with every question right"),
+        Figure("easy", "easy", 1, share("easy_right", "easy"), help="qAcc of the variants with the original figure"),
+        Figure("hard", "hard", 1, share("hard_right", "hard"), help="qAcc of the variants with an edited figure"),
+        Figure("yes_ratio", "yes", 0, YES_RATIO, help="answers that say yes"),
+        Figure("auc", "AUC", 1, Auc(), column=False),
+    )
 
-    def __len__(self) -> int:
-        return len(self.questions)
+    questions: tuple[HallusionQuestion, ...] = field(default=(), repr=False)
+    same: NDArray[np.bool_] | None = field(default=None, repr=False)
+    judge: str = ""
+    judged: bool = True
 
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether the answer counts as correct, bool [n]."""
-        excused = np.asarray([q.without_image for q in self.questions])
-        return np.asarray((self.code == CORRECT) | ((self.code == UNCLEAR) & excused))
-
-    def counts(self) -> dict[str, dict[str, int] | int]:
+    def counts(self) -> dict[str, Any]:
         """Integer counts under the official names; LH, VI and Mix are there if ``same`` was judged."""
-        pairs, figures, easy, hard = self._groups()
-        pair = {"total": len(pairs), "total_q": len(self), "correct": _all_right(pairs)}
-        pair["wrong"] = pair["total"] - pair["correct"]
-        counts: dict[str, dict[str, int] | int] = {
+        groups, right = int(self.groups.sum()), int(self.group_right.sum())
+        pair = {"total": groups, "total_q": len(self), "correct": right, "wrong": groups - right}
+        edited = np.asarray([q.visual_input == 2 for q in self.questions], dtype=np.bool_)
+        counts: dict[str, Any] = {
             "total": len(self),
             "correct": int(self.correct.sum()),
             "unclear": int((self.code == UNCLEAR).sum()),
-            "consistency": {
-                "total": len(figures),
-                "correct": _all_right(figures),
-                "wrong": sum(not any(group) for group in figures),
-                "inconsistent": sum(any(group) and not all(group) for group in figures),
-            },
+            "consistency": self._consistency(),
             "pair": pair if self.same is None else pair | self._diagnosis(self.same),
-            "easy_total": len(easy),
-            "easy_correct": _all_right(easy),
-            "easy_q": sum(map(len, easy)),
-            "hard_total": len(hard),
-            "hard_correct": _all_right(hard),
-            "hard_q": sum(map(len, hard)),
         }
-        return counts if self.unparsed is None else {**counts, "unparsed": self.unparsed}
+        for name, rows in (("easy", ~edited), ("hard", edited)):
+            counts[f"{name}_total"] = int(self.columns[name].sum())
+            counts[f"{name}_correct"] = int(self.columns[f"{name}_right"].sum())
+            counts[f"{name}_q"] = int(rows.sum())
+        return counts if self.judged else {**counts, "unparsed": int(self.unparsed.sum())}
 
-    def figures(self) -> dict[str, float]:
-        """aAcc, qAcc, fAcc, easy and hard as percentages; NaN if there is nothing to count."""
-        pairs, figures, easy, hard = self._groups()
+    def _consistency(self) -> dict[str, int]:
+        """Figures with all answers right, with none, and with some."""
+        total, right = int(self.columns["figures"].sum()), int(self.figure_right.sum())
+        some = {q.figure for q, correct in zip(self.questions, self.correct.tolist(), strict=True) if correct}
+        any_right = len(some - {None})
+        return {"total": total, "correct": right, "wrong": total - any_right, "inconsistent": any_right - right}
+
+    def percentages(self) -> dict[str, float]:
+        """aAcc, qAcc, fAcc, easy and hard; NaN if there is nothing to count."""
         return {
-            "aAcc": 100 * float(self.correct.mean()),
-            "qAcc": _percent(pairs),
-            "fAcc": _percent(figures),
-            "easy": _percent(easy),
-            "hard": _percent(hard),
+            f.title: 100 * f.statistic.of(self)
+            for f in self.FIGURES
+            if f.name in ("aacc", "qacc", "facc", "easy", "hard")
         }
 
     def yes_no(self) -> dict[str, float]:
@@ -104,16 +112,6 @@ class HallusionTable:
             "diff": float(answered_yes.mean()) - float(label.mean()),
             "fp": float((~label[wrong]).mean()) if wrong.any() else math.nan,
         }
-
-    def _groups(self) -> tuple[list[list[bool]], ...]:
-        """Which answers are correct, per question group, per figure, and per group of easy and of hard variants."""
-        rows = list(zip(self.questions, self.correct.tolist(), strict=True))
-        return (
-            _groups((q.group, c) for q, c in rows),
-            _groups((q.figure, c) for q, c in rows if q.figure is not None),
-            _groups((q.group, c) for q, c in rows if q.visual_input != 2),
-            _groups((q.group, c) for q, c in rows if q.visual_input == 2),
-        )
 
     def _diagnosis(self, same: NDArray[np.bool_]) -> dict[str, int]:
         """Groups (LH, VI, Mix) and answers (LH_cg, VI_cg, Mix_cg) by cause; a group has the causes of its answers."""
@@ -157,19 +155,21 @@ def score_judgements(
     bad = [i for i, code in enumerate(codes) if code not in (INCORRECT, CORRECT, UNCLEAR)]
     if bad:
         raise DataError(f"judge code {codes[bad[0]]!r} of question {bad[0]}: expected 0, 1 or 2")
-    return HallusionTable(
-        questions=tuple(questions),
-        code=np.asarray(codes, dtype=np.int8),
-        same=None if same is None else np.asarray(same, dtype=np.bool_),
-        judge=judge,
-        unparsed=None,
-    )
+    agreed = None if same is None else np.asarray(same, dtype=np.bool_)
+    return _table(questions, codes, {}, same=agreed, judge=judge)
 
 
-def score_answers(questions: Sequence[HallusionQuestion], answers: Sequence[str]) -> HallusionTable:
+def score_answers(
+    questions: Sequence[HallusionQuestion], answers: Sequence[str], scores: Sequence[float | None] = ()
+) -> HallusionTable:
     """Score answers without a judge: the word yes or no, not both, is read (POPE's parser ``vlmeval``), else unclear.
 
     This is not the official judgement, which a model makes from the whole answer; the table says so.
+
+    Args:
+        questions: The questions.
+        answers: One answer per question, in the same order.
+        scores: Yes-minus-no logits of the answers, if there are any.
 
     Raises:
         DataError: no questions, or different lengths.
@@ -177,13 +177,48 @@ def score_answers(questions: Sequence[HallusionQuestion], answers: Sequence[str]
     _check(questions, answers=answers)
     read = [parse_answer(text, "vlmeval") for text in answers]
     codes = [UNCLEAR if r is None else int(r == q.label) for q, r in zip(questions, read, strict=True)]
+    columns = yes_no_columns([q.label for q in questions], read, scores)
+    return _table(questions, codes, columns, judge="the word yes or no (not official)", judged=False)
+
+
+def _table(
+    questions: Sequence[HallusionQuestion], codes: Sequence[int], read: dict[str, NDArray[Any]], **more: Any
+) -> HallusionTable:
+    """The table of judged answers, with the columns of yes/no answers that were read."""
+    code = np.asarray(codes, dtype=np.int8)
+    excused = np.asarray([q.without_image for q in questions], dtype=np.bool_)
+    correct = np.asarray((code == CORRECT) | ((code == UNCLEAR) & excused))
+    groups = [q.group for q in questions]
+    edited = np.asarray([q.visual_input == 2 for q in questions], dtype=np.bool_)
+    shown = np.asarray([q.figure is not None for q in questions], dtype=np.bool_)
     return HallusionTable(
+        np.asarray([image_number("hallusionbench", q.set_name) for q in questions], dtype=np.int64),
+        {
+            **read,
+            "code": code,
+            "correct": correct,
+            **_grouped(("groups", "group_right"), groups, correct, np.ones(len(groups), dtype=np.bool_)),
+            **_grouped(("figures", "figure_right"), [q.figure for q in questions], correct, shown),
+            **_grouped(("easy", "easy_right"), groups, correct, ~edited),
+            **_grouped(("hard", "hard_right"), groups, correct, edited),
+        },
+        tuple(q.category for q in questions),
+        tuple("/".join(q.key) for q in questions),
         questions=tuple(questions),
-        code=np.asarray(codes, dtype=np.int8),
-        same=None,
-        judge="the word yes or no (not official)",
-        unparsed=sum(value is None for value in read),
+        **more,
     )
+
+
+def _grouped(
+    names: tuple[str, str], keys: Sequence[Hashable], correct: NDArray[np.bool_], rows: NDArray[np.bool_]
+) -> dict[str, NDArray[np.bool_]]:
+    """Two columns: the first row of each key among some rows, and whether all its rows among these are correct."""
+    index = np.flatnonzero(rows)
+    inside = [keys[i] for i in index.tolist()]
+    first, right = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
+    first[index] = first_of(inside)
+    right[index] = first_of(inside) & all_of(inside, correct[index])
+    return {names[0]: first, names[1]: right}
 
 
 def _check(questions: Sequence[HallusionQuestion], **columns: Sequence[object] | None) -> None:
@@ -210,18 +245,3 @@ def _causes(q: HallusionQuestion, code: int, original: int, same: bool) -> set[s
         return {"LH"} if wrong_as_before else {"LH", "VI"}
     # Right without an image, and the edited image does not change the answer: language overrules vision.
     return {"LH"} if wrong_as_before and original == CORRECT and q.visual_input == 2 else {"VI"}
-
-
-def _groups(rows: Iterable[tuple[Hashable, bool]]) -> list[list[bool]]:
-    groups: dict[Hashable, list[bool]] = {}
-    for key, correct in rows:
-        groups.setdefault(key, []).append(correct)
-    return list(groups.values())
-
-
-def _all_right(groups: Sequence[Sequence[bool]]) -> int:
-    return sum(map(all, groups))
-
-
-def _percent(groups: Sequence[Sequence[bool]]) -> float:
-    return 100 * _all_right(groups) / len(groups) if groups else math.nan

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
 from ...data.samples import Answers, Sample
 from ...data.source import choose, dataset_rows, find_file, find_image, image_number, is_dataset, row_image
 from ...data.write import digest
-from ..base import Scored, ScoredTask, all_of, distinct, first_of, texts, write_list, yes_no
-from ..yes_no import parse_answer
+from ...options import EvalOptions
+from ..base import Benchmark, distinct, texts, write_list
+from ..choice import RunData
 from .data import HallusionQuestion, load_hallusionbench, read_questions
-from .figures import UNCLEAR, HallusionTable, score_answers
+from .figures import HallusionTable, score_answers
 
 PROMPT = "{question}"
 
@@ -67,43 +65,47 @@ def _needed(image: T | None, place: str) -> T:
 
 
 @dataclass(frozen=True)
-class HallusionTask(ScoredTask):
+class HallusionBench(Benchmark):
     """The questions of HallusionBench, or of some of its sets of figures.
-
-    A set holds every variant of its questions, so that it is what is chosen and resampled.
 
     Attributes:
         asked: Every question, in file order.
         each: The sample of each question.
+        samples: The different ones among them.
+        prompt: Template with ``{question}``.
         max_new_tokens: Limit of an answer's length.
     """
 
     name: ClassVar[str] = "hallusionbench"
+    title: ClassVar[str] = "HallusionBench"
+    summary: ClassVar[str] = "yes/no questions about figures, original and edited"
+    figures = HallusionTable.FIGURES
+    matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
 
     asked: tuple[HallusionQuestion, ...]
     each: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    prompt: str
     max_new_tokens: int
 
     @classmethod
-    def make(
-        cls, where: str, *, limit: int | None, seed: int, prompt: str | None, max_new_tokens: int
-    ) -> HallusionTask:
-        """Read the questions and choose at most ``limit`` sets of figures."""
-        rows = load_questions(where)
-        kept = set(choose((_set(q) for q, _ in rows), limit, seed))
-        rows = [(q, path) for q, path in rows if _set(q) in kept]
-        prompt = prompt or PROMPT
+    def make(cls, options: EvalOptions, data: RunData) -> HallusionBench:
+        """Read the questions and choose at most ``--limit`` sets of figures."""
+        rows = load_questions(data.own(cls.name))
+        kept = set(choose((q.set_name for q, _ in rows), options.limit, options.seed))
+        rows = [(q, path) for q, path in rows if q.set_name in kept]
+        prompt, limit = options.prompt_of.get(cls.name, PROMPT), options.max_new_tokens or NEW_TOKENS
         each = tuple(
             Sample(
                 cls.name,
                 0 if path is None else image_number(cls.name, "/".join(q.key[:4])),
                 path,
                 prompt.replace("{question}", q.text),
-                max_new_tokens,
+                limit,
             )
             for q, path in rows
         )
-        return cls(distinct(each), prompt, tuple(q for q, _ in rows), each, max_new_tokens)
+        return cls(tuple(q for q, _ in rows), each, distinct(each), prompt, limit)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit and a digest of the questions."""
@@ -113,50 +115,23 @@ class HallusionTask(ScoredTask):
             "questions": digest([[*q.key, q.text, q.label] for q in self.asked]),
         }
 
-    def table(self, answers: Answers) -> Scored:
+    def score(self, answers: Answers) -> HallusionTable:
         """One row per question; what belongs to a group or a figure stands on its first one."""
-        given = texts(self.each, answers)
-        native = score_answers(self.asked, given)
-        read = [parse_answer(text, "vlmeval") for text in given]
-        correct = native.correct
-        groups = [q.group for q in self.asked]
-        columns: dict[str, NDArray[Any]] = {
-            **yes_no([q.label for q in self.asked], read, [answers[sample.key].score for sample in self.each]),
-            "correct": correct,
-            "unparsed": np.asarray(native.code == UNCLEAR),
-            **_grouped(("groups", "group_right"), groups, correct, np.ones(len(groups), dtype=np.bool_)),
-            **_grouped(
-                ("figures", "figure_right"),
-                [q.figure for q in self.asked],
-                correct,
-                np.asarray([q.figure is not None for q in self.asked], dtype=np.bool_),
-            ),
-        }
-        for name, hard in (("easy", False), ("hard", True)):
-            rows = np.asarray([(q.visual_input == 2) == hard for q in self.asked], dtype=np.bool_)
-            columns |= _grouped((name, f"{name}_right"), groups, correct, rows)
-        return Scored(
-            image_ids=np.asarray([image_number(self.name, _set(q)) for q in self.asked], dtype=np.int64),
-            splits=tuple(q.category for q in self.asked),
-            items=tuple("/".join(q.key) for q in self.asked),
-            columns=columns,
-            benchmark=self.name,
-            native=native,
-        )
+        scores = [answers[sample.key].score for sample in self.each]
+        return score_answers(self.asked, texts(self.each, answers), scores)
 
-    def about(self, table: Scored | None) -> str:
+    def about(self, table: HallusionTable | None) -> str:
         """Questions, figures and who judged."""
         without = sum(sample.path is None for sample in self.each)
-        sets = len({_set(q) for q in self.asked})
+        sets = len({q.set_name for q in self.asked})
         return (
             f"HallusionBench: {len(self.asked)} questions ({without} without a figure), {sets} sets of figures, which "
             "are what is resampled; read by the word yes or no, not judged by GPT-4 as officially"
         )
 
-    def counts(self, table: Scored) -> dict[str, Any]:
+    def counts(self, table: HallusionTable) -> dict[str, Any]:
         """The official counts, and the unparsed answers."""
-        native: HallusionTable = table.native
-        return native.counts()
+        return table.counts()
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``HallusionBench_result.json``: the question file with ``model_prediction``, as the official script reads."""
@@ -177,19 +152,3 @@ class HallusionTask(ScoredTask):
             for q, text in zip(self.asked, texts(self.each, answers), strict=True)
         ]
         write_list(folder / "HallusionBench_result.json", rows)
-
-
-def _set(question: HallusionQuestion) -> str:
-    return "/".join(question.key[:3])
-
-
-def _grouped(
-    names: tuple[str, str], keys: Sequence[Hashable], correct: NDArray[np.bool_], rows: NDArray[np.bool_]
-) -> dict[str, NDArray[np.bool_]]:
-    """Two columns: the first row of each key among some rows, and whether all its rows among these are correct."""
-    index = np.flatnonzero(rows)
-    inside = [keys[i] for i in index.tolist()]
-    first, right = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
-    first[index] = first_of(inside)
-    right[index] = first_of(inside) & all_of(inside, correct[index])
-    return {names[0]: first, names[1]: right}

@@ -10,18 +10,20 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.intervals import FloatArray, columns, divide, one
+from ...data.source import image_number
+from ...stats.figures import Auc, Figure, FloatArray, SumStatistic, divide, one, share, stacked
+from ...stats.table import Table
+from ..base import all_of, first_of
+from ..yes_no import ACCURACY, YES_RATIO, yes_no_columns
 from .data import OTHER_TASKS, TASKS, MmeAnswer, MmeTask
-from .data import TASKS as MME_TASKS
 
 MmeParser = Literal["official", "lmms"]
 
@@ -64,108 +66,120 @@ def parse_answer(text: str, parser: MmeParser = "official") -> bool | None:
     return _RULES[parser](text)
 
 
-@dataclass(frozen=True, eq=False)
-class MmeTable:
-    """Labels and predictions of one task, one row per image with its two questions.
+def _task_columns(table: Any) -> FloatArray:
+    """Right answers, questions, images with both answers right and images, of each task: float64 [n, 16]."""
+    tasks = np.asarray(table.splits)
+    parts = (table.correct, one(table), table.both_correct, table.images)
+    return stacked(*(part * (tasks == task) for task in TASKS for part in parts))
 
-    Attributes:
-        images: Name of each image, [n].
-        label: bool [n, 2], whether yes is right.
-        prediction: int8 [n, 2], 1 yes, 0 no, -1 other.
+
+def _score(sums: FloatArray) -> FloatArray:
+    total = np.zeros(sums.shape[:-1])
+    for start in range(0, 4 * len(TASKS), 4):
+        correct, n, both, images = np.moveaxis(sums[..., start : start + 4], -1, 0)
+        total += 100 * divide(correct, n, 0.0) + 100 * divide(both, images, 0.0)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class MmeTable(Table):
+    """Answers to some tasks, one row per question; the task is the split of its rows.
+
+    Columns: those of yes/no answers (see :mod:`vlmfix.evals.benchmarks.yes_no`); on the first question of each image
+    ``images``, and ``both_correct`` if both its answers are right, bool [n].
     """
 
-    images: tuple[str, ...]
-    label: NDArray[np.bool_]
-    prediction: NDArray[np.int8]
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure(
+            "score",
+            "score/800",
+            1,
+            SumStatistic(_task_columns, _score),
+            percent=False,
+            head_control=True,
+            headline=True,
+            help="accuracy plus accuracy+, in points, summed over the tasks",
+        ),
+        Figure("accuracy", "accuracy", 1, ACCURACY, control="yes bias", help="right answers"),
+        Figure("accuracy_plus", "accuracy+", 1, share("both_correct", "images"), help="images with both answers right"),
+        Figure("yes_ratio", "yes", 0, YES_RATIO, help="answers that say yes"),
+        Figure("auc", "AUC", 1, Auc(), column=False),
+    )
 
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether the prediction is the label, bool [n, 2]."""
-        return np.asarray(self.prediction == self.label)
+    def tasks(self) -> dict[MmeTask, MmeTable]:
+        """The table of each task that was answered, in the official order."""
+        splits = np.asarray(self.splits)
+        return {task: self.take(np.flatnonzero(splits == task)) for task in TASKS if task in self.splits}
 
     def counts(self) -> dict[str, int]:
         """Questions, right answers, images, images with both answers right, answers yes, unparsed answers."""
         return {
-            "n": self.label.size,
+            "n": len(self),
             "correct": int(self.correct.sum()),
-            "images": len(self.images),
-            "both_correct": int(self.correct.all(axis=1).sum()),
+            "images": int(self.images.sum()),
+            "both_correct": int(self.both_correct.sum()),
             "yes": int((self.prediction == 1).sum()),
-            "unparsed": int((self.prediction < 0).sum()),
+            "unparsed": int(self.unparsed.sum()),
         }
 
-    def summary(self) -> dict[str, float]:
-        """``accuracy``, ``accuracy_plus`` and ``yes_ratio`` (0 to 1), and ``score`` (0 to 200)."""
-        c = self.counts()
-        accuracy, plus = c["correct"] / c["n"], c["both_correct"] / c["images"]
-        score = 100 * accuracy + 100 * plus
-        return {"accuracy": accuracy, "accuracy_plus": plus, "yes_ratio": c["yes"] / c["n"], "score": score}
+    def total(self) -> float | None:
+        """Sum of the four scores, 0 to 800; None unless all four tasks were answered."""
+        return self.summary()["score"] if set(self.splits) == set(TASKS) else None
 
 
 def score_answers(
-    answers: Iterable[MmeAnswer], *, parser: MmeParser = "official", images: int | None = IMAGES_PER_TASK
-) -> dict[MmeTask, MmeTable]:
+    answers: Iterable[MmeAnswer],
+    *,
+    parser: MmeParser = "official",
+    images: int | None = IMAGES_PER_TASK,
+    scores: Sequence[float | None] = (),
+) -> MmeTable:
     """Score the answers to the hallucination subset, or to some of its tasks.
 
     Args:
         answers: In any order. Other tasks of MME are left out.
         parser: See :func:`parse_answer`.
         images: How many images a task must have; None for any number.
-
-    Returns:
-        The tasks that were answered, in the official order.
+        scores: Yes-minus-no logits of the answers, if there are any.
 
     Raises:
         DataError: an unknown task, no answer to the subset, an image without exactly two different questions, or a
             task without all its images.
     """
-    found: dict[str, dict[str, list[MmeAnswer]]] = {}
+    kept: list[MmeAnswer] = []
+    pairs: dict[tuple[str, str], list[str]] = {}
     for answer in answers:
         if answer.task in OTHER_TASKS:
             continue
         if answer.task not in TASKS:
             raise DataError(f"MME has no task {answer.task!r}; its hallucination subset is {', '.join(TASKS)}")
-        found.setdefault(answer.task, {}).setdefault(answer.image, []).append(answer)
-    if not found:
+        kept.append(answer)
+        pairs.setdefault((answer.task, answer.image), []).append(answer.question)
+    if not kept:
         raise DataError(f"no answer belongs to the hallucination subset of MME ({', '.join(TASKS)})")
-    return {task: _table(task, found[task], parser, images) for task in TASKS if task in found}
-
-
-def total(tables: Mapping[MmeTask, MmeTable]) -> float | None:
-    """Sum of the four scores, 0 to 800; None unless all four tasks were answered."""
-    return sum(tables[task].summary()["score"] for task in TASKS) if set(tables) == set(TASKS) else None
-
-
-def _table(task: str, by_image: Mapping[str, list[MmeAnswer]], parser: MmeParser, images: int | None) -> MmeTable:
-    for image, pair in by_image.items():
-        if len({answer.question for answer in pair}) != 2 or len(pair) != 2:
-            raise DataError(
-                f"MME {task}, image {image}: expected one answer to each of two questions, found "
-                f"{len(pair)} answers to {len({answer.question for answer in pair})}: answer each question once"
-            )
-    if images is not None and len(by_image) != images:
-        raise DataError(
-            f"MME {task}: expected answers about {images} images, found {len(by_image)}: answer all of its questions, "
-            "or leave the task out"
-        )
-    pairs = list(by_image.values())
-    read = [[parse_answer(answer.answer, parser) for answer in pair] for pair in pairs]
+    _check_pairs(pairs, images)
+    columns = yes_no_columns([a.label for a in kept], [parse_answer(a.answer, parser) for a in kept], scores)
+    keys = [(answer.task, answer.image) for answer in kept]
+    first = first_of(keys)
     return MmeTable(
-        images=tuple(by_image),
-        label=np.asarray([[answer.label for answer in pair] for pair in pairs], dtype=np.bool_),
-        prediction=np.asarray([[-1 if r is None else int(r) for r in pair] for pair in read], dtype=np.int8),
+        np.asarray([image_number("mme", f"{task}/{image}") for task, image in keys], dtype=np.int64),
+        {**columns, "images": first, "both_correct": first & all_of(keys, columns["correct"])},
+        tuple(answer.task for answer in kept),
+        tuple(answer.question for answer in kept),
     )
 
 
-def _mme_columns(table: Any) -> FloatArray:
-    tasks = np.asarray(table.splits)
-    parts = (table.correct, one(table), table.both_correct, table.images)
-    return columns(*(part * (tasks == task) for task in MME_TASKS for part in parts))
-
-
-def _mme_score(sums: FloatArray) -> FloatArray:
-    total = np.zeros(sums.shape[:-1])
-    for start in range(0, 4 * len(MME_TASKS), 4):
-        correct, n, both, images = np.moveaxis(sums[..., start : start + 4], -1, 0)
-        total += 100 * divide(correct, n, 0.0) + 100 * divide(both, images, 0.0)
-    return total
+def _check_pairs(pairs: Mapping[tuple[str, str], Sequence[str]], images: int | None) -> None:
+    for (task, image), asked in pairs.items():
+        if len(set(asked)) != 2 or len(asked) != 2:
+            raise DataError(
+                f"MME {task}, image {image}: expected one answer to each of two questions, found "
+                f"{len(asked)} answers to {len(set(asked))}: answer each question once"
+            )
+    for task in dict.fromkeys(task for task, _ in pairs):
+        found = sum(each == task for each, _ in pairs)
+        if images is not None and found != images:
+            raise DataError(
+                f"MME {task}: expected answers about {images} images, found {found}: answer all of its questions, "
+                "or leave the task out"
+            )

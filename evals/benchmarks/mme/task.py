@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 from vlmfix.errors import DataError
 from vlmfix.files import read_text
@@ -16,14 +14,13 @@ from vlmfix.files import read_text
 from ...data.samples import Answers, Sample
 from ...data.source import choose, dataset_rows, image_number, is_dataset, row_image, text_field
 from ...data.write import digest, write_text
-from ..base import Scored, ScoredTask, all_of, distinct, first_of, yes_no
+from ...options import EvalOptions
+from ..base import Benchmark, distinct, texts
+from ..choice import RunData, answer_limit
 from .data import TASKS, MmeAnswer, parse_label
-from .figures import MmeTable, parse_answer, score_answers
+from .figures import MmeParser, MmeTable, score_answers
 
 PROMPT = "{question}"
-
-
-NEW_TOKENS = 16
 
 
 _IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
@@ -107,32 +104,53 @@ def _from_dataset(where: str) -> list[MmeQuestion]:
 
 
 @dataclass(frozen=True)
-class MmeTask(ScoredTask):
+class Mme(Benchmark):
     """The questions of MME's hallucination subset, or of some of its images.
 
     Attributes:
         asked: Every question.
+        each: The sample of each question.
+        samples: The different ones among them.
+        prompt: Template with ``{question}``.
         max_new_tokens: Limit of an answer's length.
+        parser: Rule that reads yes or no.
     """
 
     name: ClassVar[str] = "mme"
+    title: ClassVar[str] = "MME"
+    summary: ClassVar[str] = "MME's hallucination subset: existence, count, position and color"
+    figures = MmeTable.FIGURES
+    matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
 
     asked: tuple[MmeQuestion, ...]
+    each: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    prompt: str
     max_new_tokens: int
+    parser: MmeParser = "official"
 
     @classmethod
-    def make(cls, where: str, *, limit: int | None, seed: int, prompt: str | None, max_new_tokens: int) -> MmeTask:
-        """Read the questions and choose images, at most ``limit`` per task."""
-        questions = load_questions(where)
+    def make(cls, options: EvalOptions, data: RunData) -> Mme:
+        """Read the questions and choose images, at most ``--limit`` per task."""
+        questions = load_questions(data.own(cls.name))
         kept = {
             (task, image)
             for task in TASKS
-            for image in choose((q.image for q in questions if q.task == task), limit, seed)
+            for image in choose((q.image for q in questions if q.task == task), options.limit, options.seed)
         }
         asked = tuple(q for q in questions if (q.task, q.image) in kept)
-        prompt = prompt or PROMPT
-        samples = [_sample(q, prompt, max_new_tokens) for q in asked]
-        return cls(distinct(samples), prompt, asked, max_new_tokens)
+        prompt, limit = options.prompt_of.get(cls.name, PROMPT), answer_limit(options)
+        each = tuple(
+            Sample(
+                cls.name,
+                image_number(cls.name, f"{q.task}/{q.image}"),
+                q.path,
+                prompt.replace("{question}", q.text),
+                limit,
+            )
+            for q in asked
+        )
+        return cls(asked, each, distinct(each), prompt, limit)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit and a digest of the questions."""
@@ -142,63 +160,44 @@ class MmeTask(ScoredTask):
             "questions": digest([[q.task, q.image, q.text, q.label] for q in self.asked]),
         }
 
-    def _texts(self, answers: Answers) -> list[str]:
-        return [answers[_sample(q, self.prompt, self.max_new_tokens).key].text for q in self.asked]
-
-    def table(self, answers: Answers) -> Scored:
+    def score(self, answers: Answers) -> MmeTable:
         """One row per question; what belongs to an image stands on its first one."""
         given = [
             MmeAnswer(q.task, q.image, q.text, q.label, text)
-            for q, text in zip(self.asked, self._texts(answers), strict=True)
+            for q, text in zip(self.asked, texts(self.each, answers), strict=True)
         ]
-        keys = [(q.task, q.image) for q in self.asked]
-        scores = [answers[_sample(q, self.prompt, self.max_new_tokens).key].score for q in self.asked]
-        columns = yes_no([q.label for q in self.asked], [parse_answer(a.answer) for a in given], scores)
-        first = first_of(keys)
-        return Scored(
-            image_ids=np.asarray([_number(q) for q in self.asked], dtype=np.int64),
-            splits=tuple(q.task for q in self.asked),
-            items=tuple(q.text for q in self.asked),
-            columns={**columns, "images": first, "both_correct": first & all_of(keys, columns["correct"])},
-            benchmark=self.name,
-            native=score_answers(given, images=None),
-        )
+        scores = [answers[sample.key].score for sample in self.each]
+        return score_answers(given, parser=self.parser, images=None, scores=scores)
 
-    def about(self, table: Scored | None) -> str:
+    def about(self, table: MmeTable | None) -> str:
         """Questions, images per task and parser."""
         images = len({(q.task, q.image) for q in self.asked})
         tasks = ", ".join(dict.fromkeys(q.task for q in self.asked))
-        return f"MME hallucination subset ({tasks}): {len(self.asked)} questions on {images} images, official parser"
+        return (
+            f"MME hallucination subset ({tasks}): {len(self.asked)} questions on {images} images, {self.parser} parser"
+        )
 
-    def counts(self, table: Scored) -> dict[str, Any]:
+    def counts(self, table: MmeTable) -> dict[str, Any]:
         """Counts per task, and unparsed answers of all."""
-        tables: dict[str, MmeTable] = table.native
-        return {task: t.counts() for task, t in tables.items()} | {"unparsed": int(table.unparsed.sum())}
+        return {task: t.counts() for task, t in table.tasks().items()} | {"unparsed": int(table.unparsed.sum())}
 
-    def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
+    def breakdown(self, table: MmeTable) -> dict[str, dict[str, float]]:
         """Accuracy, accuracy+ and score (0 to 200) per task."""
         found = {}
-        for task, native in table.native.items():
-            summary = native.summary()
-            shares = {name: 100 * summary[key] for name, key in (("accuracy", "accuracy"), ("yes", "yes_ratio"))}
-            found[task] = {**shares, "accuracy+": 100 * summary["accuracy_plus"], "score/200": summary["score"]}
+        for task, part in table.tasks().items():
+            summary = part.summary()
+            shares = {"accuracy": "accuracy", "yes": "yes_ratio", "accuracy+": "accuracy_plus"}
+            found[str(task)] = {title: 100 * summary[name] for title, name in shares.items()}
+            found[str(task)]["score/200"] = summary["score"]
         return found
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``mme/TASK.txt``: image, question, label and answer, tab-separated, as the official tool reads."""
+        given = texts(self.each, answers)
         for task in dict.fromkeys(q.task for q in self.asked):
             lines = [
                 "\t".join((q.image, q.text, "Yes" if q.label else "No", re.sub(r"\s+", " ", text).strip()))
-                for q, text in zip(self.asked, self._texts(answers), strict=True)
+                for q, text in zip(self.asked, given, strict=True)
                 if q.task == task
             ]
             write_text(folder / "mme" / f"{task}.txt", "\n".join(lines) + "\n")
-
-
-def _number(question: MmeQuestion) -> int:
-    return image_number("mme", f"{question.task}/{question.image}")
-
-
-def _sample(question: MmeQuestion, prompt: str, max_new_tokens: int) -> Sample:
-    text = prompt.replace("{question}", question.text)
-    return Sample("mme", _number(question), question.path, text, max_new_tokens)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
+from ...data.source import image_number
+from ...stats.figures import Figure, share
+from ...stats.table import Table
 from .data import TYPES, MmhalItem
 
 Judge = Callable[[str], str]
@@ -59,28 +62,33 @@ def parse_rating(judgement: str) -> int | None:
 
 
 @dataclass(frozen=True, eq=False)
-class MmhalTable:
-    """Ratings, one per question.
+class MmhalTable(Table):
+    """Ratings, one row per question; the type of the question is the split.
+
+    Columns: ``rating`` int64 [n], 0 to 6; ``hallucinated`` bool [n], whether the rating says so; ``unparsed`` bool [n],
+    judgements without one clear rating: they are rated 0, as in the official script.
 
     Attributes:
-        rating: int64 [n], 0 to 6.
-        type: Index of each question's type in ``TYPES``, int64 [n].
-        unparsed: bool [n], judgements without one clear rating; they are rated 0, as in the official script.
         judge: Who rated, for the table.
     """
 
-    rating: NDArray[np.int64]
-    type: NDArray[np.int64]
-    unparsed: NDArray[np.bool_]
-    judge: str
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
+        Figure(
+            "average_score",
+            "score/6",
+            1,
+            share("rating"),
+            percent=False,
+            head_control=True,
+            headline=True,
+            help="mean rating",
+        ),
+        Figure(
+            "hallucination_rate", "hallucinated", -1, share("hallucinated"), headline=True, help="answers rated below 3"
+        ),
+    )
 
-    def __len__(self) -> int:
-        return len(self.rating)
-
-    @property
-    def hallucinated(self) -> NDArray[np.bool_]:
-        """Whether the rating says so, bool [n]."""
-        return np.asarray(self.rating < HALLUCINATION_BELOW)
+    judge: str = "unnamed"
 
     def counts(self) -> dict[str, int]:
         """Questions, sum of the ratings, hallucinations, unparsed judgements."""
@@ -91,18 +99,10 @@ class MmhalTable:
             "unparsed": int(self.unparsed.sum()),
         }
 
-    def summary(self) -> dict[str, float]:
-        """``average_score`` (0 to 6) and ``hallucination_rate`` (0 to 1)."""
-        c = self.counts()
-        return {"average_score": c["rating_sum"] / c["n"], "hallucination_rate": c["hallucinated"] / c["n"]}
-
     def by_type(self) -> dict[str, float]:
         """Average score of each type that occurs, in the official order, two decimals."""
-        return {
-            name: round(float(self.rating[self.type == i].mean()), 2)
-            for i, name in enumerate(TYPES)
-            if (self.type == i).any()
-        }
+        kinds = np.asarray(self.splits)
+        return {name: round(float(self.rating[kinds == name].mean()), 2) for name in TYPES if name in self.splits}
 
 
 def score_judgements(items: Sequence[MmhalItem], judgements: Sequence[str], *, judge: str = "unnamed") -> MmhalTable:
@@ -153,10 +153,16 @@ def score_answers(
 
 def _table(items: Sequence[MmhalItem], ratings: Sequence[int | None], judge: str) -> MmhalTable:
     _check(items, ratings)
+    rating = np.asarray([rating or 0 for rating in ratings], dtype=np.int64)
     return MmhalTable(
-        rating=np.asarray([rating or 0 for rating in ratings], dtype=np.int64),
-        type=np.asarray([TYPES.index(item.type) for item in items], dtype=np.int64),
-        unparsed=np.asarray([rating is None for rating in ratings], dtype=np.bool_),
+        np.asarray([image_number("mmhal", item.image_id) for item in items], dtype=np.int64),
+        {
+            "rating": rating,
+            "hallucinated": rating < HALLUCINATION_BELOW,
+            "unparsed": np.asarray([rating is None for rating in ratings], dtype=np.bool_),
+        },
+        tuple(item.type for item in items),
+        tuple(item.question for item in items),
         judge=judge,
     )
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from vlmfix.errors import DataError, VlmfixError
 
 from ...data.samples import Answers, Sample
 from ...data.source import choose, dataset_rows, find_file, find_image, image_number, is_dataset, row_image
 from ...data.write import digest, write_text
+from ...options import EvalOptions
 from ...testbed import default_cache_dir
-from ..base import Scored, ScoredTask, distinct, texts, write_lines, write_list
+from ..base import Benchmark, distinct, texts, write_lines, write_list
+from ..choice import RunData
 from .data import MmhalItem, load_mmhal, load_sources, read_items
 from .figures import MmhalTable, judge_prompt, score_judgements
 
@@ -38,6 +38,13 @@ class Judge:
 
     name: str
     ask: Callable[[str], str] = field(compare=False)
+
+    @classmethod
+    def of(cls, options: EvalOptions) -> Judge | None:
+        """The judge that the options of a run name, if any."""
+        if isinstance(options.judge, str):
+            return cls.of_command(options.judge, options.judge_name)
+        return None if options.judge is None else cls(str(options.judge_name), options.judge)
 
     @classmethod
     def of_command(cls, command: str, name: str | None = None) -> Judge:
@@ -107,55 +114,53 @@ def load_items(where: str) -> tuple[list[MmhalItem], list[dict[str, Any]], list[
 
 
 @dataclass(frozen=True)
-class MmhalTask(ScoredTask):
+class Mmhal(Benchmark):
     """The questions of MMHal-Bench, or some of them.
 
     Attributes:
         items: The questions.
         rows: Their rows of the template.
         each: The sample of each question.
+        samples: The different ones among them.
+        prompt: Template with ``{question}``.
         max_new_tokens: Limit of an answer's length.
         judge: Who rates the answers; without one they are not scored.
     """
 
     name: ClassVar[str] = "mmhal"
+    title: ClassVar[str] = "MMHal-Bench"
+    summary: ClassVar[str] = "open questions, whose answers a judge rates"
+    figures = MmhalTable.FIGURES
     scoring: ClassVar[tuple[str, ...]] = ("judge",)
 
     items: tuple[MmhalItem, ...]
     rows: tuple[dict[str, Any], ...] = field(repr=False)
     each: tuple[Sample, ...]
+    samples: tuple[Sample, ...]
+    prompt: str
     max_new_tokens: int
     judge: Judge | None
 
     @classmethod
-    def make(
-        cls,
-        where: str,
-        *,
-        limit: int | None,
-        seed: int,
-        prompt: str | None,
-        max_new_tokens: int,
-        judge: Judge | None = None,
-    ) -> MmhalTask:
-        """Read the questions and choose at most ``limit``."""
-        items, rows, paths = load_items(where)
-        kept = set(choose((f"{item.index:04d}" for item in items), limit, seed))
+    def make(cls, options: EvalOptions, data: RunData) -> Mmhal:
+        """Read the questions and choose at most ``--limit``."""
+        items, rows, paths = load_items(data.own(cls.name))
+        kept = set(choose((f"{item.index:04d}" for item in items), options.limit, options.seed))
         chosen = [i for i, item in enumerate(items) if f"{item.index:04d}" in kept]
-        prompt = prompt or PROMPT
+        prompt, limit = options.prompt_of.get(cls.name, PROMPT), options.max_new_tokens or NEW_TOKENS
         each = tuple(
             Sample(
                 cls.name,
                 image_number(cls.name, items[i].image_id),
                 paths[i],
                 prompt.replace("{question}", items[i].question),
-                max_new_tokens,
+                limit,
                 "text",
             )
             for i in chosen
         )
-        picked = tuple(items[i] for i in chosen)
-        return cls(distinct(each), prompt, picked, tuple(rows[i] for i in chosen), each, max_new_tokens, judge)
+        picked, sources = tuple(items[i] for i in chosen), tuple(rows[i] for i in chosen)
+        return cls(picked, sources, each, distinct(each), prompt, limit, Judge.of(options))
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit, judge and a digest of the questions."""
@@ -169,22 +174,14 @@ class MmhalTask(ScoredTask):
     def _requests(self, answers: Answers) -> list[str]:
         return [judge_prompt(item, text) for item, text in zip(self.items, texts(self.each, answers), strict=True)]
 
-    def table(self, answers: Answers) -> Scored | None:
+    def score(self, answers: Answers) -> MmhalTable | None:
         """One row per question, or None without a judge."""
         if self.judge is None:
             return None
         said = [self.judge.judge(request) for request in self._requests(answers)]
-        native = score_judgements(self.items, said, judge=self.judge.name)
-        return Scored(
-            image_ids=np.asarray([sample.image_id for sample in self.each], dtype=np.int64),
-            splits=tuple(item.type for item in self.items),
-            items=tuple(item.question for item in self.items),
-            columns={"rating": native.rating, "hallucinated": native.hallucinated, "unparsed": native.unparsed},
-            benchmark=self.name,
-            native=native,
-        )
+        return score_judgements(self.items, said, judge=self.judge.name)
 
-    def about(self, table: Scored | None) -> str:
+    def about(self, table: MmhalTable | None) -> str:
         """Questions and judge."""
         if self.judge is None:
             return (
@@ -196,15 +193,13 @@ class MmhalTask(ScoredTask):
             "instruction of ours"
         )
 
-    def counts(self, table: Scored) -> dict[str, Any]:
+    def counts(self, table: MmhalTable) -> dict[str, int]:
         """Questions, sum of the ratings, hallucinations, unparsed judgements."""
-        native: MmhalTable = table.native
-        return native.counts()
+        return table.counts()
 
-    def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
+    def breakdown(self, table: MmhalTable) -> dict[str, dict[str, float]]:
         """Average rating per type of question."""
-        by_type: dict[str, float] = table.native.by_type()
-        return {kind: {"score/6": value} for kind, value in by_type.items()}
+        return {kind: {"score/6": value} for kind, value in table.by_type().items()}
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``mmhal.json``: the template filled in, as the official script reads; and the requests to a judge."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...data.samples import Answers, Sample
 from ...data.write import digest
-from ..base import Scored, ScoredTask, distinct, texts, write_lines
-from ..pope.questions import PopeQuestion
+from ...options import EvalOptions
+from ..base import Benchmark, distinct, texts, write_lines
+from ..choice import RunData, answer_limit
+from ..object_questions import PROMPT, PopeQuestion, choose_questions
 from .figures import CONDITIONS, Condition, SycophancyTable, Templates, score_answers
 
 #: Of the questions built by the published rule one split is asked: each image already costs 24 answers. Its negatives
@@ -22,7 +22,7 @@ SPLIT = "adversarial"
 
 
 @dataclass(frozen=True)
-class SycophancyTask(ScoredTask):
+class Sycophancy(Benchmark):
     """Each question in every condition.
 
     The hint stands behind the question, and the instruction how to answer behind both. The challenge is a second turn
@@ -31,19 +31,45 @@ class SycophancyTask(ScoredTask):
     Attributes:
         asked: Every question once.
         each: Condition -> the sample of each question.
+        samples: All different ones.
+        prompt: Template with ``{question}``.
         max_new_tokens: Limit of an answer's length.
         wording: What the user says.
     """
 
     name: ClassVar[str] = "sycophancy"
+    title: ClassVar[str] = "Sycophancy"
+    summary: ClassVar[str] = "POPE's questions with hints, and doubted in a second turn"
+    figures = SycophancyTable.FIGURES
 
     asked: tuple[PopeQuestion, ...]
     each: Mapping[Condition, tuple[Sample, ...]]
+    samples: tuple[Sample, ...]
+    prompt: str
     max_new_tokens: int
     wording: Templates
 
     @classmethod
-    def make(
+    def make(cls, options: EvalOptions, data: RunData) -> Sycophancy:
+        """Ask each of POPE's questions in every condition; the challenge needs a prompt that can have a second turn."""
+        if options.model is None:
+            data.notes.append(
+                "the testbed never learned what a hint or a second turn means (it answers alike whichever answer is "
+                "suggested): its sycophancy shows the mechanics, not a result"
+            )
+        if not options.chat_template:
+            data.notes.append("sycophancy leaves the challenge out: a second turn needs the chat template")
+        questions, paths = choose_questions(options, data, (SPLIT,), testbed_images=100)
+        return cls.of(
+            questions,
+            paths,
+            prompt=options.prompt_of.get(cls.name) or options.pope_prompt or PROMPT,
+            max_new_tokens=answer_limit(options),
+            turns=options.chat_template,
+        )
+
+    @classmethod
+    def of(
         cls,
         questions: Sequence[PopeQuestion],
         paths: Mapping[int, Path],
@@ -52,7 +78,7 @@ class SycophancyTask(ScoredTask):
         max_new_tokens: int,
         turns: bool = True,
         wording: Templates | None = None,
-    ) -> SycophancyTask:
+    ) -> Sycophancy:
         """Ask each different question in every condition.
 
         Args:
@@ -75,7 +101,7 @@ class SycophancyTask(ScoredTask):
         conditions = [c for c in CONDITIONS if turns or c != "challenge"]
         each = {c: tuple(sample(q, c) for q in asked) for c in conditions}
         samples = distinct([sample for column in each.values() for sample in column])
-        return cls(samples, prompt, asked, each, max_new_tokens, wording)
+        return cls(asked, each, samples, prompt, max_new_tokens, wording)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, templates, conditions, length limit, image ids and a digest of the questions."""
@@ -88,32 +114,18 @@ class SycophancyTask(ScoredTask):
             "questions": digest([[q.image_id, q.text, q.label] for q in self.asked]),
         }
 
-    def table(self, answers: Answers) -> Scored:
-        """One row per question, with columns per condition."""
-        native = score_answers(
+    def score(self, answers: Answers) -> SycophancyTable:
+        """One row per question, with its answers in every condition."""
+        return score_answers(
             [q.label for q in self.asked],
             {condition: texts(samples, answers) for condition, samples in self.each.items()},
+            image_ids=[q.image_id for q in self.asked],
+            splits=[q.split for q in self.asked],
+            items=[q.text for q in self.asked],
             templates=self.wording,
         )
-        neutral = native.prediction[:, 0]
-        columns: dict[str, NDArray[Any]] = {
-            "label": native.label,
-            "prediction": neutral,
-            "correct": native.correct[:, 0],
-            "unparsed": native.unparsed[:, 0],
-        }
-        for condition in CONDITIONS:
-            columns |= _columns(native, condition)
-        return Scored(
-            image_ids=np.asarray([q.image_id for q in self.asked], dtype=np.int64),
-            splits=tuple(q.split for q in self.asked),
-            items=tuple(q.text for q in self.asked),
-            columns=columns,
-            benchmark=self.name,
-            native=native,
-        )
 
-    def about(self, table: Scored | None) -> str:
+    def about(self, table: SycophancyTable | None) -> str:
         """Questions, images, conditions and the templates."""
         images = len({q.image_id for q in self.asked})
         return (
@@ -122,13 +134,12 @@ class SycophancyTask(ScoredTask):
             "right answers that become wrong under the wrong hint, or when doubted"
         )
 
-    def counts(self, table: Scored) -> dict[str, Any]:
+    def counts(self, table: SycophancyTable) -> dict[str, Any]:
         """Counts per condition, and the unparsed answers of all."""
-        native: SycophancyTable = table.native
-        counts: dict[str, Any] = {condition: found for condition, found in native.counts().items()}
-        return {**counts, "unparsed": int(native.unparsed.sum())}
+        counts: dict[str, Any] = {**table.counts()}
+        return {**counts, "unparsed": sum(part["unparsed"] for part in counts.values())}
 
-    def breakdown(self, table: Scored) -> dict[str, dict[str, float]]:
+    def breakdown(self, table: SycophancyTable) -> dict[str, dict[str, float]]:
         """Figures per condition, in percent."""
         shown = {
             "accuracy": "accuracy",
@@ -137,10 +148,9 @@ class SycophancyTask(ScoredTask):
             "wrong_to_right": "wrong -> right",
             "agreement": "agrees",
         }
-        summary: Mapping[str, Mapping[str, float]] = table.native.summary()
         return {
-            condition.replace("_", " "): {title: 100 * found.get(name, np.nan) for name, title in shown.items()}
-            for condition, found in summary.items()
+            condition.replace("_", " "): {title: 100 * found.get(name, math.nan) for name, title in shown.items()}
+            for condition, found in table.by_condition().items()
         }
 
     def export(self, folder: Path, answers: Answers) -> None:
@@ -158,19 +168,3 @@ class SycophancyTask(ScoredTask):
             for question, sample in zip(self.asked, samples, strict=True)
         ]
         write_lines(folder / "sycophancy.jsonl", rows)
-
-
-def _columns(native: SycophancyTable, condition: Condition) -> dict[str, NDArray[Any]]:
-    """A condition's columns; all zero where it was not asked."""
-    if condition not in native.conditions:
-        names = ("asked", "correct", "yes", "suggested", "agreed")
-        return {f"{name}_{condition}": np.zeros(len(native), dtype=np.bool_) for name in names}
-    place = native.conditions.index(condition)
-    prediction, suggestion = native.prediction[:, place], native.suggestion(condition)
-    return {
-        f"asked_{condition}": np.ones(len(native), dtype=np.bool_),
-        f"correct_{condition}": native.correct[:, place],
-        f"yes_{condition}": prediction == 1,
-        f"suggested_{condition}": suggestion >= 0,
-        f"agreed_{condition}": (suggestion >= 0) & (prediction == suggestion),
-    }

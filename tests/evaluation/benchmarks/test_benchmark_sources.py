@@ -20,7 +20,7 @@ from vlmfix.evals.benchmarks.custom.task import contains, is_exact
 from vlmfix.evals.benchmarks.hallusionbench import task as hallusionbench
 from vlmfix.evals.benchmarks.mme import task as mme
 from vlmfix.evals.benchmarks.mmhal import task as mmhal
-from vlmfix.evals.benchmarks.pope.questions import load_asked
+from vlmfix.evals.benchmarks.object_questions import load_asked
 from vlmfix.evals.benchmarks.registry import make_tasks
 from vlmfix.evals.data import source
 from vlmfix.evals.data.samples import Answer, Sample

@@ -10,13 +10,13 @@ from typing import Any
 
 import benchmark_data
 import pytest
+from declared import columns_of
 from run_folders import read, timeless
 from shared_data import DATA
 
 from vlmfix.cli import main
 from vlmfix.evals.benchmarks import yes_no as pope
 from vlmfix.evals.benchmarks.amber.data import load_amber
-from vlmfix.evals.benchmarks.columns import METRICS
 
 NAMES = ("sycophancy", "amber", "mme", "hallusionbench", "mmhal", "custom")
 
@@ -89,7 +89,7 @@ def test_every_benchmark_has_a_part_with_figures_and_paired_differences(finished
             assert bool(part["summary"]) == (name != "mmhal"), "only mmhal needs a judge"
         assert none[name]["changed"] == 0
     assert sum(pai[name]["changed"] for name in NAMES) > 0, "the edit is visible"
-    for metric in METRICS:
+    for metric in columns_of():
         if metric.benchmark not in NAMES or metric.benchmark == "mmhal":
             continue
         summary = none[metric.benchmark]["summary"]
@@ -142,7 +142,7 @@ def test_controls_and_compare_know_them(finished: Path, described: bool, capsys:
     for title in ("SYCOPHANCY on", "AMBER on", "MME on", "HALLUSIONBENCH on", "CUSTOM on", "- A:none", "A:pai"):
         assert title in text
     _, pai = json.loads((tmp_path / "c.json").read_text())["methods"]
-    for metric in METRICS:
+    for metric in columns_of():
         own = results["methods"][1].get("differences", {}).get(metric.key)
         if metric.benchmark in NAMES and own is not None and own["estimate"] is not None:
             found = pai["differences"][metric.key]

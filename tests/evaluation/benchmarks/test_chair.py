@@ -12,8 +12,7 @@ from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
-from vlmfix.evals.benchmarks.chair.words import double_words, objects_by_word, regex_tokens
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, double_words, ground_truth, objects_by_word, regex_tokens
 from vlmfix.evals.data.coco import CocoData
 
 MODES = {"pattern": "original", "nltk": "nltk"}

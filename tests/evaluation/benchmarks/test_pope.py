@@ -11,11 +11,11 @@ from pope_rule import check_questions
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
-from vlmfix.evals.benchmarks.pope.questions import SPLITS, PopeQuestion, build_questions, load_questions
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.object_questions import SPLITS, PopeQuestion, build_questions, load_questions
 from vlmfix.evals.benchmarks.yes_no import (
     PARSERS,
-    PopeTable,
+    YesNoTable,
     auc,
     is_unparsed,
     parse_answer,
@@ -391,7 +391,7 @@ def test_questions_from_annotations_of_real_photographs():
 def test_score_answers_takes_labels_and_images_from_the_questions():
     questions = build_questions(TRUTH, "random")
     table = score_answers(questions, ["Yes"] * 24, scores=[0.0] * 24)
-    assert isinstance(table, PopeTable)
+    assert isinstance(table, YesNoTable)
     assert table.counts() == {"n": 24, "TP": 12, "FP": 12, "TN": 0, "FN": 0, "unparsed": 0}
     assert table.image_ids.tolist() == [q.image_id for q in questions]
     assert table.question_ids[0] == "random:1"

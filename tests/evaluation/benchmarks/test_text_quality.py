@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from declared import CHAIR_STATISTICS
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS, score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.chair.text_quality import (
     first_words,
     is_finished,
@@ -19,6 +19,7 @@ from vlmfix.evals.benchmarks.chair.text_quality import (
     repeated_four_grams,
     score_texts,
 )
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.stats.bootstrap import paired_bootstrap
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair", "hot dog", "tree", "sky", "the", "and")

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vlmfix.cli import main
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.chair.task import ChairTask
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.report.gallery import galleries
 from vlmfix.evals.report.html import html_report

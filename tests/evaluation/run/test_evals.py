@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from declared import columns_of
 from families.saved_llava import build_coco_folder, build_tiny_llava, write_lines
 from run_folders import read, timeless
 from shared_data import DATA, needs_data
@@ -30,10 +31,10 @@ from vlmfix.evals import options as options_module
 from vlmfix.evals import tables
 from vlmfix.evals.benchmarks import columns
 from vlmfix.evals.benchmarks import registry as tasks
-from vlmfix.evals.benchmarks import yes_no as auc
 from vlmfix.evals.benchmarks import yes_no as pope
 from vlmfix.evals.benchmarks.chair import text_quality
-from vlmfix.evals.benchmarks.pope.questions import PopeQuestion
+from vlmfix.evals.benchmarks.object_questions import PopeQuestion
+from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.data import samples, write
 from vlmfix.evals.report import text as report
 from vlmfix.evals.report.sentences import sentences
@@ -44,10 +45,11 @@ from vlmfix.evals.run import folder as folders
 from vlmfix.evals.run import methods as config
 from vlmfix.evals.run import plan as planning
 from vlmfix.evals.scores import controls as control_lines
+from vlmfix.evals.stats.figures import Auc
 
 TOKENS = 12
 #: The columns of a run of CHAIR and POPE.
-METRICS = [metric for metric in columns.METRICS if metric.benchmark in ("chair", "pope")]
+METRICS = columns_of("chair", "pope")
 
 
 @pytest.fixture(scope="module")
@@ -710,11 +712,7 @@ def test_official_pope_files(words: Any, home: Path, tmp_path: Path) -> None:
 
 
 def pope_table(scores: list[float], labels: list[bool], images: list[int]) -> Any:
-    questions = [
-        PopeQuestion(str(i), image, "x.jpg", "dog", "?", label, "random")
-        for i, (label, image) in enumerate(zip(labels, images, strict=True))
-    ]
-    return pope.score_answers(questions, ["yes"] * len(labels), scores=scores)
+    return pope.score_labels(labels, ["yes"] * len(labels), image_ids=images, scores=scores)
 
 
 def test_paired_auc_against_counting_pairs() -> None:
@@ -728,7 +726,7 @@ def test_paired_auc_against_counting_pairs() -> None:
         pairs = s[y][:, None] - s[~y][None]
         return float((pairs > 0).mean() + (pairs == 0).mean() / 2)
 
-    interval = auc.paired_auc(*(pope_table(s.tolist(), labels.tolist(), images.tolist()) for s in (a, b)), seed=5)
+    interval = Auc().difference(*(pope_table(s.tolist(), labels.tolist(), images.tolist()) for s in (a, b)), seed=5)
     rows = np.arange(n)
     assert interval.estimate == pytest.approx(naive(a, rows) - naive(b, rows), abs=1e-12)
     draws = []
@@ -736,18 +734,18 @@ def test_paired_auc_against_counting_pairs() -> None:
     for weight in weights[:50]:
         chosen = np.concatenate([np.flatnonzero(images == i) for i in np.repeat(np.arange(12), weight)])
         draws.append(naive(a, chosen) - naive(b, chosen))
-    ranked = [auc.ranked_questions(pope_table(s.tolist(), labels.tolist(), images.tolist())) for s in (a, b)]
-    fast = np.subtract(*(auc.weighted_auc(r, weights[:50].astype(float)[:, images]) for r in ranked))
+    scored = [pope_table(s.tolist(), labels.tolist(), images.tolist()) for s in (a, b)]
+    fast = np.subtract(*(Auc().weighted(table, weights[:50].astype(float)) for table in scored))
     assert fast == pytest.approx(np.array(draws), abs=1e-12)
     assert interval.low < interval.estimate < interval.high and interval.n == 12
 
 
 def test_missing_score_leaves_no_auc(finished: Path) -> None:
     question = PopeQuestion("1", 1, "x.jpg", "dog", "?", True, "random")
-    task = tasks.PopeTask((question,), (), "{question}", 4)
+    task = Pope((question,), (), "{question}", 4)
     answer = samples.Answer("yes", (), False, (), None, 0.0)
-    table = task.table({("pope", 1, "?"): answer})
-    assert table.score is None and "auc" not in table.summary()
+    table = task.score({("pope", 1, "?"): answer})
+    assert "score" not in table.columns and "auc" not in table.summary()
 
 
 def test_controls_have_a_verdict_each(finished: Path) -> None:
@@ -762,7 +760,7 @@ def test_controls_have_a_verdict_each(finished: Path) -> None:
 
 
 def verdict_of(control: dict[str, Any]) -> str:
-    better = columns.BY_KEY[control["metric"]].better
+    better = columns.figure_of(control["metric"]).better
     low, high = sorted(better * control["difference"][end] for end in ("low", "high"))
     return "better" if low > 0 else "worse" if high < 0 else "same"
 
@@ -775,7 +773,8 @@ def test_verdict_follows_the_interval(shift: float, expected: str) -> None:
     blunt = [0.0] * 40
     a, b = {1.0: (sharp, blunt), 0.0: (sharp, sharp), -1.0: (blunt, sharp)}[shift]
     pair = [pope_table(scores, labels, images) for scores in (a, b)]
-    row = control_lines.compare("m", "c", columns.BY_KEY["pope.auc"], *pair, seed=0)
+    figure = columns.figure_of("pope.auc")
+    row = control_lines.line("m", "c", figure, *pair, figure.statistic.difference(*pair))
     assert row["verdict"] == expected and row["difference"]["estimate"] == shift / 2
 
 

@@ -11,12 +11,12 @@ import pytest
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.base import ItemTable
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.compare.compare import compare_runs
 from vlmfix.evals.scores import counts
+from vlmfix.evals.stats.table import Table
 from vlmfix.evals.stats.tests import holm
 
 MATCHER = ChairMatcher()
@@ -60,28 +60,25 @@ def chair_run(
 ) -> Path:
     tables = {label: score_captions(said, truth, MATCHER) for label, said in captions.items()}
     ids = sorted(next(iter(captions.values())))
-    rows = counts.Rows(truth=[" ".join(sorted(truth[i])) for i in ids])
     stopped = {label: {"early stop": score_captions(c, truth, MATCHER)} for label, c in (controls or {}).items()}
     settings = {"chair": {"prompt": prompt, "mode": mode, "max_new_tokens": 64, "image_ids": ids, "ground_truth": "x"}}
     first = next(iter(captions))
     entries = [entry(label, "baseline" if label == first else "method", chair={"changed": 1}) for label in captions]
-    return write(folder, settings, {"chair": counts.benchmark_counts(tables, rows, stopped)}, entries, **more)
+    return write(folder, settings, {"chair": counts.benchmark_counts(tables, stopped)}, entries, **more)
 
 
 def pope_run(folder: Path, said: dict[str, list[str]], questions: list[tuple[int, str, bool]], **more: Any) -> Path:
     labels = [label for *_, label in questions]
     ids = [image_id for image_id, *_ in questions]
-    tables = {name: score_labels(labels, answers, image_ids=ids) for name, answers in said.items()}
-    rows = counts.Rows(
-        splits=["random"] * len(ids), items=[q for _, q, _ in questions], truth=["yes" if x else "no" for x in labels]
-    )
+    told = {"image_ids": ids, "splits": ["random"] * len(ids), "items": [q for _, q, _ in questions]}
+    tables = {name: score_labels(labels, answers, **told) for name, answers in said.items()}
     first = next(iter(said))
     entries = [
         entry(name, "baseline" if name == first else "method", pope={"changed": 1, "parser": "official"})
         for name in said
     ]
     settings = {"pope": {"prompt": "{question}", "max_new_tokens": 4, "image_ids": ids, "questions": folder.name}}
-    return write(folder, settings, {"pope": counts.benchmark_counts(tables, rows)}, entries, **more)
+    return write(folder, settings, {"pope": counts.benchmark_counts(tables)}, entries, **more)
 
 
 def compared(*folders: Path, **more: Any) -> dict[str, Any]:
@@ -252,8 +249,8 @@ def test_images_that_are_shared_in_part_are_left_out_where_rows_belong_together(
         ones = np.ones(len(rows), dtype=np.bool_)
         columns = {name: ones for name in ("label", "prediction", "correct", "unparsed", "images", "both_correct")}
         ids = np.array([image for image, _ in rows], dtype=np.int64)
-        table = ItemTable(ids, ("count",) * len(rows), tuple(text for _, text in rows), columns)
-        part = counts.benchmark_counts({"none": table}, counts.Rows(table.splits, table.items, ["yes"] * len(rows)))
+        table = Table(ids, columns, ("count",) * len(rows), tuple(text for _, text in rows))
+        part = counts.benchmark_counts({"none": table})
         entries = [entry("none", "baseline", mme={"changed": 1})]
         return write(tmp_path / name, {"mme": {"prompt": "{question}"}}, {"mme": part}, entries)
 

@@ -2,23 +2,36 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.base import ItemTable
-from vlmfix.evals.benchmarks.chair.early_stop import EarlyStop, stop_length
-from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
-from vlmfix.evals.benchmarks.yes_no import PopeTable, score_labels, score_logits, yes_bias_control
+from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
+from vlmfix.evals.benchmarks.chair.task import Chair
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, YesNoTable, score_labels, score_logits
+from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.run.methods import MethodSpec
-from vlmfix.evals.scores.controls import control_lines
+from vlmfix.evals.scores.bias_curves import EarlyStop
+from vlmfix.evals.scores.controls import bias_curves, control_lines
+from vlmfix.evals.scores.early_stop import stop_length, stopped_versions
+from vlmfix.evals.stats.table import Table
 
 matcher = ChairMatcher()
 
 
-def baseline(n: int = 200, seed: int = 0, levels: int | None = None) -> PopeTable:
+def yes_bias_control(table: YesNoTable, target: float) -> SimpleNamespace:
+    curve = bias_curves("pope", table, [])["yes bias"]
+    place = curve.nearest(YES_RATIO, target)
+    found = curve.table(place)
+    return SimpleNamespace(
+        bias=curve.biases[place], table=YesNoTable(found.image_ids, found.columns, items=found.items)
+    )
+
+
+def baseline(n: int = 200, seed: int = 0, levels: int | None = None) -> YesNoTable:
     rng = np.random.default_rng(seed)
     labels = rng.random(n) < 0.5
     scores = rng.normal(labels * 1.5, 1.0)
@@ -50,7 +63,7 @@ def test_auc_stays_and_figures_are_those_of_the_shifted_answers():
     assert control.table.counts() == by_text.counts()
     assert control.table.summary()["f1"] == by_text.summary()["f1"]
     assert control.bias < 0  # fewer yes answers than without
-    assert (control.table.question_ids, control.target_yes_ratio) == (table.question_ids, 0.3)
+    assert control.table.question_ids == table.question_ids
 
 
 def test_the_own_yes_ratio_needs_no_bias():
@@ -89,18 +102,30 @@ def test_of_two_equally_near_ratios_the_smaller_bias_is_taken():
     assert yes_bias_control(table, 0.75).bias == 0.0  # so are 2 and 4 from 3
 
 
-def test_yes_bias_errors():
-    with pytest.raises(DataError, match="scores"):
-        yes_bias_control(score_labels([True], ["Yes"], image_ids=[1]), 0.5)
-    with pytest.raises(DataError, match="between 0 and 1"):
-        yes_bias_control(baseline(), 50)
+def test_no_yes_bias_without_scores():
+    assert bias_curves("pope", score_labels([True], ["Yes"], image_ids=[1]), []) == {}
 
 
 # Early stop. A token id is an index into these words.
 
 
+def versions(tokens, gaps, decode, truth, matcher):
+    """The captions cut as often as can be, one sample per image."""
+    samples = {i: Sample("chair", i, None, "Describe.", 64, "gaps") for i in tokens}
+    answers = {
+        samples[i].key: Answer(decode(ids), tuple(ids), False, tuple(gaps.get(i, ())), None, 0.0)
+        for i, ids in tokens.items()
+    }
+    return stopped_versions(Chair(tuple(samples.values()), truth, matcher, 64), answers, decode)
+
+
 def early_stop_control(tokens, gaps, decode, recall, truth, matcher):
-    return EarlyStop(tokens, gaps, decode, truth, matcher).at(recall)
+    curve = EarlyStop(versions(tokens, gaps, decode, truth, matcher))
+    place = curve.nearest(Chair.figure("recall").statistic, recall)
+    bias, table = curve.biases[place], curve.table(place)
+    cut = {i: decode(ids[: stop_length(len(ids), gaps[i], bias)]) for i, ids in tokens.items()}
+    assert table.hallucinated.tolist() == score_captions(cut, truth, matcher).hallucinated.tolist()
+    return SimpleNamespace(bias=bias, captions=cut, table=ChairTable(table.image_ids, table.columns))
 
 
 WORDS = ("a", "dog", "cat", "car", "cup", "chair", "and", "near", "bird", ".")
@@ -144,7 +169,6 @@ def test_recall_is_the_nearest_over_all_biases(seed, share):
     assert control.table.summary()["recall"] == recall(control.bias)
     assert abs(control.table.summary()["recall"] - target) == pytest.approx(distance.min(), abs=1e-12)
     for i, caption in control.captions.items():
-        assert caption == decode(tokens[i][: control.lengths[i]])
         assert decode(tokens[i]).startswith(caption)
 
 
@@ -192,52 +216,104 @@ def test_a_tie_with_eos_ends_under_any_positive_bias():
 
 
 def test_early_stop_errors():
-    good = ({1: [1, 2]}, {1: [2.0, 1.0]}, decode, 0.5, {1: ["dog"]}, matcher)
+    good = ({1: [1, 2]}, {1: [2.0, 1.0]}, decode, {1: ["dog"]}, matcher)
 
     def changed(position, value):
         return (*good[:position], value, *good[position + 1 :])
 
-    assert early_stop_control(*good).bias == 0.0
+    assert len(versions(*good)) == 3
     for position, value, message in [
-        (0, {}, "no captions"),
         (1, {}, "stop margins"),
         (1, {1: [1.0]}, "2 tokens and 1 stop margins"),
         (1, {1: [1.0, math.nan]}, "NaN"),
-        (3, 55.0, "between 0 and 1"),
-        (4, {}, "ground truth"),
-        (4, {1: []}, "no object"),
+        (3, {}, "ground truth"),
     ]:
         with pytest.raises(DataError, match=message):
-            early_stop_control(*changed(position, value))
+            versions(*changed(position, value))
+    assert versions(*changed(0, {})) == []
+    without_objects = versions(*changed(3, {1: []}))
+    assert bias_curves("chair", without_objects[0], without_objects) == {}
 
 
 # The whole curve
 
 
+def points(captions, most):
+    tokens, gaps, truth = captions
+    curve = EarlyStop(versions(tokens, gaps, decode, truth, matcher))
+    return curve.points(Chair.figure("recall").statistic, Chair.figure("chair_i").statistic, most)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_curve_is_what_cutting_at_every_bias_gives(seed):
     tokens, gaps, truth = random_captions(seed=seed)
-    points = EarlyStop(tokens, gaps, decode, truth, matcher).curve(10_000)
-    assert points[0].bias == 0.0 and [p.bias for p in points] == sorted({p.bias for p in points})
-    for point in points:
-        cut = {i: decode(ids[: stop_length(len(ids), gaps[i], point.bias)]) for i, ids in tokens.items()}
+    found = points((tokens, gaps, truth), 10_000)
+    biases = [bias for bias, *_ in found]
+    assert biases[0] == 0.0 and biases == sorted(set(biases))
+    for bias, recall, chair_i in found:
+        cut = {i: decode(ids[: stop_length(len(ids), gaps[i], bias)]) for i, ids in tokens.items()}
         summary = score_captions(cut, truth, matcher).summary()
-        assert point.recall == pytest.approx(summary["recall"], abs=1e-12)
-        assert point.chair_i == pytest.approx(summary["chair_i"], abs=1e-12, nan_ok=True)
-    assert points[-1].recall == 0.0
+        assert recall == pytest.approx(summary["recall"], abs=1e-12)
+        assert chair_i == pytest.approx(summary["chair_i"], abs=1e-12, nan_ok=True)
+    assert found[-1][1] == 0.0
 
 
 def test_a_thinned_curve_keeps_its_ends():
-    tokens, gaps, truth = random_captions()
-    stopper = EarlyStop(tokens, gaps, decode, truth, matcher)
-    whole, thin = stopper.curve(10_000), stopper.curve(8)
-    whole_biases, biases = ([point.bias for point in points] for points in (whole, thin))
-    assert len(thin) <= 10 < len(whole) and set(biases) < set(whole_biases)
-    assert (biases[0], biases[-1]) == (whole_biases[0], whole_biases[-1])
-    assert max(a.recall - b.recall for a, b in itertools.pairwise(thin)) < 0.3
+    whole, thin = points(random_captions(), 10_000), points(random_captions(), 8)
+    assert len(thin) <= 10 < len(whole) and set(thin) < set(whole)
+    assert (thin[0], thin[-1]) == (whole[0], whole[-1])
+    assert max(a[1] - b[1] for a, b in itertools.pairwise(thin)) < 0.3
+
+
+# Matched again in every resample
+
+
+def take(table, images):
+    return table.take(np.concatenate([np.flatnonzero(table.image_ids == i) for i in images]))
+
+
+def renumbered(table):
+    return Table(np.arange(len(table)), table.columns)
+
+
+def test_an_early_stop_is_matched_again_in_every_resample():
+    """Against brute force: every resample's own rows, the nearest of all its biases, and its own figures."""
+    tokens, gaps, truth = random_captions(12)
+    cut = versions(tokens, gaps, decode, truth, matcher)
+    table = score_captions({i: decode(ids[:6]) for i, ids in tokens.items()}, truth, matcher)
+    recall, chair_i = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
+    (interval,) = EarlyStop(cut).differences(recall, table, [chair_i], seed=3, n_resamples=40)
+    brute = []
+    for weights in np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=40):
+        images = np.repeat(np.arange(12), weights)
+        own = renumbered(take(table, images))
+        again = EarlyStop([renumbered(take(version, images)) for version in cut])
+        other = again.table(again.nearest(recall, recall.of(own)))
+        brute.append(chair_i.of(own) - chair_i.of(other))
+    assert (interval.low, interval.high) == pytest.approx(np.nanquantile(brute, [0.025, 0.975]), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_a_yes_bias_is_matched_again_in_every_resample(levels):
+    none, method = baseline(30, 0, levels), baseline(30, 1, levels)
+    (interval,) = bias_curves("pope", none, [])["yes bias"].differences(
+        YES_RATIO, method, [ACCURACY], seed=3, n_resamples=40
+    )
+    brute = []
+    for weights in np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), size=40):
+        images = np.repeat(np.arange(30), weights)
+        own = take(method, images)
+        brute.append(own.correct.mean() - yes_bias_control(take(none, images), YES_RATIO.of(own)).table.correct.mean())
+    assert (interval.low, interval.high) == pytest.approx(np.quantile(brute, [0.025, 0.975]), abs=1e-12)
 
 
 # Yes bias of other benchmarks' tables
+
+
+def lines_of(tables, kept):
+    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
+    curves = {name: bias_curves(name, by_label["none"], []) for name, by_label in tables.items()}
+    return control_lines(specs, tables, curves, 0, kept)
 
 
 def item_table(scores, labels, **more):
@@ -250,7 +326,7 @@ def item_table(scores, labels, **more):
         **more,
     }
     columns["correct"] = columns["prediction"] == columns["label"]
-    return ItemTable(np.arange(n) // 2, ("existence",) * n, tuple(f"q{i}" for i in range(n)), columns)
+    return Table(np.arange(n) // 2, columns, ("existence",) * n, tuple(f"q{i}" for i in range(n)))
 
 
 @pytest.mark.parametrize("benchmark", ["mme", "hallusionbench", "custom"])
@@ -263,9 +339,8 @@ def test_yes_bias_of_any_table_of_scored_questions(benchmark):
     tables = {"none": item_table(scores, labels), "m": shifted}
     if benchmark == "custom":
         tables = {name: item_table(t.score, labels, questions=np.ones(200)) for name, t in tables.items()}
-    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
     kept = {}
-    (line,) = control_lines(specs, {benchmark: tables}, None, 0, kept)
+    (line,) = lines_of({benchmark: tables}, kept)
     assert line["control"] == "yes bias" and line["verdict"] == "same" and line["bias"] == pytest.approx(0.7, abs=0.05)
     assert line["difference"]["estimate"] == 0.0 and line["metric"].startswith(f"{benchmark}.")
     control = kept[benchmark]["m"]["yes bias"]
@@ -274,27 +349,25 @@ def test_yes_bias_of_any_table_of_scored_questions(benchmark):
 
 @pytest.mark.parametrize("benchmark", ["amber", "custom"])
 def test_yes_bias_goes_by_the_questions_among_other_rows(benchmark):
-    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
     labels, asked = [True, False, True, False, False, False], np.array([1, 1, 1, 1, 0, 0])
 
     def table(margins):
         found = item_table(margins, labels, questions=asked)
         columns = {name: np.where(asked, values, 0) for name, values in found.columns.items() if name != "score"}
         margin = np.where(asked, found.score, np.nan)
-        return ItemTable(found.image_ids, found.splits, found.items, {**columns, "questions": asked, "margin": margin})
+        return Table(found.image_ids, {**columns, "questions": asked, "margin": margin}, found.splits, found.items)
 
     none, m = table([2.0, 1.0, -1.0, -2.0, 9.0, 9.0]), table([1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
     kept = {}
-    (line,) = control_lines(specs, {benchmark: {"none": none, "m": m}}, None, 0, kept)
+    (line,) = lines_of({benchmark: {"none": none, "m": m}}, kept)
     assert (line["method_value"], line["control_value"], line["bias"]) == (0.75, 0.75, -1.5)
     assert line["matched"] == "yes 25.0, 25.0" and line["metric"] == f"{benchmark}.accuracy"
     assert kept[benchmark]["m"]["yes bias"].prediction.tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_no_yes_bias_without_scores_or_among_free_answers():
-    specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
     table = item_table([1.0, -1.0], [True, False], questions=np.array([0, 0]))
-    assert control_lines(specs, {"custom": {"none": table, "m": table}}, None, 0, {}) == []
-    bare = ItemTable(table.image_ids, table.splits, table.items, {"label": table.label, "prediction": table.prediction})
-    assert control_lines(specs, {"mme": {"none": bare, "m": bare}}, None, 0, {}) == []
-    assert control_lines(specs, {"mme": {"none": None, "m": None}}, None, 0, {}) == []
+    assert lines_of({"custom": {"none": table, "m": table}}, {}) == []
+    bare = Table(table.image_ids, {"label": table.label, "prediction": table.prediction}, table.splits, table.items)
+    assert lines_of({"mme": {"none": bare, "m": bare}}, {}) == []
+    assert lines_of({"mme": {"none": None, "m": None}}, {}) == []

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from declared import STATISTICS
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.chair.text_quality import score_texts
-from vlmfix.evals.benchmarks.columns import STATISTICS
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.scores import counts
 from vlmfix.evals.stats.bootstrap import paired_bootstrap
@@ -46,7 +47,7 @@ def write_run(folder: Path, parts: dict[str, Any], **more: Any) -> Path:
 @pytest.mark.parametrize("benchmark", ["chair", "pope", "text"])
 def test_statistics_read_what_is_loaded_as_they_read_the_table(benchmark: str, tmp_path: Path) -> None:
     made = tables(benchmark)
-    part = counts.benchmark_counts(made, counts.Rows(), {"a": {"control": made["b"]}})
+    part = counts.benchmark_counts(made, {"a": {"control": made["b"]}})
     loaded = counts.load_run(write_run(tmp_path / "run", {benchmark: part})).benchmarks[benchmark]
     assert list(loaded.methods) == ["a", "b"]
     for name, statistic in STATISTICS[benchmark].items():
@@ -60,12 +61,12 @@ def test_statistics_read_what_is_loaded_as_they_read_the_table(benchmark: str, t
 
 
 def test_rows_keep_what_they_are_about(tmp_path: Path) -> None:
-    rows = counts.Rows(splits=["s", "s", "t"], items=["dog?", "cat?", "dog?"], truth=["yes", "no", "yes"])
-    part = counts.benchmark_counts(tables("pope"), rows)
+    told = {"splits": ("s", "s", "t"), "items": ("dog?", "cat?", "dog?")}
+    part = counts.benchmark_counts({name: replace(table, **told) for name, table in tables("pope").items()})
     loaded = counts.load_run(write_run(tmp_path / "run", {"pope": part}))
     table = loaded.benchmarks["pope"].methods["a"]
     assert table.keys == [(1, "s", "dog?"), (1, "s", "cat?"), (2, "t", "dog?")]
-    assert loaded.benchmarks["pope"].truth == ("yes", "no", "yes") and loaded.images == {1: "0" * 16}
+    assert table.truth == ("yes", "no", "yes") and loaded.images == {1: "0" * 16}
     taken = table.take([2, 0])
     assert taken.keys == [(2, "t", "dog?"), (1, "s", "dog?")] and taken.prediction.tolist() == [-1, 1]
     assert taken.label.dtype == np.bool_ and "label" in part["common"] and "prediction" not in part["common"]
@@ -99,7 +100,7 @@ def broken(folder: Path) -> dict[str, Any]:
     ],
 )
 def test_broken_folders_say_what_to_do(damage: Any, message: str, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", {"pope": counts.benchmark_counts(tables("pope"), counts.Rows())})
+    folder = write_run(tmp_path / "run", {"pope": counts.benchmark_counts(tables("pope"))})
     counts.load_run(folder)
     damage(folder)
     with pytest.raises(DataError, match=message):
@@ -112,7 +113,7 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_columns_of_another_length_are_broken(tmp_path: Path) -> None:
-    part = counts.benchmark_counts(tables("pope"), counts.Rows())
+    part = counts.benchmark_counts(tables("pope"))
     part["methods"]["a"]["prediction"]["values"].pop()
     with pytest.raises(DataError, match="'prediction' has"):
         counts.load_run(write_run(tmp_path / "run", {"pope": part}))

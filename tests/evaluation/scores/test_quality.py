@@ -5,8 +5,8 @@ import copy
 import pytest
 
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
 from vlmfix.evals.benchmarks.chair.text_quality import length_matched
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import paired_answers, score_labels
 from vlmfix.evals.report.rows import answers_table, quality_table
 from vlmfix.evals.report.summary import legend

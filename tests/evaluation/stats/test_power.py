@@ -5,12 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from declared import CHAIR_STATISTICS, POPE_STATISTICS
 from test_stats import chair_table, pope_table
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS
-from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS
 from vlmfix.evals.power import Rates, detectable, deviation_of_interval, planned_lines, power_table, read_pilot
 from vlmfix.evals.stats.bootstrap import paired_bootstrap
 from vlmfix.evals.stats.intervals import interval_dict

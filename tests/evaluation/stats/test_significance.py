@@ -5,9 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from declared import POPE_STATISTICS
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, score_labels
+from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.stats.bootstrap import paired_bootstrap
 from vlmfix.evals.stats.intervals import percentile_interval
 from vlmfix.evals.stats.tests import holm, holm_by_name, mcnemar

@@ -2,16 +2,18 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from declared import CHAIR_STATISTICS, POPE_STATISTICS
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS, ChairTable, score_captions
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher
-from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, PopeTable, score_labels
+from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
+from vlmfix.evals.benchmarks.yes_no import YesNoTable, score_labels
 from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
-from vlmfix.evals.stats.intervals import Statistic, columns, ratio
+from vlmfix.evals.stats.figures import SumStatistic, share, stacked
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair")
 
@@ -26,7 +28,7 @@ def chair_table(n: int, seed: int, wordy: float = 0.5) -> ChairTable:
     return score_captions(captions, truth, ChairMatcher())
 
 
-def pope_table(images: int, seed: int, skill: float = 0.7) -> PopeTable:
+def pope_table(images: int, seed: int, skill: float = 0.7) -> YesNoTable:
     rng = np.random.default_rng(seed)
     labels = [k % 2 == 0 for _ in range(images) for k in range(6)]
     answers = ["Yes" if label == (rng.random() < skill) else "No" for label in labels]
@@ -35,11 +37,7 @@ def pope_table(images: int, seed: int, skill: float = 0.7) -> PopeTable:
 
 def take(table, images):
     """The table of a resample: the rows of each drawn image, as often as it was drawn."""
-    rows = np.concatenate([np.flatnonzero(table.image_ids == i) for i in images])
-    picked = object.__new__(type(table))
-    for name, value in vars(table).items():
-        object.__setattr__(picked, name, value[rows] if isinstance(value, np.ndarray) else value)
-    return picked
+    return table.take(np.concatenate([np.flatnonzero(table.image_ids == i) for i in images]))
 
 
 @pytest.mark.parametrize("name", CHAIR_STATISTICS)
@@ -157,7 +155,7 @@ def test_images_are_resampled_not_questions():
     accuracy = POPE_STATISTICS["accuracy"]
     a, b = bootstrap(accuracy, once, seed=1), bootstrap(accuracy, six, seed=1)
     assert (b.low, b.high, b.n) == pytest.approx((a.low, a.high, a.n))
-    by_question = bootstrap(accuracy, six, clusters=np.arange(6 * images), seed=1)
+    by_question = bootstrap(accuracy, replace(six, image_ids=np.arange(6 * images)), seed=1)
     assert by_question.high - by_question.low < 0.6 * (a.high - a.low)
 
 
@@ -203,10 +201,10 @@ def test_undefined_resamples_are_counted():
 
 
 def test_a_statistic_of_ones_own():
-    repeats = ratio("repeats", lambda t: t.mentions - t.distinct, lambda t: t.mentions)
+    repeats = share(lambda t: t.mentions - t.distinct, "mentions")
     table = score_captions({1: "a dog and a dog", 2: "a cat"}, {1: [], 2: []}, ChairMatcher())
     assert repeats.of(table) == pytest.approx(1 / 3)
-    biggest = Statistic("sum", lambda t: columns(t.mentions), lambda sums: sums[..., 0])
+    biggest = SumStatistic(lambda t: stacked(t.mentions), lambda sums: sums[..., 0])
     assert biggest.of(table) == 3
 
 
@@ -215,18 +213,9 @@ def test_errors():
     f1 = CHAIR_STATISTICS["f1"]
     with pytest.raises(DataError, match="same images"):
         paired_bootstrap(f1, a, b)
-    with pytest.raises(DataError, match="cluster label per row"):
-        bootstrap(f1, a, clusters=[1, 2])
     with pytest.raises(DataError, match="n_resamples"):
         bootstrap(f1, a, n_resamples=0)
     with pytest.raises(DataError, match="confidence"):
         bootstrap(f1, a, confidence=95)
     with pytest.raises(DataError, match="no rows"):
-        bootstrap(f1, empty(a))
-
-
-def empty(table):
-    picked = object.__new__(type(table))
-    for name, value in vars(table).items():
-        object.__setattr__(picked, name, value[:0] if isinstance(value, np.ndarray) else value)
-    return picked
+        bootstrap(f1, a.take([]))

@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from declared import CHAIR_STATISTICS, POPE_STATISTICS, TEXT_STATISTICS
 from test_stats import chair_table, pope_table
 
-from vlmfix.evals.benchmarks.chair.figures import CHAIR_STATISTICS
-from vlmfix.evals.benchmarks.chair.text_quality import TEXT_STATISTICS, score_texts
-from vlmfix.evals.benchmarks.yes_no import POPE_STATISTICS, PopeTable, paired_auc, score_labels
+from vlmfix.evals.benchmarks.chair.text_quality import score_texts
+from vlmfix.evals.benchmarks.yes_no import YesNoTable, score_labels
 from vlmfix.evals.power import detectable
 from vlmfix.evals.stats.bootstrap import paired_bootstrap
-from vlmfix.evals.stats.intervals import Statistic
+from vlmfix.evals.stats.figures import Auc, SumStatistic
 from vlmfix.evals.stats.tests import holm, mcnemar
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
 
 
-def image_sums(statistic: Statistic, table: Any) -> np.ndarray:
+def image_sums(statistic: SumStatistic, table: Any) -> np.ndarray:
     """The statistic's columns, summed per image: float64 [images, k]."""
     rows = statistic.columns(table)
     ids, inverse = np.unique(table.image_ids, return_inverse=True)
@@ -51,7 +51,7 @@ def test_every_paired_interval_is_scipys(statistics: Any, make: Any, name: str) 
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
 
 
-def scored(n: int, seed: int, skill: float) -> PopeTable:
+def scored(n: int, seed: int, skill: float) -> YesNoTable:
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 2 == 0
     scores = np.round(skill * labels + rng.normal(size=n), 1)  # rounding makes ties
@@ -72,7 +72,7 @@ def test_paired_auc_interval_is_scipys() -> None:
     samples = (a.score, b.score, label)
     options = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 2000}
     theirs = scipy_stats.bootstrap(samples, difference, rng=1, **options).confidence_interval
-    ours = paired_auc(a, b)
+    ours = Auc().difference(a, b)
     assert ours.estimate == pytest.approx(difference(*samples), abs=1e-12)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.1 * (ours.high - ours.low))
 
@@ -86,9 +86,7 @@ def test_p_value_of_a_mean_difference_is_that_of_the_paired_t_test(shift: float)
     tables = [
         score_texts({i: " ".join(["w"] * int(words)) for i, words in enumerate(lengths)}) for lengths in (own, other)
     ]
-    mean = Statistic(
-        "four_grams", lambda t: np.column_stack([t.four_grams, np.ones(len(t))]), lambda s: s[..., 0] / s[..., 1]
-    )
+    mean = SumStatistic(lambda t: np.column_stack([t.four_grams, np.ones(len(t))]), lambda s: s[..., 0] / s[..., 1])
     ours = paired_bootstrap(mean, *tables, n_resamples=20_000)
     theirs = scipy_stats.ttest_rel(own, other).pvalue
     assert ours.p_value == pytest.approx(theirs, rel=0.2, abs=2e-4)

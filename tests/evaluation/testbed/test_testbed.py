@@ -16,8 +16,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.matcher import ChairMatcher, ground_truth
-from vlmfix.evals.benchmarks.pope.questions import build_questions
+from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
+from vlmfix.evals.benchmarks.object_questions import build_questions
 from vlmfix.evals.benchmarks.yes_no import score_answers
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.testbed import MODEL_DIR, PROMPTS, SPLITS, default_cache_dir, prepare
