@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from vlmfix.model.sink_dims import find_sink_dims
     from vlmfix.observe.samples import CalibrationSample
     from vlmfix.patching import patch, patched, status, unpatch
+    from vlmfix.prefix import Prefix, shared_prefix
     from vlmfix.recipes import load_recipe, save_recipe
 
 
@@ -66,6 +67,8 @@ _LAZY = {
     "load_recipe": "vlmfix.recipes",
     "save_recipe": "vlmfix.recipes",
     "find_sink_dims": "vlmfix.model.sink_dims",
+    "Prefix": "vlmfix.prefix",
+    "shared_prefix": "vlmfix.prefix",
 }
 """Public names that need torch: imported on first use, so that ``import vlmfix`` and the command line start at once."""
 
@@ -101,6 +104,7 @@ __all__ = [
     "MethodError",
     "ModalityBalance",
     "NoMethod",
+    "Prefix",
     "Status",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
@@ -115,6 +119,7 @@ __all__ = [
     "patched",
     "probes",
     "save_recipe",
+    "shared_prefix",
     "status",
     "unpatch",
 ]

@@ -298,7 +298,10 @@ def _check_whole_prompt(known: SequenceState, forward: EditedForward) -> None:
     old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
     behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
     has_further_image = bool((behind.any(1) & new.any(1)).any())  # rows before it were edited as if behind the last one
+    is_prefix = not bool(behind.any())  # the known part ends with its last image token
     for method in forward.methods:
+        if is_prefix and method.leaves_prefix:
+            continue
         needs_it = method.needs_whole_prompt or (has_further_image and method.prompt_rows == "text")
         if needs_it and not method.is_identity:
             raise UnsupportedFeatureError(

@@ -161,6 +161,17 @@ class Method:
         return self.prompt_rows == "last"
 
     @property
+    def leaves_prefix(self) -> bool:
+        """Whether it leaves alone what a prompt holds up to its last image token, so that prompts can share its cache.
+
+        By the rows it declares: those of the text behind the image, the last one, or none. A method that edits heads or
+        logits, opens the mask or looks at the whole prompt beforehand is none of these.
+        """
+        looks = self.reads_prompt or self.needs_text_only_heads or self.vision_layers or self.opens_mask
+        is_behind = self.prompt_rows != "all" and self.observed_rows != "all"
+        return self.is_identity or (not (looks or self.edits_heads or self.replaces_logits) and is_behind)
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention it acts in; ``vlmfix.recipes`` refuses models that have none of them.
 

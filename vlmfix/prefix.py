@@ -1,0 +1,236 @@
+"""Prompts about one image begin alike: what they share, up to the last image token, is read once.
+
+A causal model computes the keys and values of a token from the tokens before it. Those of everything up to the last
+image token are therefore the same for every question about an image, and under every method that leaves these rows
+alone (:attr:`Method.leaves_prefix <vlmfix.methods.base.Method.leaves_prefix>`): they edit rows behind the image only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, state_of
+from vlmfix.model.anatomy import analyse, input_device
+from vlmfix.patching import find_patch
+
+if TYPE_CHECKING:
+    from vlmfix.methods.base import Method
+    from vlmfix.model.anatomy import Anatomy
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What prompts share up to their last image token, as a model has read it; made by :func:`shared_prefix`.
+
+    Attributes:
+        input_ids: int64 ``[batch, length]``, left-padded; every row ends with an image token.
+        attention_mask: int64 ``[batch, length]``, 0 for padding.
+        methods: The methods that were on the model.
+        learned: What they learned, by (method index, site index).
+        layers: Keys and values ``[batch, key_heads, length, head_dim]`` of every decoder layer.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    methods: tuple[Method, ...]
+    learned: Mapping[tuple[int, int], Any]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    _anatomy: Anatomy
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def continued(self, inputs: Mapping[str, Any], rows: Sequence[int] | None = None) -> dict[str, Any]:
+        """Return what ``model.generate`` needs for prompts that begin with this prefix.
+
+        The prefix may be continued any number of times, with the patch that was on the model when it was read or with
+        any other whose methods leave a prefix alone and learn nothing from it.
+
+        Args:
+            inputs: The processor's output for the whole prompts: ``input_ids`` ``[prompts, length]`` and
+                ``attention_mask``. Images are not needed.
+            rows: Which row of the prefix each prompt continues. By default the only one, or row ``i`` for prompt ``i``.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``past_key_values``, a cache of its own. Between the prefix and a
+            prompt's shorter continuation lies padding.
+
+        Raises:
+            UnsupportedFeatureError: A prompt begins otherwise or ends with the prefix, or a method of the patch on the
+                model cannot go on from here.
+        """
+        ids, mask = _ids_and_mask(inputs)
+        ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
+        if rows is None:
+            rows = [0] * len(ids) if len(self) == 1 else range(len(ids))
+        if len(rows) != len(ids) or not all(0 <= row < len(self) for row in rows):
+            raise UnsupportedFeatureError(
+                f"A prefix of {len(self)} rows cannot be continued by {len(ids)} prompts in rows {list(rows)}. Say "
+                "which row each prompt continues: prefix.continued(inputs, rows=[...])."
+            )
+        parts = [self._behind(tokens[valid.bool()], row) for tokens, valid, row in zip(ids, mask, rows, strict=True)]
+        new_ids, new_mask = _left_padded(parts)
+        index = torch.as_tensor(rows, device=ids.device)
+        input_ids = torch.cat([self.input_ids[index], new_ids], dim=1)
+        cache = DynamicCache(config=self._anatomy.text_config)
+        for layer, (keys, values) in enumerate(self.layers):
+            chosen = index.to(keys.device)
+            cache.update(keys.index_select(0, chosen), values.index_select(0, chosen), layer)
+        patch = find_patch(self._anatomy.model)
+        if patch is not None:
+            setattr(cache, STATE_ATTRIBUTE, self._state(patch.methods, index))
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.cat([self.attention_mask[index], new_mask], dim=1),
+            "past_key_values": cache,
+        }
+
+    def _behind(self, tokens: torch.Tensor, row: int) -> torch.Tensor:
+        """Return what follows the prefix in a prompt without padding."""
+        known = self.input_ids[row][self.attention_mask[row].bool()]
+        if len(tokens) < len(known) + 2 or not torch.equal(tokens[: len(known)], known):
+            raise UnsupportedFeatureError(
+                f"A prompt of {len(tokens)} tokens does not continue row {row} of this prefix, whose {len(known)} "
+                "tokens must come first, with at least two behind them."
+            )
+        return tokens[len(known) :]
+
+    def _state(self, methods: tuple[Method, ...], rows: torch.Tensor) -> SequenceState:
+        """Return what is known about the tokens of the prefix, for the methods that go on from here."""
+        _check_methods(methods)
+        learned: dict[tuple[int, int], Any] = {}
+        for index, method in enumerate(methods):
+            if not method.reads_layer_input or method.is_identity:
+                continue
+            if method not in self.methods:
+                raise UnsupportedFeatureError(
+                    f"{method.name} learns from the rows of the prefix, which were read without it. Read the prefix "
+                    "while the model is patched with it."
+                )
+            own = self.methods.index(method)
+            learned |= {(index, site): _rows_of(v, rows) for (n, site), v in self.learned.items() if n == own}
+        ids = torch.tensor(self._anatomy.image_token_ids, device=self.input_ids.device)
+        valid = self.attention_mask[rows].bool()
+        return SequenceState(
+            methods,
+            torch.isin(self.input_ids[rows], ids) & valid,
+            valid,
+            self.input_ids[rows],
+            any_image=True,
+            all_images=True,
+            learned=learned,
+        )
+
+
+def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
+    """Read what prompts hold up to their last image token, so that further prompts can go on from there.
+
+    >>> prefix = vlmfix.shared_prefix(model, processor(images=image, text=prompts[:1], return_tensors="pt"))
+    >>> inputs = processor(images=[image] * 6, text=prompts, padding=True, return_tensors="pt")
+    >>> model.generate(**prefix.continued(inputs), max_new_tokens=16)
+
+    The answers are those of whole prompts, up to rounding: kernels may round differently for other numbers of rows.
+
+    Args:
+        model: A Hugging Face vision-language model, patched or not.
+        inputs: The processor's output for prompts with images, one per row of the prefix: left-padded ``input_ids``,
+            ``attention_mask``, ``pixel_values``, ... What follows the last image is not read.
+
+    Raises:
+        UnsupportedFeatureError: The model's prompts cannot be continued so (images that are no tokens of the prompt,
+            positions that depend on the grid of an image, caches with windows or recurrent states), or a method of its
+            patch edits rows up to the last image token.
+    """
+    anatomy = analyse(model)
+    _check_model(anatomy)
+    patch = find_patch(model)
+    methods = () if patch is None else patch.methods
+    _check_methods(methods)
+    ids, mask = _ids_and_mask(inputs)
+    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & mask.bool()
+    if not bool(image.any(1).all()):
+        raise UnsupportedFeatureError("A prompt has no image token, so there is no prefix to share up to one.")
+    places = torch.arange(ids.shape[1], device=ids.device)
+    kept = mask.bool() & (places <= torch.where(image, places, -1).amax(1, keepdim=True))
+    per_token = {name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.shape == ids.shape}
+    shared = {name: value for name, value in inputs.items() if name not in per_token}
+    for name in per_token - {"attention_mask"}:
+        shared[name], mask = _left_padded([row[keep] for row, keep in zip(inputs[name], kept, strict=True)])
+    shared["attention_mask"] = mask
+    if "position_ids" in inspect.signature(anatomy.model.forward).parameters:
+        shared["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)  # as generate counts them
+    device = input_device(anatomy.model)
+    shared = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in shared.items()}
+    cache = DynamicCache(config=anatomy.text_config)
+    with torch.no_grad():
+        anatomy.model(**shared, past_key_values=cache, use_cache=True)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UnsupportedFeatureError(
+            f"{type(anatomy.model).__name__} keeps more than the keys and values of all tokens (sliding windows, "
+            "recurrent states), which further prompts cannot go on from."
+        )
+    state = state_of(cache)
+    return Prefix(
+        shared["input_ids"],
+        shared["attention_mask"],
+        methods,
+        {} if state is None else state.learned,
+        tuple((layer.keys, layer.values) for layer in cache.layers),
+        anatomy,
+    )
+
+
+def _check_model(anatomy: Anatomy) -> None:
+    name = type(anatomy.model).__name__
+    if anatomy.kinds != {"joint"} or anatomy.projector is not None or not anatomy.image_token_ids:
+        raise UnsupportedFeatureError(
+            f"{name} has no image tokens in its prompt, so there is no prefix up to the last."
+        )
+    if any("rope_deltas" in vars(module) for module in anatomy.model.modules()):
+        raise UnsupportedFeatureError(
+            f"{name} counts positions by the grid of its images and remembers them for the last prompt only, so that "
+            "prompts cannot share a prefix."
+        )
+
+
+def _check_methods(methods: Sequence[Method]) -> None:
+    for method in methods:
+        if not method.leaves_prefix:
+            raise UnsupportedFeatureError(
+                f"{method.name} edits or reads rows up to the last image token by what comes behind them, so that "
+                "prompts cannot share them. Give it whole prompts."
+            )
+
+
+def _ids_and_mask(inputs: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise UnsupportedFeatureError("A prefix needs the processor's output with input_ids [batch, length].")
+    mask = inputs.get("attention_mask")
+    return ids, torch.ones_like(ids) if mask is None else mask
+
+
+def _left_padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of different lengths as one tensor ``[batch, length]``, and the mask of what is no padding."""
+    length = max(map(len, rows))
+    padded = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows], device=padded.device)
+    return padded, (torch.arange(length, device=padded.device) >= length - lengths).long()
+
+
+def _rows_of(value: Any, rows: torch.Tensor) -> Any:
+    """Return what a method learned for some rows of a batch."""
+    if isinstance(value, torch.Tensor):
+        return value.index_select(0, rows.to(value.device))
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {each.name: _rows_of(getattr(value, each.name), rows) for each in fields(value)}
+        return replace(value, **changed)
+    return value
