@@ -183,7 +183,6 @@ def add_calibrate(verbs: Any) -> argparse.ArgumentParser:
         verbs,
         "calibrate",
         CalibrateOptions,
-        help="learn what a method needs to know about a model, from a few images",
         about=_ABOUT,
         help_of={
             "settings": "option of the search or the method",

@@ -164,7 +164,6 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         verbs,
         "eval",
         EvalOptions,
-        help="evaluate methods against 'none' on CHAIR, POPE and other benchmarks",
         about=_ABOUT,
         help_of={
             "benchmarks": f"benchmarks: {', '.join(BENCHMARKS)} (default: {' '.join(DEFAULT_BENCHMARKS)})",

@@ -87,7 +87,6 @@ def add_verb(
     name: str,
     options: Any,
     *,
-    help: str,
     about: str,
     help_of: Mapping[str, str] = MappingProxyType({}),
     choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
@@ -100,14 +99,12 @@ def add_verb(
         verbs: Subparsers of the command line.
         name: The verb.
         options: The class of its options.
-        help: One line for the list of verbs.
         about: What stands above the flags in its own ``--help``: examples first.
         help_of: Field to help text, where this verb has more to say than the field.
         choices: Field to the values it takes, where the class cannot know them.
     """
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
-        help=help,
         usage=f"vlmfix {name} [OPTIONS]",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -245,12 +245,11 @@ def planned_lines(images: Mapping[str, int], questions: float, *, methods: int) 
 
 
 def add_power(verbs: Any) -> argparse.ArgumentParser:
-    """Add ``vlmfix power`` to the command line; the caller sets what runs it (see :func:`run`)."""
+    """Add the verb to a command line's subparsers; import nothing heavy."""
     defaults = Rates()
     parser: argparse.ArgumentParser = verbs.add_parser(
         "power",
         allow_abbrev=False,
-        help="how small a difference n images can show",
         description="Print the smallest paired difference in CHAIR_s, CHAIR_i and POPE accuracy that n images would "
         "show, from a pilot run or from assumed rates (shares, not percent).",
     )
@@ -276,8 +275,8 @@ def add_power(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> str:
-    """The text of ``vlmfix power``.
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Show how small a difference can be seen.
 
     Raises:
         VlmfixError: No such run, a number out of range, or a run and assumed rates at once.
@@ -290,7 +289,8 @@ def run(options: argparse.Namespace) -> str:
         rates = Rates(**given)
         assumed = ", ".join(f"{name.replace('_', ' ')} {getattr(rates, name):g}" for name in Rates.__dataclass_fields__)
         head = "\n  ".join(wrap(f"assumed: {assumed}", 110))
-        return f"{head}\n{power_table({'assumed rates': rates.deviations()}, options.images, **settings)}"
+        show(f"{head}\n{power_table({'assumed rates': rates.deviations()}, options.images, **settings)}")
+        return
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise VlmfixError(f"a pilot run needs no assumed rates; leave out either {options.pilot} or {flags}")
@@ -299,4 +299,4 @@ def run(options: argparse.Namespace) -> str:
     known = f" (its deviations are known to about {100 / math.sqrt(2 * pilot.images - 2):.0f} %)"
     head = f"pilot: {options.pilot}, {pilot.images} images{known if pilot.images > 1 else ''}"
     legend = "-: the figure did not change in the pilot, or no difference is that large"
-    return f"{head}\n{table}\n\n{legend}"
+    show(f"{head}\n{table}\n\n{legend}")

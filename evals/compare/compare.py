@@ -252,11 +252,10 @@ def _judge(
 
 
 def add_compare(verbs: Any) -> argparse.ArgumentParser:
-    """Add ``vlmfix compare`` to the command line; the caller sets what runs it (see ``compare_report.run``)."""
+    """Add the verb to a command line's subparsers; import nothing heavy."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "compare",
         allow_abbrev=False,
-        help="paired differences between the methods of several runs",
         description="Compare the methods of several run folders, paired on the images and questions that all of them "
         "share. Neither data nor a model is needed.",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..report.summary import legend, main_table, markdown_main, summarise
 from ..report.text import TERMINAL_WIDTH, paragraphs, wrapped
 from ..scores.counts import load_run
 from ..tables import Table
+from .compare import add_compare as add_compare
 from .compare import compare_runs
 
 _MATCHED_ON_ALL = (
@@ -22,8 +23,8 @@ _MATCHED_ON_ALL = (
 )
 
 
-def run(options: argparse.Namespace) -> str:
-    """Compare as asked, write what is wanted, and return the text.
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Compare as asked, write what is wanted, and show the text.
 
     Raises:
         VlmfixError: A folder that is no run, runs that share nothing, an unknown row, or an unwritable file.
@@ -35,11 +36,10 @@ def run(options: argparse.Namespace) -> str:
         across_prompts=options.across_prompts,
         seed=options.seed,
     )
-    text = comparison_text(found)
-    if options.out is None:
-        return text
-    written = write_comparison(found, options.out)
-    return f"{text}\n\nwritten: {' '.join(map(str, written))}"
+    show(comparison_text(found))
+    if options.out is not None:
+        written = write_comparison(found, options.out)
+        show(f"\nwritten: {' '.join(map(str, written))}")
 
 
 def write_comparison(found: Mapping[str, Any], out: Path) -> list[Path]:

@@ -136,7 +136,6 @@ def add_inspect(verbs: Any) -> argparse.ArgumentParser:
         verbs,
         "inspect",
         InspectOptions,
-        help="show where each word of an answer looks and what it rests on, as a page",
         about=_ABOUT,
         help_of={
             "settings": "parameters of the method",

@@ -277,11 +277,10 @@ def category_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
 
 
 def add_plot(verbs: Any) -> argparse.ArgumentParser:
-    """Add ``vlmfix plot`` to the command line; the caller sets what runs it (see :func:`run`)."""
+    """Add the verb to a command line's subparsers; import nothing heavy."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "plot",
         allow_abbrev=False,
-        help="the plots of a run as PNG",
         description="Draw a run's plots: differences with their intervals, hallucination against recall, and invented "
         "objects by category.",
     )
@@ -290,8 +289,8 @@ def add_plot(verbs: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> str:
-    """Draw the plots and say where they are.
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Draw the plots and show where they are.
 
     Raises:
         VlmfixError: No such run, or nothing to draw.
@@ -299,4 +298,4 @@ def run(options: argparse.Namespace) -> str:
     from ..scores.counts import load_results
 
     written = write_plots(load_results(options.folder), options.out or options.folder)
-    return f"written: {' '.join(map(str, written))}"
+    show(f"written: {' '.join(map(str, written))}")

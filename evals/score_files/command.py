@@ -23,10 +23,8 @@ nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
 
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
-    """Add ``vlmfix score`` to the command line; the caller sets what runs it (see :func:`run`)."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "score", help="score captions or answers in a file, without a model"
-    )
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser: argparse.ArgumentParser = verbs.add_parser("score")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     chair = _add_chair(kinds)
     pope = _add_pope(kinds)

@@ -295,7 +295,6 @@ def add_tune(verbs: Any) -> argparse.ArgumentParser:
         verbs,
         "tune",
         TuneOptions,
-        help="search a method's parameters, and confirm the choice on other images",
         about=_ABOUT,
         help_of={
             "settings": "parameters that stay fixed",

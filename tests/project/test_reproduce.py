@@ -16,7 +16,7 @@ from families.saved_llava import build_coco_folder, build_tiny_llava
 from shared_data import DATA, needs_data
 
 from vlmfix.calibration.calibrate import _LEARNED
-from vlmfix.cli import _parser
+from vlmfix.cli import command_parser
 from vlmfix.cli import main as vlmfix_main
 from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
@@ -57,7 +57,7 @@ def test_every_command_is_one_of_this_package(published: Any, tmp_path: Path) ->
     checked = {"eval": 0, "score": 0, "calibrate": 0}
     for name, table, words in commands(published, tmp_path):
         assert words[0] == "vlmfix" and not any("{" in word for word in words if word != "{question}"), name
-        options = _parser().parse_args(words[1:])
+        options = command_parser().parse_args(words[1:])
         checked[words[1]] += 1
         if words[1] == "calibrate":
             assert options.method in _LEARNED

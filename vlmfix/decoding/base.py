@@ -12,6 +12,7 @@ import torch
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import DefaultLayers
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
@@ -46,6 +47,7 @@ class DecodingMethod(Method):
     """
 
     counts = "next tokens"
+    default_layers = DefaultLayers("none, and none can be given: it acts on logits", lambda num_layers: ())
     replaces_logits = True
     needs_whole_prompt = True  # its last row is contrasted
     changes_image: ClassVar[bool] = False

@@ -243,6 +243,13 @@ def _kinds(cls: type) -> dict[str, Any]:
     return kinds
 
 
+def described(cls: type, field: dataclasses.Field[Any]) -> tuple[str, str]:
+    """Return in words what a parameter may be, and what it means."""
+    known = parameter_of(field)
+    help_text = f"{known.help}{cls.default_layers.words}." if field.name == "layers" else known.help  # type: ignore[attr-defined]
+    return expected(_kinds(cls)[field.name], known), help_text
+
+
 def search_space(cls: type) -> dict[str, Range | Choice]:
     """Return the parameters that ``vlmfix tune`` searches, and between what."""
     found = {field.name: parameter_of(field).search for field in dataclasses.fields(cls)}

@@ -82,10 +82,10 @@ def score(*words: str) -> Callable[[Path], object]:
     """``vlmfix score`` with ``@name`` for files of the folder; errors come out as they went in."""
 
     def run(folder: Path) -> None:
-        from vlmfix.cli import _parser
+        from vlmfix.cli import command_parser
 
         given = [str(folder / word[1:]) if word.startswith("@") else word for word in words]
-        options = _parser().parse_args(["score", *given, "--out", str(folder / "out.json")])
+        options = command_parser().parse_args(["score", *given, "--out", str(folder / "out.json")])
         options.score(options)
         assert (folder / "out.json").is_file()
 
