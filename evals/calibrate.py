@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.observe.prompts import PromptBuilder
 
 from .benchmarks.chair.task import Chair
 from .benchmarks.coco_objects import ChairMatcher
@@ -19,7 +20,6 @@ from .data.records import read_ids
 from .data.samples import Sample
 from .flags import IMAGES, MODEL, OUTPUT, add_verb, option
 from .options import DataOptions, EvalOptions
-from .run.generate import PromptBuilder
 from .run.methods import parse_settings
 from .run.models import find_model, fitting_threads, load_model
 

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlmfix.observe.prompts import encode
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
@@ -53,7 +55,9 @@ def looped(run: EvalRun, model: Any) -> Texts:
         for spec in run.methods:
             with vlmfix.patched(model, spec.build()):
                 for sample in run.tasks.samples():
-                    inputs = generator.encode([str(plan.prompt(spec, sample, {}))], [load_image(sample.path)])
+                    inputs = encode(
+                        run.source.processor, [str(plan.prompt(spec, sample, {}))], [load_image(sample.path)]
+                    )
                     answer = generator.generate(inputs, sample.records, sample.max_new_tokens)[0]
                     texts[str(plan.key(spec, sample))] = answer.text
     return texts

@@ -19,12 +19,12 @@ from PIL import Image
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.inspect.words import Eye, ask_for, context_of, word_of, word_spans
 from vlmfix.evals.options import CHAIR_PROMPT
-from vlmfix.evals.run.generate import Generator, PromptBuilder
 from vlmfix.evals.run.models import find_model, fitting_threads, load_model
 from vlmfix.evals.stats.figures import auc
 from vlmfix.evals.testbed import SPLITS
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.vocabulary import SCENES
+from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.words import decode, locate_mentions
 
 MAX_NEW_TOKENS = 64
@@ -89,7 +89,7 @@ def _measure_batch(model: Any, processor: Any, split: Any, indices: Sequence[int
     prompts, places = PromptBuilder(processor), {word for scene in SCENES for word in scene.name.split()}
     scenes = [make_scene(image_id(split, index)) for index in indices]
     pictures = [Image.fromarray(scene.pixels) for scene in scenes]
-    inputs = Generator(model, processor).encode([prompts(CHAIR_PROMPT)] * len(scenes), pictures)
+    inputs = encode(processor, [prompts(CHAIR_PROMPT)] * len(scenes), pictures)
     answers = probes.attention_to_image(model, inputs, max_new_tokens=MAX_NEW_TOKENS).tokens
     spans, mentions, context = [], [], []
     for ids in answers:

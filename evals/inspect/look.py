@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfix.model.anatomy import input_device
+from vlmfix.observe.ask import Answers, answer
+from vlmfix.observe.prompts import encode
 from vlmfix.observe.words import decode, locate_mentions
 
 from ..benchmarks.coco_objects import ChairMatcher
-from ..run.generate import Generator
 from ..run.methods import MethodSpec
 from .words import Eye, Span, ask_for, context_of, layer_groups, picture_as_seen, word_spans
 
@@ -134,16 +134,15 @@ def inspect_picture(eye: Eye, specs: Sequence[MethodSpec], *, title: str, facts:
     """
     import vlmfix
 
-    inputs = Generator(eye.model, eye.processor).encode([eye.prompts(eye.prompt)], [eye.picture])
-    inputs = inputs.to(input_device(eye.model), eye.model.dtype)
+    inputs = encode(eye.processor, [eye.prompts(eye.prompt)], [eye.picture], eye.model)
     versions = [_look(eye, inputs, "stock model", "")]
     for spec in specs:
         method = spec.build()
         if method.replaces_logits and not method.is_identity:
             with vlmfix.patched(eye.model, method):
-                answer = _tokens(eye, inputs)
+                tokens = answer(eye.model, inputs, eye.max_new_tokens).tokens
             note = f"The words are those of {spec.label}; what they rest on is measured in one branch, the stock model."
-            versions.append(_look(eye, inputs, spec.describe(), note, answer))
+            versions.append(_look(eye, inputs, spec.describe(), note, tokens))
             continue
         with vlmfix.patched(eye.model, method):
             versions.append(_look(eye, inputs, spec.describe(), ""))
@@ -152,18 +151,11 @@ def inspect_picture(eye: Eye, specs: Sequence[MethodSpec], *, title: str, facts:
     return Inspection(title, eye.prompt, picture, grid, objects, tuple(versions), tuple(facts))
 
 
-def _tokens(eye: Eye, inputs: Any) -> list[int]:
-    generator = Generator(eye.model, eye.processor)
-    out = eye.model.generate(**inputs, **generator.decoding(eye.max_new_tokens))
-    return [int(token) for token in out[0, inputs["input_ids"].shape[1] :].tolist()]
-
-
-def _look(eye: Eye, inputs: Any, label: str, note: str, answer: Sequence[int] | None = None) -> Version:
+def _look(eye: Eye, inputs: Any, label: str, note: str, tokens: Answers | None = None) -> Version:
     from vlmfix import probes
 
     tokenizer = eye.processor.tokenizer
-    given = None if answer is None else [answer]
-    looks = probes.attention_to_image(eye.model, inputs, max_new_tokens=eye.max_new_tokens, answers=given, maps=True)
+    looks = probes.attention_to_image(eye.model, inputs, max_new_tokens=eye.max_new_tokens, answers=tokens, maps=True)
     ids = looks.tokens[0]
     text = decode(tokenizer, ids)
     spans = word_spans(tokenizer, ids, text)

@@ -10,11 +10,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.model.anatomy import input_device
+from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.words import token_ends
 
 from ..options import POPE_PROMPT
-from ..run.generate import Generator, PromptBuilder
 from ..run.models import answer_token_ids
 from ..testbed.vocabulary import article
 
@@ -113,14 +112,13 @@ def ask_for(eye: Eye, names: Sequence[str]) -> list[float | None]:
         return [None] * len(names)
     from vlmfix.observe.ask import look_at
 
-    generator = Generator(eye.model, eye.processor)
     distinct = sorted(set(names))
     found: dict[str, float] = {}
     for start in range(0, len(distinct), ASKED_AT_ONCE):
         part = distinct[start : start + ASKED_AT_ONCE]
         questions = [POPE_PROMPT.format(question=f"Is there {article(name)} {name} in the image?") for name in part]
-        inputs = generator.encode([eye.prompts(question) for question in questions], [eye.picture] * len(part))
-        inputs = inputs.to(input_device(eye.model), eye.model.dtype)
+        prompts = [eye.prompts(question) for question in questions]
+        inputs = encode(eye.processor, prompts, [eye.picture] * len(part), eye.model)
         with torch.no_grad():
             logits = look_at(eye.model, "inspect", inputs).answer(inputs, logits=True).logits[0]
         odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)

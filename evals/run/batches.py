@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError
+from vlmfix.observe.prompts import PromptBuilder
 
 from ..data.samples import Answer, Answers, Sample
 from ..data.write import digest
 from .answer_log import AnswerLog
-from .generate import PromptBuilder
 from .methods import MethodSpec
 from .plan import EvalRun
 from .shards import Shard

@@ -13,6 +13,7 @@ import torch
 
 import vlmfix
 from vlmfix.errors import VlmfixError
+from vlmfix.observe.prompts import encode
 
 from ..data.samples import Answer, Records
 from .features import ImageFeatures
@@ -53,7 +54,9 @@ class EncodedBatch:
     def inputs(self, start: int, stop: int) -> Any:
         """Return the model inputs of the rows from ``start`` to ``stop``, on the CPU; kept for the next method."""
         if (start, stop) not in self._inputs:
-            self._inputs[start, stop] = self._generator.encode(self.prompts[start:stop], self._images[start:stop])
+            self._inputs[start, stop] = encode(
+                self._generator.processor, self.prompts[start:stop], self._images[start:stop]
+            )
         return self._inputs[start, stop]
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlmfix.observe.prompts import PromptBuilder
+
 from .. import testbed
 from ..benchmarks.registry import Tasks, make_tasks
 from ..data.write import digest
 from ..options import EvalOptions
-from .generate import PromptBuilder
 from .methods import MethodSpec, expand_all, load_recipe, plan_methods, recipe_entries, skipped_notes
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
 from .provenance import SCHEMA_VERSION, run_name, versions

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from vlmfix.calibration.search import Contrast, Found, ranked
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.act import ACT
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample, yes_no
 from vlmfix.observe.words import answer_tokens
 
@@ -41,17 +41,16 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, 
         raise MethodError(f"share must be above 0 and at most 1, got {share!r}.")
     yes_no(samples, "act")
     yes, no = answer_tokens(session.tokenizer)
-    layers = tuple(layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers)
+    layers = tuple(layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers())
     heads = [(layer, head) for layer in layers for head in range(session.anatomy.num_heads)]
     gains = Contrast()
-    for number, batch in enumerate(session.batches(samples), 1):
-        inputs = session.encode(batch)
+    for number, (batch, inputs) in enumerate(session.batches(samples), 1):
         sign = torch.tensor([1.0 if sample.answer else -1.0 for sample in batch])
-        before = sign * _yes_minus_no(session.first_logits(inputs), yes, no)
+        before = sign * _yes_minus_no(session.next_logits(inputs), yes, no)
         margins = []
         for head in heads:
             alone = dataclasses.replace(method, heads=(head,))
-            margins.append(sign * _yes_minus_no(session.first_logits(inputs, alone), yes, no))
+            margins.append(sign * _yes_minus_no(session.next_logits(inputs, alone), yes, no))
         table = (torch.stack(margins) - before).view(len(layers), -1, len(batch))  # [layers, num_heads, batch]
         for gain in table.unbind(-1):
             gains.add(gain, positive=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from vlmfix.calibration.search import Contrast, Found
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.adaiat import AdaIAT
 from vlmfix.methods.measured import HeadStatistics
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample, captioned
 from vlmfix.observe.watch import AttentionLog
 
@@ -42,9 +42,9 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIA
     captioned(samples, "adaiat")
     session.need_mentions("adaiat")
     means, counts = Contrast(), dict.fromkeys(("mentions", "unaligned", "unknown", "early"), 0)
-    for batch in session.batches(samples):
+    for batch, inputs in session.batches(samples):
         log = AttentionLog()
-        rows = session.captions(session.encode(batch), log.method())
+        rows = session.captions(inputs, log.method())
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
             mentions, unaligned = session.locate(ids)
             counts["mentions"] += len(mentions)
@@ -78,11 +78,11 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIA
         prompt=session.prompt(samples[0].question),
     )
     found = dataclasses.replace(method, statistics=statistics)
-    return Found(found, counts, tables, session.layers, {"min_generated": min_generated})
+    return Found(found, counts, tables, session.layers(), {"min_generated": min_generated})
 
 
 def _all_layers(session: Session, table: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     """Fill up with zeros for layers without softmax attention."""
     full = torch.zeros(session.anatomy.num_layers, session.anatomy.num_heads, dtype=table.dtype)
-    full[list(session.layers)] = table
+    full[list(session.layers())] = table
     return tuple(tuple(float(f"{value:.6g}") for value in row) for row in full.tolist())

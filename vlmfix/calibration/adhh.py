@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
 from vlmfix.model.anatomy import input_device
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample, captioned
 from vlmfix.observe.watch import HeadAblation
-from vlmfix.patching import patched
 
 logger = logging.getLogger("vlmfix")
 
@@ -57,8 +56,8 @@ def search(
     captioned(samples, "adhh")
     session.need_mentions("adhh")
     influence, counts = Contrast(), dict.fromkeys(("captions", "mentions", "unaligned", "unknown"), 0)
-    for batch in session.batches(samples):
-        rows = session.captions(session.encode(batch))
+    for batch, inputs in session.batches(samples):
+        rows = session.captions(inputs)
         for sample, ids in zip(batch, rows, strict=True):
             mentions, unaligned = session.locate(ids)
             labels = {mention.token: sample.shows(mention.name) for mention in mentions if mention.token > 0}
@@ -80,9 +79,9 @@ def search(
             "Give more samples, and check that mentions(...) finds the objects in the model's captions."
         )
     scores = influence.difference()
-    heads = tuple(ranked(scores, session.layers)[:count])
+    heads = tuple(ranked(scores, session.layers())[:count])
     tables = {"score": scores, "hallucinated": influence.mean(True), "real": influence.mean(False)}
-    return Found(dataclasses.replace(method, heads=heads), counts, tables, session.layers, {"count": count})
+    return Found(dataclasses.replace(method, heads=heads), counts, tables, session.layers(), {"count": count})
 
 
 def _influences(
@@ -94,7 +93,7 @@ def _influences(
         The token's index in the caption and fp32 ``[layers, num_heads]``.
     """
     inputs = session.encode([sample])
-    with patched(session.model, HeadAblation()):
+    with session.acting(HeadAblation()):
         cache = session.model(**inputs, use_cache=True).past_key_values
     if not hasattr(cache, "reorder_cache"):
         raise UnsupportedFeatureError(
@@ -106,7 +105,7 @@ def _influences(
         step = torch.tensor([[ids[index - 1]]], device=input_device(session.model))
         if index in wanted:
             yield index, _influence(session, cache, step, ids[index], variants)
-        with patched(session.model, HeadAblation()):
+        with session.acting(HeadAblation()):
             session.model(input_ids=step, past_key_values=cache, use_cache=True)
 
 
@@ -118,10 +117,10 @@ def _influence(session: Session, cache: Any, step: torch.Tensor, token: int, var
         targets = (None, *heads[start : start + variants])  # the first row is the model as it is
         repeated = copy.deepcopy(cache)
         repeated.reorder_cache(torch.zeros(len(targets), dtype=torch.int64, device=step.device))
-        with patched(session.model, HeadAblation(targets)):
+        with session.acting(HeadAblation(targets)):
             logits = session.model(
                 input_ids=step.expand(len(targets), -1), past_key_values=repeated, use_cache=True
             ).logits[:, -1]
         probability = logits.float().softmax(-1)[:, token]
         falls.append(probability[:1] - probability[1:])
-    return torch.cat(falls).view(len(session.layers), -1)
+    return torch.cat(falls).view(len(session.layers()), -1)

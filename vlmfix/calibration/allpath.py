@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.allpath import AllPath
 from vlmfix.model.anatomy import Anatomy, states_device
 from vlmfix.model.blocks import final_norm
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample, captioned, yes_no
+from vlmfix.observe.tokens import is_image_token
 from vlmfix.observe.watch import AttentionLog, StreamLog, output_projection
 from vlmfix.observe.words import answer_tokens, decode, find_word, word_tokens
 
@@ -163,11 +164,11 @@ def search(
             "samples, of both kinds, and check that the objects' names stand in the questions or captions."
         )
     text, image = scores.text.difference(), scores.image.difference()
-    by_text, by_image = ranked(text, session.layers), ranked(image, session.layers)
+    by_text, by_image = ranked(text, session.layers()), ranked(image, session.layers())
     up = tuple(dict.fromkeys((*by_text[:xi], *by_image[:zeta])))
     found = dataclasses.replace(method, up_heads=up, down_heads=tuple(reversed(by_text[-xi:])))
     options = {"answers": method.answers, "lens_norm": lens_norm, "xi": xi, "zeta": zeta}
-    return Found(found, counts, {"text": text, "image": image}, session.layers, options)
+    return Found(found, counts, {"text": text, "image": image}, session.layers(), options)
 
 
 def _counts(records: Contrast, kind: str, positive: str, negative: str) -> dict[str, int]:
@@ -184,11 +185,10 @@ def _questions(
     """Record yes/no questions, batch by batch."""
     yes_no(samples, "allpath with answers='yesno'")
     yes, no = answer_tokens(session.tokenizer)
-    for batch in session.batches(samples):
-        inputs = session.encode(batch)
+    for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
         with streams.watch():
-            session.first_logits(inputs, log.method())
+            session.next_logits(inputs, log.method())
         for number, sample in enumerate(batch):
             right, wrong = (yes, no) if sample.answer else (no, yes)
             gains = lens.gains(streams, 0, number, (right, wrong))
@@ -202,7 +202,7 @@ def _record_question(
     session: Session, sample: CalibrationSample, ids: torch.Tensor, number: int, log: AttentionLog, scores: Scores
 ) -> None:
     """Record where the rows of the object's name in a question look."""
-    is_image = torch.isin(ids, torch.tensor(session.anatomy.image_token_ids, device=ids.device))
+    is_image = is_image_token(session.anatomy, ids)
     behind = int(is_image.nonzero().max()) + 1
     text = ids[behind:].tolist()
     names = sorted({*(sample.objects or ()), *(sample.absent or ())}, key=len, reverse=True)
@@ -225,9 +225,8 @@ def _captions(
     """Record captions, batch by batch."""
     captioned(samples, "allpath with answers='caption'")
     session.need_mentions("allpath with answers='caption'")
-    for batch in session.batches(samples):
+    for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
-        inputs = session.encode(batch)
         with streams.watch():
             rows = session.captions(inputs, log.method())
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):

@@ -14,10 +14,10 @@ import torch
 
 from vlmfix.calibration import act, adaiat, adhh, allpath, image, iri
 from vlmfix.calibration.search import Found
+from vlmfix.calibration.session import Session, open_session
 from vlmfix.errors import MethodError
 from vlmfix.methods.measured import Calibration, plain
 from vlmfix.methods.registry import make_method
-from vlmfix.observe.ask import Session, open_session
 from vlmfix.observe.samples import CalibrationSample, Mentions, choose
 
 logger = logging.getLogger("vlmfix")

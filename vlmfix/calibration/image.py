@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from vlmfix.calibration.search import Contrast, Found
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError
 from vlmfix.methods.vaf import VAF
 from vlmfix.methods.var import VAR
 from vlmfix.model.sink_dims import find_sink_dims
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample
+from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import AttentionLog
 
 logger = logging.getLogger("vlmfix")
@@ -30,22 +31,21 @@ def search_vaf(session: Session, samples: Sequence[CalibrationSample], method: V
         DataError: No sample with finite attention.
     """
     masses = Contrast()
-    for batch in session.batches(samples):
-        inputs = session.encode(batch)
+    for batch, inputs in session.batches(samples):
         log = AttentionLog()
-        session.first_logits(inputs, log.method())
+        session.next_logits(inputs, log.method())
         for number in range(len(batch)):
             masses.add(log.mass(0, inputs["input_ids"].shape[1] - 1, number), positive=True)
         logger.info("vaf: %d of %d prompts", masses.counts[True], len(samples))
     if not masses.counts[True]:
         raise DataError(f"No finite attention in {len(samples)} samples. Load the model with another dtype.")
     mean = masses.mean(True)
-    layers = [layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers]
+    layers = [layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers()]
     half = max(session.anatomy.num_heads // 2, 1)
-    best = {at: mean[session.layers.index(at)].argsort(descending=True, stable=True)[:half].tolist() for at in layers}
+    best = {at: mean[session.layers().index(at)].argsort(descending=True, stable=True)[:half].tolist() for at in layers}
     heads = tuple((layer, head) for layer in layers for head in sorted(best[layer]))
     counts = {"prompts": masses.counts[True], "dropped": masses.dropped}
-    return Found(dataclasses.replace(method, heads=heads), counts, {"image_mass": mean}, session.layers)
+    return Found(dataclasses.replace(method, heads=heads), counts, {"image_mass": mean}, session.layers())
 
 
 def search_var(session: Session, samples: Sequence[CalibrationSample], method: VAR) -> Found:
@@ -55,12 +55,9 @@ def search_var(session: Session, samples: Sequence[CalibrationSample], method: V
     token, which sees nothing else. Costs one text prefill per sample.
     """
     rows = []
-    for batch in session.batches(samples):
-        inputs = session.encode(batch)
-        text = inputs["attention_mask"].bool() & ~torch.isin(
-            inputs["input_ids"], torch.tensor(session.anatomy.image_token_ids, device=inputs["input_ids"].device)
-        )
-        rows += [ids[keep] for ids, keep in zip(inputs["input_ids"], text, strict=True)]
+    for _, inputs in session.batches(samples):
+        tokens = prompt_tokens(session.anatomy, inputs)
+        rows += [ids[keep] for ids, keep in zip(inputs["input_ids"], tokens.valid & ~tokens.image, strict=True)]
     length = min(len(row) for row in rows)
     if not length:
         raise DataError("A prompt holds nothing but the image. Pass prompt=... to make one with text.")
@@ -68,4 +65,4 @@ def search_var(session: Session, samples: Sequence[CalibrationSample], method: V
     if not dims:
         logger.warning("var: no dimension marks sinks in this model; the recipe changes nothing.")
     found = dataclasses.replace(method, sink_dims=dims)
-    return Found(found, {"prompts": len(rows), "tokens_of_each": length}, {}, session.layers)
+    return Found(found, {"prompts": len(rows), "tokens_of_each": length}, {}, session.layers())

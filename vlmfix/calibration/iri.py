@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from vlmfix.calibration.search import Found
+from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError
 from vlmfix.methods.iri import IRI
 from vlmfix.methods.measured import LayerRanking, checkpoint_name
-from vlmfix.observe.ask import Session
 from vlmfix.observe.samples import CalibrationSample, yes_no
 from vlmfix.observe.words import answer_tokens
 from vlmfix.probes.causal_trace import Corruption, causal_trace, choose_sigma
@@ -64,9 +64,9 @@ def search(
     answer, _ = answer_tokens(session.tokenizer)
 
     def batches() -> Iterator[Any]:
-        for number, batch in enumerate(session.batches(asked)):
+        for number, (_, inputs) in enumerate(session.batches(asked)):
             logger.info("iri: question %d of %d", number * session.batch_size, len(asked))
-            yield session.encode(batch)
+            yield inputs
 
     if corruption == "noise" and sigma is None:
         sigma = choose_sigma(session.model, batches, answer, seed=noise_seed)

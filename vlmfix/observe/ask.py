@@ -1,9 +1,9 @@
-"""A model that answers samples while it is calibrated, and is left as it was found."""
+"""Lets a model answer: greedily or along a given answer, with watching methods beside those of its patch."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,222 +12,12 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from vlmfix.engine.status import describe
-from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, VlmfixError
+from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
+from vlmfix.methods.none import NoMethod
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.model.anatomy import Anatomy, analyse, input_device
-from vlmfix.observe.samples import CalibrationSample, Mentions
-from vlmfix.observe.words import Mention, decode, locate_mentions
+from vlmfix.model.anatomy import Anatomy, analyse
 from vlmfix.patching import find_patch, patched
-
-
-def greedy(max_new_tokens: int, pad_token_id: int | None) -> dict[str, Any]:
-    """Return the keyword arguments of ``generate`` for one beam without sampling."""
-    return {
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": pad_token_id,
-    }
-
-
-def end_token_ids(model: Any) -> tuple[int, ...]:
-    """Return the ids that end a generated sequence: those of the generation settings, else of the language model."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        ids = model.config.get_text_config(decoder=True).eos_token_id
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-
-
-@dataclass(frozen=True)
-class Session:
-    """What every search needs.
-
-    Attributes:
-        anatomy: The model.
-        processor: Its processor; the tokenizer pads on the left.
-        prompt: Makes the prompt's text from a question.
-        mentions: Finds the objects that a caption names, if the caller gave it.
-        batch_size: Samples per forward.
-        max_new_tokens: Limit of captions.
-    """
-
-    anatomy: Anatomy
-    processor: Any
-    prompt: Callable[[str], str]
-    mentions: Mentions | None
-    batch_size: int
-    max_new_tokens: int
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model, free of wrappers."""
-        return self.anatomy.model
-
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's tokenizer."""
-        return self.processor.tokenizer
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers with softmax attention."""
-        return tuple(sorted({site.layer_idx for site in self.anatomy.sites}))
-
-    @property
-    def heads(self) -> list[tuple[int, int]]:
-        """All (layer, head) pairs."""
-        return [(layer, head) for layer in self.layers for head in range(self.anatomy.num_heads)]
-
-    def batches(self, samples: Sequence[CalibrationSample]) -> Iterator[Sequence[CalibrationSample]]:
-        """Split samples into batches."""
-        for start in range(0, len(samples), self.batch_size):
-            yield samples[start : start + self.batch_size]
-
-    def encode(self, samples: Sequence[CalibrationSample]) -> Any:
-        """Return left-padded model inputs on the model's device.
-
-        Raises:
-            DataError: The processor rejects a sample, or a prompt has no image token.
-        """
-        prompts = [self.prompt(sample.question) for sample in samples]
-        bos = self.tokenizer.bos_token
-        try:
-            inputs = self.processor(
-                images=[[sample.load()] for sample in samples],
-                text=prompts,
-                padding=True,
-                add_special_tokens=not (bos and prompts[0].startswith(bos)),  # a template may have written it already
-                return_tensors="pt",
-            )
-        except (ValueError, TypeError) as error:
-            raise DataError(f"The processor rejects the prompt {prompts[0]!r}: {error}") from error
-        ids = torch.tensor(self.anatomy.image_token_ids)
-        if not bool(torch.isin(inputs["input_ids"], ids).any(1).all()):
-            raise DataError(f"The prompt {prompts[0]!r} has no place for the image. Pass prompt=... to make it.")
-        return inputs.to(input_device(self.model), self.model.dtype)
-
-    def first_logits(self, inputs: Any, method: Method | str = "none") -> torch.Tensor:
-        """Return the logits that predict the first new token under a method: fp32 ``[batch, vocab]``."""
-        last = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        with patched(self.model, method):
-            logits = self.model(**inputs, use_cache=False, **({"logits_to_keep": 1} if last else {})).logits
-        result: torch.Tensor = logits[:, -1].float()
-        return result
-
-    def captions(self, inputs: Any, method: Method | str = "none") -> list[list[int]]:
-        """Answer a batch greedily under a method: the generated ids of each row, without the end token."""
-        with patched(self.model, method):
-            output = self.model.generate(  # type: ignore[operator]
-                **inputs, **greedy(self.max_new_tokens, self.tokenizer.pad_token_id)
-            )
-        ends = end_token_ids(self.model)
-        rows = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
-
-    def locate(self, ids: Sequence[int]) -> tuple[list[Mention], int]:
-        """Find the objects a caption names, see ``locate_mentions``."""
-        assert self.mentions is not None
-        return locate_mentions(self.tokenizer, ids, self.mentions(decode(self.tokenizer, ids)))
-
-    def need_mentions(self, name: str) -> None:
-        """Check that objects can be found in captions.
-
-        Raises:
-            MethodError: The caller gave no function for it.
-        """
-        if self.mentions is None:
-            raise MethodError(
-                f"{name} learns from the objects that captions name. Pass mentions=..., a function from a caption to "
-                "(word, object) pairs in its order, such as lambda text: [('puppy', 'dog')]."
-            )
-
-
-@contextmanager
-def open_session(
-    model: object,
-    processor: Any,
-    prompt: Callable[[str], str] | None,
-    mentions: Mentions | None,
-    batch_size: int,
-    max_new_tokens: int,
-) -> Iterator[Session]:
-    """Prepare a model and its processor; leave both as they were found, also after an exception."""
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise MethodError(f"{name} must be at least 1, got {value}.")
-    anatomy = analyse(model)
-    if anatomy.projector is not None or any(site.kind != "joint" for site in anatomy.sites):
-        raise UnsupportedFeatureError(
-            f"{type(anatomy.model).__name__} cannot be calibrated: its answers do not come from a prompt with image "
-            "tokens that its text attention reads. Pass what the method needs yourself: heads=[(layer, head), ...]."
-        )
-    processor = _find_processor(model, anatomy, processor)
-    tokenizer = processor.tokenizer
-    padding, pad_token = tokenizer.padding_side, tokenizer.pad_token
-    try:
-        tokenizer.padding_side = "left"  # the last row is each sample's last token
-        if pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        with left_as_found(anatomy.model):
-            yield Session(anatomy, processor, prompt or _make_prompt(processor), mentions, batch_size, max_new_tokens)
-    finally:
-        tokenizer.padding_side = padding
-        if pad_token is None:
-            tokenizer.pad_token = None
-
-
-@contextmanager
-def left_as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, and leave it as it was found, also after an exception."""
-    training = [(module, module.training) for module in model.modules()]
-    # Qwen's models keep positions of the last prompt beside their weights.
-    kept = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, was_training in training:
-            module.training = was_training
-        for module, deltas in kept:
-            vars(module)["rope_deltas"] = deltas
-
-
-def _find_processor(model: object, anatomy: Anatomy, processor: Any) -> Any:
-    if processor is None and not isinstance(model, torch.nn.Module):
-        processor = getattr(model, "processor", None)  # a pipeline's
-    name = anatomy.model.config._name_or_path
-    if processor is None and name:
-        from transformers import AutoProcessor
-
-        try:
-            processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise VlmfixError(f"Cannot load the processor of {name!r} ({error}). Pass processor=...") from error
-    if getattr(processor, "tokenizer", None) is None:
-        raise VlmfixError(
-            f"Calibration needs the model's processor, with a tokenizer; got {type(processor).__name__}. Pass "
-            "processor=transformers.AutoProcessor.from_pretrained(...)."
-        )
-    return processor
-
-
-def _make_prompt(processor: Any) -> Callable[[str], str]:
-    """Wrap a question into the chat template; without one, the question is the whole prompt."""
-    if not getattr(processor, "chat_template", None):
-        return str
-
-    def prompt(question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-    return prompt
-
 
 Answers = Sequence[Sequence[int]]
 """Token ids per sample of a batch."""
@@ -239,11 +29,18 @@ class Answered:
 
     Attributes:
         tokens: Generated (or given) ids per sample, an end token included.
+        has_end: Whether a sample's last id is an end token; else the answer was cut off.
         logits: Per step, fp32 ``[batch, vocab]``, before any processor; empty unless asked for.
     """
 
     tokens: tuple[tuple[int, ...], ...]
+    has_end: tuple[bool, ...]
     logits: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def words(self) -> tuple[tuple[int, ...], ...]:
+        """The ids without the end token."""
+        return tuple(ids[:-1] if ended else ids for ids, ended in zip(self.tokens, self.has_end, strict=True))
 
     @property
     def steps(self) -> int:
@@ -266,93 +63,72 @@ class Answered:
         return torch.stack(by_step, dim=1).masked_fill(self.behind, float("nan"))
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model that is looked at, with the patch that is on it.
+def answer(
+    model: Any,
+    inputs: Mapping[str, Any],
+    max_new_tokens: int = 1,
+    *,
+    answers: Answers | None = None,
+    logits: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Answered:
+    """Let a model answer a batch by one beam without sampling, whatever its own generation settings are.
 
-    Attributes:
-        anatomy: The model.
-        methods: The methods of its patch; none for a stock model.
-        patch: Their description.
+    Args:
+        model: A Hugging Face model, patched or not.
+        inputs: What ``model.generate`` takes, where the model reads it; left-padded.
+        max_new_tokens: Limit of every answer; with ``answers``, their length counts.
+        answers: Ids to give instead of the model's own choice.
+        logits: Whether to keep the logits of every step.
+        processors: Logits processors, behind the model's own.
+
+    Returns:
+        What was answered.
     """
-
-    anatomy: Anatomy
-    methods: tuple[Method, ...]
-    patch: str | None
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model, free of wrappers."""
-        return self.anatomy.model
-
-    def layers(self, wanted: Sequence[int] | str | None) -> tuple[int, ...]:
-        """Return the layers with softmax attention among those wanted (``None``: all)."""
-        there = sorted({site.layer_idx for site in self.anatomy.sites})
-        if wanted is None:
-            return tuple(there)
-        chosen = set(resolve_layers(wanted, self.anatomy.num_layers, "layers"))
-        if not chosen & set(there):
-            raise MethodError(f"layers={wanted!r}: this model has softmax attention in layers {there} only.")
-        return tuple(layer for layer in there if layer in chosen)
-
-    @contextmanager
-    def watched(self, *watches: Method) -> Iterator[None]:
-        """Put watching methods beside those of the patch, and take them off again."""
-        with left_as_found(self.model):
-            if not watches and not self.methods:
-                yield
-                return
-            first = [watch for watch in watches if watch.edits_heads]  # before methods scale them in their own layer
-            behind = [watch for watch in watches if not watch.edits_heads]
-            with patched(self.model, [*first, *self.methods, *behind]):  # a patch of its own, so that nothing counts
-                yield
-
-    def answer(
-        self,
-        inputs: Mapping[str, Any],
-        *watches: Method,
-        max_new_tokens: int = 1,
-        answers: Answers | None = None,
-        logits: bool = False,
-    ) -> Answered:
-        """Let the model answer greedily, or give it the answers, by cached decoding.
-
-        Args:
-            inputs: What ``model.generate`` takes, left-padded.
-            *watches: What watches.
-            max_new_tokens: Limit of the answers; with ``answers``, their length counts.
-            answers: Ids to give instead of the model's own choice.
-            logits: Whether to keep the logits of every step.
-
-        Returns:
-            What was answered.
-        """
-        if answers is not None:
-            answers = _checked(answers, len(inputs["input_ids"]), self.anatomy.text_config.vocab_size)
-            max_new_tokens = max(map(len, answers))
-        if max_new_tokens < 1:
-            raise MethodError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        filler = _first_id(self.model.generation_config.pad_token_id, 0)  # type: ignore[union-attr]
-        given = None if answers is None else LogitsProcessorList([GivenAnswer(answers, filler)])
-        with self.watched(*watches):
-            out = self.model.generate(  # type: ignore[operator]
-                **inputs,
-                **greedy(max_new_tokens, filler),
-                logits_processor=given,
-                output_logits=logits,
-                return_dict_in_generate=True,
-            )
-        told = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        if answers is None:
-            tokens = self._cut(told)
-        else:  # generate stops where every sample of the batch has ended
-            tokens = tuple(tuple(each[: len(row)]) for each, row in zip(answers, told, strict=True))
-        return Answered(tokens, tuple(each.float() for each in out.logits or ()))
-
-    def _cut(self, rows: list[list[int]]) -> tuple[tuple[int, ...], ...]:
-        ends = end_token_ids(self.model)
+    filler = _padding_id(model)
+    if answers is not None:
+        max_new_tokens = max(map(len, answers))
+        processors = (*processors, GivenAnswer(answers, filler))
+    out = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=filler,
+        logits_processor=LogitsProcessorList(processors),
+        output_logits=logits,
+        return_dict_in_generate=True,
+    )
+    # A decoder-only model repeats the prompt; an encoder-decoder model begins with one start token.
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    rows: list[list[int]] = out.sequences[:, start:].tolist()
+    ends = end_token_ids(model)
+    if answers is None:
         stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
-        return tuple(tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True))
+    else:  # generate stops where every sample of the batch has ended
+        rows = [list(each[: len(row)]) for each, row in zip(answers, rows, strict=True)]
+        stops = list(map(len, rows))
+    tokens = tuple(tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True))
+    has_end = tuple(ids[-1] in ends for ids in tokens)
+    return Answered(tokens, has_end, tuple(each.float() for each in out.logits or ()) if logits else ())
+
+
+def next_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options: Any) -> torch.Tensor:
+    """Read a batch in one forward without a cache; return what the last rows predict: fp32 ``[batch, rows, vocab]``.
+
+    Args:
+        model: A Hugging Face model, patched or not.
+        inputs: What ``model.forward`` takes; left-padded.
+        rows: How many.
+        **options: Further arguments of the forward.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    keep = {"logits_to_keep": rows} if "logits_to_keep" in takes else {}
+    logits: torch.Tensor = model(**inputs, **{"use_cache": False, **keep, **options}).logits[:, -rows:]
+    return logits.float()
 
 
 class GivenAnswer(LogitsProcessor):  # type: ignore[misc]
@@ -371,12 +147,124 @@ class GivenAnswer(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(1, ids, 0.0)
 
 
+def end_token_ids(model: Any) -> tuple[int, ...]:
+    """Return the ids that end a generated sequence: those of the generation settings, else of the language model."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = model.config.get_text_config(decoder=True).eos_token_id
+    return _listed(ids)
+
+
+def _padding_id(model: Any) -> int:
+    """Return the id behind answers that end before others; nothing reads it."""
+    return next((each for each in _listed(model.generation_config.pad_token_id) if each >= 0), 0)
+
+
+def _listed(ids: Any) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is looked at, with the methods that act meanwhile.
+
+    Attributes:
+        anatomy: The model.
+        methods: The methods of its patch; none for the stock model.
+    """
+
+    anatomy: Anatomy
+    methods: tuple[Method, ...]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, free of wrappers."""
+        return self.anatomy.model
+
+    @property
+    def patch(self) -> str | None:
+        """What acts, described; ``None`` for the stock model."""
+        return describe(self.methods) if self.methods else None
+
+    def layers(self, wanted: Sequence[int] | str | None = None) -> tuple[int, ...]:
+        """Return the layers with softmax attention among those wanted (``None``: all)."""
+        there = sorted({site.layer_idx for site in self.anatomy.sites})
+        if wanted is None:
+            return tuple(there)
+        chosen = set(resolve_layers(wanted, self.anatomy.num_layers, "layers"))
+        if not chosen & set(there):
+            raise MethodError(f"layers={wanted!r}: this model has softmax attention in layers {there} only.")
+        return tuple(layer for layer in there if layer in chosen)
+
+    @contextmanager
+    def acting(self, *more: Method) -> Iterator[None]:
+        """Let the subject's methods act, with more beside them, on the model in evaluation mode; then restore it."""
+        first = [method for method in more if method.edits_heads]  # before those of the patch scale heads
+        behind = [method for method in more if not method.edits_heads]
+        # A patch of its own, so that nothing counts.
+        with left_as_found(self.model), patched(self.model, [*first, *self.methods, *behind] or [NoMethod()]):
+            yield
+
+    def answer(
+        self,
+        inputs: Mapping[str, Any],
+        *more: Method,
+        max_new_tokens: int = 1,
+        answers: Answers | None = None,
+        logits: bool = False,
+    ) -> Answered:
+        """Let the model answer greedily, or give it the answers, by cached decoding.
+
+        Args:
+            inputs: What ``model.generate`` takes, left-padded.
+            *more: Methods beside the subject's own: what watches, or cuts.
+            max_new_tokens: Limit of the answers; with ``answers``, their length counts.
+            answers: Ids to give instead of the model's own choice.
+            logits: Whether to keep the logits of every step.
+
+        Returns:
+            What was answered.
+
+        Raises:
+            MethodError: ``max_new_tokens`` below 1, or ``answers`` that do not fit the batch or the vocabulary.
+        """
+        if answers is not None:
+            answers = _checked(answers, len(inputs["input_ids"]), self.anatomy.text_config.vocab_size)
+        elif max_new_tokens < 1:
+            raise MethodError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        with self.acting(*more):
+            return answer(self.model, inputs, max_new_tokens, answers=answers, logits=logits)
+
+    def next_logits(self, inputs: Mapping[str, Any], *more: Method) -> torch.Tensor:
+        """Return the logits that predict the first new token, without a cache: fp32 ``[batch, vocab]``."""
+        with self.acting(*more):
+            return next_logits(self.model, inputs)[:, -1]
+
+
+@contextmanager
+def left_as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and leave it as it was found, also after an exception."""
+    training = [(module, module.training) for module in model.modules()]
+    # Qwen's models keep positions of the last prompt beside their weights.
+    kept = [(module, vars(module)["rope_deltas"]) for module in model.modules() if "rope_deltas" in vars(module)]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for module, deltas in kept:
+            vars(module)["rope_deltas"] = deltas
+
+
 def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
-    """Prepare a model for a probe.
+    """Prepare a model for a probe: what acts on it goes on acting.
 
     Raises:
-        UnsupportedFeatureError: The model reads no prompt with image tokens by self-attention, or the inputs hold no
-            ``input_ids``.
+        UnsupportedFeatureError: The model reads no prompt with image tokens by self-attention, a method that decodes
+            from two branches acts, or the inputs hold no ``input_ids`` or are padded on the right.
     """
     anatomy = analyse(model)
     if anatomy.kinds != {"joint"} or anatomy.projector is not None:
@@ -404,7 +292,7 @@ def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
             f"{probe} looks at one branch of an answer, and {decoding[0]} decodes from two. Let the patched model "
             f"answer, then give its words to the stock model: vlmfix.unpatch(model); {probe}(..., answers=[ids])."
         )
-    return Subject(anatomy, methods, describe(methods) if methods else None)
+    return Subject(anatomy, methods)
 
 
 def _reason(anatomy: Anatomy) -> str:
@@ -423,9 +311,3 @@ def _checked(answers: Answers, batch: int, vocab_size: int) -> Answers:
     if outside:
         raise MethodError(f"answers hold ids outside the vocabulary of {vocab_size}: {outside[:5]}.")
     return answers
-
-
-def _first_id(ids: Any, default: int) -> int:
-    if isinstance(ids, (list, tuple)):
-        return int(ids[0])
-    return default if ids is None else int(ids)

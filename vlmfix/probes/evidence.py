@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import MethodError
 from vlmfix.methods.sequence import SequenceState
 from vlmfix.model.anatomy import FORWARD_KWARG
-from vlmfix.observe.ask import Answered, Answers, Subject, look_at
+from vlmfix.observe.ask import Answered, Answers, Subject, look_at, next_logits
 from vlmfix.observe.watch import Cut
 from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
@@ -149,13 +149,9 @@ def _without_image(subject: Subject, inputs: Mapping[str, Any], said: Answered) 
     valid = spans["text"] | spans["image"]
     state = SequenceState((), spans["image"], valid, inputs["input_ids"], any_image=True)
     text = image_free_inputs(subject, state, inputs, said)
-    with positions_kept(subject.anatomy), subject.watched():
-        # A patch is nothing without an image, but would count the prompt.
-        options: dict[str, Any] = {FORWARD_KWARG: None} if subject.methods else {}
-        if "logits_to_keep" in inspect.signature(type(subject.model).forward).parameters:
-            options["logits_to_keep"] = said.steps
-        logits = subject.model(**text, use_cache=False, **options).logits[:, -said.steps :]
-    return Answered(said.tokens, tuple(logits.float().unbind(1))).log_probs().exp()
+    with positions_kept(subject.anatomy), subject.acting():
+        logits = next_logits(subject.model, text, said.steps, **{FORWARD_KWARG: None})  # by the stock model
+    return dataclasses.replace(said, logits=tuple(logits.unbind(1))).log_probs().exp()
 
 
 def _checked(context: Sequence[Sequence[int]] | None, said: Answered) -> tuple[tuple[int, ...], ...]:

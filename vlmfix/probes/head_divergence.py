@@ -109,7 +109,7 @@ def head_divergence(
         divergence = torch.zeros(batch, steps, len(wanted), subject.anatomy.num_heads)
         selected = torch.zeros(batch, len(wanted), subject.anatomy.num_heads, dtype=torch.bool)
     else:
-        with subject.watched(watch):
+        with subject.acting(watch):
             without = _image_free(subject, log, inputs, answered)
         divergence, selected = _compare(log, without, wanted)
     divergence = divergence.masked_fill(answered.behind[..., None, None], float("nan"))

@@ -28,7 +28,7 @@ from vlmfix.evals.data.write import file_digest
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run import batches as answer_plan
 from vlmfix.evals.run import plan as planning
-from vlmfix.evals.run.generate import PromptBuilder
+from vlmfix.observe.prompts import PromptBuilder
 
 
 @pytest.fixture(autouse=True)

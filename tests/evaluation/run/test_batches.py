@@ -16,6 +16,7 @@ from vlmfix.cli import main
 from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.run import generate, models
 from vlmfix.evals.run import memory as batching
+from vlmfix.observe.prompts import PromptBuilder
 
 TOKENS = 20  # captions become longer than the questions
 METHODS = ("none", "vhr", "pai")
@@ -144,7 +145,7 @@ def test_a_failed_batch_leaves_the_model_bitwise_stock(home: Path) -> None:
     model = models.load_model(source, dtype="float32", device="cpu")
     generator = generate.Generator(model, source.processor)
     image = load_image(next((home / "c" / "val2014").iterdir()))
-    prompt = generate.PromptBuilder(source.processor)("Please describe this image.")
+    prompt = PromptBuilder(source.processor)("Please describe this image.")
     batch = batching.EncodedBatch(generator, [prompt] * 4, [image] * 4)
     inputs = batch.inputs(0, 4)
     with torch.no_grad():

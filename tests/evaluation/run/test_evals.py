@@ -46,6 +46,7 @@ from vlmfix.evals.run import methods as config
 from vlmfix.evals.run import plan as planning
 from vlmfix.evals.scores import controls as control_lines
 from vlmfix.evals.stats.figures import Auc
+from vlmfix.observe.prompts import PromptBuilder
 
 TOKENS = 12
 #: The columns of a run of CHAIR and POPE.
@@ -189,7 +190,7 @@ def test_none_is_the_stock_model(home: Path, finished: Path) -> None:
     stored = json.loads((finished / folders.ANSWERS).read_text().splitlines()[0])
     assert stored["method"] == "none" and stored["benchmark"] == "chair"
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
-    prompt = generate.PromptBuilder(source.processor)(stored["question"])
+    prompt = PromptBuilder(source.processor)(stored["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
     tokens = output[output != 2]
@@ -205,7 +206,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
     rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
     stored = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "pope")
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
-    prompt = generate.PromptBuilder(source.processor)(stored["question"])
+    prompt = PromptBuilder(source.processor)(stored["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0, -1]
@@ -214,7 +215,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
 
     caption = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "chair")
     image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{caption['image_id']}.png")))
-    prompt = generate.PromptBuilder(source.processor)(caption["question"])
+    prompt = PromptBuilder(source.processor)(caption["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     tokens = torch.tensor([caption["tokens"]])
     ids = torch.cat([inputs.pop("input_ids"), tokens], dim=1)
@@ -561,7 +562,7 @@ def test_model_without_template_needs_a_whole_prompt(home: Path, words: Any, tmp
 
 def test_prompts(home: Path) -> None:
     source = models.find_model(home / "m")
-    build = generate.PromptBuilder(source.processor)
+    build = PromptBuilder(source.processor)
     question = options_module.POPE_PROMPT.replace("{question}", "Is there a dog in the image?")
     assert build(options_module.CHAIR_PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
     assert build(question) == (

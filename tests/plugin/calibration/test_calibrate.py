@@ -24,9 +24,9 @@ from vlmfix import Calibration, CalibrationSample, DataError, MethodError, Unsup
 from vlmfix.calibration import adhh
 from vlmfix.calibration.allpath import LogitLens
 from vlmfix.calibration.search import Contrast, ranked, scaled_count
+from vlmfix.calibration.session import Session
 from vlmfix.cli import main
 from vlmfix.model.anatomy import analyse
-from vlmfix.observe.ask import Session
 from vlmfix.observe.watch import AttentionLog, StreamLog, output_projection
 from vlmfix.observe.words import answer_tokens, find_word, locate_mentions, word_tokens
 
@@ -505,7 +505,7 @@ def family_session(name: str) -> tuple[Any, Any]:
         def encode(self, samples: Sequence[CalibrationSample]) -> Any:
             return dict(inputs)
 
-    return OneSample(analyse(family.build().eval()), None, str, None, 1, 5), inputs
+    return OneSample(analyse(family.build().eval()), (), None, str, None, 1, 5), inputs
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "lfm2_vl", "llava_gemma2", "paligemma"])
@@ -521,7 +521,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
         assert torch.equal(model.generate(**inputs, **options), stock.sequences)
     ids = stock.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     ((index, found),) = adhh._influences(session, None, ids, [token], 3)  # type: ignore[arg-type]
-    assert index == token and found.shape == (len(session.layers), session.anatomy.num_heads)
+    assert index == token and found.shape == (len(session.layers()), session.anatomy.num_heads)
 
     def read(ablate: tuple[int, int] | None) -> torch.Tensor:
         cache = model(**inputs, use_cache=True).past_key_values
@@ -544,7 +544,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
 
     whole = read(None)
     torch.testing.assert_close(whole, stock.logits[token][0], atol=1e-5, rtol=1e-5)
-    for row, layer in enumerate(session.layers):
+    for row, layer in enumerate(session.layers()):
         head = row % session.anatomy.num_heads
         fall = whole.softmax(-1)[ids[token]] - read((layer, head)).softmax(-1)[ids[token]]
         torch.testing.assert_close(found[row, head], fall, atol=1e-6, rtol=1e-4)

@@ -1,0 +1,148 @@
+"""The stock model with its processor, asked about samples in batches, while a method learns from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, VlmfixError
+from vlmfix.methods.base import Method
+from vlmfix.model.anatomy import Anatomy, analyse
+from vlmfix.observe.ask import Subject, left_as_found
+from vlmfix.observe.prompts import PromptBuilder, encode, has_template
+from vlmfix.observe.samples import CalibrationSample, Mentions
+from vlmfix.observe.tokens import is_image_token
+from vlmfix.observe.words import Mention, decode, locate_mentions
+
+
+@dataclass(frozen=True)
+class Session(Subject):
+    """What every search needs. No method acts but those that a search names.
+
+    Attributes:
+        processor: The model's processor; its tokenizer pads on the left.
+        prompt: Makes the prompt's text from a question.
+        mentions: Finds the objects that a caption names, if the caller gave it.
+        batch_size: Samples per forward.
+        max_new_tokens: Limit of captions.
+    """
+
+    processor: Any
+    prompt: Callable[[str], str]
+    mentions: Mentions | None
+    batch_size: int
+    max_new_tokens: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """All (layer, head) pairs."""
+        return [(layer, head) for layer in self.layers() for head in range(self.anatomy.num_heads)]
+
+    def batches(self, samples: Sequence[CalibrationSample]) -> Iterator[tuple[Sequence[CalibrationSample], Any]]:
+        """Split samples into batches, each with the model's inputs."""
+        for start in range(0, len(samples), self.batch_size):
+            batch = samples[start : start + self.batch_size]
+            yield batch, self.encode(batch)
+
+    def encode(self, samples: Sequence[CalibrationSample]) -> Any:
+        """Return left-padded model inputs on the model's device.
+
+        Raises:
+            DataError: The processor rejects a sample, or a prompt has no image token.
+        """
+        prompts = [self.prompt(sample.question) for sample in samples]
+        inputs = encode(self.processor, prompts, [sample.load() for sample in samples], self.model)
+        if not bool(is_image_token(self.anatomy, inputs["input_ids"]).any(1).all()):
+            raise DataError(f"The prompt {prompts[0]!r} has no place for the image. Pass prompt=... to make it.")
+        return inputs
+
+    def captions(self, inputs: Any, *methods: Method) -> tuple[tuple[int, ...], ...]:
+        """Answer a batch greedily under some methods: the generated ids of each sample, without the end token."""
+        return self.answer(inputs, *methods, max_new_tokens=self.max_new_tokens).words
+
+    def locate(self, ids: Sequence[int]) -> tuple[list[Mention], int]:
+        """Find the objects a caption names, see ``locate_mentions``."""
+        assert self.mentions is not None
+        return locate_mentions(self.tokenizer, ids, self.mentions(decode(self.tokenizer, ids)))
+
+    def need_mentions(self, name: str) -> None:
+        """Check that objects can be found in captions.
+
+        Raises:
+            MethodError: The caller gave no function for it.
+        """
+        if self.mentions is None:
+            raise MethodError(
+                f"{name} learns from the objects that captions name. Pass mentions=..., a function from a caption to "
+                "(word, object) pairs in its order, such as lambda text: [('puppy', 'dog')]."
+            )
+
+
+@contextmanager
+def open_session(
+    model: object,
+    processor: Any,
+    prompt: Callable[[str], str] | None,
+    mentions: Mentions | None,
+    batch_size: int,
+    max_new_tokens: int,
+) -> Iterator[Session]:
+    """Prepare a model and its processor; leave both as they were found, also after an exception.
+
+    Raises:
+        MethodError: A number below 1.
+        UnsupportedFeatureError: The model reads no prompt with image tokens by self-attention.
+        VlmfixError: There is no processor.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise MethodError(f"{name} must be at least 1, got {value}.")
+    anatomy = analyse(model)
+    if anatomy.projector is not None or anatomy.kinds != {"joint"}:
+        raise UnsupportedFeatureError(
+            f"{type(anatomy.model).__name__} cannot be calibrated: its answers do not come from a prompt with image "
+            "tokens that its text attention reads. Pass what the method needs yourself: heads=[(layer, head), ...]."
+        )
+    processor = _find_processor(model, anatomy, processor)
+    if prompt is None:  # without a chat template, the question is the whole prompt
+        prompt = PromptBuilder(processor) if has_template(processor) else str
+    tokenizer = processor.tokenizer
+    padding, pad_token = tokenizer.padding_side, tokenizer.pad_token
+    try:
+        tokenizer.padding_side = "left"  # the last row is each sample's last token
+        if pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        with left_as_found(anatomy.model):
+            yield Session(anatomy, (), processor, prompt, mentions, batch_size, max_new_tokens)
+    finally:
+        tokenizer.padding_side = padding
+        if pad_token is None:
+            tokenizer.pad_token = None
+
+
+def _find_processor(model: object, anatomy: Anatomy, processor: Any) -> Any:
+    if processor is None and not isinstance(model, torch.nn.Module):
+        processor = getattr(model, "processor", None)  # a pipeline's
+    name = anatomy.model.config._name_or_path
+    if processor is None and name:
+        from transformers import AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise VlmfixError(f"Cannot load the processor of {name!r} ({error}). Pass processor=...") from error
+    if getattr(processor, "tokenizer", None) is None:
+        raise VlmfixError(
+            f"Calibration needs the model's processor, with a tokenizer; got {type(processor).__name__}. Pass "
+            "processor=transformers.AutoProcessor.from_pretrained(...)."
+        )
+    return processor
