@@ -156,12 +156,12 @@ class Patch:
         """Put objects in the place of methods of ``generate`` that go other ways than a forward with hooks."""
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
-            self._stand_in(each, _PAGED, functools.partial(_refuse, _NO_PAGES))
+            self._stand_in(each, _PAGED, _REFUSE_PAGES)
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
                 self._stand_in(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
-            self._stand_in(language_model, DRAFTS, functools.partial(_refuse, _NO_DRAFTS))
+            self._stand_in(language_model, DRAFTS, _REFUSE_DRAFTS)
 
     def _stand_in(self, module: nn.Module, name: str, stand_in: Any) -> None:
         before = {name: module.__dict__[name]} if name in module.__dict__ else {}
@@ -240,6 +240,10 @@ class Patch:
 def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
     """Stand in for a method of a model that cannot be used while it is patched."""
     raise UnsupportedFeatureError(message)
+
+
+_REFUSE_PAGES, _REFUSE_DRAFTS = functools.partial(_refuse, _NO_PAGES), functools.partial(_refuse, _NO_DRAFTS)
+"""One object each, so that a patch put on again leaves the model as it found it."""
 
 
 def _forget_compiled_code(model: nn.Module) -> None:
