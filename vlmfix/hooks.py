@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,7 +19,7 @@ from vlmfix.decoding.base import DecodingMethod
 from vlmfix.decoding.branch import PairedForward
 from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.opera_search import GenerateWithOpera
-from vlmfix.decoding.other_image import RAW_IMAGES_KWARG
+from vlmfix.decoding.other_image import OTHER_IMAGES_KWARG
 from vlmfix.decoding.two_branches import DRAFTS, TwoBranches
 from vlmfix.engine.attend import ATTENTION_NAME
 from vlmfix.engine.begin import ForwardBeginner
@@ -160,6 +161,8 @@ class Patch:
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
                 self._stand_in(model, name, stand_in)
+        if self.branches is not None:
+            self._stand_in(model, _FORWARD, ForwardByName(model, vars(model).get(_FORWARD)))
         if self.branches is None and not self.beginner.can_tell_drafts:
             self._stand_in(language_model, DRAFTS, _REFUSE_DRAFTS)
 
@@ -172,22 +175,21 @@ class Patch:
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Add a forward to the keyword arguments, unless the caller or an outer hook chose one."""
-        raw = None
-        if RAW_IMAGES_KWARG in kwargs:
-            kwargs = dict(kwargs)
-            raw = kwargs.pop(RAW_IMAGES_KWARG)
+        other_images = kwargs.get(OTHER_IMAGES_KWARG)
+        if OTHER_IMAGES_KWARG in kwargs or CAME_BY_NAME in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name not in (OTHER_IMAGES_KWARG, CAME_BY_NAME)}
         if FORWARD_KWARG in kwargs:
             if module is self.anatomy.inner and isinstance(kwargs[FORWARD_KWARG], EditedForward):
                 kwargs[FORWARD_KWARG].hold_past()
-            return None if raw is None else (args, kwargs)
+            return args, kwargs
         inputs = self._by_name(module, args, kwargs)
         forward = self.beginner.begin(module, inputs)
-        if forward is None:
-            return None
+        if forward is None:  # the model itself says what is missing
+            return args, {**kwargs, FORWARD_KWARG: None}
         if self.branches is not None and module is self.anatomy.model:
-            chosen, kwargs = self.branches.begin(forward, inputs, kwargs, raw)
+            chosen, kwargs = self.branches.begin(forward, inputs, kwargs, other_images)
             if isinstance(chosen, PairedForward):
                 return (), {**kwargs, FORWARD_KWARG: chosen}
         tokens = tokens_of(inputs) if self._wants_every_row and forward.state.any_image else None
@@ -235,6 +237,47 @@ class Patch:
             edited=edited,
             notes=self.notes,
         )
+
+
+_FORWARD = "forward"
+
+
+CAME_BY_NAME = "vlmfix_by_name"
+"""The keyword argument of a call that ``ForwardByName`` has sent through the hooks."""
+
+
+class ForwardByName:
+    """Stands in for ``forward`` of a model whose logits are replaced behind it: calls of it pass the hooks too.
+
+    PEFT (up to 0.20) and other wrappers call ``model.forward(...)``, where ``model(...)`` would run hooks.
+    """
+
+    def __init__(self, model: nn.Module, before: Any) -> None:
+        self.model = model
+        self.before = before
+        """What somebody else had put there."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the stock forward, by which ``generate`` tells what a model takes."""
+        return inspect.signature(self._stock)
+
+    @property
+    def _stock(self) -> Any:
+        return self.before or type(self.model).forward.__get__(self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stock forward, if hooks have run before; else the model with its hooks."""
+        if FORWARD_KWARG in kwargs:
+            return self._stock(*args, **kwargs)
+        if not kwargs.pop(CAME_BY_NAME, False):
+            return self.model(*args, **kwargs, **{CAME_BY_NAME: True})
+        if vars(self.model).get(_FORWARD) is self:
+            raise UnsupportedFeatureError(
+                f"The hooks of this patched {type(self.model).__name__} were removed by somebody else, so vlmfix "
+                "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
+            )
+        return self._stock(*args, **kwargs)  # the patch is off, and somebody still holds this object
 
 
 def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -68,8 +68,10 @@ class DecodingMethod(Method):
         """Check that the other branch can be run in this model.
 
         Raises:
-            MethodError: An encoder reads the prompt, or ``generate`` hands merged embeddings to a model inside.
+            MethodError: The model predicts no next token, an encoder reads the prompt, or ``generate`` hands merged
+                embeddings to a model inside.
         """
+        check_next_token(self, anatomy)
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model:
             raise MethodError(
                 f"{self.name} does not act in {type(anatomy.model).__name__}: what reads the prompt there is not the "
@@ -139,6 +141,20 @@ class Contrast(DecodingMethod):
     def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Contrast and cut fp32 ``[batch, vocab]``."""
         return cut(contrast(logits, other, self.alpha), logits, self.beta)
+
+
+def check_next_token(method: Method, anatomy: Anatomy) -> None:
+    """Refuse a model whose logits are not those of a next token.
+
+    Raises:
+        MethodError: It has another head (classes, rewards), or none.
+    """
+    model = anatomy.model
+    if not model.can_generate() and model.get_output_embeddings() is None:
+        raise MethodError(
+            f"{method.name} decides on the next token, and {type(model).__name__} predicts none: it has no "
+            "language-model head. Load the model with AutoModelForImageTextToText."
+        )
 
 
 def contrast(logits: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from vlmfix.decoding.beam_search import Beams
+from vlmfix.decoding.branch import TOKEN_TYPES
 from vlmfix.decoding.caches import is_plain, with_new_layers
 from vlmfix.decoding.other_image import is_image_argument
-from vlmfix.decoding.other_prompt import TOKEN_TYPES
 from vlmfix.engine.forwards import StockForward
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import state_of

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-RAW_IMAGES_KWARG = "vlmfix_images"
-"""The keyword argument in which ``generate`` hands the images to a forward when it has encoded them itself."""
+from vlmfix.model.anatomy import FORWARD_KWARG
+
+if TYPE_CHECKING:
+    from vlmfix.decoding.base import DecodingMethod
+
+OTHER_IMAGES_KWARG = "vlmfix_images"
+"""The keyword argument in which ``generate`` hands on ``OtherImages`` when it has encoded the images itself."""
 
 
 ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
@@ -26,48 +33,60 @@ PACKED = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_v
 """Where pictures come as one row of patches (MiniCPM-V 4.6): the argument with their sizes in patches, ``[n, 2]``."""
 
 
-class RawImages:
-    """What ``generate`` encoded: the processor's arguments, and for how many prompts."""
+@dataclass(frozen=True)
+class OtherImages:
+    """The other branch's images, encoded beside those that ``generate`` encodes.
 
-    def __init__(self, arguments: dict[str, Any], batch: int) -> None:
-        self.arguments = arguments
-        self.batch = batch
+    Attributes:
+        features: What the model's forward takes as ``mm_encoder_outputs``.
+        batch: Prompts, before they are repeated for beams.
+        length: Tokens of each prompt.
+    """
+
+    features: dict[str, Any]
+    batch: int
+    length: int
+
+    def expanded(self, model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the features for the rows of a forward: prompts are repeated for their beams."""
+        names = ("input_ids", "inputs_embeds")
+        times = next(len(arguments[name]) for name in names if arguments.get(name) is not None) // self.batch
+        if times == 1:
+            return self.features
+        ids, embeds = (arguments[name][::times] if arguments.get(name) is not None else None for name in names)
+        features = copy.deepcopy(self.features)  # they are expanded in place
+        expanded: dict[str, Any] = model._expand_multimodal_outputs(
+            ids, features, expand_size=times, inputs_embeds=embeds
+        )
+        return expanded
 
 
-class KeepImages:
-    """Stands in for a model's ``ENCODES``: calls it, and hands on the images it replaces by their features."""
+class EncodeOtherImages:
+    """Stands in for a model's ``ENCODES``: calls it, and encodes the other branch's images too."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, method: DecodingMethod) -> None:
         self.model = model
+        self.method = method
 
     def __call__(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args: Any) -> dict[str, Any]:
-        """Return what the model's own method returns, with the raw images if it encoded any."""
+        """Return what the model's own method returns, with ``OtherImages`` if it has encoded any."""
         given = dict(model_kwargs)
         prepared: dict[str, Any] = getattr(type(self.model), ENCODES)(self.model, inputs_tensor, model_kwargs, *args)
-        encoded = {name: value for name, value in given.items() if name not in prepared}
-        if any(is_image_argument(name, value) for name, value in encoded.items()):
-            prepared[RAW_IMAGES_KWARG] = RawImages(encoded, inputs_tensor.shape[0])
+        is_stock = FORWARD_KWARG in given and given[FORWARD_KWARG] is None
+        if not is_stock and any(is_image_argument(name, given[name]) for name in given.keys() - prepared.keys()):
+            other = replace_images(given, self.method.other_images)
+            features = self.model._prepare_multimodal_encoder_kwargs_for_generation(other)["mm_encoder_outputs"]
+            prepared[OTHER_IMAGES_KWARG] = OtherImages(features, *inputs_tensor.shape[:2])
         return prepared
 
 
-def encode_for_beams(model: Any, arguments: dict[str, Any], input_ids: Any, batch: int) -> dict[str, Any]:
-    """Encode images as ``generate`` does, repeated for the beams of ``batch`` prompts.
-
-    Args:
-        model: The model.
-        arguments: The processor's arguments.
-        input_ids: int64 ``[batch * beams, length]``.
-        batch: Prompts.
-    """
-    times = input_ids.shape[0] // batch
-    encoded = model._prepare_multimodal_encoder_kwargs_for_generation(dict(arguments))["mm_encoder_outputs"]
-    repeated: dict[str, Any] = model._expand_multimodal_outputs(input_ids[::times], encoded, expand_size=times)
-    return repeated
+IMAGE_ARGUMENTS = ("pixel_values", "image_patches", "flattened_patches")
+"""What the names of arguments contain that hold images as the processor gave them."""
 
 
 def is_image_argument(name: str, value: object) -> bool:
     """Whether an argument holds images as the processor gave them."""
-    is_named = name.startswith(("pixel_values", "image_pixel_values")) or name == "image_patches"
+    is_named = any(each in name for each in IMAGE_ARGUMENTS)
     if isinstance(value, (list, tuple)):
         return is_named and bool(value) and all(is_image_argument(name, each) for each in value)
     return is_named and isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -97,6 +116,8 @@ def replace_images(
         counts = _patches_per_image(arguments, "video" if "video" in name else "image")
         if isinstance(value, (list, tuple)):
             replaced[name] = type(value)(make(name, each, None) for each in value)
+        elif name == "flattened_patches":  # a patch's row and column stand before its pixels
+            replaced[name] = torch.cat([value[..., :2], make(name, value[..., 2:], None)], dim=-1)
         elif (sizes := _packed_sizes(arguments, name)) is not None:
             pictures = [make(name, picture[None], None)[0] for picture in unpacked(value, sizes)]
             replaced[name] = packed(pictures, value.shape[2])

@@ -9,22 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.decoding.base import DecodingMethod, OtherTokens
-from vlmfix.decoding.other_image import RawImages, encode_for_beams, is_image_argument, looks_of, replace_images
+from vlmfix.decoding.branch import NOT_HANDED_ON, TOKEN_TYPES, Branch
+from vlmfix.decoding.other_image import OtherImages, is_image_argument, looks_of, replace_images
+from vlmfix.engine.calls import tokens_of
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.images import blank_images
 
 if TYPE_CHECKING:
-    from vlmfix.methods.views import Forward
+    from vlmfix.engine.forwards import EditedForward
     from vlmfix.model.anatomy import Anatomy
-
-
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-
-
-NOT_HANDED_ON = ("past_key_values", "use_cache", "return_dict", "cache_position", "labels", "logits_to_keep")
-
-
-WATCHED = ("output_attentions", "output_hidden_states")
 
 
 @dataclass
@@ -33,29 +26,20 @@ class OtherPrompt:
 
     Attributes:
         arguments: Arguments of its forward, but for its cache. Tensors hold all of its new tokens.
-        times: How often each of its rows is repeated beside the rows of the model's own branch (beams).
-        active: Which of those are contrasted: bool ``[batch]``.
-        swapped: In which of them the model's own prompt is the one to contrast against: bool ``[batch]``, or ``None``.
-        valid: Which of its tokens are no padding, those before this prompt included: bool ``[rows, length]``.
-        shared: Positions in the model's own cache of the tokens it begins with: int64 ``[rows, n]``.
+        branch: The branch it begins or continues, still without a cache.
+        shared: Positions in the model's own cache of the tokens it begins with: int64 ``[batch, n]``.
         images_are_shared: Whether they hold all of its images.
-        last_position: The position of its last token, ``[(dims,) rows, 1]``; ``None`` where that is the same in both.
     """
 
     arguments: dict[str, Any]
-    times: int
-    active: torch.Tensor
-    swapped: torch.Tensor | None
-    valid: torch.Tensor
+    branch: Branch
     shared: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
     images_are_shared: bool = False
-    last_position: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
         """New tokens of the prompt."""
-        tokens = self.arguments.get("input_ids")
-        tokens = self.arguments.get("inputs_embeds") if tokens is None else tokens
+        tokens = tokens_of(self.arguments)
         assert tokens is not None
         return int(tokens.shape[1])
 
@@ -76,7 +60,7 @@ class OtherPrompt:
 
 
 def with_other_image(
-    method: DecodingMethod, anatomy: Anatomy, forward: Forward, inputs: dict[str, Any], raw: RawImages | None
+    method: DecodingMethod, anatomy: Anatomy, forward: EditedForward, inputs: dict[str, Any], other: OtherImages | None
 ) -> OtherPrompt:
     """Prepare the same tokens with another image.
 
@@ -85,71 +69,44 @@ def with_other_image(
         anatomy: The model.
         forward: The forward of the model's own branch.
         inputs: Its arguments by name.
-        raw: The images, when ``generate`` has encoded them itself.
+        other: Features of the other images, when ``generate`` has encoded the model's own itself.
 
     Raises:
-        UnsupportedFeatureError: Only encoded images were given.
+        UnsupportedFeatureError: Only encoded images were given, or a part of a prompt.
     """
-    arguments = {name: value for name, value in inputs.items() if name not in (*NOT_HANDED_ON, *WATCHED)}
-    batch, times = forward.image_mask.shape[0], 1
-    encoded = arguments.pop("mm_encoder_outputs", None)
-    if raw is not None and _is_repeated(forward, inputs, raw):
-        times = batch // raw.batch
-        arguments = {name: _first_of(name, value, times, batch) for name, value in arguments.items()}
-        arguments.update(raw.arguments)
-    elif raw is not None:
-        replaced = replace_images(raw.arguments, method.other_images)
-        arguments["mm_encoder_outputs"] = encode_for_beams(anatomy.model, replaced, inputs.get("input_ids"), raw.batch)
-    elif encoded:
+    past = int(forward.past)
+    arguments = {name: value for name, value in inputs.items() if name not in NOT_HANDED_ON and value is not None}
+    if other is not None:
+        if past + forward.q_len < other.length:
+            raise UnsupportedFeatureError(
+                f"{method.name} needs a prompt in one forward, and generate reads this one in chunks. Leave "
+                "prefill_chunk_size unset."
+            )
+        arguments["mm_encoder_outputs"] = other.expanded(anatomy.model, arguments)
+    elif arguments.get("mm_encoder_outputs"):
         raise UnsupportedFeatureError(
             f"{method.name} needs the image itself, and the model was called with mm_encoder_outputs alone. Pass "
             "pixel_values."
         )
-    has_new_image = bool(forward.image_mask[:, int(forward.past) :].any())
-    is_given = any(is_image_argument(*each) for each in arguments.items()) or "mm_encoder_outputs" in arguments
-    if has_new_image and not is_given:
+    elif forward.image_mask[:, past:].any() and not any(is_image_argument(*each) for each in arguments.items()):
         raise UnsupportedFeatureError(
             f"{method.name} found image tokens in the prompt and no pixel_values to make another image of. Pass what "
             "the processor gave."
         )
     arguments = replace_images(arguments, method.other_images)
-    found = OtherPrompt(arguments, times, forward.has_image, None, forward.valid_mask[::times])
-    prefix = torch.where(forward.image_mask.any(1), forward.image_mask.int().argmax(1), forward.image_mask.shape[1] - 1)
-    if not forward.past and _may_share(arguments) and _has_positions(arguments, found.length):
-        found.shared = torch.arange(int(prefix.min()), device=prefix.device).expand(batch // times, -1)
+    branch = Branch(forward.has_image, None, forward.valid_mask, past + forward.q_len)
+    found = OtherPrompt(arguments, branch)
+    positions = arguments.get("position_ids")
+    has_positions = isinstance(positions, torch.Tensor) and positions.shape[-1] == found.length
+    if not past and has_positions and _may_share(arguments):
+        mask = forward.image_mask
+        first_image = torch.where(mask.any(1), mask.int().argmax(1), mask.shape[1] - 1)
+        found.shared = torch.arange(int(first_image.min()), device=mask.device).expand(len(mask), -1)
     return found
 
 
-def _is_repeated(forward: Forward, inputs: dict[str, Any], raw: RawImages) -> bool:
-    """Whether rows are the prompts of ``generate``, or those repeated for their beams, with no answers behind them."""
-    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    times = tokens.shape[0] // raw.batch
-    return times == 1 or (not forward.past and torch.equal(tokens, tokens[::times].repeat_interleave(times, 0)))
-
-
-def _may_share(arguments: dict[str, Any]) -> bool:
-    """Whether tokens before the image cannot see it; token types may say otherwise (PaliGemma, Gemma 3)."""
-    positions = arguments.get("position_ids")
-    by_grid = isinstance(positions, torch.Tensor) and positions.dim() == 3
-    return by_grid or all(arguments.get(name) is None for name in TOKEN_TYPES)
-
-
-def _has_positions(arguments: dict[str, Any], length: int) -> bool:
-    positions = arguments.get("position_ids")
-    return isinstance(positions, torch.Tensor) and positions.shape[-1] == length
-
-
-def _first_of(name: str, value: Any, times: int, batch: int) -> Any:
-    """Undo the repetition of prompts for their beams."""
-    if times == 1 or not isinstance(value, torch.Tensor):
-        return value
-    if name == "position_ids" and value.dim() == 3:
-        return value[:, ::times]
-    return value[::times] if value.shape[:1] == (batch,) else value
-
-
 def with_other_tokens(
-    method: DecodingMethod, anatomy: Anatomy, forward: Forward, inputs: dict[str, Any], known: torch.Tensor | None
+    method: DecodingMethod, anatomy: Anatomy, forward: EditedForward, inputs: dict[str, Any], known: torch.Tensor
 ) -> OtherPrompt:
     """Prepare a prompt of other tokens.
 
@@ -166,130 +123,129 @@ def with_other_tokens(
     input_ids = inputs.get("input_ids")
     if input_ids is None:
         raise UnsupportedFeatureError(f"{method.name} changes the prompt and needs its tokens. Pass input_ids.")
-    past, new = int(forward.past), forward.q_len
+    past, device = int(forward.past), input_ids.device
     valid, image = forward.valid_mask[:, past:], forward.image_mask[:, past:]
     if not anatomy.image_token_ids:
         image = torch.zeros_like(image)  # its images are no tokens
-    own = [row[kept].tolist() for row, kept in zip(input_ids, valid, strict=True)]
-    flags = [row[kept].tolist() for row, kept in zip(image, valid, strict=True)]
-    has_image = forward.has_image.tolist()
-    others = [
-        method.other_tokens(ids, is_image) if wanted else None
-        for ids, is_image, wanted in zip(own, flags, has_image, strict=True)
-    ]
-    filled = [
-        OtherTokens(tuple(ids), tuple(range(len(ids)))) if other is None else other
-        for ids, other in zip(own, others, strict=True)
-    ]
-    length = max(len(other.ids) for other in filled)
-    device = input_ids.device
-    ids = input_ids.new_zeros(len(filled), length)
-    sources = torch.full_like(ids, -1)
-    for row, other in enumerate(filled):
-        ids[row, length - len(other.ids) :] = torch.tensor(other.ids, device=device)
-        sources[row, length - len(other.ids) :] = torch.tensor(other.sources, device=device)
-    lengths = torch.tensor([len(other.ids) for other in filled], device=device)
-    here = torch.arange(length, device=device) >= length - lengths[:, None]
-    found = OtherPrompt(
-        {"input_ids": ids},
-        1,
-        torch.tensor([other is not None for other in others], device=device),
-        torch.tensor([other.is_swapped for other in filled], device=device),
-        here if known is None else torch.cat([known.to(device), here], dim=1),
+    others, is_active = [], []
+    rows = zip(input_ids, image, valid, forward.has_image.tolist(), strict=True)
+    for ids, is_image, kept, has_image in rows:
+        own = ids[kept].tolist()
+        other = method.other_tokens(own, is_image[kept].tolist()) if has_image else None
+        is_active.append(other is not None)
+        others.append(other or OtherTokens(tuple(own), tuple(range(len(own)))))
+    layout = _Layout(others, valid)
+    branch = Branch(
+        torch.tensor(is_active, device=device),
+        torch.tensor([other.is_swapped for other in others], device=device),
+        torch.cat([known.to(device), layout.is_token], dim=1),
+        past + forward.q_len,
     )
-    starts = valid.int().argmax(1)
-    columns = sources + starts[:, None]
-    _add_positions(
-        found, anatomy, inputs, others=filled, starts=starts, past=past, new=new, removes=method.removes_image
-    )
-    _add_rest(found, inputs, columns, sources >= 0, removes=method.removes_image)
-    if not past and _may_share({**found.arguments, **_token_types(inputs)}) and "position_ids" in found.arguments:
-        shared = _shared_columns(filled, length, starts)
-        images = (image.gather(1, columns.clamp(0, new - 1)) & (sources >= 0)).any(0).nonzero().flatten().tolist()
+    found = OtherPrompt({"input_ids": layout.ids}, branch)
+    positions = _positions(layout, anatomy, forward, inputs, removes=method.removes_image)
+    if positions is not None:
+        found.arguments["position_ids"], branch.last_position = positions, positions[..., -1:]
+    if not branch.is_dense:
+        found.arguments["attention_mask"] = branch.valid.long()
+    found.arguments.update(_rest(layout, inputs, removes=method.removes_image))
+    if not past and positions is not None and _may_share({**inputs, **found.arguments}):
+        shared = layout.shared_columns()
+        images = (layout.pick(image) & layout.is_old).any(0).nonzero().flatten().tolist()
         found.images_are_shared = bool(images) and images[-1] < shared.shape[1]
         found.shared = shared if found.images_are_shared or not images else shared[:, : images[0]]
     return found
 
 
-def _token_types(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
+class _Layout:
+    """Prompts of different lengths in the rows of a batch, padded on the left.
+
+    Attributes:
+        ids: int64 ``[batch, length]``.
+        columns: Where each token is among the new tokens of the model's own branch: int64 ``[batch, length]``. A token
+            that is new stands for text, like the last one.
+        is_old: Whether a token is one of those, bool ``[batch, length]``.
+        is_token: Whether it is no padding, bool ``[batch, length]``.
+        padding: Columns before each prompt, int64 ``[batch, 1]``.
+        common: How many tokens each prompt has in common with the own one at its beginning, int64 ``[batch, 1]``.
+        starts: Where each own prompt begins, int64 ``[batch, 1]``.
+    """
+
+    def __init__(self, others: Sequence[OtherTokens], valid: torch.Tensor) -> None:
+        length, device = max(len(other.ids) for other in others), valid.device
+        padding = [length - len(other.ids) for other in others]
+
+        def filled(name: str, value: int) -> torch.Tensor:
+            rows = [[value] * pad + list(getattr(other, name)) for pad, other in zip(padding, others, strict=True)]
+            return torch.tensor(rows, device=device)
+
+        common = [next((i for i, at in enumerate(other.sources) if i != at), len(other.ids)) for other in others]
+        sources = filled("sources", -1)
+        self.ids = filled("ids", 0)
+        self.padding, self.common = (torch.tensor(each, device=device)[:, None] for each in (padding, common))
+        self.starts = valid.int().argmax(1, keepdim=True)
+        self.is_old = sources >= 0
+        self.columns = torch.where(self.is_old, sources + self.starts, valid.shape[1] - 1)
+        self.is_token = torch.arange(length, device=device) >= self.padding
+
+    def pick(self, value: torch.Tensor) -> torch.Tensor:
+        """Return what is said of the own tokens, ``[batch, new, ...]``, for these: ``[batch, length, ...]``."""
+        return value[torch.arange(len(value), device=value.device)[:, None], self.columns]
+
+    def shared_columns(self) -> torch.Tensor:
+        """Return where in the own cache the leading columns are that all prompts have in common: int64 ``[rows, n]``.
+
+        At least one column is left to be read.
+        """
+        count = min(int((self.padding + self.common).min()), self.ids.shape[1] - 1)
+        return (torch.arange(count, device=self.ids.device) - self.padding + self.starts).clamp_min(0)
 
 
-def _common(other: OtherTokens) -> int:
-    """How many tokens a prompt begins with that the sample's own prompt begins with too."""
-    return next((i for i, source in enumerate(other.sources) if source != i), len(other.sources))
+def _may_share(arguments: dict[str, Any]) -> bool:
+    """Whether the first tokens can be read without those behind them.
+
+    Where arguments say what kind of token each is, image tokens may look ahead, and so may the number of a token; not
+    where its position is given in three dimensions.
+    """
+    positions = arguments.get("position_ids")
+    by_grid = isinstance(positions, torch.Tensor) and positions.dim() == 3
+    return by_grid or all(arguments.get(name) is None for name in TOKEN_TYPES)
 
 
-def _shared_columns(others: Sequence[OtherTokens], length: int, starts: torch.Tensor) -> torch.Tensor:
-    """Say where in the model's own cache the leading columns of the other branch are: int64 ``[rows, n]``."""
-    paddings = [length - len(other.ids) for other in others]
-    count = min(padding + _common(other) for padding, other in zip(paddings, others, strict=True))
-    columns = torch.arange(min(count, length - 1), device=starts.device)
-    return (columns - torch.tensor(paddings, device=starts.device)[:, None] + starts[:, None]).clamp_min(0)
+def _positions(
+    layout: _Layout, anatomy: Anatomy, forward: EditedForward, inputs: dict[str, Any], *, removes: bool
+) -> torch.Tensor | None:
+    """Place the tokens: as in the own prompt up to the first that differs, one by one from there, ``[(dims,) ...]``.
+
+    In a further turn the prompt goes on where its own branch ends. ``None`` leaves it to a model that looks where the
+    images are.
+    """
+    given, past, batch = inputs.get("position_ids"), int(forward.past), len(layout.ids)
+    if not (isinstance(given, torch.Tensor) and given.shape[-1] == forward.q_len):
+        if hasattr(anatomy.inner, "rope_deltas") and not removes:
+            return None
+        given = torch.arange(past, past + forward.q_len, device=layout.ids.device)[None]
+    given = given.expand(*given.shape[:-2], batch, -1)
+    # Before the first new token: where the own branch is, and where the other one is.
+    own_last = given.gather(-1, layout.starts.expand(*given.shape[:-1], 1)) - 1
+    branch, last = forward.state.branch, own_last
+    if past and branch is not None and branch.last_position is not None:
+        last = branch.last_position + past - branch.own_length
+    steps = torch.arange(layout.ids.shape[1], device=given.device) - layout.padding + 1
+    at_end = (layout.padding + layout.common - 1).clamp_min(0)
+    in_common = given.gather(-1, layout.columns.expand(*given.shape[:-1], -1)) - own_last
+    end = torch.where(layout.common > 0, in_common.gather(-1, at_end.expand(*given.shape[:-1], 1)), 0)
+    positions = last + torch.where(steps <= layout.common, in_common, end + steps - layout.common)
+    return positions.clamp_min(0)
 
 
-def _add_positions(
-    found: OtherPrompt,
-    anatomy: Anatomy,
-    inputs: dict[str, Any],
-    *,
-    others: Sequence[OtherTokens],
-    starts: torch.Tensor,
-    past: int,
-    new: int,
-    removes: bool,
-) -> None:
-    """Place the tokens: as in the model's own prompt up to the first that differs, one by one from there."""
-    valid, rows = found.valid, len(others)
-    given = inputs.get("position_ids")
-    length = found.length
-    if removes:
-        positions = (valid.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
-    elif isinstance(given, torch.Tensor) and given.shape[-1] == new:
-        positions = _continued_positions(given.expand(*given.shape[:-2], rows, -1), others, starts, length)
-    elif hasattr(anatomy.inner, "rope_deltas"):
-        return  # the model itself knows where images are
-    else:
-        given = torch.arange(past, past + new, device=valid.device).expand(rows, -1)
-        positions = _continued_positions(given, others, starts, length)
-    found.arguments["position_ids"] = positions
-    found.last_position = positions[..., -1:]
-
-
-def _continued_positions(
-    given: torch.Tensor, others: Sequence[OtherTokens], starts: torch.Tensor, length: int
-) -> torch.Tensor:
-    positions = given.new_zeros(*given.shape[:-1], length)
-    for row, (other, start) in enumerate(zip(others, starts.tolist(), strict=True)):
-        common, padding = _common(other), length - len(other.ids)
-        begin = given[..., row, start : start + common]
-        positions[..., row, padding : padding + common] = begin
-        last = begin[..., -1:] if common else given[..., row, start : start + 1] - 1
-        rest = torch.arange(1, len(other.ids) - common + 1, device=given.device)
-        positions[..., row, padding + common :] = last + rest
-    return positions
-
-
-def _add_rest(
-    found: OtherPrompt,
-    inputs: dict[str, Any],
-    columns: torch.Tensor,
-    is_old: torch.Tensor,
-    *,
-    removes: bool,
-) -> None:
-    arguments = found.arguments
-    if not bool(found.valid.all()):
-        arguments["attention_mask"] = found.valid.long()
-    new = inputs["input_ids"].shape[1]
-    columns = torch.where(is_old, columns, new - 1)  # new tokens are text, like the last one
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    looks = looks_of(inputs)
-    for name in (*TOKEN_TYPES, *looks):
+def _rest(layout: _Layout, inputs: dict[str, Any], *, removes: bool) -> dict[str, Any]:
+    """Return the other arguments: those by token for these tokens, and the images, if they are not removed."""
+    by_token, new = (*TOKEN_TYPES, *looks_of(inputs)), inputs["input_ids"].shape[1]
+    found = {}
+    for name in by_token:
         if inputs.get(name) is not None and (not removes or name == "token_type_ids"):  # others say where images are
-            arguments[name] = inputs[name][:, -new:][rows, columns.clamp(0, new - 1)]
+            found[name] = layout.pick(inputs[name][:, -new:])
     if removes:
-        arguments.update(blank_images(inputs, found.length))
-        return
-    skipped = ("input_ids", "attention_mask", "position_ids", *TOKEN_TYPES, *looks, *NOT_HANDED_ON, *WATCHED)
-    arguments.update({name: value for name, value in inputs.items() if name not in skipped})
+        return {**found, **blank_images(inputs, layout.ids.shape[1])}
+    made = ("input_ids", "attention_mask", "position_ids", *by_token, *NOT_HANDED_ON)
+    return {**{name: value for name, value in inputs.items() if name not in made}, **found}

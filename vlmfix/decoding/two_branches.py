@@ -15,25 +15,16 @@ both branches begin with are read once: their keys and values are copied, never 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
-from vlmfix.decoding.branch import (
-    Branch,
-    PairedForward,
-    Pending,
-    cache_of,
-    joined_arguments,
-    logits_of,
-    rows_of,
-    with_last_logits,
-)
+from vlmfix.decoding.branch import WATCHED, Branch, PairedForward, by_row
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
-from vlmfix.decoding.other_image import ENCODES, KeepImages, RawImages, looks_of
-from vlmfix.decoding.other_prompt import WATCHED, OtherPrompt, with_other_image, with_other_tokens
-from vlmfix.engine.calls import parameter_names
+from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
+from vlmfix.decoding.other_prompt import OtherPrompt, with_other_image, with_other_tokens
+from vlmfix.engine.calls import parameter_names, tokens_of
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
@@ -43,7 +34,6 @@ if TYPE_CHECKING:
     from vlmfix.engine.forwards import EditedForward
     from vlmfix.engine.status import Counters
     from vlmfix.model.anatomy import Anatomy
-
 
 DRAFTS = "_get_candidate_generator"
 """The method of a model that every way into assisted decoding passes."""
@@ -65,6 +55,23 @@ class RefuseDrafts:
         )
 
 
+@dataclass
+class Pending:
+    """What the other branch is to read once a forward of the model's own branch is over: nothing, if only the cut acts.
+
+    Attributes:
+        inputs: Arguments of the model's own forward by name.
+        prompt: The other prompt, if it is a prompt's forward.
+        cache: The cache to read it with.
+        step: Arguments of a step, if it is one.
+    """
+
+    inputs: dict[str, Any]
+    prompt: OtherPrompt | None = None
+    cache: Any = None
+    step: dict[str, Any] | None = None
+
+
 class TwoBranches:
     """Runs a decoding method's other branch beside the forwards of a patched model."""
 
@@ -78,15 +85,15 @@ class TwoBranches:
         """Return the methods of the model that are replaced."""
         model = self._anatomy.model
         found: dict[str, Any] = {DRAFTS: RefuseDrafts(model)}
-        if hasattr(type(model), ENCODES):
-            found[ENCODES] = KeepImages(model)
+        if hasattr(type(model), ENCODES) and self._method.changes_image and self._method.uses_branch:
+            found[ENCODES] = EncodeOtherImages(model, self._method)
         return found
 
     # Before a forward of the model's own branch.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin(
-        self, forward: EditedForward, inputs: dict[str, Any], kwargs: dict[str, Any], raw: RawImages | None
+        self, forward: EditedForward, inputs: dict[str, Any], kwargs: dict[str, Any], images: OtherImages | None
     ) -> tuple[Any, dict[str, Any]]:
         """Prepare the other branch's part of a forward.
 
@@ -94,10 +101,10 @@ class TwoBranches:
             forward: The forward of the model's own branch.
             inputs: Its arguments by name.
             kwargs: Its keyword arguments.
-            raw: The images, when ``generate`` has encoded them itself.
+            images: The other images, when ``generate`` has encoded the model's own itself.
 
         Returns:
-            The ``Forward`` to hand down, and the keyword arguments.
+            What is to be handed down as the forward, and its keyword arguments.
 
         Raises:
             UnsupportedFeatureError: Something the method is not defined for, or cannot be done beside two branches.
@@ -105,28 +112,29 @@ class TwoBranches:
         if not forward.state.any_image:
             return forward, kwargs
         self._check(forward, inputs)
-        branch = forward.state.branch
-        if branch is not None and 0 < int(forward.past) < branch.own_length:
+        branch: Branch | None = forward.state.branch
+        past = int(forward.past)
+        if branch is not None and 0 < past < branch.own_length:
             raise UnsupportedFeatureError(
                 "This cache was cropped into its prompt, which the two branches do not have in common. Start with an "
                 "empty cache."
             )
+        if branch is not None and past:
+            branch.follow(inputs["past_key_values"])
         if not self._method.uses_branch:
-            forward.pending = Pending()
+            forward.pending = Pending(inputs)
         elif forward.is_prefill:
-            forward.pending = self._begin_prompt(forward, inputs, raw)
+            forward.pending = self._begin_prompt(forward, inputs, images)
         elif branch is None:
             raise UnsupportedFeatureError(f"{self._method.name} knows nothing of this cache's prompt. Start anew.")
         else:
-            cache = inputs["past_key_values"]
-            if branch.pair is not None:
-                branch.pair.crop(cache.get_seq_length())
-                if not self._can_join(inputs, branch):
-                    branch.cache, branch.pair = branch.pair.other(), None
-            if branch.pair is not None:
-                return PairedForward(forward, branch, cache), joined_arguments(branch, branch.pair, inputs, kwargs)
-            self._follow_crop(branch, cache)
-            forward.pending = Pending(inputs)
+            steps = past + 1 - branch.own_length
+            if branch.pair is not None and self._can_join(inputs):
+                return PairedForward(forward, branch, inputs["past_key_values"]), branch.joined_step(
+                    inputs, kwargs, steps
+                )
+            branch.part()
+            forward.pending = Pending(inputs, step=branch.step(inputs, steps))
         return forward, kwargs
 
     def _check(self, forward: EditedForward, inputs: dict[str, Any]) -> None:
@@ -151,43 +159,29 @@ class TwoBranches:
                 "processor gave it."
             )
 
-    def _begin_prompt(self, forward: EditedForward, inputs: dict[str, Any], raw: RawImages | None) -> Pending:
-        cache, branch = inputs.get("past_key_values"), forward.state.branch
-        past, known = int(forward.past), None
-        if past and branch is not None:
-            if branch.pair is not None:
-                branch.pair.crop(past)
-                branch.cache, branch.pair = branch.pair.other(), None
-            self._follow_crop(branch, cache)
-            other_cache = branch.cache
-            known = F.pad(branch.valid, (0, past - branch.own_length), value=True)
-            known[:, branch.valid.shape[1] :] &= forward.valid_mask[:, branch.own_length : past]
-        elif past and is_plain(cache):
-            known, other_cache = forward.valid_mask[:, :past], with_new_layers(cache)
+    def _begin_prompt(self, forward: EditedForward, inputs: dict[str, Any], images: OtherImages | None) -> Pending:
+        branch: Branch | None = forward.state.branch
+        past, cache = int(forward.past), inputs.get("past_key_values")
+        known = forward.valid_mask[:, :past]
+        if past and branch is not None:  # a further turn
+            branch.part()
+            cache = branch.cache
+            known = torch.cat([branch.valid, known[:, branch.own_length :]], dim=1)
         else:
-            known, other_cache = (forward.valid_mask[:, :past] if past else None), copy.deepcopy(cache)
+            cache = with_new_layers(cache) if is_plain(cache) else copy.deepcopy(cache)
         if self._method.changes_image:
-            other = with_other_image(self._method, self._anatomy, forward, inputs, raw)
+            prompt = with_other_image(self._method, self._anatomy, forward, inputs, images)
         else:
-            other = with_other_tokens(self._method, self._anatomy, forward, inputs, known)
-        if branch is not None:
-            forward.state.branch = None
-        return Pending(inputs, other, other_cache)
+            prompt = with_other_tokens(self._method, self._anatomy, forward, inputs, known)
+        forward.state.branch = None
+        return Pending(inputs, prompt, cache)
 
-    def _can_join(self, inputs: dict[str, Any], branch: Branch) -> bool:
+    def _can_join(self, inputs: dict[str, Any]) -> bool:
         """Whether a step can be one forward over both branches."""
         configs = (self._anatomy.model.config, self._anatomy.text_config)
         if any(inputs.get(name) or any(getattr(each, name, False) for each in configs) for name in WATCHED):
             return False  # they are asked for of the model's own branch
         return inputs.get("position_ids") is not None or not hasattr(self._anatomy.inner, "rope_deltas")
-
-    @staticmethod
-    def _follow_crop(branch: Branch, cache: Any) -> None:
-        """Crop the other branch's cache as far as the model's own was."""
-        own = cache.get_seq_length() - branch.own_length
-        extra = branch.cache.get_seq_length() - branch.valid.shape[1] - own
-        if extra:
-            branch.cache.crop(-extra)
 
     # After it.
 
@@ -197,10 +191,10 @@ class TwoBranches:
 
         Args:
             forward: What ``begin`` returned.
-            output: The output of the model.
+            output: What the model returned.
 
         Returns:
-            The output with the logits of the next token replaced.
+            The output with the contrast in the place of the next token's logits.
         """
         if isinstance(forward, PairedForward):
             return self._finish_pair(forward, output)
@@ -208,37 +202,86 @@ class TwoBranches:
         if pending is None:
             return output
         forward.pending = None
-        logits = logits_of(output)
-        own = (
-            forward.at_last_position(logits)
-            if forward.is_prefill and logits.shape[1] == forward.q_len
-            else logits[:, -1]
-        )
-        own = own.float()
+        logits = _logits_of(output)
+        samples, last = torch.arange(len(logits), device=logits.device), _next_token_rows(forward, logits)
+        own = logits[samples, last].float()
+        is_cut = forward.is_prefill and logits.shape[1] != forward.q_len
+        if is_cut and bool((forward.has_image & ~forward.valid_mask[:, -1]).any()):
+            raise UnsupportedFeatureError(
+                f"{self._method.name} contrasts the logits behind each prompt's last token, and those asked for are "
+                "behind padding. Pad on the left (padding_side='left'), or leave logits_to_keep out."
+            )
         if not self._method.uses_branch:
-            return self._replaced(forward, output, own, own, forward.has_image, None)
-        if pending.other is not None:
-            other, branch = self._read_prompt(pending.other, pending.cache, output, forward, pending.inputs)
+            branch, other = Branch(forward.has_image, None, forward.valid_mask, 0), own
+        elif pending.prompt is not None:
+            other, branch = self._read_prompt(pending, output, forward)
         else:
             branch = forward.state.branch
-            other = self._read_step(branch, pending.inputs)
-        return self._replaced(forward, output, own, other, branch.active, branch.swapped)
+            assert pending.step is not None
+            other, _ = self._run(pending.step, branch.cache, None, use_cache=True)
+        result = self._combined(own, other, branch)
+        if logits.shape[1] == 1:
+            return _with_logits(output, result[:, None])
+        logits = logits.clone()  # rounded to the model's dtype, beside the rows of other tokens
+        logits[samples, last] = result.to(logits.dtype)
+        return _with_logits(output, logits)
 
     def _finish_pair(self, forward: PairedForward, output: Any) -> Any:
         branch, pair = forward.branch, forward.branch.pair
         assert pair is not None
         pair.show(forward.cache)
-        batch = branch.active.shape[0]
-        logits = logits_of(output)[:, -1].float()
-        output = rows_of(output, batch, {id(pair.cache): forward.cache})
-        return self._replaced(forward.own, output, logits[:batch], logits[batch:], branch.active, branch.swapped)
+        batch = len(branch.active)
+        logits = _logits_of(output)[:, -1].float()
+        result = self._combined(logits[:batch], logits[batch:], branch)[:, None]
+
+        def own_part(value: Any) -> Any:
+            return forward.cache if value is pair.cache else by_row(value, 2 * batch, lambda rows: rows[:batch], dims=2)
+
+        if isinstance(output, dict):
+            output = type(output)(**{name: own_part(value) for name, value in output.items()})
+        else:
+            output = tuple(own_part(value) for value in output)
+        return _with_logits(output, result)
+
+    def _combined(self, own: torch.Tensor, other: torch.Tensor, branch: Branch) -> torch.Tensor:
+        """Combine fp32 logits ``[batch, vocab]`` of both branches, in the rows that are contrasted."""
+        active, other = branch.active.to(own.device), other.to(own.device)
+        first, second = own, other
+        if branch.swapped is not None:
+            swaps = branch.swapped.to(own.device)[:, None]
+            first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
+        self._counters.count(self._index, active.sum())
+        return torch.where(active[:, None], self._method.combine(first, second), own)
+
+    def _read_prompt(self, pending: Pending, output: Any, forward: EditedForward) -> tuple[torch.Tensor, Branch]:
+        """Let the other branch read its prompt: fp32 logits of the next token, and the branch."""
+        prompt, cache = pending.prompt, pending.cache
+        assert prompt is not None
+        own_cache = _cache_of(output, pending.inputs)
+        arguments, branch = prompt.arguments, prompt.branch
+        if cache is None and own_cache is not None and is_plain(own_cache):
+            cache = emptied(own_cache)  # the model made its own
+        may_share = all(method is self._method or method.is_identity for method in forward.methods)
+        if may_share and own_cache is not None and cache is not None and copy_columns(cache, own_cache, prompt.shared):
+            arguments = prompt.behind_shared()
+        logits, filled = self._run(arguments, cache, branch.valid, use_cache=own_cache is not None)
+        if own_cache is not None:
+            forward.state.branch = branch
+            if PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
+                branch.pair = PairedCache(own_cache, filled)
+                branch.pair.show(own_cache)
+            else:
+                branch.cache = filled
+        return logits, branch
 
     @torch.no_grad()
     def _run(
         self, arguments: dict[str, Any], cache: Any, valid: torch.Tensor | None, *, use_cache: bool
     ) -> tuple[torch.Tensor, Any]:
         """Run the other branch: fp32 logits behind each row's last token, and the cache. ``None``: all are valid."""
-        length = next(arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in arguments)
+        tokens = tokens_of(arguments)
+        assert tokens is not None
+        length = tokens.shape[1]
         ends = valid is None or bool(valid[:, -1].all())  # of a step, nothing is asked that the device must answer
         if ends and "logits_to_keep" in parameter_names(self._anatomy.model):
             arguments = {**arguments, "logits_to_keep": 1}
@@ -253,80 +296,33 @@ class TwoBranches:
             last = logits[torch.arange(len(new)), (torch.arange(length, device=new.device) * new).amax(1)]
         return last.float(), getattr(output, "past_key_values", None)
 
-    def _read_prompt(
-        self, other: OtherPrompt, cache: Any, output: Any, forward: EditedForward, inputs: dict[str, Any]
-    ) -> tuple[torch.Tensor, Branch]:
-        own_cache = cache_of(output, inputs)
-        arguments = other.arguments
-        if cache is None and own_cache is not None and is_plain(own_cache):
-            cache = emptied(own_cache)  # the model made its own
-        may_share = all(method is self._method or method.is_identity for method in forward.methods)
-        if may_share and own_cache is not None and cache is not None:
-            if copy_columns(cache, own_cache, other.shared):
-                arguments = other.behind_shared()
-        logits, filled = self._run(arguments, cache, other.valid, use_cache=own_cache is not None)
-        if other.times > 1:
-            rows = torch.arange(len(logits), device=logits.device).repeat_interleave(other.times)
-            logits = logits[rows]
-            if filled is not None:  # layers with a recurrent state cannot be repeated, but reordered
-                type(filled).reorder_cache(filled, rows)
-        last = other.last_position
-        branch = Branch(
-            other.active,
-            other.swapped,
-            other.valid.repeat_interleave(other.times, 0),
-            int(forward.past) + forward.q_len,
-            last,
-        )
-        if own_cache is not None:
-            if PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
-                branch.pair = PairedCache(own_cache, filled)
-                branch.pair.show(own_cache)
-            else:
-                branch.cache = filled
-            forward.state.branch = branch
-        return logits, branch
-
-    def _read_step(self, branch: Branch, inputs: dict[str, Any]) -> torch.Tensor:
-        own_length = inputs["past_key_values"].get_seq_length()
-        steps = own_length - branch.own_length
-        left_out = ("past_key_values", "attention_mask", "position_ids", "cache_position", "return_dict", *WATCHED)
-        arguments = {name: value for name, value in inputs.items() if name not in left_out}
-        arguments["attention_mask"] = branch.mask(inputs.get("attention_mask"), steps)
-        positions = branch.positions(inputs.get("position_ids"), steps)
-        if positions is not None:
-            arguments["position_ids"] = positions
-        for name, looks in looks_of(arguments).items():
-            if looks.shape[1] > 1:  # of the answer, what its last token looks at
-                length = branch.valid.shape[1] + steps
-                arguments[name] = looks[:, -1:].expand(-1, length, *looks.shape[2:])
-        if inputs.get("cache_position") is not None:  # transformers 4
-            arguments["cache_position"] = torch.full_like(inputs["cache_position"], branch.cache.get_seq_length())
-        for name in ("logits_to_keep", "use_cache"):
-            arguments.pop(name, None)
-        logits, _ = self._run(arguments, branch.cache, None, use_cache=True)
-        return logits
-
     def _edits_can_split(self, forward: EditedForward) -> bool:
         """Whether what other methods edit can be kept to the rows of the model's own branch."""
         if any(method.edits_blocks and not method.is_identity for method in forward.methods):
             return False
         return bool(self._anatomy.text_config._attn_implementation != "flex_attention")
 
-    def _replaced(
-        self,
-        forward: EditedForward,
-        output: Any,
-        own: torch.Tensor,
-        other: torch.Tensor,
-        active: torch.Tensor,
-        swapped: torch.Tensor | None,
-    ) -> Any:
-        active, other = active.to(own.device), other.to(own.device)
-        first, second = own, other
-        if swapped is not None:
-            swaps = swapped.to(own.device)[:, None]
-            first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
-        result = torch.where(active[:, None], self._method.combine(first, second), own)
-        self._counters.count(self._index, active.sum())
-        return with_last_logits(forward, output, result)
+
+def _next_token_rows(forward: EditedForward, logits: torch.Tensor) -> torch.Tensor:
+    """Return which row of the logits predicts each sample's next token, int64 ``[batch]``."""
+    rows = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+    return forward.at_last_position(rows) if forward.is_prefill and logits.shape[1] == forward.q_len else rows[:, -1]
+
+
+def _logits_of(output: Any) -> torch.Tensor:
+    """Return the logits ``[batch, tokens, vocab]``."""
+    logits: torch.Tensor = output["logits"] if isinstance(output, dict) else output[0]
+    return logits
+
+
+def _with_logits(output: Any, logits: torch.Tensor) -> Any:
+    if isinstance(output, dict):
+        output["logits"] = logits
+        return output
+    return (logits, *output[1:])
+
+
+def _cache_of(output: Any, inputs: dict[str, Any]) -> Any:
+    """Return the cache a forward has filled, if any."""
+    parts = tuple(output.values()) if isinstance(output, dict) else output
+    return next((part for part in parts if hasattr(part, "get_seq_length")), inputs.get("past_key_values"))
