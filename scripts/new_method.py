@@ -1,4 +1,4 @@
-"""Start a new method: its file, its naive formula with a test case, and its line in README.
+"""Start a new method: its file, its naive formula with a test case, and its lines in README and ``__init__.pyi``.
 
     python scripts/new_method.py my_method --place scores
 
@@ -18,54 +18,33 @@ HEADER = '''"""{title}: what it stands for (authors, venue, arXiv number)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from vlmfix.methods.base import Method, PromptRows
-from vlmfix.methods.views import Layer
+from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.views import {view}
 
 
 @dataclass(frozen=True)
 class {title}(Method):
-    """{sentence}
+    """{sentence}"""
 
-    Attributes:
-        strength: Strength, >= 0; 0 is the identity.
-        layers: Default: all.
-    """
+    name = "{name}"
+    paper = "arXiv ...."
+    summary = "{summary}"
+{place}
 
-    name: ClassVar[str] = "{name}"
-    paper: ClassVar[str] = "arXiv ...."
-    summary: ClassVar[str] = "{summary}"
-    edits_{place}: ClassVar[bool] = True
-
-    strength: float = 1.0
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for a parameter out of range."""
-        self.require(0 <= self.strength < float("inf"), "strength", "a finite number >= 0 (0 switches the method off)")
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``strength`` is 0."""
-        return self.strength == 0
+    strength: float = parameter(1.0, low=0, off=0, search=Range(0.1, 2.0), help="Strength.")
 '''
 
-BLOCK_IMPORTS = {
-    "from typing import ClassVar\n": "from typing import TYPE_CHECKING, ClassVar\n",
-    "from vlmfix.methods.views import Layer\n": "\nif TYPE_CHECKING:\n"
-    "    from vlmfix.model.blocks import BlockKind\n    from vlmfix.methods.views import Block\n",
-    "edits_blocks: ClassVar[bool] = True": 'edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("mlp",)',
+PLACES = {
+    "scores": '    edits_scores = True\n    prompt_rows = "last"  # the row that predicts the next token',
+    "weights": '    edits_weights = True\n    prompt_rows = "last"  # the row that predicts the next token',
+    "heads": "    edits_heads = True",
+    "blocks": '    edits_blocks = ("mlp",)\n    prompt_rows = "last"  # the row that predicts the next token',
 }
-"""What a method on the blocks of decoder layers has instead."""
-
-ROWS = '''
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """The last, which predicts the next token."""
-        return "last"
-'''
+"""How a method declares the place it edits, and the rows of a prompt."""
 
 EDITS = {
     "scores": '''
@@ -171,21 +150,33 @@ SUMMARIES = {
 
 def method_files(name: str, place: str) -> dict[str, str]:
     """Return the text of the new files by their path."""
-    title = "".join(part.capitalize() for part in name.split("_"))
-    summary = SUMMARIES[place]
-    sentence = f"{summary[0].upper()}{summary[1:]} (an example)."
-    header = HEADER.format(title=title, name=name, place=place, summary=summary, sentence=sentence)
-    method = header + (ROWS if place != "heads" else "") + EDITS[place]
-    if place == "heads":
-        method = method.replace("import Method, PromptRows", "import Method")
-    if place == "blocks":
-        for old, new in BLOCK_IMPORTS.items():
-            method = method.replace(old, new)
+    title, summary = class_name(name), SUMMARIES[place]
+    header = HEADER.format(
+        title=title,
+        name=name,
+        place=PLACES[place],
+        view="Block" if place == "blocks" else "Layer",
+        summary=summary,
+        sentence=f"{summary[0].upper()}{summary[1:]} (an example).",
+    )
     cases = f'\n\nCASES = [\n    ({{"strength": 0.5, "layers": ":"}}, Naive{title}(range(4), 0.5)),\n]\n'
     return {
-        f"vlmfix/methods/{name}.py": method,
+        f"vlmfix/methods/{name}.py": header + EDITS[place],
         f"tests/naive/{name}.py": NAIVE_HEADER.format(title=title) + NAIVE_EDITS[place] + cases,
     }
+
+
+def class_name(name: str) -> str:
+    """Return the name of a method's class."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def add_to_public_names(stub: str, name: str) -> str:
+    """Return ``__init__.pyi`` with a line for the method, in its place among those of the methods."""
+    line = f"from vlmfix.methods.{name} import {class_name(name)} as {class_name(name)}"
+    lines = stub.splitlines()
+    first = next(i for i, each in enumerate(lines) if each.startswith("from vlmfix.methods.") and each > line)
+    return "\n".join([*lines[:first], line, *lines[first:]]) + "\n"
 
 
 def add_to_readme(readme: str, name: str, summary: str) -> str:
@@ -208,13 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in files:
         if (options.root / path).exists():
             sys.exit(f"{path} exists. Choose another name.")
-    readme = options.root / "README.md"
+    readme, stub = options.root / "README.md", options.root / "vlmfix" / "__init__.pyi"
     listed = add_to_readme(readme.read_text(encoding="utf-8"), options.name, SUMMARIES[options.place])
+    named = add_to_public_names(stub.read_text(encoding="utf-8"), options.name)
     for path, text in files.items():
         (options.root / path).write_text(text, encoding="utf-8")
         print(f"wrote {path}")
     readme.write_text(listed, encoding="utf-8")
-    print(f"added a line to README.md\nnow write the formulas, then: scripts/test -k '{options.name} or formula'")
+    stub.write_text(named, encoding="utf-8")
+    print("added a line to README.md and to vlmfix/__init__.pyi")
+    print(f"now write the formulas, then: scripts/test -k '{options.name} or formula'")
 
 
 if __name__ == "__main__":

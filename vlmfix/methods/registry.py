@@ -61,19 +61,18 @@ def method_class(name: str) -> type[Method]:
         MethodError: There is no such method, several packages offer one of that name, or it cannot be used.
     """
     module, offered = _own_modules().get(name), _offered().get(name, [])
-    packages = " and ".join(_package(each) for each in offered)
+    packages = " and ".join(sorted(_package(each) for each in offered))
     if module is not None:
         if offered:
             warnings.warn(
-                f"{packages} offers a method named {name!r}, as vlmfix does. That of vlmfix is used; ask for another "
-                "name there.",
+                f"A method named {name!r} comes with {packages} too. That of vlmfix is used.",
                 stacklevel=3,
             )
         return _class_in(module, name)
     if not offered:
         raise MethodError(f"There is no method {name!r}. Choose one of: {', '.join(method_names())}.")
     if len(offered) > 1:
-        raise MethodError(f"{packages} each offer a method named {name!r}. Uninstall all of them but one.")
+        raise MethodError(f"A method named {name!r} comes with {packages}. Uninstall all of them but one.")
     return _loaded(offered[0])
 
 

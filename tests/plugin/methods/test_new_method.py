@@ -1,8 +1,11 @@
-"""A new method is one file, one naive formula and one line of README; ``scripts/new_method.py`` starts all three."""
+"""A new method is one file, one naive formula and two lines; ``scripts/new_method.py`` starts them."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,13 @@ from naive.reference import Reference
 import vlmfix
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+LISTS = {
+    "README.md": "| `my_method` |",
+    "vlmfix/__init__.pyi": "from vlmfix.methods.my_method import MyMethod as MyMethod",
+}
+"""The files in which a method has a line."""
 
 
 def load(path: Path, name: str) -> Any:
@@ -31,7 +41,8 @@ def load(path: Path, name: str) -> Any:
 def root(tmp_path: Path) -> Path:
     for folder in ("vlmfix/methods", "tests/naive"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    for file in LISTS:
+        (tmp_path / file).write_text((ROOT / file).read_text(encoding="utf-8"), encoding="utf-8")
     return tmp_path
 
 
@@ -57,10 +68,27 @@ def test_what_is_written_works_and_agrees_with_its_formula(build: Any, root: Pat
     assert (logits - stock)[0].abs().max() > 0.01
     vlmfix.patch(model, method(strength=0.0))
     assert torch.equal(generate(model, collate(RAGGED), 3)[1], stock)
-    before = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    added = [line for line in (root / "README.md").read_text(encoding="utf-8").splitlines() if line not in before]
-    assert len(added) == 1
-    assert added[0].startswith("| `my_method` |")
+    for file, line in LISTS.items():
+        before = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        (added,) = (each for each in (root / file).read_text(encoding="utf-8").splitlines() if each not in before)
+        assert added.startswith(line)
+
+
+def test_two_files_of_the_package_say_what_a_method_needs(root: Path, new_method: Any) -> None:
+    new_method("my_method", "--place", "weights")
+    text = (root / "vlmfix/methods/my_method.py").read_text(encoding="utf-8")
+    read = re.findall(r"^from vlmfix\.methods\.(\w+) import", text, re.MULTILINE)
+    assert read == ["base", "parameters", "views"]  # the contract, its parameters, what a method is shown
+
+
+def test_a_new_file_is_a_new_name(root: Path, new_method: Any) -> None:
+    new_method("my_method")
+    shutil.copytree(ROOT / "vlmfix", root / "copy" / "vlmfix")
+    for file in ("methods/my_method.py", "__init__.pyi"):
+        shutil.copy(root / "vlmfix" / file, root / "copy" / "vlmfix" / file)
+    code = "import vlmfix, vlmfix.methods.registry as all; print(*all.method_names(), *vlmfix.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root / "copy", capture_output=True, text=True, check=True)
+    assert {"my_method", "MyMethod"} <= set(done.stdout.split())
 
 
 def test_nothing_is_overwritten(root: Path, new_method: Any) -> None:
