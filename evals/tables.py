@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 
@@ -98,13 +99,13 @@ class Table:
     def plain(self, width: int | None = None) -> str:
         """Aligned text without trailing blanks, with narrow gaps where it is wider than ``width`` otherwise."""
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
+        starts = list(accumulate((span for _, span in self.groups), initial=0))
+        for (title, _), (first, last) in zip(self.groups[:-1], pairwise(starts), strict=False):
+            widths[first] += max(0, len(title) - sum(widths[first:last]))
         gap = 2 if width is None or sum(widths) + 2 * (len(widths) - 1) <= width else 1
         above = ""
-        column = 0
-        for title, span in self.groups:
-            before = sum(widths[:column]) + gap * column
-            above = above.ljust(before) + title.rjust(widths[column])
-            column += span
+        for (title, _), first in zip(self.groups, starts, strict=False):
+            above = above.ljust(sum(widths[:first]) + gap * first) + title.rjust(widths[first])
         lines = [
             (" " * gap).join(
                 cell.ljust(size) if i in self.left else cell.rjust(size)

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..run.methods import MethodSpec
 
 
+MOST_COLUMNS = 10
+"""Figures that fit beside each other in a page."""
+
+
 def html_report(
     results: Mapping[str, Any],
     methods: Sequence[MethodSpec],
@@ -45,8 +49,9 @@ def html_report(
         "report.html",
         title=f"vlmfix: {results['model']}",
         results=results,
+        reference=summary.reference,
         sentences=sentences(results),
-        summary=summary,
+        summaries=summary.parts(lambda part: len(part.columns) <= MOST_COLUMNS),
         words=WORDS,
         legend=list(legend(results, in_cells=True)),
         galleries=[] if task is None else list(galleries(methods, task, answers)),

@@ -255,7 +255,7 @@ def category_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
 
     labels = list(counts)
     base = counts[labels[0]]
-    made, (panel,) = empty_figure(width, 1.2 + 0.27 * len(labels))
+    made, (panel,) = empty_figure(min(width, 2.4 + 0.45 * len(names)), 1.2 + 0.27 * len(labels))
     if titled:
         write_title(made, results, f"Captions that invent an object; green: fewer than {labels[0]}, red: more")
     change = [[counts[label].get(n, 0) - base.get(n, 0) for n in names] for label in labels]

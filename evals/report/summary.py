@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 from ..benchmarks.columns import changed_methods, seconds, used_figures, value_in
@@ -60,12 +60,29 @@ class Summary:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """Title of each benchmark, with its number of columns."""
-        return _groups(self.columns)
+        by_benchmark = groupby(metric.benchmark for metric in self.columns)
+        return [(name.upper(), len(list(own))) for name, own in by_benchmark]
 
     def last_cells(self, row: Row) -> list[str]:
         """What follows a row's figures."""
         cells = {"seconds": row.seconds, "verdict": row.verdict}
         return [cells[name] for name in self.closing]
+
+    def parts(self, fits: Callable[[Summary], bool]) -> list[Summary]:
+        """Summaries of whole benchmarks, as few as fit; seconds and verdict stand in the last."""
+        ends = list(accumulate(size for _, size in self.groups))
+        found: list[Summary] = []
+        first = 0
+        while first < len(self.columns):
+            several = [self._part(first, end) for end in ends if end > first]
+            found.append(next((part for part in reversed(several) if fits(part)), several[0]))
+            first += len(found[-1].columns)
+        return found
+
+    def _part(self, first: int, last: int) -> Summary:
+        rows = tuple(replace(row, cells=row.cells[first:last]) for row in self.rows)
+        closing = self.closing if last == len(self.columns) else ()
+        return Summary(self.columns[first:last], rows, self.reference, closing)
 
 
 def summarise(results: Mapping[str, Any], columns: Sequence[Figure] | None = None) -> Summary:
@@ -102,39 +119,27 @@ def _cell(method: Mapping[str, Any], metric: Figure) -> Cell:
     return Cell(value, difference_cell(found, percent=percent), interval_cell(found, percent=percent), test)
 
 
-def _groups(columns: Sequence[Figure]) -> list[tuple[str, int]]:
-    return [(name.upper(), len(list(own))) for name, own in groupby(metric.benchmark for metric in columns)]
-
-
 def main_table(summary: Summary, width: int) -> str:
-    """The summary for a terminal, up to three lines per row: figures, differences, intervals.
+    """The summary for a terminal, in several tables where all together are wider than ``width``."""
 
-    One table per benchmark where all together are wider than ``width``; seconds and verdicts stand in the last.
-    """
-    whole = _plain(summary, 0, len(summary.columns), width)
-    if max(map(len, whole.split("\n"))) <= width:
-        return whole
-    ends = list(accumulate((size for _, size in summary.groups), initial=0))
-    return "\n\n".join(_plain(summary, *part, width) for part in pairwise(ends))
+    def fits(part: Summary) -> bool:
+        return max(map(len, _plain(part, width).split("\n"))) <= width
+
+    return "\n\n".join(_plain(part, width) for part in summary.parts(fits))
 
 
-def _plain(summary: Summary, first: int, last: int, width: int) -> str:
-    """The columns from ``first`` to ``last`` (not included), with seconds and verdicts if these are the last ones."""
-    columns = summary.columns[first:last]
-    closing = summary.closing if last == len(summary.columns) else ()
-    rows = [["method", *(metric.heading for metric in columns), *closing]]
-    blank = [""] * len(closing)
+def _plain(summary: Summary, width: int) -> str:
+    """Up to three lines per row: figures, differences, intervals."""
+    rows = [["method", *(metric.heading for metric in summary.columns), *summary.closing]]
+    blank = [""] * len(summary.closing)
     for row in summary.rows:
-        cells = row.cells[first:last]
-        rows.append(
-            [row.method["label"], *(cell.value for cell in cells), *(summary.last_cells(row) if closing else [])]
-        )
+        rows.append([row.method["label"], *(cell.value for cell in row.cells), *summary.last_cells(row)])
         if row.is_changed:
-            rows.append([f"  - {summary.reference}", *(cell.difference for cell in cells), *blank])
-            rows.append(["  95 %", *(cell.interval for cell in cells), *blank])
+            rows.append([f"  - {summary.reference}", *(cell.difference for cell in row.cells), *blank])
+            rows.append(["  95 %", *(cell.interval for cell in row.cells), *blank])
         elif row.is_changed is not None:
-            rows.append([f"  = {summary.reference}", *[""] * len(cells), *blank])
-    return Table(rows, groups=(("", 1), *_groups(columns), *[("", 1)] * len(closing))).plain(width)
+            rows.append([f"  = {summary.reference}", *[""] * len(row.cells), *blank])
+    return Table(rows, groups=(("", 1), *summary.groups, *[("", 1)] * len(blank))).plain(width)
 
 
 def markdown_main(summary: Summary) -> str:
