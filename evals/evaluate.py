@@ -44,7 +44,6 @@ def evaluate(
         EvalInterrupted: Ctrl-C; likewise.
     """
     # Imported here, so that the verb's --help does not wait for torch.
-    from .benchmarks.chair.task import Chair
     from .data.write import write_json, write_text
     from .report.html import html_report
     from .report.text import brief_report, markdown_report, text_report
@@ -73,7 +72,7 @@ def evaluate(
     export_answers(run, answers)
     write_json(run.folder / "results.json", results)
     write_text(run.folder / "report.md", markdown_report(results))
-    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.find(Chair), answers))
+    write_text(run.folder / "report.html", html_report(results, run.methods, run.tasks.tasks, answers))
     if options.verbose:
         show(text_report(results))
     else:

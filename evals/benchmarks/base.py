@@ -27,6 +27,7 @@ from .yes_no import paired_answers
 
 if TYPE_CHECKING:
     from .choice import RunData
+    from .marked_text import MarkedText
 
 EARLY_STOP, YES_BIAS = "early stop", "yes bias"
 """The controls that need no method: the baseline with descriptions ended earlier, or with its yes/no threshold
@@ -168,6 +169,10 @@ class Benchmark(ABC):
         if label != baseline and (paired := paired_answers(table, tables[baseline], seed)) is not None:
             part["paired"] = paired
         return part | self.details(label, tables, answers, seed)
+
+    def marked(self, sample: Sample, text: str) -> MarkedText | None:
+        """An answer with the objects that it names marked, for the report's gallery; None where nothing is marked."""
+        return None
 
     # Files
 

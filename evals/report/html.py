@@ -18,7 +18,7 @@ from .text import conditions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..benchmarks.chair.task import Chair
+    from ..benchmarks.base import Benchmark
     from ..data.samples import Answers
     from ..run.methods import MethodSpec
 
@@ -30,7 +30,7 @@ MOST_COLUMNS = 10
 def html_report(
     results: Mapping[str, Any],
     methods: Sequence[MethodSpec],
-    task: Chair | None,
+    tasks: Sequence[Benchmark],
     answers: Mapping[str, Answers],
 ) -> str:
     """Write the page of a run.
@@ -38,7 +38,7 @@ def html_report(
     Args:
         results: The content of ``results.json``.
         methods: Rows, the baseline first.
-        task: What was captioned, if anything; its images are embedded as thumbnails.
+        tasks: What was asked; images of texts that a method changed are embedded as thumbnails.
         answers: Method label to its answers by (benchmark, image id, question).
 
     Returns:
@@ -54,7 +54,7 @@ def html_report(
         summaries=summary.parts(lambda part: len(part.columns) <= MOST_COLUMNS),
         words=WORDS,
         legend=list(legend(results, in_cells=True)),
-        galleries=[] if task is None else list(galleries(methods, task, answers)),
+        galleries=[gallery for task in tasks for gallery in galleries(methods, task, answers)],
         panels=interval_panels(results),
         tradeoff=both_widths(tradeoff_figure, results, "hallucination against recall"),
         front=found.pop("front", None),

@@ -178,10 +178,9 @@ def _early_stop_curve(
     results: Mapping[str, Any], chosen: tuple[figures.Figure, figures.Figure], lowest: float
 ) -> list[tuple[float, float]]:
     """Recall and hallucination of the baseline's captions, ended ever earlier, down to a recall."""
-    if chosen[0].benchmark != "chair":
-        return []
-    curve = [p for p in results.get("early_stop_curve", ()) if p["chair_i"] is not None and p["recall"] >= lowest]
-    return [(100 * p["recall"], 100 * p["chair_i"]) for p in curve]
+    shown, matched = (figure.name for figure in chosen)
+    curve = [(p[matched], p[shown]) for p in results.get("early_stop_curve", ()) if p.get(shown) is not None]
+    return [(100 * recall, 100 * hallucination) for recall, hallucination in curve if recall >= lowest]
 
 
 _LEADER = 12  # points between a mark and its name from which on a line joins them
@@ -226,9 +225,10 @@ def categories(results: Mapping[str, Any], most: int) -> tuple[list[str], dict[s
         or the run did not count it.
     """
     counts = {
-        row["label"]: dict(row["chair"]["invented"])
+        row["label"]: dict(part["invented"])
         for row in results["methods"]
-        if row["role"] != "control" and "invented" in row.get("chair", {})
+        for part in row.values()
+        if row["role"] != "control" and isinstance(part, Mapping) and "invented" in part
     }
     total: Counter[str] = Counter()
     for found in counts.values():

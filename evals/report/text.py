@@ -27,12 +27,7 @@ def brief_report(results: Mapping[str, Any]) -> str:
 
 def text_report(results: Mapping[str, Any]) -> str:
     """What ``vlmfix eval --verbose`` ends with: conditions and every table; at most 120 columns wide."""
-    asked = set(about_lines(results))
-    head = (
-        line if len(line) <= TERMINAL_WIDTH or line in asked else line[: TERMINAL_WIDTH - 3] + "..."
-        for line in conditions(results)
-    )
-    parts = [*wrapped(head), *wrapped(f"NOTE {note}" for note in results["notes"])]
+    parts = [*wrapped(conditions(results)), *wrapped(f"NOTE {note}" for note in results["notes"])]
     parts += ["", main_table(summarise(results), TERMINAL_WIDTH), "", *wrapped(legend(results))]
     for table in tables(results).values():
         if not table.is_detail:
@@ -66,34 +61,17 @@ def paragraphs(lines: Iterable[str]) -> Iterator[str]:
     return (part for line in lines for part in (line, ""))
 
 
-def about_lines(results: Mapping[str, Any]) -> list[str]:
-    """One line per benchmark on what was asked and how it was read, with its prompt."""
-    first, settings = results["methods"][0], results["settings"]
-    asked = [name for name in benchmarks(results) if "about" in first[name]]
-    return [f"{first[name]['about']}; prompt {settings[name]['prompt']!r}" for name in asked]
-
-
 def conditions(results: Mapping[str, Any]) -> list[str]:
-    """N, mode, prompts, decoding and versions, one line each."""
-    settings = results["settings"]
+    """Model, data and versions, and of each benchmark what was asked and how it was read, with its prompt."""
+    settings, first = results["settings"], results["methods"][0]
     model, versions = settings["model"], settings["versions"]
-    lines = [
+    return [
         f"model {results['model']} ({model['weights'][:19]}), {model['dtype']}, greedy, batch {results['batch_size']}",
         f"data {results['data']}, seed {settings['seed']}; vlmfix {versions['vlmfix']} "
         f"({versions['vlmfix_source'][:8]}), torch {versions['torch']}, transformers {versions['transformers']}",
+        *(
+            f"{first[name]['about']}; prompt {settings[name]['prompt']!r}"
+            for name in benchmarks(results)
+            if "about" in first[name]
+        ),
     ]
-    first = results["methods"][0]
-    if "chair" in first:
-        chair = settings["chair"]
-        lines.append(
-            f"CHAIR {chair['mode']} mode, {first['chair']['counts']['captions']} captions of at most "
-            f"{chair['max_new_tokens']} new tokens; prompt {chair['prompt']!r}"
-        )
-    if "pope" in first:
-        pope, part = settings["pope"], first["pope"]
-        sizes = ", ".join(f"{split} {part[split]['counts']['n']}" for split in part["splits"])
-        lines.append(
-            f"POPE {part['parser']} parser, {part['all']['counts']['n']} questions ({sizes}) on "
-            f"{len(pope['image_ids'])} images; prompt {pope['prompt']!r}"
-        )
-    return [*lines, *about_lines(results)]

@@ -15,6 +15,7 @@ from ...stats.table import Table
 from ..base import Benchmark, write_lines
 from ..choice import RunData
 from ..coco_objects import ChairMatcher, ground_truth
+from ..marked_text import MarkedText, mark_objects
 from .figures import ChairTable, invented_by_category, score_captions
 from .text_quality import TextTable, length_matched, score_texts, text_differences
 
@@ -108,6 +109,10 @@ class Chair(Benchmark):
             quality["length_matched"] = length_matched(captions, pair, self.truth, self.matcher, seed)
             quality["differences"] = text_differences(text, self.text_table(answers[baseline]), seed)
         return {"text_quality": quality, "invented": invented_by_category(table)}
+
+    def marked(self, sample: Sample, text: str) -> MarkedText:
+        """The objects of a caption, invented or present."""
+        return mark_objects(self.matcher, self.truth[sample.image_id], text)
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``chair.jsonl``: image_id and caption, one line per image."""

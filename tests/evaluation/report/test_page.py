@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vlmfix.cli import main
-from vlmfix.evals.benchmarks.chair.task import ChairTask
+from vlmfix.evals.benchmarks.chair.task import Chair
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.report.gallery import galleries
@@ -71,7 +71,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
         "CHAIR_i",
         "POPE accuracy",
         "vhr/unselected",
-        "Captions that iat changed most",
+        "CHAIR captions that iat changed most",
         "early stop",
         "p (Holm)",
         "Text quality, and CHAIR at equal length",
@@ -121,7 +121,7 @@ def small_results() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for label, role in (("none", "baseline"), ("<m>", "method"), ("n", "method")):
         chair = {"summary": {"chair_i": 0.2, "recall": 0.8}, "changed": 1, "seconds": 1.0, "invented": {"cup": 2}}
-        chair["counts"] = {"captions": 9}
+        chair |= {"counts": {"captions": 9}, "about": "CHAIR original mode, 9 captions"}
         mme = {"summary": {"score": 640.0, "accuracy": 0.9}, "changed": 1, "seconds": 1.0, "counts": {}}
         rows.append({"label": label, "describe": label, "role": role, "chair": chair, "mme": mme})
     rows[1]["differences"] = {"chair.chair_i": sure, "mme.accuracy": lost}
@@ -134,7 +134,7 @@ def small_results() -> dict[str, Any]:
         "control_value": 0.2,
     }
     versions = {"vlmfix": "0.1.0", "vlmfix_source": "abcdef0123", "torch": "2.13.0", "transformers": "5.23.0"}
-    prompts = {"chair": {"mode": "original", "max_new_tokens": 9, "prompt": "Describe."}, "mme": {"prompt": "?"}}
+    prompts = {"chair": {"prompt": "Describe."}, "mme": {"prompt": "?"}}
     return {
         "model": "a <model>",
         "data": "some data",
@@ -153,7 +153,7 @@ def small_results() -> dict[str, Any]:
 
 
 def small_page(results: dict[str, Any]) -> str:
-    return html_report(results, [], None, {})
+    return html_report(results, [], [], {})
 
 
 def test_summary_has_verdicts_and_corrected_stars() -> None:
@@ -206,7 +206,7 @@ def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
     image = tmp_path / "x.png"
     Image.new("RGB", (4, 4)).save(image)
     samples = tuple(Sample("chair", i, image, "Describe.", 9, "gaps") for i in (1, 2))
-    task = ChairTask(samples, {1: frozenset({"cat"}), 2: frozenset({"cat"})}, ChairMatcher(), 9)
+    task = Chair(samples, {1: frozenset({"cat"}), 2: frozenset({"cat"})}, ChairMatcher(), 9)
     said = {"none": ("a cat", "a cat and a dog"), "m": ("a big cat", "a cat and a cup")}
     answers = {
         label: {s.key: Answer(text, (), False, (), None, 0.0) for s, text in zip(samples, texts, strict=True)}

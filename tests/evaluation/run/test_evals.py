@@ -789,12 +789,26 @@ def small_results() -> dict[str, Any]:
         counts = {"captions": 100, "hallucinated_captions": s, "mentions": 200, "hallucinated_mentions": i}
         more = {"gt_objects": 250, "recalled_gt_objects": 180, "generated_distinct": 190, "words": 1234}
         summary = {"chair_s": s / 100, "chair_i": i / 200, "recall": 0.72, "f1": 0.818, "length_words": 12.34}
-        return {"counts": counts | more, "summary": summary, "truncated": 1, "changed": changed, "seconds": seconds}
+        about = {"about": "CHAIR original mode, 100 captions of at most 128 new tokens"}
+        return about | {
+            "counts": counts | more,
+            "summary": summary,
+            "truncated": 1,
+            "changed": changed,
+            "seconds": seconds,
+        }
 
     def pope(accuracy: float, changed: int) -> dict[str, Any]:
         summary = {"accuracy": accuracy, "precision": 0.9, "recall": 0.8, "f1": 0.847, "yes_ratio": 0.46, "auc": 0.95}
         part = {"counts": {"n": 600, "TP": 1, "FP": 2, "TN": 3, "FN": 4, "unparsed": 5}, "summary": summary}
-        head = {"parser": "official", "splits": ["random"], "asked": 500, "changed": changed, "seconds": 2.0}
+        head = {
+            "about": "POPE official parser, 600 questions (random 600) on 2 images",
+            "parser": "official",
+            "splits": ["random"],
+            "asked": 500,
+            "changed": changed,
+            "seconds": 2.0,
+        }
         return {**head, "random": part, "all": part, "mean_f1_of_splits": 0.847}
 
     def interval(estimate: float, low: float, high: float) -> dict[str, Any]:
