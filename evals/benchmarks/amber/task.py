@@ -129,8 +129,8 @@ class Amber(Benchmark):
         prompt = options.prompt_of.get(cls.name, PROMPT)
         long = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
         limits = (long, answer_limit(options))
-        samples = distinct([_sample(q, prompt, limits) for q in queries])
-        return cls(tuple(queries), annotations, samples, prompt, limits, options.spacy)
+        made = cls(tuple(queries), annotations, (), prompt, limits, options.spacy)
+        return replace(made, samples=distinct([made.sample(query) for query in queries]))
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limits, similarity and a digest of the items."""
@@ -146,14 +146,22 @@ class Amber(Benchmark):
         """Responses by item id; to a question "Yes" or "No" where just one of the words is in the answer, else it."""
         found = {}
         for query in self.queries:
-            text = answers[_sample(query, self.prompt, self.max_new_tokens).key].text
+            text = answers[self.sample(query).key].text
             read = None if query.item.task == "generative" else parse_answer(text, "vlmeval")
             found[query.item.id] = text if read is None else _ANSWERS[read]
         return found
 
+    def sample(self, query: AmberQuery) -> Sample:
+        """What the model is asked of an item."""
+        number = image_number(self.name, query.image)
+        if query.item.task == "generative":
+            return Sample(self.name, number, query.path, query.text, self.max_new_tokens[0], "gaps")
+        text = self.prompt.replace("{question}", query.text)
+        return Sample(self.name, number, query.path, text, self.max_new_tokens[1])
+
     def score(self, answers: Answers) -> AmberTable:
         """One row per description and per question, in the order of the items."""
-        keys = {q.item.id: _sample(q, self.prompt, self.max_new_tokens).key for q in self.queries}
+        keys = {q.item.id: self.sample(q).key for q in self.queries}
         return score_responses(
             self.data,
             self.responses(answers),
@@ -194,13 +202,6 @@ class Amber(Benchmark):
         write_list(
             folder / "amber.json", [{"id": i, "response": text} for i, text in sorted(self.responses(answers).items())]
         )
-
-
-def _sample(query: AmberQuery, prompt: str, limits: tuple[int, int]) -> Sample:
-    number = image_number("amber", query.image)
-    if query.item.task == "generative":
-        return Sample("amber", number, query.path, query.text, limits[0], "gaps")
-    return Sample("amber", number, query.path, prompt.replace("{question}", query.text), limits[1])
 
 
 def _figures(answered_no: NDArray[np.bool_], truth_no: NDArray[np.bool_]) -> dict[str, float]:

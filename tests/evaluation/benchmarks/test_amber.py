@@ -19,8 +19,11 @@ from vlmfix.cli import main
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.benchmarks.amber.data import AmberData, AmberItem, load_amber
 from vlmfix.evals.benchmarks.amber.figures import score_responses
-from vlmfix.evals.benchmarks.amber.objects import description_counter, lemma_vocabulary, spacy_similarity, tagged_nouns
-from vlmfix.evals.benchmarks.chair.early_stop import StopCurve
+from vlmfix.evals.benchmarks.amber.objects import lemma_vocabulary, spacy_similarity, tagged_nouns
+from vlmfix.evals.benchmarks.amber.task import Amber, AmberQuery
+from vlmfix.evals.data.samples import Answer
+from vlmfix.evals.scores.bias_curves import EarlyStop
+from vlmfix.evals.scores.early_stop import stopped_versions
 
 RELATION = {
     "sky": [],
@@ -110,8 +113,8 @@ def test_figures_of_descriptions(data):
     table = score_responses(data, {1: "road dog cat", 2: "sky"}, nouns=words)
     # 2 of 4 nouns; 2 of 4 objects; 1 of 2 responses; 1 of 4 likely inventions (duplicates count).
     assert table.figures() == {"Generative Task": {"CHAIR": 50.0, "Cover": 50.0, "Hal": 50.0, "Cog": 25.0}}
-    assert table.hallucinated.tolist() == [2, 0] and table.caption_ids.tolist() == [1, 2]
-    assert table.counts()["empty"] == 0 and table.summary() == {}
+    assert table.hallucinated.tolist() == [2, 0] and table.items == ("1", "2")
+    assert table.counts()["empty"] == 0 and table.official_score() is None
     assert score_responses(data, {1: " ", 2: "sky"}, nouns=words).counts()["empty"] == 1
 
 
@@ -131,7 +134,7 @@ def test_questions_by_hand(data):
     }
     assert counts["unparsed"] == 1  # "no." is not "No"
     assert (counts["asso_qa_correct_num"], counts["asso_qa_correct_score"], counts["asso_qa_no_num"]) == (2, 0, 1)
-    assert table.task.tolist() == ["existence", "state", "number", "action", "relation", "relation"]
+    assert table.splits == ("existence", "state", "number", "action", "relation", "relation")
     figures = table.figures()
     assert figures["Descriminative Task"] == {"Accuracy": 50.0, "Precision": 66.6, "Recall": 50.0, "F1": 57.1}
     assert figures["Exsitence"] == {"Accuracy": 99.9, "Precision": 99.9, "Recall": 99.9, "F1": 99.9}
@@ -170,36 +173,34 @@ def test_dimensions_without_a_question_are_no_part_of_a_group(data):
     assert "Descriminative Task" not in figures and "Attribute" not in figures, "5, 7 and 8 were left out"
 
 
-def test_counting_one_description_is_what_the_table_counts(data):
-    count = description_counter(data, nouns=words)
-    for item, text in ((1, "road street dog shoe cat"), (2, "sky cat"), (1, "")):
-        other = {1: "", 2: ""} | {item: text}
-        table = score_responses(data, other, nouns=words)
-        row = table.caption_ids.tolist().index(item)
-        assert count(item, text) == (table.covered[row], table.nouns[row], table.hallucinated[row])
-
-
-def test_descriptions_are_ended_where_their_cover_is_the_methods(data):
+def test_descriptions_are_ended_where_their_cover_is_the_methods(data, monkeypatch):
     """By hand: item 1 loses "person" and the invented dog at a bias of 1, item 2 everything at 3."""
-    curve = StopCurve(
-        {1: [10, 11, 12], 2: [20, 21]},
-        {1: [5.0, 1.0, 4.0, 0.0], 2: [3.0, 4.0, 0.0]},
-        lambda ids: " ".join({10: "road", 11: "person", 12: "dog", 20: "sky", 21: "cat"}[i] for i in ids),
-        {1: 3, 2: 1},
-        description_counter(data, nouns=words),
-    )
-    assert [(p.bias, p.recall, p.chair_i) for p in curve.curve()][:3] == [
-        (0.0, 0.75, 0.4),
-        (1.0, 0.5, 1 / 3),
-        (3.0, 0.25, 0.0),
-    ]
-    bias, cut, lengths = curve.cut(0.5)
-    assert (bias, cut, lengths) == (1.0, {1: "road", 2: "sky cat"}, {1: 1, 2: 2})
+    monkeypatch.setattr("vlmfix.evals.benchmarks.amber.figures.tagged_nouns", lambda: words)
+    queries = tuple(AmberQuery(data.items[i], f"AMBER_{i}.jpg", Path("x.jpg"), "Describe.") for i in (1, 2))
+    kept = dataclasses.replace(data, items={i: data.items[i] for i in (1, 2)})
+    monkeypatch.setattr("vlmfix.evals.benchmarks.amber.figures.lemma_vocabulary", lambda: kept.vocabulary)
+    task = Amber(queries, kept, (), "{question}", (9, 9))
+    task = dataclasses.replace(task, samples=tuple(map(task.sample, queries)))
+
+    def decode(ids):
+        return " ".join({10: "road", 11: "person", 12: "dog", 20: "sky", 21: "cat"}[i] for i in ids)
+
+    answers = {
+        sample.key: Answer(decode(ids), ids, False, gaps, None, 0.0)
+        for sample, ids, gaps in zip(
+            task.samples, ((10, 11, 12), (20, 21)), ((5.0, 1.0, 4.0, 0.0), (3.0, 4.0, 0.0)), strict=True
+        )
+    }
+    curve = EarlyStop(stopped_versions(task, answers, decode))
+    cover, chair = (Amber.figure(name).statistic for name in ("cover", "chair"))
+    assert curve.points(cover, chair)[:3] == [(0.0, 0.75, 0.4), (1.0, 0.5, 1 / 3), (3.0, 0.25, 0.0)]
+    place = curve.nearest(cover, 0.5)
+    assert curve.biases[place] == 1.0 and sorted(curve.table(place).nouns.tolist()) == [1, 2]
 
 
 def test_amber_score(data):
     table = score_responses(data, {1: "road dog", 2: "sky", **QUESTIONS}, nouns=words)
-    assert table.summary() == {"AMBER": pytest.approx((100 - 33.3 + 57.1) / 2)}
+    assert table.official_score() == pytest.approx((100 - 33.3 + 57.1) / 2)
 
 
 @pytest.mark.parametrize(

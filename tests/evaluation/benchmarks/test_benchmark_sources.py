@@ -14,6 +14,7 @@ from families.saved_llava import write_lines
 
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.evals.benchmarks.amber import task as amber
+from vlmfix.evals.benchmarks.choice import RunData
 from vlmfix.evals.benchmarks.custom import task as custom
 from vlmfix.evals.benchmarks.custom.data import read_questions
 from vlmfix.evals.benchmarks.custom.task import contains, is_exact
@@ -21,7 +22,8 @@ from vlmfix.evals.benchmarks.hallusionbench import task as hallusionbench
 from vlmfix.evals.benchmarks.mme import task as mme
 from vlmfix.evals.benchmarks.mmhal import task as mmhal
 from vlmfix.evals.benchmarks.object_questions import load_asked
-from vlmfix.evals.benchmarks.registry import make_tasks
+from vlmfix.evals.benchmarks.pope.task import Pope
+from vlmfix.evals.benchmarks.registry import B, make_tasks
 from vlmfix.evals.data import source
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.data.write import file_digest
@@ -155,7 +157,8 @@ def test_pope_from_a_data_set_and_from_files_with_images(tmp_path: Path) -> None
         pope_questions=(tmp_path / "gqa_pope_random.json",),
     )
     tasks = make_tasks(options)
-    assert tasks.pope is not None and tasks.pope.splits == ["gqa_random"]
+    pope = tasks.find(Pope)
+    assert pope is not None and pope.splits == ["gqa_random"]
     assert {sample.path for sample in tasks.samples()} == {folder / "231.jpg"}
     assert [task.name for task in tasks.tasks] == ["pope", "sycophancy"] and "testbed scenes" not in tasks.description
     with pytest.raises(VlmfixError, match="give --pope-questions"):
@@ -165,19 +168,22 @@ def test_pope_from_a_data_set_and_from_files_with_images(tmp_path: Path) -> None
 # Limits
 
 
+def make(kind: type[B], where: Path, limit: int | None) -> B:
+    options = EvalOptions(benchmarks=(kind.name,), benchmark_data=(f"{kind.name}={where}",), limit=limit)
+    made = kind.make(options, RunData(options))
+    assert isinstance(made, kind)
+    return made
+
+
 def test_a_limit_takes_images_with_all_their_questions(tmp_path: Path) -> None:
     folder = benchmark_data.amber(tmp_path / "amber", 4, described=False)
-    options: dict[str, Any] = {"seed": 0, "prompt": None}
-    whole = amber.AmberTask.make(str(folder), limit=None, max_new_tokens=(9, 9), **options)
-    some = amber.AmberTask.make(str(folder), limit=2, max_new_tokens=(9, 9), **options)
+    whole, some = (make(amber.Amber, folder, limit) for limit in (None, 2))
     images = {q.image for q in some.queries}
     assert len(images) == 2 and some.queries == tuple(q for q in whole.queries if q.image in images)
     assert set(some.data.items) == {q.item.id for q in some.queries}
-    task = mme.MmeTask.make(str(benchmark_data.mme(tmp_path / "mme")), limit=1, max_new_tokens=9, **options)
+    task = make(mme.Mme, benchmark_data.mme(tmp_path / "mme"), 1)
     assert len(task.asked) == 4 * 2
-    sets = hallusionbench.HallusionTask.make(
-        str(benchmark_data.hallusionbench(tmp_path / "h")), limit=2, max_new_tokens=9, **options
-    )
+    sets = make(hallusionbench.HallusionBench, benchmark_data.hallusionbench(tmp_path / "h"), 2)
     assert len({q.set_id for q in sets.asked}) == 2 and len(sets.asked) == 8
 
 
@@ -255,7 +261,7 @@ def test_sycophancy_without_a_template_has_no_second_turn() -> None:
     assert tasks.settings()["sycophancy"]["conditions"] == ["neutral", "wrong_hint", "right_hint"]
     answers = {sample.key: Answer("Yes", (), False, (), 0.5, 0.1) for sample in tasks.samples()}
     (task,) = tasks.tasks
-    summary = task.part("none", {"none": task.table(answers)}, {"none": answers}, 0)["summary"]
+    summary = task.part("none", {"none": task.score(answers)}, {"none": answers}, 0)["summary"]
     assert summary["accuracy_challenge"] is None and summary["accuracy_wrong_hint"] == 0.5
 
 

@@ -223,13 +223,13 @@ def test_amber_file_gives_the_same_counts(
 
 def test_mme_folder_gives_the_same_counts(finished: Path) -> None:
     from vlmfix.evals.benchmarks.mme.data import load_results
-    from vlmfix.evals.benchmarks.mme.figures import score_answers, total
+    from vlmfix.evals.benchmarks.mme.figures import score_answers
 
     for method in read(finished)["methods"]:
-        tables = score_answers(load_results(exported(finished, "mme", method["label"])), images=None)
-        counts = {task: table.counts() for task, table in tables.items()}
+        whole = score_answers(load_results(exported(finished, "mme", method["label"])), images=None)
+        counts = {task: table.counts() for task, table in whole.tasks().items()}
         assert counts == {task: method["mme"]["counts"][task] for task in counts} and len(counts) == 4
-        assert total(tables) == pytest.approx(method["mme"]["summary"]["score"])
+        assert whole.total() == pytest.approx(method["mme"]["summary"]["score"])
 
 
 def test_hallusionbench_file_gives_the_same_counts(finished: Path, data: dict[str, Path], tmp_path: Path) -> None:

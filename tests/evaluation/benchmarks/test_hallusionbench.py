@@ -49,7 +49,7 @@ def test_counts_and_figures_by_hand():
         *(3, 3, 4),
         *(3, 1, 3),
     ]
-    figures = table.figures()
+    figures = table.percentages()
     assert figures == pytest.approx({"aAcc": 500 / 7, "qAcc": 100 / 3, "fAcc": 50.0, "easy": 100.0, "hard": 100 / 3})
     # Wrong answers: a label no and a label yes. Answered yes: rows 1, 2 and, by mistake, 3; labels yes: 1, 2, 6.
     assert table.yes_no() == {"diff": 0.0, "fp": 0.5}
@@ -63,7 +63,7 @@ def test_unclear_with_an_image_is_wrong():
 
 def test_nothing_to_count():
     table = score_judgements([question("VS", 0)], [1])
-    assert math.isnan(table.figures()["fAcc"]) and math.isnan(table.figures()["hard"])
+    assert math.isnan(table.percentages()["fAcc"]) and math.isnan(table.percentages()["hard"])
     assert math.isnan(table.yes_no()["fp"])
 
 
@@ -257,7 +257,7 @@ def test_official_figures(tmp_path):
     table = score_judgements(questions, codes, same=same)
     for name in ("consistency", "pair", "easy_total", "hard_total", "easy_q", "hard_q"):
         assert table.counts()[name] == expected[name], name
-    assert table.figures() == {name: expected[name] for name in ("aAcc", "qAcc", "fAcc", "easy", "hard")}
+    assert table.percentages() == {name: expected[name] for name in ("aAcc", "qAcc", "fAcc", "easy", "hard")}
     assert table.yes_no() == expected["yes_no"]
 
     rows = [{"judge": code, "same": int(agrees)} for code, agrees in zip(codes, same, strict=True)]
@@ -265,4 +265,4 @@ def test_official_figures(tmp_path):
     out = tmp_path / "o.json"
     assert main(["score", "hallusionbench", str(answers), "--questions", str(path), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
-    assert result["counts"] == table.counts() and result["figures"] == table.figures()
+    assert result["counts"] == table.counts() and result["figures"] == table.percentages()

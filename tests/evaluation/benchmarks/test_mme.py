@@ -11,7 +11,7 @@ from families.saved_llava import write_lines
 from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.mme.data import TASKS, MmeAnswer, load_results
-from vlmfix.evals.benchmarks.mme.figures import parse_answer, score_answers, total
+from vlmfix.evals.benchmarks.mme.figures import parse_answer, score_answers
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,10 @@ def pair(image: str, first: str, second: str, task: str = "count") -> list[MmeAn
 def test_scores_by_hand():
     answers = [*pair("a", "Yes", "No"), *pair("b", "Yes", "Yes"), *pair("c", "Perhaps", "No")]
     answers = answers[::2] + answers[1::2]  # the questions of an image need not follow each other
-    table = score_answers(answers, images=None)["count"]
-    assert table.images == ("a", "b", "c")
-    assert table.correct.tolist() == [[True, True], [True, False], [False, True]]
+    table = score_answers(answers, images=None).tasks()["count"]
+    assert table.images.tolist() == [True, True, True, False, False, False]  # the first questions of a, b and c
+    assert table.correct.tolist() == [True, True, False, True, False, True]
+    assert table.both_correct.tolist() == [True, False, False, False, False, False]
     assert table.counts() == {"n": 6, "correct": 4, "images": 3, "both_correct": 1, "yes": 3, "unparsed": 1}
     expected = {"accuracy": 4 / 6, "accuracy_plus": 1 / 3, "yes_ratio": 0.5, "score": 100.0}
     assert table.summary() == pytest.approx(expected)
@@ -59,13 +60,14 @@ def test_scores_by_hand():
 
 def test_total_needs_all_four_tasks():
     tasks = {task: pair("a", "Yes", "No", task) for task in TASKS}
-    tables = score_answers([answer for rows in tasks.values() for answer in rows][::-1], images=None)
-    assert list(tables) == list(TASKS) and total(tables) == 800.0
-    assert total({task: tables[task] for task in TASKS[:3]}) is None
+    table = score_answers([answer for rows in tasks.values() for answer in rows][::-1], images=None)
+    assert list(table.tasks()) == list(TASKS) and table.total() == 800.0
+    assert score_answers([answer for task in TASKS[:3] for answer in tasks[task]], images=None).total() is None
 
 
 def test_other_tasks_are_left_out():
-    assert list(score_answers([*pair("a", "Yes", "No"), *pair("a", "No", "No", "OCR")], images=None)) == ["count"]
+    table = score_answers([*pair("a", "Yes", "No"), *pair("a", "No", "No", "OCR")], images=None)
+    assert list(table.tasks()) == ["count"]
 
 
 @pytest.mark.parametrize(

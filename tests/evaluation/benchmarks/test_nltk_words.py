@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from shared_data import DATA, needs_data
 
-from vlmfix.evals.benchmarks.chair.words import FastTagger, FastTokenizer
+from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer
 
 nltk = pytest.importorskip("nltk")
 

@@ -13,17 +13,18 @@ from shared_data import DATA, needs_data
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
 from vlmfix.evals.benchmarks.object_questions import SPLITS, PopeQuestion, build_questions, load_questions
+from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.benchmarks.yes_no import (
     PARSERS,
     YesNoTable,
-    auc,
     is_unparsed,
     parse_answer,
-    score_answers,
     score_labels,
     score_logits,
 )
 from vlmfix.evals.data.coco import CocoData
+from vlmfix.evals.data.samples import Answer
+from vlmfix.evals.stats.figures import auc
 
 # answer: official, official_raw, opera, lmms, vlmeval
 ANSWERS = {
@@ -203,7 +204,8 @@ def test_questions_on_other_image_sets(tmp_path, name, image, image_id, as_list)
         ("sky", image_id, split),
         ("snowboard", image_id, split),
     ]
-    assert score_answers(questions, ["Yes", "Yes"]).counts() == {
+    table = score_labels([q.label for q in questions], ["Yes", "Yes"], image_ids=[q.image_id for q in questions])
+    assert table.counts() == {
         "n": 2, "TP": 1, "FP": 1, "TN": 0, "FN": 0, "unparsed": 0,
     }  # fmt: skip
 
@@ -388,11 +390,13 @@ def test_questions_from_annotations_of_real_photographs():
     assert questions and all(coco.image(q.image_id).file_name == q.image for q in questions)
 
 
-def test_score_answers_takes_labels_and_images_from_the_questions():
-    questions = build_questions(TRUTH, "random")
-    table = score_answers(questions, ["Yes"] * 24, scores=[0.0] * 24)
+def test_score_takes_labels_and_images_from_the_questions():
+    questions = tuple(build_questions(TRUTH, "random"))
+    task = Pope(questions, (), "{question}", 4)
+    answers = {("pope", q.image_id, q.text): Answer("Yes", (), False, (), 0.0, 0.0) for q in questions}
+    table = task.score(answers)
     assert isinstance(table, YesNoTable)
     assert table.counts() == {"n": 24, "TP": 12, "FP": 12, "TN": 0, "FN": 0, "unparsed": 0}
     assert table.image_ids.tolist() == [q.image_id for q in questions]
-    assert table.question_ids[0] == "random:1"
+    assert table.question_ids[0] == f"random:{questions[0].text}" and table.truth[:2] == ("yes", "no")
     assert table.summary()["auc"] == 0.5

@@ -36,7 +36,7 @@ def test_own_templates():
     own = Templates(hint="({answer}, surely)", challenge="Really?")
     assert own.turns("So?", True, "wrong_hint") == ("So? (no, surely)",)
     table = score_answers([True], {"neutral": ["Yes"], "challenge": ["Yes"]}, templates=own)
-    assert table.templates() == {"hint": "({answer}, surely)", "challenge": "Really?"}
+    assert table.wording == own
     with pytest.raises(DataError, match="answer"):
         Templates(hint="It is so.")
     with pytest.raises(DataError, match="neutral, wrong_hint"):
@@ -59,7 +59,7 @@ def test_counts_by_hand():
 
 
 def test_rates_by_hand():
-    summary = score_answers(LABELS, ANSWERS).summary()
+    summary = score_answers(LABELS, ANSWERS).by_condition()
     assert summary["neutral"] == {"accuracy": 0.5, "yes_ratio": 0.5}
     assert summary["challenge"] == {
         "accuracy": 0.25,
@@ -71,14 +71,14 @@ def test_rates_by_hand():
 
 
 def test_a_rate_without_denominator_is_undefined():
-    summary = score_answers([True], {"neutral": ["Yes"], "wrong_hint": ["Yes"]}).summary()["wrong_hint"]
+    summary = score_answers([True], {"neutral": ["Yes"], "wrong_hint": ["Yes"]}).by_condition()["wrong_hint"]
     assert summary["right_to_wrong"] == 0.0 and math.isnan(summary["wrong_to_right"]) and summary["agreement"] == 0.0
 
 
 def test_open_answers_are_wrong_counted_and_never_agree():
     answers: dict[Condition, list[str]] = {"neutral": ["Perhaps", "No"], "challenge": ["Perhaps", "Perhaps"]}
     table = score_answers([True, False], answers, parser="vlmeval")
-    assert table.prediction.tolist() == [[-1, -1], [0, -1]]
+    assert table.prediction.tolist() == [-1, 0] and table.unparsed_challenge.tolist() == [True, True]
     counts = table.counts()
     assert (counts["neutral"]["unparsed"], counts["challenge"]["unparsed"]) == (1, 2)
     # There is nothing to doubt about an open answer.
