@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.parameters import (
-    Choice,
-    NotAccepted,
-    Parameter,
-    Space,
-    accepted,
-    attributes_section,
-    is_off,
-    search_space,
-)
+from vlmfix.methods.parameters import Choice, Parameter, Parametrised, Space, described, is_off, search_space
 from vlmfix.methods.selection import (
     ALL_LAYERS,
     DefaultLayers,
@@ -47,14 +38,8 @@ class _SearchSpace:
         return search_space(cls) | ({"layers": Choice(cls.search_layers)} if cls.search_layers else {})
 
 
-_LAYERS = Parameter(
-    help="Decoder layers it acts in, see ``LayerSpec``. Default: ",
-    expected="a list of whole numbers, or a text such as '1,18:32' or '0.25:0.75'",
-)
-
-
 @dataclass(frozen=True)
-class Method:
+class Method(Parametrised):
     """Base class of all methods: a frozen dataclass of its parameters, declared with ``parameters.parameter``.
 
     A method stands at one or more places on the path of attention, overrides only their hooks and declares them in
@@ -105,25 +90,19 @@ class Method:
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
-    layers: LayerSpec = dataclasses.field(default=None, kw_only=True, metadata=_LAYERS.as_metadata())
+    layers: LayerSpec = dataclasses.field(
+        default=None,
+        kw_only=True,
+        metadata=described(
+            "Decoder layers it acts in, see ``LayerSpec``. Default: ",
+            expected="a list of whole numbers, or a text such as '1,18:32' or '0.25:0.75'",
+        ),
+    )
 
-    def __init_subclass__(cls) -> None:
-        """Append the parameters to the docstring."""
-        super().__init_subclass__()
-        cls.__doc__ = (cls.__doc__ or cls.__name__).rstrip() + attributes_section(cls)
-
-    def __post_init__(self) -> None:
-        """Check every parameter, and normalise what JSON and the command line deliver."""
-        for field in dataclasses.fields(self):
-            try:
-                value = accepted(type(self), field, getattr(self, field.name))
-            except NotAccepted as error:
-                self.require(False, field.name, str(error))
-            object.__setattr__(self, field.name, value)
-        self.validate()
-
-    def validate(self) -> None:
-        """Raise ``MethodError`` for what the fields cannot say: parameters that contradict one another."""
+    @classmethod
+    def meaning_of(cls, name: str, known: Parameter) -> str:
+        """Return what a parameter means: of ``layers``, the default too."""
+        return f"{known.help}{cls.default_layers.words}." if name == "layers" else known.help
 
     @property
     def counts(self) -> str:
@@ -178,10 +157,8 @@ class Method:
         In ``"encoder"`` and ``"answer"`` attention every row is that of a generated token, and
         ``layer.forward.is_prefill`` is never true.
         """
-        if (
-            self.opens_mask or self.reads_layer_input or self.edits_blocks
-        ):  # image tokens must be tokens of the decoder's own stream
-            return ("joint",)
+        if self.opens_mask or self.reads_layer_input or self.edits_blocks:
+            return ("joint",)  # image tokens must be tokens of the decoder's own stream
         if self.needs_text_keys:
             edits_attention = self.edits_scores or self.edits_weights
             needs_prompt = edits_attention and not (self.edits_decode and self.observed_rows == "none")
@@ -222,19 +199,12 @@ class Method:
         else:
             layers = resolve_layers(self.layers, num_layers, self.name)
         if self.only_heads is not None:
-            layers = self._layers_of_heads(layers, self.only_heads, anatomy)
+            with_heads = check_heads(self.name, self.only_heads, anatomy, self.attention_kinds)
+            chosen = with_heads if self.layers is None else with_heads & set(layers)
+            if with_heads and not chosen:
+                raise MethodError(f"{self.name}: layers={self.layers!r} holds none of the listed heads.")
+            layers = tuple(sorted(chosen)) or layers
         return dataclasses.replace(self, layers=layers)
-
-    def _layers_of_heads(
-        self, layers: tuple[int, ...], heads: Sequence[Sequence[int]], anatomy: Anatomy
-    ) -> tuple[int, ...]:
-        """Return the layers that have listed heads; of those chosen by the user, if any are."""
-        with_heads = check_heads(self.name, heads, anatomy, self.attention_kinds)
-        if self.layers is not None:
-            with_heads &= set(layers)
-        if heads and not with_heads:
-            raise MethodError(f"{self.name}: layers={self.layers!r} holds none of the listed heads.")
-        return tuple(sorted(with_heads)) or layers
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """What a user should know about this method on this model; shown by ``vlmfix.status``."""
@@ -368,20 +338,6 @@ class Method:
         """
         raise NotImplementedError
 
-    # Recipes.
-
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict ``{"method": name, **parameters}``; ``vlmfix.recipes`` reads it back."""
-        return {"method": self.name, **{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
-
-    def require(self, condition: bool, parameter: str, expected: str) -> None:
-        """Raise ``MethodError`` naming the parameter, its value and what is expected, unless ``condition``."""
-        if not condition:
-            value = getattr(self, parameter)
-            raise MethodError(f"{type(self).__name__}({parameter}={value!r}): {parameter} must be {expected}.")
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+        return {"method": self.name, **super().to_dict()}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.methods.parameters import Parameter
+from vlmfix.methods.parameters import described
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -20,7 +20,7 @@ class ExperimentalMethod(Method):
     """What it is, for the error message."""
 
     experimental: bool = dataclasses.field(
-        default=False, kw_only=True, metadata=Parameter(help="Must be true: says that you know.").as_metadata()
+        default=False, kw_only=True, metadata=described("Must be true: says that you know.")
     )
 
     def validate(self) -> None:

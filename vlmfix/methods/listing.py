@@ -41,19 +41,18 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
 
 def explanation(method: type[Method]) -> str:
     """Return what a method does, then each parameter with its default, what it may be, what is searched and meaning."""
-    from vlmfix.methods.parameters import Choice, described
+    from vlmfix.methods.parameters import Choice, may_be, parameter_of
 
     text, _, _ = (method.__doc__ or "").partition("\n\n    Attributes:")
     parts = [f"{method.name}: {textwrap.dedent('    ' + text.strip())}", f"paper: {method.paper or 'none'}"]
     for field in dataclasses.fields(method):
-        may_be, meaning = described(method, field)
         search = method.search_space.get(field.name)
-        lines = [f"{field.name} = {field.default!r}: {may_be}"]
+        lines = [f"{field.name} = {field.default!r}: {may_be(method, field.name)}"]
         if search is not None:
             tried = (
                 ", ".join(map(repr, search.values)) if isinstance(search, Choice) else f"{search.low:g}:{search.high:g}"
             )
             lines.append(f"vlmfix tune searches {tried}")
-        lines += textwrap.wrap(meaning, 112)
+        lines += textwrap.wrap(method.meaning_of(field.name, parameter_of(field)), 112)
         parts.append(textwrap.indent("\n".join(lines), "    ").removeprefix("    "))
     return "\n\n".join(parts) + "\n"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from vlmfix.errors import DataError, MethodError
 from vlmfix.files import read_json
 from vlmfix.methods.base import Method
+from vlmfix.methods.parameters import Parametrised, described, parameter
 from vlmfix.methods.registry import recipe_entry
 from vlmfix.model.anatomy import Anatomy
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Measured:
+class Measured(Parametrised):
     """Base of frozen dataclasses whose fields are numbers, texts and (nested) tuples of them.
 
     Attributes:
@@ -31,9 +31,12 @@ class Measured:
 
     noun: ClassVar[str]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {field.name: _listed(getattr(self, field.name)) for field in dataclasses.fields(self)}
+    def require(self, condition: bool, parameter: str, expected: str) -> None:
+        """Raise ``MethodError`` naming the field and what is expected, unless ``condition``."""
+        if not condition:
+            value = getattr(self, parameter)
+            found = "" if isinstance(value, (list, tuple, dict)) else f", got {value!r}"  # tables are long
+            raise MethodError(f"{self.noun.capitalize()}: {parameter!r} must be {expected}{found}.")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -63,10 +66,6 @@ class Measured:
         if not isinstance(data, dict):
             raise MethodError(f"{path} holds no {cls.noun}: expected a JSON object.")
         return cls.from_dict(data)
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(each) for each in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,36 +163,34 @@ HALLUCINATION_HEADS: dict[Shape, tuple[str, Heads]] = {
 they were found in. A checkpoint fine-tuned from one of these models has the same shape."""
 
 
+_RATES = "a list of finite numbers, one per decoder layer"
+
+
 @dataclass(frozen=True, repr=False)
 class LayerRanking(Measured):
-    """Recovery rates of the blocks of every layer, see ``vlmfix.probes.causal_trace``.
+    """Recovery rates of the blocks of every layer, see ``vlmfix.probes.causal_trace``."""
 
-    Attributes:
-        model: Name of the checkpoint they were measured on (the last part of its path or hub id counts).
-        rr_attn: Recovery rates of the attention blocks, one per decoder layer; may be negative.
-        rr_mlp: Those of the MLP blocks.
-        token: The group of tokens that was patched.
-    """
+    noun = "ranking"
 
-    noun: ClassVar[str] = "ranking"
+    model: str = field(
+        metadata=described("Name of the checkpoint they were measured on (the last part of its path or hub id counts).")
+    )
+    rr_attn: tuple[float, ...] = field(
+        metadata=described(
+            "Recovery rates of the attention blocks, one per decoder layer; may be negative.", expected=_RATES
+        )
+    )
+    rr_mlp: tuple[float, ...] = field(metadata=described("Those of the MLP blocks.", expected=_RATES))
+    token: str = parameter("last", help="The group of tokens that was patched.")
 
-    model: str
-    rr_attn: tuple[float, ...]
-    rr_mlp: tuple[float, ...]
-    token: str = "last"
-
-    def __post_init__(self) -> None:
-        """Normalise what JSON delivers, then check it."""
-        for name in ("rr_attn", "rr_mlp"):
-            object.__setattr__(self, name, _rates(getattr(self, name), name))
+    def validate(self) -> None:
+        """Check that there is one rate per layer in both lists."""
+        self.require(len(self.rr_attn) > 0, "rr_attn", _RATES)
         if len(self.rr_attn) != len(self.rr_mlp):
             raise MethodError(
                 f"Ranking: 'rr_attn' has {len(self.rr_attn)} layers and 'rr_mlp' {len(self.rr_mlp)}; expected one rate "
                 "per decoder layer in both."
             )
-        for name in ("model", "token"):
-            if not isinstance(getattr(self, name), str):
-                raise MethodError(f"Ranking: {name!r} must be a text, got {getattr(self, name)!r}.")
 
     def __repr__(self) -> str:
         """Without the numbers: they are many."""
@@ -233,57 +230,39 @@ def how_to_rank(anatomy: Anatomy) -> str:
     )
 
 
-def _rates(value: Any, name: str) -> tuple[float, ...]:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if not is_list or not all(_is_rate(each) for each in value):
-        raise MethodError(f"Ranking: {name!r} must be a list of finite numbers, one per decoder layer.")
-    return tuple(float(each) for each in value)
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 Table = tuple[tuple[float, ...], ...]
+
+
+_TABLE = "a table [layers][heads] of finite numbers >= 0"
 
 
 @dataclass(frozen=True, repr=False)
 class HeadStatistics(Measured):
-    """Mean attention to generated text at the tokens of real and of hallucinated objects.
+    """Mean attention to generated text at the tokens of real and of hallucinated objects."""
 
-    Attributes:
-        real: ``[num_layers][num_heads]`` over all layers and heads; layers that were not measured hold zeros.
-        hallucinated: The same at hallucinated objects.
-        num_real: How many tokens the means are over.
-        num_hallucinated: The same of hallucinated objects.
-        kind: ``"mean"``: attention per generated key. ``"share"``: their sum.
-        model: Name of the model.
-        prompt: The prompt that was answered.
-    """
+    noun = "statistics"
 
-    noun: ClassVar[str] = "statistics"
+    real: Table = field(
+        metadata=described(
+            "``[num_layers][num_heads]`` over all layers and heads; layers that were not measured hold zeros.",
+            low=0,
+            expected=_TABLE,
+        )
+    )
+    hallucinated: Table = field(metadata=described("The same at hallucinated objects.", low=0, expected=_TABLE))
+    num_real: int = field(metadata=described("How many tokens the means are over.", low=1))
+    num_hallucinated: int = field(metadata=described("The same of hallucinated objects.", low=1))
+    kind: Literal["mean", "share"] = parameter(
+        "mean", help='``"mean"``: attention per generated key. ``"share"``: their sum.'
+    )
+    model: str = parameter("", help="Name of the model.")
+    prompt: str = parameter("", help="The prompt that was answered.")
 
-    real: Table
-    hallucinated: Table
-    num_real: int
-    num_hallucinated: int
-    kind: Literal["mean", "share"] = "mean"
-    model: str = ""
-    prompt: str = ""
-
-    def __post_init__(self) -> None:
-        """Normalise what JSON delivers, then check it."""
-        for name in ("real", "hallucinated"):
-            object.__setattr__(self, name, _table(getattr(self, name), name))
-        shapes = {(len(table), len(row)) for table in (self.real, self.hallucinated) for row in table}
-        if len(shapes) != 1:
+    def validate(self) -> None:
+        """Check that both tables have one shape."""
+        shapes = {(len(table), len(row)) for table in (self.real, self.hallucinated) for row in table or ((),)}
+        if len(shapes) != 1 or 0 in next(iter(shapes)):
             raise MethodError(f"Statistics: 'real' and 'hallucinated' must have one shape, found {sorted(shapes)}.")
-        for name in ("num_real", "num_hallucinated"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MethodError(f"Statistics: {name!r} must be a whole number >= 1, got {value!r}.")
-        if self.kind not in ("mean", "share"):
-            raise MethodError(f"Statistics: 'kind' must be mean or share, got {self.kind!r}.")
 
     def __repr__(self) -> str:
         """Without the numbers: they are many."""
@@ -306,19 +285,3 @@ class HeadStatistics(Measured):
     def ratios(self, layer: int) -> list[float]:
         """Return ``M_lh``, real over hallucinated, of the heads of a layer."""
         return [real / hal for real, hal in zip(self.real[layer], self.hallucinated[layer], strict=True)]
-
-
-def _table(value: Any, name: str) -> Table:
-    is_table = isinstance(value, Sequence) and len(value) > 0 and all(_are_weights(row) for row in value)
-    if not is_table:
-        raise MethodError(f"Statistics: {name!r} must be a table [layers][heads] of finite numbers >= 0.")
-    return tuple(tuple(float(each) for each in row) for row in value)
-
-
-def _are_weights(row: Any) -> bool:
-    return (
-        isinstance(row, Sequence)
-        and not isinstance(row, str)
-        and len(row) > 0
-        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf for x in row)
-    )

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from vlmfix.errors import MethodError
 
 T = TypeVar("T")
 
@@ -63,9 +65,10 @@ class Parameter:
     expected: str = ""
     remark: str = ""
 
-    def as_metadata(self) -> dict[str, Parameter]:
-        """Return the metadata of its field."""
-        return {"parameter": self}
+
+def described(help: str, **known: Any) -> dict[str, Parameter]:
+    """Return the metadata of a field that :func:`parameter` cannot declare: without a default, or by name only."""
+    return {"parameter": Parameter(help, **known)}
 
 
 def parameter(
@@ -99,8 +102,9 @@ def parameter(
     Returns:
         A ``dataclasses.field``; typed as the default, so that a wrong default is found.
     """
-    known = Parameter(help, low, high, above, off, search, expected, remark)
-    field: T = dataclasses.field(default=default, metadata=known.as_metadata())
+    known = {"low": low, "high": high, "above": above, "off": off, "search": search}
+    metadata = described(help, expected=expected, remark=remark, **known)
+    field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
@@ -154,7 +158,7 @@ def _read(value: Any, kind: Any, known: Parameter) -> Any:
     if kind == HeadPairs:
         pairs = [_read(pair, Sequence[int], Parameter(low=0)) for pair in _items(value)]
         return _checked(tuple(pairs), all(len(pair) == 2 for pair in pairs))
-    if origin is Sequence:
+    if origin in (Sequence, tuple):  # of any length
         return tuple(_read(each, get_args(kind)[0], known) for each in _items(value))
     if kind in (float, int):
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
@@ -243,30 +247,69 @@ def _kinds(cls: type) -> dict[str, Any]:
     return kinds
 
 
-def described(cls: type, field: dataclasses.Field[Any]) -> tuple[str, str]:
-    """Return in words what a parameter may be, and what it means."""
-    known = parameter_of(field)
-    help_text = f"{known.help}{cls.default_layers.words}." if field.name == "layers" else known.help  # type: ignore[attr-defined]
-    return expected(_kinds(cls)[field.name], known), help_text
+class Parametrised:
+    """Base of frozen dataclasses whose fields are checked when an object is made, and explained in the docstring."""
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        """Append the fields declared with :func:`parameter` to the docstring."""
+        super().__init_subclass__()
+        fields: dict[str, Any] = {**getattr(cls, "__dataclass_fields__", {}), **vars(cls)}
+        lines = []
+        for name, field in fields.items():
+            if isinstance(field, dataclasses.Field) and (text := cls.meaning_of(name, parameter_of(field))):
+                lines += textwrap.wrap(f"{name}: {text}", 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        section = ["", "", "    Attributes:", *lines, "    "] if lines else []
+        cls.__doc__ = (cls.__doc__ or cls.__name__).rstrip() + "\n".join(section)
+
+    @classmethod
+    def meaning_of(cls, name: str, known: Parameter) -> str:
+        """Return what a parameter means, in this class."""
+        return known.help
+
+    def __post_init__(self) -> None:
+        """Check every parameter, and normalise what JSON and the command line deliver."""
+        for field in dataclasses.fields(self):
+            try:
+                value = accepted(type(self), field, getattr(self, field.name))
+            except NotAccepted as error:
+                self.require(False, field.name, str(error))
+            object.__setattr__(self, field.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` for what the fields cannot say: parameters that contradict one another."""
+
+    def require(self, condition: bool, parameter: str, expected: str) -> None:
+        """Raise ``MethodError`` naming the parameter, its value and what is expected, unless ``condition``."""
+        if not condition:
+            value = getattr(self, parameter)
+            raise MethodError(f"{type(self).__name__}({parameter}={value!r}): {parameter} must be {expected}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON has them."""
+        return {field.name: _as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
-def search_space(cls: type) -> dict[str, Range | Choice]:
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Parametrised):
+        return value.to_dict()
+    return [_as_json(each) for each in value] if isinstance(value, tuple) else value
+
+
+def search_space(cls: type[Parametrised]) -> dict[str, Range | Choice]:
     """Return the parameters that ``vlmfix tune`` searches, and between what."""
     found = {field.name: parameter_of(field).search for field in dataclasses.fields(cls)}
     return {name: search for name, search in found.items() if search is not None}
 
 
-def is_off(method: Any) -> bool:
+def is_off(method: Parametrised) -> bool:
     """Whether any parameter has the value that switches the method off."""
     return any(getattr(method, field.name) == parameter_of(field).off for field in dataclasses.fields(method))
 
 
-def attributes_section(cls: type, indent: str = "    ") -> str:
-    """Return the parameters of a class that is about to become a dataclass as the last section of its docstring."""
-    inherited: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
-    lines = []
-    for name, field in {**inherited, **vars(cls)}.items():
-        if isinstance(field, dataclasses.Field) and (text := parameter_of(field).help):
-            text += f"{cls.default_layers.words}." if name == "layers" else ""  # type: ignore[attr-defined]
-            lines += textwrap.wrap(f"{name}: {text}", 116, initial_indent=2 * indent, subsequent_indent=3 * indent)
-    return "\n".join(["", "", f"{indent}Attributes:", *lines, indent]) if lines else ""
+def may_be(cls: type[Parametrised], name: str) -> str:
+    """Say what a parameter may be."""
+    return expected(_kinds(cls)[name], parameter_of(cls.__dataclass_fields__[name]))
