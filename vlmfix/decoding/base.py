@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from vlmfix.errors import MethodError
+from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
@@ -32,10 +32,17 @@ class OtherTokens(NamedTuple):
     is_swapped: bool = False
 
 
-CUT = "0: no cut; 1: only the most likely token is left"
+def strength(default: float, source: str = "") -> float:
+    """Declare the parameter ``alpha``; ``source`` says where its default comes from."""
+    text = f"Strength of the contrast. {source}".strip()
+    return parameter(default, low=0, remark="0: no contrast", search=Range(0.05, 2.0), help=text)
 
 
-PLAUSIBILITY = "Plausibility cut: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing."
+def plausibility(default: float, source: str = "") -> float:
+    """Declare the parameter ``beta``; ``source`` says where its default comes from."""
+    text = "Plausibility cut: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing."
+    remark = "0: no cut; 1: only the most likely token is left"
+    return parameter(default, low=0, high=1, remark=remark, search=Range(0.02, 0.9), help=f"{text} {source}".strip())
 
 
 @dataclass(frozen=True)
@@ -123,10 +130,8 @@ class Contrast(DecodingMethod):
     ``alpha`` 0 takes the model's own logits, which are still cut: the answer is the stock one with ``beta`` 0 too.
     """
 
-    alpha: float = parameter(
-        1.0, low=0, remark="0: no contrast", search=Range(0.05, 2.0), help="Strength of the contrast."
-    )
-    beta: float = parameter(0.1, low=0, high=1, remark=CUT, search=Range(0.02, 0.9), help=PLAUSIBILITY)
+    alpha: float = strength(1.0)
+    beta: float = plausibility(0.1)
 
     @property
     def is_identity(self) -> bool:
@@ -141,6 +146,27 @@ class Contrast(DecodingMethod):
     def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Contrast and cut fp32 ``[batch, vocab]``."""
         return cut(contrast(logits, other, self.alpha), logits, self.beta)
+
+
+@dataclass(frozen=True)
+class WithoutImage(DecodingMethod):
+    """Base class of methods whose other prompt is the same text with the image's tokens taken out."""
+
+    removes_image = True
+
+    def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens:
+        """Take the image's tokens out.
+
+        Raises:
+            UnsupportedFeatureError: Nothing is left.
+        """
+        kept = tuple(place for place, image in enumerate(is_image) if not image)
+        if not kept:
+            raise UnsupportedFeatureError(
+                "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a "
+                "question."
+            )
+        return OtherTokens(tuple(ids[place] for place in kept), kept)
 
 
 def check_next_token(method: Method, anatomy: Anatomy) -> None:

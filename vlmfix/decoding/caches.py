@@ -32,7 +32,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         stop = start + key_states.shape[2]
         # Keys that were cropped or reordered are not the buffer's: what others see of it must stay.
         if self._buffers is None or self._shown is not self.keys or stop > self._buffers[0].shape[2]:
-            self._buffers = (_with_room(self.keys, stop), _with_room(self.values, stop))
+            more = stop - start + ROOM
+            self._buffers = (_with_room([self.keys], start, more), _with_room([self.values], start, more))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
@@ -44,20 +45,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers, self._shown = (buffers[0], buffers[1]), self.keys
 
 
-def _joined(own: torch.Tensor, other: torch.Tensor, length: int) -> torch.Tensor:
-    """Return both branches' rows, padded on the left to ``length``, with room behind."""
-    batch = own.shape[0]
-    joined = own.new_empty(2 * batch, own.shape[1], length + ROOM, own.shape[3])
-    for row, part in enumerate((own, other)):
-        rows, start = joined[row * batch : (row + 1) * batch], length - part.shape[2]
+def _with_room(parts: Sequence[torch.Tensor], length: int, room: int = ROOM) -> torch.Tensor:
+    """Return the rows of some tensors under each other, padded on the left to ``length``, with room behind."""
+    batch, heads, _, size = parts[0].shape
+    buffer = parts[0].new_empty(len(parts) * batch, heads, length + room, size)
+    for rows, part in zip(buffer.split(batch), parts, strict=True):
+        start = length - part.shape[2]
         rows[:, :, :start] = 0
         rows[:, :, start:length] = part
-    return joined
-
-
-def _with_room(states: torch.Tensor, length: int) -> torch.Tensor:
-    buffer = states.new_empty(*states.shape[:2], length + ROOM, states.shape[3])
-    buffer[:, :, : states.shape[2]] = states
     return buffer
 
 
@@ -148,7 +143,7 @@ class PairedCache:
             if not is_filled(mine):
                 continue
             size = length_of_layer(layer, self.length)
-            states = [_joined(getattr(mine, name), getattr(theirs, name), size) for name in ("keys", "values")]
+            states = [_with_room([getattr(mine, name), getattr(theirs, name)], size) for name in ("keys", "values")]
             layer.keys, layer.values = (each[:, :, :size] for each in states)
             if isinstance(layer, GrowingLayer):
                 layer.take(states)

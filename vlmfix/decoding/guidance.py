@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vlmfix.decoding.base import CUT, PLAUSIBILITY, DecodingMethod, OtherTokens, contrast, cut
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.decoding.base import WithoutImage, contrast, cut, plausibility
 from vlmfix.methods.parameters import Range, parameter
 
 
 @dataclass(frozen=True)
-class Guidance(DecodingMethod):
+class Guidance(WithoutImage):
     """Contrast the answer with that to the prompt without its image: ``gamma (p - p') + p'``, ``p`` log-probabilities.
 
     Computed on logits, where it is the same but for a constant: ``l + (gamma - 1)(l - l')``. Tokens with
@@ -25,7 +23,6 @@ class Guidance(DecodingMethod):
     name = "guidance"
     paper = "arXiv 2407.21771"
     summary = "contrasts the answer with that to the prompt without its image"
-    removes_image = True
 
     gamma: float = parameter(
         1.1,
@@ -34,23 +31,7 @@ class Guidance(DecodingMethod):
         search=Range(1.02, 2.5),
         help="Strength. Default: the README value of PAI's code (2 in its CHAIR script).",
     )
-    beta: float = parameter(
-        0.1, low=0, high=1, remark=CUT, search=Range(0.02, 0.9), help=f"{PLAUSIBILITY} Default: the released code's."
-    )
-
-    def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens:
-        """Take the image's tokens out.
-
-        Raises:
-            UnsupportedFeatureError: Nothing is left.
-        """
-        kept = tuple(place for place, image in enumerate(is_image) if not image)
-        if not kept:
-            raise UnsupportedFeatureError(
-                "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a "
-                "question."
-            )
-        return OtherTokens(tuple(ids[place] for place in kept), kept)
+    beta: float = plausibility(0.1, "Default: the released code's.")
 
     def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """Contrast and cut fp32 ``[batch, vocab]``."""

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from vlmfix.decoding.base import Contrast
+from vlmfix.decoding.base import Contrast, strength
 from vlmfix.decoding.other_image import each_image
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.parameters import parameter
 
 NEXT_TO_ZERO = 1e-6
 """Zeros themselves are what some models take for padding."""
@@ -35,9 +35,7 @@ class IFG(Contrast):
     summary = "contrasts the answer with that to a stand-in for the image"
     changes_image = True
 
-    alpha: float = parameter(
-        0.5, low=0, remark="0: no contrast", search=Range(0.05, 2.0), help="Strength of the contrast."
-    )
+    alpha: float = strength(0.5)
     stand_in: Literal["mean", "blank", "blurred"] = parameter(
         "mean",
         help='``"mean"``: the image\'s own mean colour (of flattened patches: its mean patch). ``"blank"``: zeros, '

@@ -28,12 +28,8 @@ if TYPE_CHECKING:
     from vlmfix.model.attention import AttentionCall
 
 NOT_BESIDE_IT = (
-    "assistant_model",
-    "custom_generate",
-    "streamer",
-    "prompt_lookup_num_tokens",
-    "past_key_values",
-    "num_return_sequences",
+    *("assistant_model", "prompt_lookup_num_tokens", "custom_generate"),
+    *("streamer", "past_key_values", "num_return_sequences"),
 )
 """Arguments of ``generate`` that ask for something else than the best beam of a search from an empty cache."""
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmfix.decoding.base import CUT, PLAUSIBILITY, Contrast
+from vlmfix.decoding.base import Contrast, plausibility, strength
 from vlmfix.decoding.other_image import each_image
-from vlmfix.methods.parameters import Choice, Range, parameter
+from vlmfix.methods.parameters import Choice, parameter
 
 STEPS = 1000
 """Steps of the diffusion process whose noise is used."""
@@ -34,21 +34,8 @@ class VCD(Contrast):
     summary = "contrasts the answer with that to a noised image"
     changes_image = True
 
-    alpha: float = parameter(
-        1.0,
-        low=0,
-        remark="0: no contrast",
-        search=Range(0.05, 2.0),
-        help="Strength of the contrast. Default: the value of the released POPE script (0.5 in its sampler).",
-    )
-    beta: float = parameter(
-        0.2,
-        low=0,
-        high=1,
-        remark=CUT,
-        search=Range(0.02, 0.9),
-        help=f"{PLAUSIBILITY} Default: that script's (0.1 in its sampler).",
-    )
+    alpha: float = strength(1.0, "Default: the value of the released POPE script (0.5 in its sampler).")
+    beta: float = plausibility(0.2, "Default: that script's (0.1 in its sampler).")
     noise_step: int = parameter(
         500,
         low=0,
