@@ -15,7 +15,7 @@ from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.adaiat import AdaIAT
 from vlmfix.methods.measured import HeadStatistics
 from vlmfix.observe.samples import CalibrationSample, captioned
-from vlmfix.observe.watch import AttentionLog
+from vlmfix.observe.watch import AttentionLog, AttentionWatch
 
 logger = logging.getLogger("vlmfix")
 
@@ -44,7 +44,7 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIA
     means, counts = Contrast(), dict.fromkeys(("mentions", "unaligned", "unknown", "early"), 0)
     for batch, inputs in session.batches(samples):
         log = AttentionLog()
-        rows = session.captions(inputs, log.method())
+        rows = session.captions(inputs, AttentionWatch(log.see))
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
             mentions, unaligned = session.locate(ids)
             counts["mentions"] += len(mentions)
@@ -56,7 +56,7 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIA
                 elif mention.token < min_generated:
                     counts["early"] += 1
                 else:
-                    means.add(log.generated(mention.token, number, method.gate), positive=is_real)
+                    means.add(log.on_generated(mention.token, number, method.gate), positive=is_real)
         logger.info("adaiat: %d real and %d hallucinated objects", means.counts[True], means.counts[False])
     counts |= {"real": means.counts[True], "hallucinated": means.counts[False], "dropped": means.dropped}
     if not all(means.counts.values()):

@@ -6,17 +6,19 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
+from vlmfix.calibration.search import Contrast, Found, Head, ranked, scaled_count
 from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
+from vlmfix.methods.base import Method
+from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import input_device
 from vlmfix.observe.samples import CalibrationSample, captioned
-from vlmfix.observe.watch import HeadAblation
 
 logger = logging.getLogger("vlmfix")
 
@@ -124,3 +126,30 @@ def _influence(session: Session, cache: Any, step: torch.Tensor, token: int, var
         probability = logits.float().softmax(-1)[:, token]
         falls.append(probability[:1] - probability[1:])
     return torch.cat(falls).view(len(session.layers()), -1)
+
+
+@dataclass(frozen=True)
+class HeadAblation(Method):
+    """Set one head's output to 0, another one in each sample; meant for single decode steps.
+
+    ``targets`` holds one (layer, head) pair per sample, or ``None`` for a sample that is left alone. They do not count
+    when two ablations are compared, so that a cache filled without any can be continued with each.
+    """
+
+    name = "head_ablation"
+    edits_heads = True
+    needs_text_keys = False
+    prompt_rows = "none"
+
+    targets: tuple[Head | None, ...] = field(default=(), compare=False)
+
+    def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """Zero slices of ``[batch, 1, num_heads, head_dim]``."""
+        at = layer.site.layer_idx
+        here = [(row, target[1]) for row, target in enumerate(self.targets) if target is not None and target[0] == at]
+        if not here:
+            return head_outputs
+        edited = head_outputs.clone()
+        for row, head in here:
+            edited[row, :, head] = 0
+        return edited

@@ -8,85 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
+from vlmfix.calibration.logit_lens import LogitLens, StreamLog
 from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
 from vlmfix.calibration.session import Session
-from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
+from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.allpath import AllPath
-from vlmfix.model.anatomy import Anatomy, states_device
-from vlmfix.model.blocks import final_norm
 from vlmfix.observe.samples import CalibrationSample, captioned, yes_no
 from vlmfix.observe.tokens import is_image_token
-from vlmfix.observe.watch import AttentionLog, StreamLog, output_projection
+from vlmfix.observe.watch import AttentionLog, AttentionWatch
 from vlmfix.observe.words import answer_tokens, decode, find_word, word_tokens
-
-
-class LogitLens:
-    """Reads residual streams off by the language-model head.
-
-    ``gain(S) = ln sum_{b in S} P(b | r + H) - ln sum_{b in S} P(b | r)`` with r the residual stream entering a layer, H
-    the output projection of one head's slice alone (without its bias), and ``P(. | x) = softmax(head(x))``. A norm
-    behind the projection, which some families have, is not applied to H.
-
-    Args:
-        anatomy: The model.
-        use_norm: Apply the model's final norm before the head.
-
-    Raises:
-        UnsupportedFeatureError: The model has no such head or norm.
-    """
-
-    def __init__(self, anatomy: Anatomy, *, use_norm: bool) -> None:
-        head = anatomy.model.get_output_embeddings()
-        if not isinstance(head, nn.Module):
-            raise UnsupportedFeatureError(
-                f"{type(anatomy.model).__name__} has no language-model head for a logit lens."
-            )
-        self._head = head
-        self._norm = final_norm(anatomy) if use_norm else None
-        self._projections = {site.layer_idx: output_projection(site.module) for site in anatomy.sites}
-        self._model = anatomy.model
-        self._device, self._dtype = states_device(head, anatomy.model), anatomy.model.dtype
-
-    def gains(
-        self, streams: StreamLog, step: int, sample: int, token_sets: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
-        """Return what each head adds to the log probability of each set of tokens: fp32 ``[layers, num_heads]``.
-
-        Args:
-            streams: Recorded streams and slices.
-            step: Which forward.
-            sample: Which sample of the batch.
-            token_sets: The sets.
-        """
-        by_layer = []
-        for at in sorted(streams.slices[step]):
-            residual = streams.residuals[step][at][sample]
-            heads = self._contributions(at, streams.slices[step][at][sample])
-            logits = self._read(torch.cat([residual[None].to(heads), residual.to(heads) + heads]))
-            log_p = logits.log_softmax(-1)
-            of_sets = torch.stack([log_p[:, list(tokens)].logsumexp(-1) for tokens in token_sets])
-            by_layer.append((of_sets[:, 1:] - of_sets[:, :1]).cpu())
-        return list(torch.stack(by_layer, dim=1))
-
-    def _contributions(self, at: int, slices: torch.Tensor) -> torch.Tensor:
-        """Project each head's slice ``[num_heads, head_dim]`` alone: fp32 ``[num_heads, hidden_size]``."""
-        projection = self._projections[at]
-        alone = torch.zeros(len(slices) + 1, *slices.shape, dtype=slices.dtype)  # the last one is no head: the bias
-        alone[range(len(slices)), range(len(slices))] = slices
-        device = states_device(projection, self._model)
-        projected: torch.Tensor = projection(alone.flatten(1)[:, None].to(device))[:, 0].float()
-        return (projected[:-1] - projected[-1:]).to(self._device)
-
-    def _read(self, states: torch.Tensor) -> torch.Tensor:
-        """Return logits, fp32 ``[n, vocab]``."""
-        states = states.to(self._device, self._dtype)
-        if self._norm is not None:
-            states = self._norm(states)
-        logits: torch.Tensor = self._head(states).float()
-        return logits
-
 
 logger = logging.getLogger("vlmfix")
 
@@ -188,7 +119,7 @@ def _questions(
     for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
         with streams.watch():
-            session.next_logits(inputs, log.method())
+            session.next_logits(inputs, AttentionWatch(log.see))
         for number, sample in enumerate(batch):
             right, wrong = (yes, no) if sample.answer else (no, yes)
             gains = lens.gains(streams, 0, number, (right, wrong))
@@ -215,7 +146,7 @@ def _record_question(
         return
     region = name if sample.answer else None
     rows = [behind + token for token in word_tokens(session.tokenizer, text, name)]
-    record = torch.stack([log.mass(0, row, number, region) for row in rows]).mean(0)
+    record = torch.stack([log.on_object(0, row, number, region) for row in rows]).mean(0)
     scores.image.add(record, positive=bool(sample.answer))
 
 
@@ -228,7 +159,7 @@ def _captions(
     for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
         with streams.watch():
-            rows = session.captions(inputs, log.method())
+            rows = session.captions(inputs, AttentionWatch(log.see))
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
             mentions, unaligned = session.locate(ids)
             scores.leave_out("unaligned", unaligned)
@@ -242,5 +173,7 @@ def _captions(
                 if mention.name not in seen:
                     seen.add(mention.name)
                     row = 0 if mention.token else inputs["input_ids"].shape[1] - 1
-                    scores.image.add(log.mass(mention.token, row, number, mention.name if is_real else None), is_real)
+                    scores.image.add(
+                        log.on_object(mention.token, row, number, mention.name if is_real else None), is_real
+                    )
         yield

@@ -16,7 +16,7 @@ from vlmfix.methods.var import VAR
 from vlmfix.model.sink_dims import find_sink_dims
 from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.tokens import prompt_tokens
-from vlmfix.observe.watch import AttentionLog
+from vlmfix.probes.image_attention import attention_to_image
 
 logger = logging.getLogger("vlmfix")
 
@@ -31,11 +31,11 @@ def search_vaf(session: Session, samples: Sequence[CalibrationSample], method: V
         DataError: No sample with finite attention.
     """
     masses = Contrast()
-    for batch, inputs in session.batches(samples):
-        log = AttentionLog()
-        session.next_logits(inputs, log.method())
-        for number in range(len(batch)):
-            masses.add(log.mass(0, inputs["input_ids"].shape[1] - 1, number), positive=True)
+    for _, inputs in session.batches(samples):
+        with session.acting():
+            looks = attention_to_image(session.model, inputs)
+        for mass in looks.mass[:, 0]:
+            masses.add(mass, positive=True)
         logger.info("vaf: %d of %d prompts", masses.counts[True], len(samples))
     if not masses.counts[True]:
         raise DataError(f"No finite attention in {len(samples)} samples. Load the model with another dtype.")

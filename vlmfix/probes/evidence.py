@@ -15,9 +15,9 @@ from vlmfix.errors import MethodError
 from vlmfix.methods.sequence import SequenceState
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at, next_logits
-from vlmfix.observe.watch import Cut
 from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
+from vlmfix.probes.knockout import Cut
 from vlmfix.probes.result import ProbeResult, in_words, new_axis
 from vlmfix.probes.spans import find_spans
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from vlmfix.methods.views import Forward, Layer
 from vlmfix.observe.ask import Answers, look_at
-from vlmfix.observe.watch import AttentionWatch
+from vlmfix.observe.tokens import prompt_tokens
+from vlmfix.observe.watch import AttentionLog, AttentionWatch, stack_by_layer
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
 
@@ -49,93 +49,6 @@ class ImageAttention(ProbeResult):
         )
 
 
-class _Images(NamedTuple):
-    """Where image tokens are.
-
-    Attributes:
-        positions: int64 ``[batch, most]``: columns of the prompt, -1 behind a sample's last image token.
-        last: int64 ``[batch]``: the row of a prompt that predicts the first answer token.
-    """
-
-    positions: torch.Tensor
-    last: torch.Tensor
-
-
-class ImageLog:
-    """Sums up the attention weights it is shown, forward by forward: the prompt, then each generated token."""
-
-    def __init__(self, *, with_maps: bool, with_prompt: bool) -> None:
-        self.mass: list[dict[int, torch.Tensor]] = []
-        self.maps: list[dict[int, torch.Tensor]] = []
-        self.prompt: dict[int, torch.Tensor] = {}
-        self.num_image_tokens: list[int] = []
-        self._with_maps = with_maps
-        self._with_prompt = with_prompt
-        self._run: Forward | None = None
-        self._images: _Images | None = None
-
-    def see(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
-        """Sum up ``[batch, num_heads, rows, keys]``."""
-        forward, at = layer.forward, layer.site.layer_idx
-        if forward is not self._run:
-            self._run = forward
-            self.mass.append({})
-            self.maps.append({})
-            if forward.is_prefill:
-                self._images = _find_images(forward)
-                self.num_image_tokens = (self._images.positions >= 0).sum(1).tolist()
-        assert self._images is not None
-        is_image = layer.keys("image", attn_weights)[:, None, :, None].to(attn_weights.dtype)
-        mass = (attn_weights @ is_image)[..., 0]
-        start, stop = layer.rows
-        row = torch.zeros_like(self._images.last)
-        here = torch.ones_like(row, dtype=torch.bool)
-        if forward.is_prefill:
-            here = (self._images.last >= start) & (self._images.last < stop)
-            row = (self._images.last - start).clamp(0, stop - start - 1)
-            if self._with_prompt:
-                self._keep_prompt(mass, layer)
-        samples = torch.arange(len(row), device=mass.device)
-        row, here = row.to(mass.device), here.to(mass.device)
-        self._add(self.mass[-1], at, mass[samples, :, row], here)
-        if self._with_maps:
-            self._add(self.maps[-1], at, self._map(attn_weights[samples, :, row].mean(1), layer), here)
-
-    @staticmethod
-    def _add(found: dict[int, torch.Tensor], at: int, values: torch.Tensor, here: torch.Tensor) -> None:
-        """Keep the values of samples whose row this is: a long prompt is shown in pieces."""
-        new = values.float().masked_fill(~here.view(-1, *[1] * (values.dim() - 1)), 0.0).cpu()
-        found[at] = found[at] + new if at in found else new
-
-    def _keep_prompt(self, mass: torch.Tensor, layer: Layer) -> None:
-        """Keep the rows that are up: other methods of a layer may have more of them written out."""
-        assert layer.row_mask is not None
-        at, (start, stop) = layer.site.layer_idx, layer.rows
-        if at not in self.prompt:
-            self.prompt[at] = torch.full((*mass.shape[:2], layer.forward.q_len), float("nan"))
-        told = ~layer.row_mask[:, None].to(mass.device)
-        self.prompt[at][:, :, start:stop] = mass.masked_fill(told, float("nan")).float().cpu()
-
-    def _map(self, row: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """Pick the weights of image tokens, ``[batch, image_tokens]``, from rows ``[batch, keys]``."""
-        assert self._images is not None
-        offset = layer.key_offset(row.shape[-1])
-        positions = self._images.positions.to(row.device)
-        there = (positions >= 0) & (positions >= offset)
-        picked = row.gather(1, (positions - offset).clamp(0, row.shape[-1] - 1))
-        return picked.masked_fill(~there, 0.0)
-
-
-def _find_images(forward: Forward) -> _Images:
-    image, valid = forward.image_mask, forward.valid_mask
-    most = max(int(image.sum(1).max()), 1)
-    columns = torch.arange(image.shape[1], device=image.device)
-    # Image columns first, in their order; the others are cut off or marked.
-    order = (~image).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-    positions = order.masked_fill(~image.gather(1, order), -1)
-    return _Images(positions, torch.where(valid, columns, -1).amax(1))
-
-
 @torch.no_grad()
 def attention_to_image(
     model: object,
@@ -167,42 +80,40 @@ def attention_to_image(
     """
     subject = look_at(model, "attention_to_image", inputs)
     wanted = subject.layers(layers)
-    log = ImageLog(with_maps=maps, with_prompt=prompt)
+    log = AttentionLog(maps=maps)
     watch = AttentionWatch(log.see, "text" if prompt else "last", layers=wanted)
     answered = subject.answer(inputs, watch, max_new_tokens=max_new_tokens, answers=answers)
-    batch, steps, behind = len(answered.tokens), answered.steps, answered.behind
-    heads = subject.anatomy.num_heads
-    if not log.mass:  # no image in the whole batch: nothing was shown
+    batch, steps, heads = len(answered.tokens), answered.steps, subject.anatomy.num_heads
+    behind = answered.behind[..., None, None]
+    columns = prompt_tokens(subject.anatomy, inputs).behind.cpu()
+    if log.mass:
+        mass = log.on_image(wanted)[:, :steps]
+        where = stack_by_layer(log.maps[:steps], wanted) if maps else torch.zeros(0)
+        rows = torch.stack([_rows(log, at, columns) for at in wanted], dim=2) if prompt else torch.zeros(0)
+    else:  # no image in the whole batch: nothing was shown
         mass = torch.zeros(batch, steps, len(wanted), heads)
-        where = torch.zeros(batch, steps, len(wanted), 0) if maps else None
-        nothing = torch.zeros(batch, 0, len(wanted), heads) if prompt else None
-        return ImageAttention(
-            wanted, subject.patch, _blank(mass, behind), where, nothing, (), (0,) * batch, answered.tokens
-        )
-    mass = _stack(log.mass[:steps], wanted)
-    where = _blank(_stack(log.maps[:steps], wanted), behind) if maps else None
-    rows = None
-    columns: list[int] = []
-    if prompt:
-        rows = torch.stack([log.prompt[at] for at in wanted], dim=1).permute(0, 3, 1, 2)
-        columns = (~rows.isnan()).any(3).any(2).any(0).nonzero()[:, 0].tolist()
-        rows = rows[:, columns]
+        where = torch.zeros(batch, steps, len(wanted), 0)
+        rows, columns = torch.zeros(batch, 0, len(wanted), heads), columns[:, :0]
     return ImageAttention(
         wanted,
         subject.patch,
-        _blank(mass, behind),
-        where,
-        rows,
-        tuple(columns),
-        tuple(log.num_image_tokens),
-        answered.tokens,
+        mass=mass.masked_fill(behind, float("nan")),
+        maps=where.masked_fill(behind, float("nan")) if maps else None,
+        prompt=rows if prompt else None,
+        prompt_rows=tuple(columns.any(0).nonzero()[:, 0].tolist()) if prompt else (),
+        num_image_tokens=log.num_image_tokens or (0,) * batch,
+        tokens=answered.tokens,
     )
 
 
-def _stack(steps: Sequence[Mapping[int, torch.Tensor]], layers: Sequence[int]) -> torch.Tensor:
-    """Stack ``[batch, n]`` by step and layer: ``[batch, steps, layers, n]``."""
-    return torch.stack([torch.stack([step[at] for at in layers], dim=1) for step in steps], dim=1)
+def _rows(log: AttentionLog, layer: int, behind: torch.Tensor) -> torch.Tensor:
+    """Return the mass on the image in the prompt's rows behind any image, ``[batch, rows, num_heads]``.
 
-
-def _blank(values: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-    return values.masked_fill(behind[..., None, None], float("nan"))
+    Args:
+        log: What was seen.
+        layer: In which layer.
+        behind: Which rows are those of a sample, bool ``[batch, length]``; the others are NaN.
+    """
+    first, seen = log.rows_on_image(layer)
+    columns = behind.any(0).nonzero()[:, 0]
+    return seen.transpose(1, 2)[:, columns - first].masked_fill(~behind[:, columns, None], float("nan"))

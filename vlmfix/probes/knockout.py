@@ -6,14 +6,16 @@ After "Cross-modal Information Flow in Multimodal Large Language Models" (CVPR 2
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
+from vlmfix.methods.base import Method
+from vlmfix.methods.views import Layer, PromptRows
 from vlmfix.observe.ask import Answered, Subject, look_at
-from vlmfix.observe.watch import Cut
 from vlmfix.probes.result import ProbeResult, in_words, new_axis
 from vlmfix.probes.spans import Boxes, Spans, find_spans, is_subset
 
@@ -176,3 +178,49 @@ def _change(subject: Subject, inputs: Mapping[str, Any], base: Answered, cut: Cu
     """Return the change of the first token's probability in percent, fp32 ``[batch]``."""
     after = subject.answer(inputs, cut, answers=[each[:1] for each in base.tokens], logits=True).log_probs()[:, 0]
     return 100 * torch.expm1(after - base.log_probs()[:, 0])
+
+
+@dataclass(frozen=True)
+class Cut(Method):
+    """Hide some tokens from some rows, in prompts with an image and in their answers.
+
+    ``source`` and ``target`` are bool ``[batch, tokens]``, by position in prompt and answer: the tokens to hide, and
+    the rows to hide them from; none behind the end. ``rows`` are the rows of the prompt that may be targets: no more
+    than these are written out. With ``keep_self``, a row goes on seeing itself.
+    """
+
+    name = "knockout"
+    edits_scores = True
+    hides_keys = True
+    needs_text_keys = False
+    needs_past = True
+    needs_whole_prompt = True
+    attention_kinds = ("joint",)
+
+    source: torch.Tensor = field(compare=False, repr=False)
+    target: torch.Tensor = field(compare=False, repr=False)
+    rows: PromptRows = field(default="all", compare=False)
+    keep_self: bool = field(default=True, compare=False)
+
+    @property
+    def prompt_rows(self) -> PromptRows:
+        """As chosen."""
+        return self.rows
+
+    def edit_scores(
+        self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give cut pairs of ``[batch, num_heads, rows, keys]`` the lowest score there is."""
+        num_keys, device = scores.shape[-1], scores.device
+        source = layer.visible_keys(self.source.to(device), num_keys)
+        source = F.pad(source, (0, num_keys - source.shape[1]))
+        rows = torch.arange(*layer.rows, device=device) + layer.forward.past
+        length = self.target.shape[1]
+        target = self.target.to(device)[:, rows.clamp_max(length - 1)] & (rows < length)
+        cut = target[:, None, :, None] & source[:, None, None] & allowed
+        if self.keep_self:
+            keys = torch.arange(num_keys, device=device) + layer.key_offset(num_keys)
+            cut = cut & (keys != rows[:, None])
+        cut = cut & (allowed & ~cut).any(-1, keepdim=True)  # no row loses all it sees
+        cut = cut.expand(-1, scores.shape[1], -1, -1)
+        return scores.masked_fill_(cut, torch.finfo(scores.dtype).min), cut.any(-1)

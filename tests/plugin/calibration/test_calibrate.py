@@ -22,12 +22,12 @@ from PIL import Image
 import vlmfix
 from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError, probes
 from vlmfix.calibration import adhh
-from vlmfix.calibration.allpath import LogitLens
+from vlmfix.calibration.logit_lens import LogitLens, StreamLog, output_projection
 from vlmfix.calibration.search import Contrast, ranked, scaled_count
 from vlmfix.calibration.session import Session
 from vlmfix.cli import main
 from vlmfix.model.anatomy import analyse
-from vlmfix.observe.watch import AttentionLog, StreamLog, output_projection
+from vlmfix.observe.watch import AttentionLog, AttentionWatch
 from vlmfix.observe.words import answer_tokens, find_word, locate_mentions, word_tokens
 
 LAYERS, HEADS = 3, 4
@@ -517,7 +517,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
     log, streams = AttentionLog(), StreamLog(session.anatomy)
     options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
     stock = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
-    with streams.watch(), vlmfix.patched(model, log.method()):
+    with streams.watch(), vlmfix.patched(model, AttentionWatch(log.see)):
         assert torch.equal(model.generate(**inputs, **options), stock.sequences)
     ids = stock.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     ((index, found),) = adhh._influences(session, None, ids, [token], 3)  # type: ignore[arg-type]
@@ -552,7 +552,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
     for use_norm in (False, True):
         gains = LogitLens(session.anatomy, use_norm=use_norm).gains(streams, token, 0, ([ids[token]],))[0]
         assert gains.shape == found.shape and bool(gains.isfinite().all())
-    assert bool((log.generated(token, 0, "mean") <= 1 / token + 1e-6).all())
+    assert bool((log.on_generated(token, 0, "mean") <= 1 / token + 1e-6).all())
 
 
 @pytest.mark.parametrize("name", ["blip2_opt", "mllama", "florence2"])

@@ -14,9 +14,8 @@ from families.tiny_llava import IMAGE, IMAGE_TOKENS, RAGGED, attention_modules, 
 import vlmfix
 from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import analyse
-from vlmfix.observe.watch import Cut
 from vlmfix.probes import knockout
-from vlmfix.probes.knockout import PAIRS, window_of
+from vlmfix.probes.knockout import PAIRS, Cut, window_of
 from vlmfix.probes.spans import cells_of, find_spans
 
 ALL = 100
