@@ -81,6 +81,7 @@ class NaiveAct(Naive):
 
 HEADS = [(0, 1), (2, 0), (2, 3)]
 CASES = [
+    ({"layers": ":", "sink_threshold": "2/N", "min_rows": 1}, NaiveAct(range(4), alpha=2.0, min_rows=1)),
     ({"layers": ":", "sink_threshold": "1.5/N", "min_rows": 2}, NaiveAct(range(4), alpha=1.5, min_rows=2)),
     (
         {"beta": 0.0, "sink_threshold": 0.05, "heads": HEADS, "rows": "text", "min_rows": 1},

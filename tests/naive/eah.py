@@ -14,6 +14,17 @@ class NaiveEah(Naive):
         super().__init__(layers)
         self.threshold = threshold
 
+    @staticmethod
+    def released_winner(maps: torch.Tensor, threshold: float) -> int | None:
+        """The head whose map ``[heads, rows, keys]`` the released file copies: constants of one prompt of LLaVA-1.5."""
+        counts = [0] * len(maps)
+        for head, weights in enumerate(maps):
+            for j in range(36, 611):
+                others = float(weights[:, j].sum()) - float(weights[j, j])
+                counts[head] += others / (647 - j) > threshold
+        found = counts.index(max(counts))
+        return found if counts[found] > 0 and found > 0 else None
+
     def maps(
         self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
     ) -> list[torch.Tensor]:

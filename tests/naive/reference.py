@@ -165,11 +165,14 @@ def redistribute(
 
 
 def choose_heads(
-    with_image: Sequence[torch.Tensor], without_image: Sequence[torch.Tensor], outliers: bool
+    with_image: Sequence[torch.Tensor], without_image: Sequence[torch.Tensor], outliers: bool | str
 ) -> list[bool]:
-    """Eqs. 4, 6 and 7 of VHR: which heads lie above the layer's median divergence."""
+    """Eqs. 4, 6 and 7 of VHR: which heads lie above the layer's median divergence; or the official code's, by ports."""
     count = len(with_image)
     vhd = [math.dist(x.tolist(), y.tolist()) for x, y in zip(with_image, without_image, strict=True)]
+    if outliers == "released":
+        vhd = [value**2 for value in vhd]
+        outliers = count > 1 and _mean_plus_std(vhd) - sum(vhd) / count > 1
     if outliers and count > 1:
         surge = [sum(b**2 for b in y.tolist()) for y in without_image]
         limit_vhd, limit_surge = _mean_plus_std(vhd), _mean_plus_std(surge)

@@ -47,7 +47,7 @@ def explanation(method: type[Method]) -> str:
     parts = [f"{method.name}: {textwrap.dedent('    ' + text.strip())}", f"paper: {method.paper or 'none'}"]
     for field in dataclasses.fields(method):
         search = method.search_space.get(field.name)
-        lines = [f"{field.name} = {field.default!r}: {may_be(method, field.name)}"]
+        lines = [f"{field.name} = {field.default!r}: {may_be(method, field)}"]
         if search is not None:
             tried = (
                 ", ".join(map(repr, search.values)) if isinstance(search, Choice) else f"{search.low:g}:{search.high:g}"

@@ -310,6 +310,6 @@ def is_off(method: Parametrised) -> bool:
     return any(getattr(method, field.name) == parameter_of(field).off for field in dataclasses.fields(method))
 
 
-def may_be(cls: type[Parametrised], name: str) -> str:
+def may_be(cls: type, field: dataclasses.Field[Any]) -> str:
     """Say what a parameter may be."""
-    return expected(_kinds(cls)[name], parameter_of(cls.__dataclass_fields__[name]))
+    return expected(_kinds(cls)[field.name], parameter_of(field))
