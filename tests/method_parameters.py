@@ -62,3 +62,42 @@ def parameters_of(method: str, model: object) -> dict[str, Any]:
     make = PARAMETERS.get(method)
     layers = {} if method_class(method).replaces_logits else {"layers": ":"}
     return {**layers, **({} if make is None else make(analyse(model)))}
+
+
+OFF: list[tuple[str, dict[str, Any]]] = [
+    ("act", {"beta": 1.0}),
+    ("act", {"heads": ()}),
+    ("adaiat", {"alpha": 0.0}),
+    ("adaiat", {"alpha": 0.0, "statistics": "nowhere.json"}),
+    ("adaptvis", {"mode": "fixed", "factor": 1.0}),
+    ("adaptvis", {"low": 1.0, "high": 1.0}),
+    ("adhh", {"heads": ()}),
+    ("adhh", {"tau": 1.5}),
+    ("adhh", {"heads": (), "mode": "always"}),
+    ("allpath", {"up": 1.0, "down": 1.0}),
+    ("allpath", {"up_heads": (), "down_heads": ()}),
+    ("allpath", {"up_heads": [(0, 1), (1, 1)], "down_heads": [(0, 1), (1, 1)]}),
+    ("cmai", {"rho": 1.0}),
+    ("eah", {"threshold": 1.0}),
+    ("fia", {"alpha": 0.0, "beta": 0.0}),
+    ("guidance", {"gamma": 1.0}),
+    ("hgai", {"alpha": 0.0}),
+    ("iat", {"alpha": 0.0}),
+    ("ifg", {"alpha": 0.0}),
+    ("iri", {"lambda_a": 0.0, "lambda_m": 0.0}),
+    ("iri", {"k1": 0}),
+    ("lqcd", {"alpha": 0.0}),
+    ("mma", {"gamma": 0.0}),
+    ("modality_balance", {"tau": 0.0}),
+    ("pai", {"alpha": 0.0}),
+    ("spin", {"keep": 1.0}),
+    ("spin", {"suppress": 1.0}),
+    ("vaf", {"enhance": 1.0, "suppress": 1.0}),
+    ("vaf", {"heads": ()}),
+    ("var", {"recycle": 0.0}),
+    ("var", {"sink_dims": ()}),
+    ("vcd", {"alpha": 0.0}),
+    ("vhr", {"alpha": 1.0}),
+    ("vista", {"lam": 0.0, "sla_alpha": 0.0}),
+]
+"""What switches a method off; one may stand here several times."""
