@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 import vlmfix
 from vlmfix.decoding.base import contrast, cut
 from vlmfix.decoding.caches import PairedCache
-from vlmfix.methods.registry import make_method, method_from_dict
+from vlmfix.methods.registry import make_method
 
 METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if hasattr(cls, "uses_branch"))
 EACH = pytest.mark.parametrize("name", METHODS)
@@ -79,18 +76,6 @@ def test_without_an_image_nothing_is_done(tiny: Any, name: str) -> None:
     assert seen == [(1, TEXT["input_ids"].shape[1])] + [(1, 1)] * 5
     status = vlmfix.status(tiny)
     assert (status.edited, status.prompts_without_image) == ((0,), 1)
-
-
-@EACH
-def test_strength_zero_and_unpatch_leave_every_bit(tiny: Any, name: str) -> None:
-    stock, full = generate(tiny, collate(RAGGED))[1], forward(tiny, ONE).logits
-    patch(tiny, name, **({"gamma": 1.0} if name == "guidance" else {"alpha": 0.0, "beta": 0.0}))
-    assert torch.equal(generate(tiny, collate(RAGGED))[1], stock)
-    patch(tiny, name)
-    assert not torch.allclose(generate(tiny, collate(RAGGED))[1][0], stock[0], atol=0.05)
-    vlmfix.unpatch(tiny)
-    assert torch.equal(generate(tiny, collate(RAGGED))[1], stock)
-    assert torch.equal(forward(tiny, ONE).logits, full)
 
 
 def test_without_contrast_the_cut_leaves_greedy_as_it_is(tiny: Any) -> None:
@@ -645,73 +630,6 @@ def test_images_only_as_features_are_refused(tiny: Any) -> None:
 
 
 # As data, and from several threads.
-
-
-@pytest.mark.parametrize("name", [*METHODS, "opera"])
-def test_a_recipe_keeps_a_decoding_method(tiny: Any, name: str, tmp_path: Path) -> None:
-    method = make_method(name, parameters_of(name, tiny))
-    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
-    vlmfix.save_recipe(tmp_path / "recipe.json", [vlmfix.PAI(alpha=0.3), method] if name != "opera" else method)
-    vlmfix.patch(tiny, tmp_path / "recipe.json")
-    assert vlmfix.status(tiny).methods[-1].name == name
-    assert hash(method) == hash(method_from_dict(method.to_dict()))
-
-
-@pytest.mark.parametrize("name", ["vcd", "guidance"])
-def test_four_threads_on_one_model(tiny: Any, name: str) -> None:
-    patch(tiny, name)
-    inputs = [collate([each]) for each in RAGGED]
-    expected = [generate(tiny, each, 4)[1] for each in inputs]
-    found: dict[int, torch.Tensor] = {}
-
-    def work(number: int) -> None:
-        for _ in range(3):
-            found[number] = generate(tiny, inputs[number], 4)[1]
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, logits in enumerate(expected):
-        close(found[number], logits)
-
-
-@pytest.mark.parametrize("name", [*METHODS, "opera"])
-def test_one_call_can_ask_for_the_stock_model(tiny: Any, name: str) -> None:
-    """Also beside calls of other threads that do not."""
-
-    def answer(number: int, **options: Any) -> torch.Tensor:
-        options = {"max_new_tokens": 6, "do_sample": False, **options}
-        return tiny.generate(**inputs[number], **options, output_scores=True, return_dict_in_generate=True).scores[-1]
-
-    def patched() -> torch.Tensor:
-        out = tiny.generate(**ONE, max_new_tokens=6, do_sample=False, output_scores=True, return_dict_in_generate=True)
-        return out.sequences_scores if name == "opera" else out.scores[-1]
-
-    inputs = [collate([each]) for each in RAGGED]
-    ways = [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}]
-    stock = [answer(number, **way) for number, way in enumerate(ways)]
-    vlmfix.patch(
-        tiny, make_method(name, {**parameters_of(name, tiny), **({"num_beams": 2} if name == "opera" else {})})
-    )
-    expected = patched()
-    before = vlmfix.status(tiny)
-    found: dict[Any, torch.Tensor] = {}
-
-    def work(number: int) -> None:
-        for _ in range(2):
-            found[number] = answer(number, **ways[number], vlmfix=None) if number < 4 else patched()
-
-    work(0)
-    assert vlmfix.status(tiny) == before, "nothing is counted of it"
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(6):
-        close(found[number], stock[number] if number < 4 else expected)
 
 
 # The noise of VCD.

@@ -93,3 +93,18 @@ def test_a_method_switched_off_changes_nothing_in_a_composition(sinky: Any) -> N
 def test_the_same_method_twice_is_refused(tiny: Any) -> None:
     with pytest.raises(vlmfix.MethodError, match="given twice"):
         vlmfix.patch(tiny, [vlmfix.PAI(alpha=0.1), vlmfix.PAI(alpha=0.2)])
+
+
+def test_together_they_keep_caches_beams_and_batches(sinky: Any) -> None:
+    vlmfix.patch(sinky, [method(name, sinky) for name in ("mma", "pai", "var", "act", "vhr", "vista")])
+    inputs = collate(RAGGED)
+    ids, expected = generate(sinky, inputs, 4)
+    static = generate(sinky, inputs, 4, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static[0], ids)
+    torch.testing.assert_close(static[1], expected, atol=1e-5, rtol=1e-5)
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    batch = sinky.generate(**inputs, **options)
+    for row, each in enumerate(RAGGED):
+        assert torch.equal(batch[row, -4:], sinky.generate(**collate([each]), **options)[0, -4:])
+    vlmfix.unpatch(sinky)
+    assert not torch.allclose(generate(sinky, inputs, 4)[1], expected, atol=0.05)

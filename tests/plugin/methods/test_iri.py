@@ -41,19 +41,6 @@ def block_outputs(model: Any, inputs: dict[str, torch.Tensor]) -> dict[tuple[int
     return seen
 
 
-@pytest.mark.parametrize(
-    "off",
-    [{"lambda_a": 0.0, "lambda_m": 0.0}, {"k1": 0}, {"k2": 0}],
-    ids=str,
-)
-def test_switched_off_is_bitwise_stock(tiny: Any, off: dict[str, Any]) -> None:
-    stock = generate(tiny, collate(RAGGED), 3)[1]
-    for method in (vlmfix.IRI(**off), dataclasses.replace(IRI, **off)):
-        vlmfix.patch(tiny, method)
-        assert torch.equal(generate(tiny, collate(RAGGED), 3)[1], stock)
-        assert vlmfix.status(tiny).edited == (0,)
-
-
 def test_the_length_of_every_output_is_kept(tiny: Any) -> None:
     vlmfix.patch(tiny, IRI)
     turns = 0.0

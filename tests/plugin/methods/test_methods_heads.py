@@ -12,7 +12,6 @@ import naive
 import pytest
 import torch
 from families.tiny_llava import (
-    BOS,
     IMAGE,
     PAD,
     RAGGED,
@@ -21,11 +20,10 @@ from families.tiny_llava import (
     collate,
     forward,
     generate,
-    needs_chunks,
     pictures,
     sample,
 )
-from invariants import assert_each_generate_starts_afresh, close
+from invariants import close
 from naive.adaiat import HALLUCINATED, REAL, STATISTICS
 from naive.adaiat import case as adaiat_case
 from naive.adhh import LISTED
@@ -163,153 +161,6 @@ def test_a_second_turn_with_a_second_image_agrees_with_the_formula(tiny: Any, la
 # What holds for all of them.
 
 
-OFF = [
-    IAT(alpha=0),
-    AdaIAT(alpha=0),
-    AdaIAT(alpha=0, statistics="nowhere.json"),
-    AdaIAT(statistics=TABLE, beta=-100.0, layers=":"),
-    ADHH(heads=()),
-    ADHH(tau=1.5),
-    ADHH(tau=1.01, heads=LISTED),
-    ADHH(heads=(), mode="always"),
-    SPIN(keep=1),
-    SPIN(suppress=1),
-    AllPath(up=1, down=1),
-    AllPath(up=1, down=1, up_heads=GOOD, down_heads=BAD),
-    AllPath(up_heads=(), down_heads=()),
-    AllPath(up_heads=LISTED, down_heads=LISTED),
-]
-
-
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", OFF, ids=str)
-def test_strength_zero_is_bitwise_stock(build: Any, attn: str, method: Any) -> None:
-    model = build(attn=attn)
-    stock = generate(model, collate(RAGGED), 3)
-    vlmfix.patch(model, method)
-    edited = generate(model, collate(RAGGED), 3)
-    assert torch.equal(stock[0], edited[0])
-    assert torch.equal(stock[1], edited[1])
-    assert vlmfix.status(model).edited == (0,)
-
-
-@EACH
-def test_a_text_only_prompt_is_bitwise_stock_and_so_is_the_model_afterwards(tiny: Any, method: Any) -> None:
-    inputs, with_image = collate([RAGGED[2], sample(12, 0, 8, seed=5)]), collate(RAGGED)
-    stock, stock_image = generate(tiny, inputs, 3)[1], generate(tiny, with_image, 3)[1]
-    vlmfix.patch(tiny, method)
-    assert torch.equal(stock, generate(tiny, inputs, 3)[1])
-    assert vlmfix.status(tiny).edited == (0,)
-    assert not torch.equal(stock_image, generate(tiny, with_image, 3)[1])
-    assert vlmfix.status(tiny).edited > (0,)
-    vlmfix.unpatch(tiny)
-    assert torch.equal(stock_image, generate(tiny, with_image, 3)[1])
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_half_precision_is_finite(build: Any, method: Any, dtype: torch.dtype, attn: str) -> None:
-    model = build(attn=attn).to(dtype)
-    inputs = collate(RAGGED)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    vlmfix.patch(model, method)
-    assert generate(model, inputs, 4)[1].isfinite().all()
-    assert vlmfix.status(model).edited > (0,)
-
-
-@pytest.mark.parametrize("method", [*METHODS, ADHH(heads=LISTED, tau=0, renormalize=True)], ids=lambda m: m.name)
-def test_rows_of_weights_keep_their_sum(build: Any, method: Any) -> None:
-    """In prompt and decode steps, never negative. AD-HH without renormalising only lowers sums, of listed heads."""
-    model, inputs = build(attn="eager"), collate(RAGGED)
-    vlmfix.patch(model, method)
-    lowered = 0
-    for output in decode(model, inputs, [[20], [21], [22]], output_attentions=True):
-        for layer, attn_weights in enumerate(output.attentions):
-            assert (attn_weights >= 0).all()
-            sums = attn_weights.sum(-1).transpose(1, 2)
-            if sums.shape[1] > 1:
-                sums = sums[inputs["attention_mask"].bool()][None]
-            below = sums < 1 - 1e-4
-            lowered += int(below.sum())
-            if method == ADHH_ON:
-                below[..., [head for at, head in LISTED if at == layer]] = False
-                assert (sums <= 1 + 1e-5).all()
-            else:
-                close(sums, torch.ones_like(sums))
-            assert not below.any()
-    assert (lowered > 0) == (method == ADHH_ON)
-
-
-@EACH
-def test_a_second_generate_starts_afresh(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    assert_each_generate_starts_afresh(tiny)
-
-
-@EACH
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
-def test_a_static_cache_equals_a_dynamic_one(build: Any, method: Any, kind: str) -> None:
-    model = build(kind)
-    vlmfix.patch(model, method)
-    _, expected = generate(model, collate(RAGGED), 4)
-    close(generate(model, collate(RAGGED), 4, cache_implementation="static", disable_compile=True)[1], expected)
-
-
-@EACH
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_prompt_lookup_equals_plain_greedy(build: Any, method: Any, kind: str) -> None:
-    phrase = (20, 21, SINK_WORD, 22, 23)
-    each = Sample((BOS, *phrase, *[IMAGE] * 9, *phrase, *phrase, 20, 21), pictures(1, 4))
-    model = build(kind, window=40) if kind == "mistral" else build(kind)
-    vlmfix.patch(model, method)
-    options = {"max_new_tokens": 10, "do_sample": False}
-    expected = model.generate(**collate([each]), **options)
-    found = model.generate(**collate([each]), prompt_lookup_num_tokens=4, **options)
-    assert torch.equal(found[:, : expected.shape[1]], expected)
-
-
-@EACH
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
-def test_drafted_rows_equal_single_steps(build: Any, method: Any, kind: str) -> None:
-    """Every row has its own generated columns and its own choice of heads."""
-    model = build(kind)
-    vlmfix.patch(model, method)
-    singles = decode(model, collate(RAGGED), [[20], [21], [22], [23]])
-    drafted = decode(model, collate(RAGGED), [[20], [21, 22, 23]])
-    close(drafted[2].logits, torch.cat([step.logits for step in singles[2:]], dim=1))
-
-
-@EACH
-def test_a_draft_beside_the_prompt_equals_single_steps(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    each, draft = RAGGED[0], [20, 21, 22]
-    expected = decode(tiny, collate([each]), [[token] for token in draft])
-    options = {"past_key_values": new_cache(tiny), "use_cache": True, "logits_to_keep": 4}
-    found = forward(tiny, collate([Sample((*each.ids, *draft), each.pixels)]), **options).logits
-    close(found, torch.cat([step.logits[:, -1:] for step in expected], dim=1))
-
-
-@EACH
-@pytest.mark.parametrize("beams", [2, 3])
-def test_beams_of_a_batch_equal_beams_of_singles(tiny: Any, method: Any, beams: int) -> None:
-    options = {"num_beams": beams, "max_new_tokens": 8, "do_sample": False}
-    stock = tiny.generate(**collate(RAGGED), **options)
-    vlmfix.patch(tiny, method)
-    batch = tiny.generate(**collate(RAGGED), **options)
-    for row, each in enumerate(RAGGED):
-        assert torch.equal(batch[row, -8:], tiny.generate(**collate([each]), **options)[0, -8:])
-    assert not torch.equal(batch, stock)
-
-
-@EACH
-def test_right_padding_changes_nothing(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    batch = forward(tiny, collate(RAGGED, side="right", pad_to=50)).logits
-    for row, each in enumerate(RAGGED):
-        close(batch[row, : len(each.ids)], forward(tiny, collate([each])).logits[0])
-
-
 @EACH
 def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(tiny: Any, method: Any) -> None:
     """Its second picture and a word go."""
@@ -327,21 +178,6 @@ def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(tiny: Any, metho
         with torch.no_grad():
             found = [tiny(input_ids=torch.tensor([[token]]), past_key_values=cache) for cache in (kept, fresh)]
         close(found[0].logits, found[1].logits)
-
-
-@pytest.mark.parametrize(
-    "method", [*METHODS, method_from_dict({"method": "adaiat", **FORMULAS["adaiat 2"][1]})], ids=lambda each: each.name
-)
-def test_a_method_survives_json(tiny: Any, method: Any, tmp_path: Path) -> None:
-    assert method_from_dict(json.loads(json.dumps(method.to_dict()))) == method
-    vlmfix.patch(tiny, method)
-    (bound,) = vlmfix.status(tiny).methods
-    save_recipe(tmp_path / "recipe.json", bound)
-    assert load_recipe(tmp_path / "recipe.json") == (bound,)
-    assert hash(bound) == hash(load_recipe(tmp_path / "recipe.json")[0])
-    expected = forward(tiny, ONE).logits
-    vlmfix.patch(tiny, tmp_path / "recipe.json")
-    assert torch.equal(forward(tiny, ONE).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -396,22 +232,6 @@ def test_generated_text_methods_leave_the_prompt_alone(tiny: Any, method: Any) -
     assert torch.equal(stock.logits, edited.logits)
     assert torch.equal(stock_answer[:, 0], answer[:, 0])
     assert not torch.allclose(stock_answer[:, 1], answer[:, 1], atol=1e-3)
-
-
-@needs_chunks
-@pytest.mark.parametrize("method", [IAT_ON, ADAIAT_ON], ids=lambda each: each.name)
-def test_generated_text_methods_read_a_prompt_in_chunks(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    expected = generate(tiny, collate([RAGGED[0]]), 4)[1]
-    close(generate(tiny, collate([RAGGED[0]]), 4, prefill_chunk_size=7)[1], expected)
-
-
-@needs_chunks
-@pytest.mark.parametrize("method", [ADHH_ON, SPIN_ON], ids=lambda each: each.name)
-def test_a_prompt_in_chunks_is_refused_not_silently_different(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
-        generate(tiny, collate([RAGGED[0]]), 3, prefill_chunk_size=7)
 
 
 @pytest.mark.parametrize("method", [ADHH_ON, SPIN_ON], ids=lambda each: each.name)
@@ -845,15 +665,6 @@ def test_removed_slices_are_zero_and_a_bias_is_added_once(tiny: Any) -> None:
     parts = projection.weight.unflatten(1, (4, -1))
     expected = sum(factor * one[:, :, head] @ parts[:, head].T for head, factor in enumerate((2.0, 1.0, 1.0, 0.0)))
     close(slices.outputs[1], expected + projection.bias)
-
-
-@pytest.mark.parametrize("method", [ALLPATH_ON, ADHH(heads=LISTED, mode="always")], ids=lambda each: each.name)
-def test_cached_decoding_equals_reading_everything_again(tiny: Any, method: Any) -> None:
-    vlmfix.patch(tiny, method)
-    each, answer = RAGGED[0], [20, 21, 22]
-    steps = decode(tiny, collate([each]), [[token] for token in answer])
-    again = forward(tiny, collate([Sample((*each.ids, *answer), each.pixels)])).logits[0, -4:]
-    close(torch.cat([step.logits[0, -1:] for step in steps]), again)
 
 
 def test_the_format_of_answers_is_kept(tmp_path: Path) -> None:

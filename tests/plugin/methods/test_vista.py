@@ -30,13 +30,6 @@ def vectors(model: Any, method: Any, inputs: dict[str, torch.Tensor]) -> dict[in
     return found
 
 
-def test_switched_off_is_bitwise_stock(tiny: Any) -> None:
-    stock = generate(tiny, collate(RAGGED), 3)[1]
-    vlmfix.patch(tiny, vlmfix.VISTA(lam=0, sla_alpha=0))
-    assert torch.equal(generate(tiny, collate(RAGGED), 3)[1], stock)
-    assert vlmfix.status(tiny).edited == (0,)
-
-
 def test_the_vector_is_what_the_image_adds(tiny: Any) -> None:
     """By two forwards of the stock model: the prompt, and its words alone."""
     each = RAGGED[1]

@@ -21,9 +21,8 @@ from families.tiny_llava import (
     forward,
     generate,
     pictures,
-    sample,
 )
-from invariants import assert_four_threads_equal_one, close
+from invariants import close
 from method_parameters import parameters_of
 from naive.act import NaiveAct
 from naive.mma import NaiveMma
@@ -45,7 +44,6 @@ METHODS = pytest.mark.parametrize(
     ids=["var", "vhr", "both", "act", "mma", "pai", "all"],
 )
 ONE = collate([RAGGED[1]])
-EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
 
 
 def reference_of(model: Any, method: Any) -> Reference:
@@ -85,41 +83,6 @@ def test_composed_methods_agree_with_the_reference(build: Any, kind: str) -> Non
 
 
 @METHODS
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("inputs", [ONE, EVEN], ids=["one", "two"])
-def test_static_cache_equals_dynamic(build: Any, kind: str, method: Any, inputs: Any) -> None:
-    model = build(kind, sinks=True)
-    _, stock = generate(model, inputs, 5)
-    vlmfix.patch(model, method)
-    ids, expected = generate(model, inputs, 5)
-    static_ids, static = generate(model, inputs, 5, cache_implementation="static", disable_compile=True)
-    assert torch.equal(ids, static_ids)
-    close(static, expected)
-    assert_differs(expected, stock)
-
-
-@METHODS
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_static_cache_of_a_padded_batch_equals_dynamic(build: Any, kind: str, method: Any) -> None:
-    model = build(kind, sinks=True)
-    vlmfix.patch(model, method)
-    _, expected = generate(model, collate(RAGGED), 3)
-    _, static = generate(model, collate(RAGGED), 3, cache_implementation="static", disable_compile=True)
-    close(static, expected)
-
-
-@METHODS
-def test_a_static_cache_can_be_reset_and_reused(sinky: Any, method: Any) -> None:
-    vlmfix.patch(sinky, method)
-    cache = StaticCache(config=sinky.config, max_cache_len=60)
-    for each in (RAGGED[0], RAGGED[1], RAGGED[2], RAGGED[3]):
-        _, expected = generate(sinky, collate([each]), 3)
-        _, found = generate(sinky, collate([each]), 3, past_key_values=cache, disable_compile=True)
-        close(found, expected)
-        cache.reset()
-
-
-@METHODS
 def test_a_sliding_window_far_behind_the_image(build: Any, method: Any) -> None:
     """The window leaves the image while decoding; then there is nothing to redistribute, and heads stay frozen."""
     model = build("mistral", sinks=True, window=8)
@@ -129,30 +92,6 @@ def test_a_sliding_window_far_behind_the_image(build: Any, method: Any) -> None:
     _, expected = reference.generate(each.ids, each.pixels, 6, [PAD, IMAGE])
     for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
         close(generate(model, collate([each]), 6, **options)[1][0], expected)
-
-
-@METHODS
-def test_a_cropped_cache_continues_like_a_fresh_one(sinky: Any, method: Any) -> None:
-    """The prompt stays, a drafted answer goes."""
-    each = RAGGED[0]
-    vlmfix.patch(sinky, method)
-    kept, fresh = DynamicCache(config=sinky.config), DynamicCache(config=sinky.config)
-    for cache, ids in ((kept, (20, 21)), (fresh, (20,))):
-        forward(sinky, collate([each]), past_key_values=cache, use_cache=True)
-        for token in ids:
-            with torch.no_grad():
-                sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-    kept.crop(-1)
-    second = sample(2, 1, 4, seed=9)
-    found = []
-    for cache in (kept, fresh):
-        with torch.no_grad():
-            step = sinky(input_ids=torch.tensor([[23]]), past_key_values=cache, use_cache=True).logits
-            ids = torch.tensor([second.ids[1:]])
-            turn = sinky(input_ids=ids, pixel_values=second.pixels, past_key_values=cache, use_cache=True).logits
-        found.append((step, turn))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_cache_cropped_too_far_for_running_sums_is_refused(sinky: Any) -> None:
@@ -189,48 +128,6 @@ def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(sinky: Any) -> N
         close(*found)
 
 
-@METHODS
-def test_a_copied_prefix_cache_serves_several_continuations(sinky: Any, method: Any) -> None:
-    each = RAGGED[0]
-    vlmfix.patch(sinky, method)
-    prefix = DynamicCache(config=sinky.config)
-    forward(sinky, collate([each]), past_key_values=prefix, use_cache=True)
-    found = []
-    for _ in range(2):
-        cache = copy.deepcopy(prefix)
-        with torch.no_grad():
-            for token in (20, 21):
-                out = sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        found.append(out.logits)
-    assert torch.equal(*found)
-    assert prefix.get_seq_length() == len(each.ids)
-
-
-@METHODS
-def test_generate_continues_a_conversation(sinky: Any, method: Any) -> None:
-    """A returned cache with a second image in the second turn, against the same steps by hand."""
-    vlmfix.patch(sinky, method)
-    first, second = RAGGED[0], sample(2, 1, 5, seed=8)
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    turn = sinky.generate(**collate([first]), **options)
-    ids = torch.cat([turn.sequences, torch.tensor([second.ids[1:]])], dim=1)
-    after = sinky.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=second.pixels,
-        past_key_values=turn.past_key_values,
-        **options,
-    )
-    cache = DynamicCache(config=sinky.config)
-    forward(sinky, collate([first]), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        for token in turn.sequences[0, -3:-1].tolist():
-            sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        new = ids[:, cache.get_seq_length() :]
-        out = sinky(input_ids=new, pixel_values=second.pixels, past_key_values=cache, use_cache=True)
-    close(after.logits[0][0], out.logits[0, -1])
-
-
 def test_generated_image_ids_are_no_images(sinky: Any) -> None:
     """A model may emit the placeholder's id; it stays text."""
     each = RAGGED[0]
@@ -248,82 +145,7 @@ def test_generated_image_ids_are_no_images(sinky: Any) -> None:
 # Beams and sampling.
 
 
-@METHODS
-def test_beams_agree_with_recomputation(sinky: Any, method: Any) -> None:
-    """Every beam's score is the log-probability the patched model gives its tokens step by step."""
-    stock = sinky.generate(**ONE, num_beams=3, max_new_tokens=4, do_sample=False)
-    vlmfix.patch(sinky, method)
-    out = sinky.generate(
-        **ONE,
-        num_beams=3,
-        num_return_sequences=2,
-        max_new_tokens=4,
-        do_sample=False,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
-        cache = DynamicCache(config=sinky.config)
-        logits = forward(sinky, ONE, past_key_values=cache, use_cache=True).logits[0, -1]
-        total = 0.0
-        for token in sequence[-4:].tolist():
-            logits[[PAD, IMAGE]] = logits[[PAD, IMAGE]]
-            total += float(logits.log_softmax(-1)[token])
-            with torch.no_grad():
-                ids = torch.tensor([[token]])
-                logits = sinky(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
-        assert abs(total - float(score)) < 1e-4
-    assert stock.shape[1] == out.sequences.shape[1]
-
-
-@METHODS
-def test_beams_of_a_batch_equal_beams_of_singles(sinky: Any, method: Any) -> None:
-    vlmfix.patch(sinky, method)
-    batch = sinky.generate(**collate(RAGGED), num_beams=3, max_new_tokens=4, do_sample=False)
-    for row, each in enumerate(RAGGED):
-        single = sinky.generate(**collate([each]), num_beams=3, max_new_tokens=4, do_sample=False)
-        assert torch.equal(batch[row, -4:], single[0, -4:])
-
-
-@METHODS
-def test_sampling_repeats_with_its_seed(sinky: Any, method: Any) -> None:
-    vlmfix.patch(sinky, method)
-    options = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 3}
-    found = []
-    for _ in range(2):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(5)
-            found.append(sinky.generate(**ONE, **options))
-    assert torch.equal(*found)
-    assert len({tuple(row) for row in found[0].tolist()}) > 1
-
-
 # Streaming, pipeline, threads.
-
-
-@METHODS
-def test_streaming_in_a_thread_equals_plain_generate(sinky: Any, method: Any) -> None:
-    from transformers.generation.streamers import BaseStreamer
-
-    class Tokens(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            pass
-
-    vlmfix.patch(sinky, method)
-    expected = sinky.generate(**ONE, max_new_tokens=5, do_sample=False)
-    streamer = Tokens()
-    options = {**ONE, "max_new_tokens": 5, "do_sample": False, "streamer": streamer}
-    thread = threading.Thread(target=sinky.generate, kwargs=options)
-    thread.start()
-    thread.join()
-    assert streamer.tokens == expected[0].tolist()
 
 
 def test_text_iterator_streamer(processor_folder: Path) -> None:
@@ -385,12 +207,6 @@ def test_pipeline(processor_folder: Path, name: str) -> None:
     assert answers(2) == single
     vlmfix.unpatch(pipe)
     assert answers(1) == stock
-
-
-@METHODS
-def test_four_threads_on_one_model_equal_sequential_calls(sinky: Any, method: Any) -> None:
-    vlmfix.patch(sinky, method)
-    assert_four_threads_equal_one(sinky, [ONE, EVEN], 4)
 
 
 # Drafted tokens.
@@ -550,17 +366,6 @@ def test_peft_before_and_after(sinky: Any, method: Any) -> None:
     assert vlmfix.status(wrapped).edited[0] > 0
     vlmfix.unpatch(wrapped)
     assert torch.equal(generate(wrapped, collate(RAGGED), 3)[1], stock)
-
-
-@METHODS
-def test_bf16_generates(sinky: Any, method: Any) -> None:
-    model = sinky.to(torch.bfloat16)
-    inputs = collate(RAGGED)
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    vlmfix.patch(model, method)
-    _, dynamic = generate(model, inputs, 3)
-    assert dynamic.isfinite().all()
-    assert all(vlmfix.status(model).edited)
 
 
 @METHODS

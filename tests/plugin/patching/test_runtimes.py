@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, SINK_DIMS, collate, for_tests, forward, generate, llava_config, tiny_llava
-from invariants import assert_offloaded_equals_loaded
 from naive.reference import VarSpec, redistribute, sink_value
 
 import vlmfix
@@ -99,13 +98,6 @@ def test_an_offloaded_cache_equals_dynamic(sinky: Any, method: Any, kind: str) -
 
 
 # Hooks and weights of other libraries.
-
-
-@METHODS
-@pytest.mark.parametrize("order", ["patched first", "offloaded first"])
-def test_hooks_of_accelerate(sinky: Any, method: Any, order: str) -> None:
-    """Weights that live elsewhere and come to the device layer by layer."""
-    assert_offloaded_equals_loaded(sinky, method, order, 4)
 
 
 @METHODS
