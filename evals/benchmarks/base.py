@@ -122,7 +122,7 @@ class Benchmark(ABC):
         """Further tables of a method's answers that ``counts.json`` keeps, by name."""
         return {}
 
-    def about(self, table: Table | None) -> str:
+    def about(self) -> str:
         """One line: what was asked, how the answers were read, and what that means for the figures."""
         return f"{self.title}: {len(self.samples)} questions"
 
@@ -156,7 +156,7 @@ class Benchmark(ABC):
         """
         table, baseline = tables[label], next(iter(tables))
         part: dict[str, Any] = {
-            "about": self.about(table),
+            "about": self.about(),
             "asked": len(self.samples),
             "truncated": sum(answers[label][sample.key].truncated for sample in self.samples),
             **effort(self.samples, answers[label], answers[baseline]),

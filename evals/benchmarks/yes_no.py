@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ..stats.figures import Auc, Figure, FloatArray, SumStatistic, divide, share, stacked
-from ..stats.intervals import interval_dict
+from ..stats.figures import Auc, Figure, SumStatistic, divide, share, stacked
+from ..stats.intervals import FloatArray, interval_dict
 from ..stats.table import Key, Table
 from ..stats.tests import mcnemar
 

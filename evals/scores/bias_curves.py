@@ -118,7 +118,7 @@ def _nearest(values: FloatArray, target: FloatArray) -> NDArray[np.int64]:
     """Index of the first value nearest to each target: values [k, p], targets [k] -> [k]."""
     distance = np.round(np.abs(values - target[:, None]), _DIGITS)
     # Where the figure is undefined (a resample without any object) every place is as good.
-    return np.argmin(np.where(np.isnan(distance), np.inf, distance), axis=1)
+    return np.asarray(np.argmin(np.where(np.isnan(distance), np.inf, distance), axis=1))
 
 
 class EarlyStop(BiasCurve):
@@ -175,7 +175,7 @@ class EarlyStop(BiasCurve):
         """
         once = np.ones((1, self.images))
         reached, other = self.values(matched, once)[0], self.values(statistic, once)[0]
-        chosen = range(len(reached))
+        chosen = list(range(len(reached)))
         if len(reached) > most:
             wanted = np.linspace(reached[0], reached[-1], most)
             chosen = sorted({0, len(reached) - 1, *(int(np.abs(reached - each).argmin()) for each in wanted)})

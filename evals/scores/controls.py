@@ -104,7 +104,7 @@ def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 def stored_versions(baseline: Table, controls: Mapping[str, Table]) -> list[Table]:
     """The versions that ``counts.json`` keeps, on the rows of the baseline's table; none of older runs."""
-    found = []
+    found: list[Table] = []
     while (table := controls.get(f"{EARLY_STOP} {len(found)}")) is not None:
         columns = {**baseline.columns, **table.columns}
         found.append(Table(baseline.image_ids, columns, baseline.splits, baseline.items, baseline.truth))

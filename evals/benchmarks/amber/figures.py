@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.figures import Figure, FloatArray, SumStatistic, divide, share, stacked
+from ...stats.figures import Figure, SumStatistic, divide, share, stacked
+from ...stats.intervals import FloatArray
 from ...stats.table import Table
 from ..yes_no import yes_no_columns
 from .data import TASKS, AmberData, AmberItem, AmberTask

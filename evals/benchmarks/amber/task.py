@@ -171,7 +171,7 @@ class Amber(Benchmark):
             scores={i: answers[key].score for i, key in keys.items()},
         )
 
-    def about(self, table: AmberTable | None) -> str:
+    def about(self) -> str:
         """Items, images, similarity and how answers are read."""
         described = sum(q.item.task == "generative" for q in self.queries)
         images = len({q.image for q in self.queries})

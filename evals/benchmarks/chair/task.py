@@ -86,7 +86,7 @@ class Chair(Benchmark):
         """Text quality, as ``text``."""
         return {"text": self.text_table(answers)}
 
-    def about(self, table: ChairTable | None) -> str:
+    def about(self) -> str:
         """Mode, captions and their limit."""
         return (
             f"CHAIR {self.matcher.mode} mode, {len(self.samples)} captions of at most {self.max_new_tokens} new tokens"

@@ -174,7 +174,7 @@ class Custom(Benchmark):
             tuple(q.text for q in self.asked),
         )
 
-    def about(self, table: Table | None) -> str:
+    def about(self) -> str:
         """Questions, images and how answers are read."""
         closed = sum(q.label is not None for q in self.asked)
         images = len({q.path for q in self.asked if q.path is not None})

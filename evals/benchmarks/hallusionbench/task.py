@@ -120,7 +120,7 @@ class HallusionBench(Benchmark):
         scores = [answers[sample.key].score for sample in self.each]
         return score_answers(self.asked, texts(self.each, answers), scores)
 
-    def about(self, table: HallusionTable | None) -> str:
+    def about(self) -> str:
         """Questions, figures and who judged."""
         without = sum(sample.path is None for sample in self.each)
         sets = len({q.set_name for q in self.asked})

@@ -19,7 +19,8 @@ import numpy as np
 from vlmfix.errors import DataError
 
 from ...data.source import image_number
-from ...stats.figures import Auc, Figure, FloatArray, SumStatistic, divide, one, share, stacked
+from ...stats.figures import Auc, Figure, SumStatistic, divide, one, share, stacked
+from ...stats.intervals import FloatArray
 from ...stats.table import Table
 from ..base import all_of, first_of
 from ..yes_no import ACCURACY, YES_RATIO, yes_no_columns

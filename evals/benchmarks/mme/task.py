@@ -169,7 +169,7 @@ class Mme(Benchmark):
         scores = [answers[sample.key].score for sample in self.each]
         return score_answers(given, parser=self.parser, images=None, scores=scores)
 
-    def about(self, table: MmeTable | None) -> str:
+    def about(self) -> str:
         """Questions, images per task and parser."""
         images = len({(q.task, q.image) for q in self.asked})
         tasks = ", ".join(dict.fromkeys(q.task for q in self.asked))

@@ -181,7 +181,7 @@ class Mmhal(Benchmark):
         said = [self.judge.judge(request) for request in self._requests(answers)]
         return score_judgements(self.items, said, judge=self.judge.name)
 
-    def about(self, table: MmhalTable | None) -> str:
+    def about(self) -> str:
         """Questions and judge."""
         if self.judge is None:
             return (

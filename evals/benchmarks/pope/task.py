@@ -87,7 +87,7 @@ class Pope(Benchmark):
             scores=[answer.score for answer in given],
         )
 
-    def about(self, table: YesNoTable | None) -> str:
+    def about(self) -> str:
         """Parser, questions and images."""
         splits = [question.split for question in self.asked]
         sizes = ", ".join(f"{split} {splits.count(split)}" for split in self.splits)

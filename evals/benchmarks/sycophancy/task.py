@@ -13,12 +13,12 @@ from ...data.write import digest
 from ...options import EvalOptions
 from ..base import Benchmark, distinct, texts, write_lines
 from ..choice import RunData, answer_limit
-from ..object_questions import PROMPT, PopeQuestion, choose_questions
+from ..object_questions import PROMPT, PopeQuestion, PopeSplit, choose_questions
 from .figures import CONDITIONS, Condition, SycophancyTable, Templates, score_answers
 
 #: Of the questions built by the published rule one split is asked: each image already costs 24 answers. Its negatives
 #: are the objects a model is most tempted to see.
-SPLIT = "adversarial"
+SPLIT: PopeSplit = "adversarial"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Sycophancy(Benchmark):
             templates=self.wording,
         )
 
-    def about(self, table: SycophancyTable | None) -> str:
+    def about(self) -> str:
         """Questions, images, conditions and the templates."""
         images = len({q.image_id for q in self.asked})
         return (
@@ -136,7 +136,7 @@ class Sycophancy(Benchmark):
 
     def counts(self, table: SycophancyTable) -> dict[str, Any]:
         """Counts per condition, and the unparsed answers of all."""
-        counts: dict[str, Any] = {**table.counts()}
+        counts: dict[str, Any] = {str(condition): part for condition, part in table.counts().items()}
         return {**counts, "unparsed": sum(part["unparsed"] for part in counts.values())}
 
     def breakdown(self, table: SycophancyTable) -> dict[str, dict[str, float]]:
