@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from families.tiny_llava import RAGGED, collate, forward
 
 import vlmfix
 from vlmfix.cli import command_parser
+from vlmfix.methods.parameters import parameter
 
 ROOT = Path(__file__).resolve().parents[2]
 README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
@@ -23,7 +24,7 @@ README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("
 
 def half_heads() -> Any:
     (source,) = re.findall(r"```python\n(@dataclass.*?)```", README, re.DOTALL)
-    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Method": vlmfix.Method}
+    names: dict[str, Any] = {"dataclass": dataclass, "parameter": parameter, "Method": vlmfix.Method}
     exec(source, names)
     return names["HalfHeads"]
 
@@ -44,6 +45,16 @@ def test_files_that_are_named_exist(text: str) -> None:
     assert names
     for name in names:
         assert (ROOT / name).exists() or "my_method" in name, name
+
+
+@pytest.mark.parametrize("folder", ["vlmfix", "vlmfix/methods"])
+def test_a_room_tells_of_files_it_has(folder: str) -> None:
+    room = ROOT / folder
+    text = (room / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+(?:\.pyi?|/))`", text) + re.findall(r"(?:scripts|vlmfix)/[\w./]+\w", text)
+    assert len(named) > 8
+    for name in named:
+        assert (room / name).exists() or (ROOT / name).exists(), name
 
 
 def test_the_methods_table_is_complete() -> None:
