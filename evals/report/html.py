@@ -12,7 +12,7 @@ from .page import render
 from .plots import NARROW, WIDE, category_figure, interval_columns, interval_figure, tradeoff_figure
 from .rows import tables
 from .sentences import sentences
-from .summary import legend, summarise
+from .summary import glossary, legend, summarise
 from .text import conditions
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def html_report(
         sentences=sentences(results),
         summaries=summary.parts(lambda part: len(part.columns) <= MOST_COLUMNS),
         words=WORDS,
-        legend=list(legend(results, in_cells=True)),
+        legend=[*legend(results, in_cells=True), *glossary(summary)],
         galleries=[gallery for task in tasks for gallery in galleries(methods, task, answers)],
         panels=interval_panels(results),
         tradeoff=both_widths(tradeoff_figure, results, "hallucination against recall"),

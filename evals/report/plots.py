@@ -13,14 +13,14 @@ from vlmfix.errors import DataError
 from ..benchmarks.columns import used_figures
 from ..data.write import write_error
 from ..scores.pareto import axes, flat_front, pareto
-from ..stats import figures
+from ..stats.figures import Figure
 from ..tables import excludes_zero, interval_cell, number, signed, survives
 from .drawing import FAINT, INK, PAPER, draw_dot, empty_figure, hide_spines, row_colours, write_title
 from .labels import place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
 WIDE, NARROW = 7.6, 4.2
 """Inches: of a file or a page, and of a page on a telephone."""
@@ -40,7 +40,7 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
         VlmfixError: A file cannot be written.
         DataError: There is nothing to draw.
     """
-    drawn: dict[str, Callable[[Mapping[str, Any]], Figure | None]] = {
+    drawn: dict[str, Callable[[Mapping[str, Any]], Drawing | None]] = {
         "intervals": interval_figure,
         "tradeoff": tradeoff_figure,
         "categories": category_figure,
@@ -61,15 +61,15 @@ def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def interval_columns(results: Mapping[str, Any]) -> list[figures.Figure]:
+def interval_columns(results: Mapping[str, Any]) -> list[Figure]:
     """The figures whose differences are drawn: those in percent that have a better side."""
     compared = any(row.get("differences") for row in results["methods"])
-    return [metric for metric in used_figures(results) if metric.percent and metric.better] if compared else []
+    return [figure for figure in used_figures(results) if figure.percent and figure.better] if compared else []
 
 
 def interval_figure(
-    results: Mapping[str, Any], shown: Sequence[figures.Figure] | None = None, *, titled: bool = True
-) -> Figure | None:
+    results: Mapping[str, Any], shown: Sequence[Figure] | None = None, *, titled: bool = True
+) -> Drawing | None:
     """Every method's paired differences with their 95 % intervals, one panel per figure.
 
     Hollow: the difference does not survive the correction for several methods.
@@ -89,8 +89,8 @@ def interval_figure(
     across = min(3, len(shown))
     down = -(-len(shown) // across)
     made, panels = empty_figure(0.6 + 2.4 * across, down * (0.8 + 0.21 * len(rows)) + 0.45 * titled, down, across)
-    for index, (metric, panel) in enumerate(zip(shown, panels, strict=False)):
-        _interval_panel(panel, metric, rows, row_colours(results), named=index % across == 0)
+    for index, (figure, panel) in enumerate(zip(shown, panels, strict=False)):
+        _interval_panel(panel, figure, rows, row_colours(results), named=index % across == 0)
     for panel in panels[len(shown) :]:
         panel.set_visible(False)
     if titled:
@@ -102,10 +102,10 @@ def interval_figure(
 
 
 def _interval_panel(
-    panel: Axes, metric: figures.Figure, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, named: bool
+    panel: Axes, figure: Figure, rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, named: bool
 ) -> None:
     for place, row in enumerate(rows):
-        found = row["differences"].get(metric.key)
+        found = row["differences"].get(figure.key)
         if found is None or found["low"] is None:
             continue
         low, middle, high = (100 * found[end] for end in ("low", "estimate", "high"))
@@ -120,12 +120,12 @@ def _interval_panel(
     panel.tick_params(axis="y", length=0)
     panel.margins(x=0.08)
     panel.locator_params(axis="x", nbins=5)
-    side = "left" if metric.better < 0 else "right"
-    panel.set_title(f"{metric.full_heading}\nbetter: {side}", fontsize=8.5, color=INK)
+    side = "left" if figure.better < 0 else "right"
+    panel.set_title(f"{figure.full_heading}\nbetter: {side}", fontsize=8.5, color=INK)
     hide_spines(panel, ("top", "right", "left"))
 
 
-def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: bool = True) -> Figure | None:
+def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: bool = True) -> Drawing | None:
     """Hallucination against recall: methods, their head controls, the front and the early-stop curve.
 
     The cross through a method is the 95 % interval of its paired difference to the baseline.
@@ -157,8 +157,8 @@ def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
     for point in points:
         row = rows[point["label"]]
         x, y, colour = 100 * point["recall"], 100 * point["hallucination"], colours[point["label"]]
-        for metric, horizontal in ((chosen[1], True), (chosen[0], False)):
-            found = row.get("differences", {}).get(metric.key)
+        for figure, horizontal in ((chosen[1], True), (chosen[0], False)):
+            found = row.get("differences", {}).get(figure.key)
             if found is not None and found["low"] is not None:
                 ends = [base[0 if horizontal else 1] + 100 * found[end] for end in ("low", "high")]
                 line_x, line_y = (ends, [y, y]) if horizontal else ([x, x], ends)
@@ -175,10 +175,10 @@ def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
 
 
 def _early_stop_curve(
-    results: Mapping[str, Any], chosen: tuple[figures.Figure, figures.Figure], lowest: float
+    results: Mapping[str, Any], chosen: tuple[Figure, Figure], lowest: float
 ) -> list[tuple[float, float]]:
     """Recall and hallucination of the baseline's captions, ended ever earlier, down to a recall."""
-    shown, matched = (figure.name for figure in chosen)
+    shown, matched = (each.name for each in chosen)
     curve = [(p[matched], p[shown]) for p in results.get("early_stop_curve", ()) if p.get(shown) is not None]
     return [(100 * recall, 100 * hallucination) for recall, hallucination in curve if recall >= lowest]
 
@@ -186,7 +186,7 @@ def _early_stop_curve(
 _LEADER = 12  # points between a mark and its name from which on a line joins them
 
 
-def _name_points(made: Figure, panel: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+def _name_points(made: Drawing, panel: Axes, points: Sequence[Mapping[str, Any]]) -> None:
     """Write the names beside the points, in points of the figure: the same at every resolution."""
     made.draw_without_rendering()  # fixes the layout, so that places mean something
     made.set_layout_engine("none")
@@ -237,7 +237,7 @@ def categories(results: Mapping[str, Any], most: int) -> tuple[list[str], dict[s
     return names, counts if names else {}
 
 
-def category_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: bool = True) -> Figure | None:
+def category_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: bool = True) -> Drawing | None:
     """How many captions invent an object, a row per method and a column per category, coloured by the change.
 
     Args:

@@ -130,18 +130,18 @@ def controls_table(results: Mapping[str, Any], *, tests: bool = False) -> Table 
     rows = [["method", "control", "matched", "metric", "method", "control", "difference", "95 %"]]
     rows[0] += [*(["p", "p (Holm)"] if tests else []), "verdict"]
     for line in results.get("controls", ()):
-        metric, difference = figure_of(line["metric"]), line.get("difference")
+        figure, difference = figure_of(line["metric"]), line.get("difference")
         p_values = [p_cell((difference or {}).get(name)) for name in ("p_value", "p_holm")] if tests else []
         rows.append(
             [
                 line["method"],
                 line["control"],
                 line.get("matched", ""),
-                metric.full_heading,
-                number(line.get("method_value"), percent=metric.percent),
-                number(line.get("control_value"), percent=metric.percent),
-                difference_cell(difference, percent=metric.percent),
-                interval_cell(difference, percent=metric.percent),
+                figure.full_heading,
+                number(line.get("method_value"), percent=figure.percent),
+                number(line.get("control_value"), percent=figure.percent),
+                difference_cell(difference, percent=figure.percent),
+                interval_cell(difference, percent=figure.percent),
                 *p_values,
                 VERDICTS[line.get("verdict_holm", line["verdict"])],
             ]
@@ -168,17 +168,24 @@ def _split_table(results: Mapping[str, Any], benchmark: str) -> Table | None:
 
 
 def _counts_table(results: Mapping[str, Any], benchmark: str) -> Table | None:
-    """The integers behind a benchmark's figures."""
-    names = list(results["methods"][0][benchmark].get("counts", ()))
-    if not names:
-        return None
-    more = [name for name in ("changed", "truncated") if name in results["methods"][0][benchmark]]
-    rows = [["method", *(name.replace("_", " ") for name in (*names, *more))]]
-    for label, part in _parts(results, benchmark):
-        rows.append(
-            [label, *(str(part["counts"].get(name, "")) for name in names), *(str(part[name]) for name in more)]
-        )
-    return Table(rows, f"{benchmark.upper()} counts", is_detail=True)
+    """The integers behind a benchmark's figures, a column per method."""
+    columns = {
+        label: _flat({**part["counts"], **{name: part[name] for name in ("changed", "truncated") if name in part}})
+        for label, part in _parts(results, benchmark)
+        if part.get("counts")
+    }
+    names = dict.fromkeys(name for counts in columns.values() for name in counts)
+    rows = [["", *columns], *([name, *(str(counts.get(name, "")) for counts in columns.values())] for name in names)]
+    return Table(rows, f"{benchmark.upper()} counts", is_detail=True) if columns else None
+
+
+def _flat(counts: Mapping[str, Any], above: str = "") -> dict[str, int]:
+    """Counts of a benchmark's parts beside those of the whole: ``position: both correct``."""
+    found: dict[str, int] = {}
+    for key, value in counts.items():
+        name = above + key.replace("_", " ")
+        found |= _flat(value, f"{name}: ") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _breakdown_table(results: Mapping[str, Any], benchmark: str) -> Table | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from ..benchmarks.columns import changed_methods, used_figures
@@ -12,8 +13,15 @@ from ..tables import is_certain
 
 
 def headline_columns(results: Mapping[str, Any]) -> list[Figure]:
-    """The figures that the short table of a run shows, and that its sentences speak of."""
-    return [metric for metric in used_figures(results) if metric.headline]
+    """The figures that the short table of a run shows, and that its sentences speak of.
+
+    Of a benchmark that marks none, the first one.
+    """
+    found: list[Figure] = []
+    for _, figures in groupby(used_figures(results), key=lambda figure: figure.benchmark):
+        own = list(figures)
+        found += [figure for figure in own if figure.headline] or own[:1]
+    return found
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
@@ -42,11 +50,11 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
-    for metric in headline_columns(results):
-        found = row["differences"].get(metric.key)
+    for figure in headline_columns(results):
+        found = row["differences"].get(figure.key)
         if is_certain(found):
-            size = f"{abs(found['estimate']) * (100 if metric.percent else 1):.1f}"
-            less, more = metric.phrases
+            size = f"{abs(found['estimate']) * (100 if figure.percent else 1):.1f}"
+            less, more = figure.phrases
             yield f"{'under 0.1' if size == '0.0' else size} points {more if found['estimate'] > 0 else less}"
 
 
@@ -55,7 +63,7 @@ _OUTCOMES = {"better": "less", "worse": "more"}  # of the method, and what the c
 
 def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     """What the controls that need no method achieve beside a method."""
-    columns = {metric.key: metric for metric in used_figures(results)}
+    columns = {figure.key: figure for figure in used_figures(results)}
     for control, phrase in FREE_CONTROLS.items():
         compared: dict[str, list[Figure]] = {}
         for line in results.get("controls", ()):
@@ -66,14 +74,14 @@ def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[st
         if decided:
             told = (f"{_OUTCOMES[each]} on {_listed(compared[each])}" for each in decided)
             yield f"{phrase} does {' and '.join(told)}"
-        elif any(_is_gain(row, metric) for metric in compared.get("same", ())):
+        elif any(_is_gain(row, figure) for figure in compared.get("same", ())):
             yield f"{phrase} does as much"
 
 
 def _listed(columns: Sequence[Figure]) -> str:
-    return ", ".join(metric.full_title for metric in columns)
+    return ", ".join(figure.full_title for figure in columns)
 
 
-def _is_gain(row: Mapping[str, Any], metric: Figure) -> bool:
-    difference = row["differences"].get(metric.key)
-    return difference is not None and is_certain(difference) and difference["estimate"] * metric.better > 0
+def _is_gain(row: Mapping[str, Any], figure: Figure) -> bool:
+    difference = row["differences"].get(figure.key)
+    return difference is not None and is_certain(difference) and difference["estimate"] * figure.better > 0

@@ -60,7 +60,7 @@ class Summary:
     @property
     def groups(self) -> list[tuple[str, int]]:
         """Title of each benchmark, with its number of columns."""
-        by_benchmark = groupby(metric.benchmark for metric in self.columns)
+        by_benchmark = groupby(figure.benchmark for figure in self.columns)
         return [(name.upper(), len(list(own))) for name, own in by_benchmark]
 
     def last_cells(self, row: Row) -> list[str]:
@@ -97,7 +97,7 @@ def summarise(results: Mapping[str, Any], columns: Sequence[Figure] | None = Non
     rows = tuple(
         Row(
             method,
-            tuple(_cell(method, metric) for metric in shown),
+            tuple(_cell(method, figure) for figure in shown),
             number(seconds(method), percent=False),
             verdict(results, method),
             method["label"] in changed if "differences" in method else None,
@@ -109,13 +109,13 @@ def summarise(results: Mapping[str, Any], columns: Sequence[Figure] | None = Non
     return Summary(shown, rows, results.get("reference", "none"), tuple(closing))
 
 
-def _cell(method: Mapping[str, Any], metric: Figure) -> Cell:
-    value = number(value_in(method, metric), percent=metric.percent)
-    found = method.get("differences", {}).get(metric.key)
+def _cell(method: Mapping[str, Any], figure: Figure) -> Cell:
+    value = number(value_in(method, figure), percent=figure.percent)
+    found = method.get("differences", {}).get(figure.key)
     if found is None:
         return Cell(value)
     test = f"p = {p_cell(found.get('p_value'))}, corrected {p_cell(found.get('p_holm'))}"
-    percent = metric.percent
+    percent = figure.percent
     return Cell(value, difference_cell(found, percent=percent), interval_cell(found, percent=percent), test)
 
 
@@ -130,7 +130,7 @@ def main_table(summary: Summary, width: int) -> str:
 
 def _plain(summary: Summary, width: int) -> str:
     """Up to three lines per row: figures, differences, intervals."""
-    rows = [["method", *(metric.heading for metric in summary.columns), *summary.closing]]
+    rows = [["method", *(figure.heading for figure in summary.columns), *summary.closing]]
     blank = [""] * len(summary.closing)
     for row in summary.rows:
         rows.append([row.method["label"], *(cell.value for cell in row.cells), *summary.last_cells(row)])
@@ -144,7 +144,7 @@ def _plain(summary: Summary, width: int) -> str:
 
 def markdown_main(summary: Summary) -> str:
     """The summary as Markdown, one row per method with its intervals in the cells."""
-    rows = [["method", *(metric.full_heading for metric in summary.columns), *summary.closing]]
+    rows = [["method", *(figure.full_heading for figure in summary.columns), *summary.closing]]
     for row in summary.rows:
         cells = [
             f"{cell.value}<br>{cell.difference} [{cell.interval.replace(',', ', ')}]" if cell.interval else cell.value
@@ -159,6 +159,14 @@ def _markdown_name(method: Mapping[str, Any]) -> str:
     if "run" in method and method["describe"] != method["label"]:
         name = f"`{method['label']}` {method['describe']}"
     return f"control {name}" if method["role"] == "control" else name
+
+
+def glossary(summary: Summary) -> Iterator[str]:
+    """What the figures are, a line per benchmark."""
+    for name, figures in groupby(summary.columns, key=lambda figure: figure.benchmark):
+        explained = [f"{figure.title} ({figure.help})" for figure in figures if figure.help]
+        if explained:
+            yield f"{name.upper()}: {', '.join(explained)}"
 
 
 def legend(results: Mapping[str, Any], *, in_cells: bool = False) -> Iterator[str]:

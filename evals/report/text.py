@@ -8,7 +8,7 @@ from typing import Any
 
 from .rows import benchmarks, tables
 from .sentences import headline_columns, sentences
-from .summary import legend, main_table, markdown_main, summarise
+from .summary import glossary, legend, main_table, markdown_main, summarise
 
 TERMINAL_WIDTH = 120
 """Columns of the full report."""
@@ -45,7 +45,8 @@ def wrapped(lines: Iterable[str], width: int = TERMINAL_WIDTH) -> list[str]:
 def markdown_report(results: Mapping[str, Any]) -> str:
     """``report.md``: everything a reader needs to judge and repeat the run."""
     parts = ["# vlmfix evaluation", "", *(f"- {line}" for line in sentences(results)), ""]
-    parts += [markdown_main(summarise(results)), "", *paragraphs(legend(results, in_cells=True))]
+    summary = summarise(results)
+    parts += [markdown_main(summary), "", *paragraphs(legend(results, in_cells=True)), *paragraphs(glossary(summary))]
     for table in tables(results).values():
         parts += [f"## {table.title}", "", table.markdown(), "", *paragraphs(table.notes)]
     if results["notes"]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browser import assert_nothing_is_cut_off, chromium, needs_browser
 from test_page import Checker
 from testbed_doubt import Named, measure, report
 
@@ -247,14 +246,9 @@ def test_an_answer_without_words_has_a_page(inspection: Inspection) -> None:
     assert "(no words)" in inspection_page(replace(inspection, versions=(silent,)))
 
 
-CHROMIUM = "--headless --no-sandbox --disable-gpu --virtual-time-budget=2000".split()
-needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-
-
 @needs_browser
 def test_a_browser_shows_the_flagged_word_and_its_map(page: Path, inspection: Inspection) -> None:
-    command = ["chromium", *CHROMIUM, "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout
+    dom = chromium("--dump-dom", page.as_uri())
     pressed = re.findall(r'data-word="(\d+)" aria-pressed="true"', dom)
     assert [inspection.versions[n].words[int(word)].name for n, word in enumerate(pressed)] == ["cup", "cup"]
     assert dom.count("“cup.” looks at the image with") == 2
@@ -273,11 +267,16 @@ def test_a_browser_renders_it(page: Path, tmp_path: Path, size: str) -> None:
     from PIL import Image
 
     shot = tmp_path / "page.png"
-    command = ["chromium", *CHROMIUM, f"--window-size={size}", f"--screenshot={shot}", page.as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    chromium(f"--window-size={size}", f"--screenshot={shot}", page.as_uri())
     with Image.open(shot) as image:
         colours = image.convert("RGB").resize((112, 240)).getcolors(112 * 240)
         assert colours is not None and len(colours) > 50, "the page is blank"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut_off(page: Path, tmp_path: Path, width: int) -> None:
+    assert_nothing_is_cut_off(page, tmp_path, width)
 
 
 # The command.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import assert_nothing_is_cut_off, chromium, needs_browser
 from PIL import Image
 
 from vlmfix.cli import main
 from vlmfix.evals.benchmarks.chair.task import Chair
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.data.samples import Answer, Sample
+from vlmfix.evals.report import sentences as report_sentences
 from vlmfix.evals.report.gallery import galleries
 from vlmfix.evals.report.html import html_report
-from vlmfix.evals.report.sentences import sentences
+from vlmfix.evals.report.sentences import headline_columns, sentences
+from vlmfix.evals.report.summary import main_table, summarise
 from vlmfix.evals.run.methods import MethodSpec
+from vlmfix.evals.stats.figures import Figure, share
 
 VOID = {"meta", "br", "img"}
 
@@ -98,17 +100,18 @@ def test_marks_are_the_invented_and_the_real_objects(page: Path) -> None:
     assert seen > 0
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+@needs_browser
 def test_a_browser_renders_it(page: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     shot = tmp_path / "page.png"
-    options = "--headless --no-sandbox --disable-gpu --window-size=1120,2400".split()
-    subprocess.run(
-        ["chromium", *options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120
-    )
+    chromium("--window-size=1120,2400", f"--screenshot={shot}", page.as_uri())
     with Image.open(shot) as image:
         assert len(set(image.convert("L").resize((112, 240)).tobytes())) > 50, "the page is blank"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_nothing_is_cut_off(page: Path, tmp_path: Path, width: int) -> None:
+    assert_nothing_is_cut_off(page, tmp_path, width)
 
 
 def interval(estimate: float, low: float, high: float, p: float) -> dict[str, Any]:
@@ -176,6 +179,28 @@ def test_the_first_lines_say_what_is_certain() -> None:
     checker.feed(small_page(results))
     text = " ".join(" ".join(checker.text).split())
     assert text.index(sentences(results)[0]) < text.index("Summary")
+
+
+def test_the_headlines_are_those_declared_or_the_first_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def figure(benchmark: str, name: str, headline: bool = False) -> Figure:
+        return Figure(name, name, 1, share("right"), headline=headline, benchmark=benchmark)
+
+    declared = [figure("x", "a"), figure("x", "b"), figure("y", "c"), figure("y", "d", True), figure("y", "e", True)]
+    monkeypatch.setattr(report_sentences, "used_figures", lambda results: declared)
+    assert [each.name for each in headline_columns({})] == ["a", "d", "e"]
+    assert figure("x", "a").phrases == ("lower X a", "higher X a")
+
+
+def test_a_wide_summary_is_several_tables_of_whole_benchmarks() -> None:
+    results = small_results()
+    whole = summarise(results)
+    assert [name for name, _ in whole.groups] == ["CHAIR", "MME"]
+    first, last = whole.parts(lambda part: len(part.columns) < 3)
+    assert [[figure.benchmark for figure in part.columns] for part in (first, last)] == [["chair"] * 2, ["mme"] * 2]
+    assert first.closing == () and last.closing == ("seconds", "verdict")
+    assert [row.cells for row in first.rows] == [row.cells[:2] for row in whole.rows]
+    narrow = main_table(whole, 60)
+    assert max(map(len, narrow.splitlines())) <= 60 and narrow.count("method") == 2
 
 
 @pytest.mark.parametrize(
