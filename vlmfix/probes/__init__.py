@@ -14,6 +14,7 @@ from vlmfix.probes.image_attention import ImageAttention, attention_to_image
 from vlmfix.probes.knockout import Knockout, knockout
 from vlmfix.probes.result import ProbeResult
 from vlmfix.probes.sinks import Sinks, sinks
+from vlmfix.probes.spans import text_span
 
 __all__ = [
     "CausalTrace",
@@ -32,4 +33,5 @@ __all__ = [
     "head_divergence",
     "knockout",
     "sinks",
+    "text_span",
 ]

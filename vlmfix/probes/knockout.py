@@ -103,6 +103,10 @@ def knockout(
     but for ``last->last``, and that only while the row sees others. Costs one prefill, and one for every pair and
     window.
 
+    The study's question is the question's text alone. ``question`` here is all that stands behind the image but the
+    last token: line break, answer instruction and role words too, so that curves differ. For the study's, give its
+    tokens: ``spans={"asked": text_span(processor.tokenizer, inputs, questions)}`` and the pair ``"image->asked"``.
+
     Args:
         model: The model, patched or not. A patch's own edits of the weights come behind the cut.
         inputs: What ``model.generate`` takes, left-padded.

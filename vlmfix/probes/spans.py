@@ -9,6 +9,7 @@ import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.observe.words import decode, find_word, word_tokens
 
 Spans = Mapping[str, torch.Tensor]
 """Sets of tokens by name, each bool ``[batch, length]``."""
@@ -66,6 +67,40 @@ def find_spans(
             )
         found[name] = span.to(ids.device) & valid
     return found
+
+
+def text_span(tokenizer: Any, inputs: Mapping[str, Any], texts: Sequence[str]) -> torch.Tensor:
+    """Return the tokens that spell a text in each prompt, such as the question without its template's words.
+
+    A token that holds characters beside those of the text is one of them.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        inputs: The processor's output.
+        texts: One text per prompt, as it stands there.
+
+    Returns:
+        Bool ``[batch, length]``.
+
+    Raises:
+        MethodError: A text does not stand in its prompt, or stands there twice.
+    """
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if len(texts) != len(ids):
+        raise MethodError(f"texts must hold one text for each of {len(ids)} prompts, got {len(texts)}.")
+    span = torch.zeros_like(ids, dtype=torch.bool)
+    for sample, text in enumerate(texts):
+        places = torch.arange(ids.shape[1], device=ids.device) if mask is None else mask[sample].nonzero()[:, 0]
+        own = ids[sample, places].tolist()
+        whole = decode(tokenizer, own)
+        first = find_word(whole, text)
+        if first is None or find_word(whole, text, first[1]) is not None:
+            raise MethodError(
+                f"The text {text!r} stands {'nowhere' if first is None else 'more than once'} in prompt {sample}: "
+                f"{whole!r}. Give it as it stands there, or make the set of tokens yourself."
+            )
+        span[sample, places[word_tokens(tokenizer, own, text)]] = True
+    return span
 
 
 def is_subset(inner: torch.Tensor, outer: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import analyse
 from vlmfix.probes import knockout
 from vlmfix.probes.knockout import PAIRS, Cut, window_of
-from vlmfix.probes.spans import cells_of, find_spans
+from vlmfix.probes.spans import cells_of, find_spans, is_subset, text_span
 
 ALL = 100
 """A window over every layer."""
@@ -280,6 +280,35 @@ def test_boxes_name_image_tokens(tiny: Any) -> None:
     mask = {"mine": spans["object"]}
     again = knockout(tiny, inputs, ["mine->question"], window=2, spans=mask)
     assert torch.equal(again.change[0], found.change[4]) and again.change.any()
+
+
+class Words:
+    """A tokenizer with one word per token: ``w7`` is token 7."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join("" if token == IMAGE else f"w{token}" for token in ids)
+
+
+def test_the_question_of_the_study_is_its_text_alone(tiny: Any) -> None:
+    """Without template and instruction: tokens 2 to 4 behind the image are the question here."""
+    samples = [RAGGED[0], RAGGED[3]]
+    inputs = collate(samples)
+    asked = [[at + 1 for at, token in enumerate(each.ids) if token == IMAGE][-1] + 1 for each in samples]
+    questions = [
+        " ".join(f"w{token}" for token in each.ids[at : at + 3]) for each, at in zip(samples, asked, strict=True)
+    ]
+    span = text_span(Words(), inputs, questions)
+    pads = [inputs["input_ids"].shape[1] - len(each.ids) for each in samples]
+    assert span.nonzero().tolist() == [[row, pads[row] + asked[row] + i] for row in range(2) for i in range(3)]
+    assert is_subset(span, spans_of(tiny, inputs)["question"])
+    found = knockout(tiny, inputs, ["image->asked", "image->question"], window=2, spans={"asked": span})
+    assert (found.change[0] - found.change[1]).abs().max() > 0.01
+    twice = {"input_ids": torch.tensor([[5, 6, 5, 6]])}
+    for text, says in (("w5 w6", "more than once"), ("w6 w7", "nowhere"), ("", "nowhere")):
+        with pytest.raises(MethodError, match=says):
+            text_span(Words(), twice, [text])
+    with pytest.raises(MethodError, match="one text for each of 1"):
+        text_span(Words(), twice, [])
 
 
 def test_cells_of_a_box() -> None:
