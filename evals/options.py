@@ -217,6 +217,12 @@ class EvalOptions(BenchmarkOptions):
         group=MACHINE,
         default=True,
     )
+    share_prefixes: bool = option(
+        "read what the questions about an image share once, under every method that leaves it alone; the answers are "
+        "the same up to rounding, which is checked",
+        group=MACHINE,
+        default=True,
+    )
     out: Path | None = option("run folder (default: runs/MODEL-SETTINGS)", group=OUTPUT, metavar="DIR")
     verbose: bool = option(
         "print every table of the report, not the headline figures alone", group=OUTPUT, default=False

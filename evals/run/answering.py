@@ -22,6 +22,7 @@ from .memory import Answerer, EncodedBatch
 from .methods import MethodSpec
 from .models import fitting_threads, load_model
 from .plan import EvalRun
+from .prefixes import Prefixes
 from .progress import Progress
 from .provenance import runtime_info
 from .shards import Elsewhere, Shard, merge_parts
@@ -184,7 +185,8 @@ class _Share:
         self._plan, self._log = plan, log
         self._generator = Generator(model, run.source.processor)
         self._features = ImageFeatures(model) if run.options.reuse_images else None
-        self._answerer = Answerer(self._generator, self._features)
+        self._prefixes = Prefixes(self._generator) if run.options.share_prefixes else None
+        self._answerer = Answerer(self._generator, self._features, self._prefixes)
         self._is_warm = False
         self._rows: list[_Row] = []
         self._resolved: dict[str, Any] = {}
@@ -202,29 +204,35 @@ class _Share:
         runtime = {
             **runtime_info(run.options, run.batch_size, model),
             "image_features": {"reused": False} if self._features is None else self._features.summary(),
+            "prefixes": {"shared": False} if self._prefixes is None else self._prefixes.summary(),
             "generation_config": model.generation_config.to_diff_dict(),
         }
         write_config(run, runtime=runtime, resolved=self._resolved)
 
     def answer(self, batch: Sequence[Sample], place: str, progress: Progress) -> None:
         """Answer what the log lacks of a batch: first turns, then second ones, which follow a method's own answers."""
+        images = {path: load_image(path) for path in dict.fromkeys(s.path for s in batch) if path is not None}
+        for kept in (self._features, self._prefixes):
+            if kept is not None:
+                kept.forget(len(batch))
         for turn in ([s for s in batch if s.second is None], [s for s in batch if s.second is not None]):
             lacking = [(row, wanted) for row in self._rows if any(wanted := self._wanted(row.spec, turn))]
             if lacking:
-                self._answer_turn(turn, lacking, place, progress)
+                self._answer_turn(turn, [s.path and images[s.path] for s in turn], lacking, place, progress)
 
     def _wanted(self, spec: MethodSpec, samples: Sequence[Sample]) -> list[bool]:
         known = self._log.records
         return [self._plan.key(spec, sample, known) not in known for sample in samples]
 
     def _answer_turn(
-        self, turn: Sequence[Sample], lacking: Sequence[tuple[_Row, list[bool]]], place: str, progress: Progress
+        self,
+        turn: Sequence[Sample],
+        images: Sequence[Any],
+        lacking: Sequence[tuple[_Row, list[bool]]],
+        place: str,
+        progress: Progress,
     ) -> None:
         plan, log, first = self._plan, self._log, turn[0]
-        read = {path: load_image(path) for path in dict.fromkeys(s.path for s in turn) if path is not None}
-        images = [None if sample.path is None else read[sample.path] for sample in turn]
-        if self._features is not None:
-            self._features.forget(len(turn))
         encoded = None
         for row, wanted in lacking:
             prompts = [str(plan.prompt(row.spec, sample, log.records)) for sample in turn]

@@ -18,6 +18,7 @@ from vlmfix.observe.prompts import encode
 from ..data.samples import Answer, Records
 from .features import ImageFeatures
 from .generate import Generator
+from .prefixes import Prefixes
 
 logger = logging.getLogger("vlmfix.evals")
 
@@ -40,12 +41,13 @@ class EncodedBatch:
 
     Attributes:
         prompts: What the processor reads.
+        images: Per prompt; the very same object for the same image.
     """
 
     def __init__(self, generator: Generator, prompts: Sequence[str], images: Sequence[Any]) -> None:
         self.prompts = prompts
+        self.images = images
         self._generator = generator
-        self._images = images
         self._inputs: dict[tuple[int, int], Any] = {}
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class EncodedBatch:
         """Return the model inputs of the rows from ``start`` to ``stop``, on the CPU; kept for the next method."""
         if (start, stop) not in self._inputs:
             self._inputs[start, stop] = encode(
-                self._generator.processor, self.prompts[start:stop], self._images[start:stop]
+                self._generator.processor, self.prompts[start:stop], self.images[start:stop]
             )
         return self._inputs[start, stop]
 
@@ -70,11 +72,15 @@ class Answerer:
     Args:
         generator: Gives the answers.
         features: Encodes every image of a batch once; None encodes them as the model does.
+        prefixes: Reads what the questions about an image share once; None reads whole prompts.
     """
 
-    def __init__(self, generator: Generator, features: ImageFeatures | None = None) -> None:
+    def __init__(
+        self, generator: Generator, features: ImageFeatures | None = None, prefixes: Prefixes | None = None
+    ) -> None:
         self._generator = generator
         self._features = features
+        self._prefixes = prefixes
         self._too_large: dict[str, list[tuple[int, int]]] = {}
 
     def answer(
@@ -99,7 +105,7 @@ class Answerer:
             rows = stop - start
             tokens = batch.inputs(start, stop)["input_ids"].shape[1] + max_new_tokens
             if not self._is_too_large(label, rows, tokens):
-                found = self._attempt(batch.inputs(start, stop), method, records, max_new_tokens)
+                found = self._attempt(batch, start, stop, label, method, records, max_new_tokens)
                 if found is not None:
                     answers += found if rows == len(batch) else [dataclasses.replace(each, rows=rows) for each in found]
                     continue
@@ -118,27 +124,43 @@ class Answerer:
 
     def _make_room(self, label: str, rows: int, tokens: int) -> None:
         """Remember what did not fit. The error is gone by now, and with it its frames, which held the tensors."""
-        if self._features is not None:
-            self._features.forget()
+        for kept in (self._features, self._prefixes):
+            if kept is not None:
+                kept.forget()
         gc.collect()
         torch.cuda.empty_cache()
         self._too_large.setdefault(label, []).append((rows, tokens))
         if rows > 1:
             logger.warning("%s: %d rows of %d tokens do not fit into memory; half as many", label, rows, tokens)
 
-    def _attempt(self, inputs: Any, method: Any, records: Records, max_new_tokens: int) -> list[Answer] | None:
+    def _attempt(
+        self,
+        batch: EncodedBatch,
+        start: int,
+        stop: int,
+        label: str,
+        method: Any,
+        records: Records,
+        max_new_tokens: int,
+    ) -> list[Answer] | None:
         """Return the answers of some rows, or None where memory was too small; the model is as before either way."""
         try:
             with ExitStack() as stack:
                 if method is not None:
                     stack.enter_context(vlmfix.patched(self._generator.model, method))
-                if self._features is None:
-                    return self._generator.generate(inputs, records, max_new_tokens)
-                stack.enter_context(self._features.reused())
-                self._features.saved = 0.0
+                if self._features is not None:
+                    stack.enter_context(self._features.reused())
+                inputs, seconds = batch.inputs(start, stop), None
+                if self._prefixes is not None:
+                    inputs, seconds = self._prefixes.shared(
+                        label, method, batch.prompts[start:stop], batch.images[start:stop], inputs
+                    )
+                if self._features is not None:
+                    self._features.saved = 0.0
                 answers = self._generator.generate(inputs, records, max_new_tokens)
-                saved = self._features.saved / len(answers)
-                return [dataclasses.replace(each, seconds=round(each.seconds + saved, 6)) for each in answers]
+                if seconds is None:  # Times count as if every answer had read its own image.
+                    seconds = 0.0 if self._features is None else self._features.saved / len(answers)
+                return [dataclasses.replace(each, seconds=round(each.seconds + seconds, 6)) for each in answers]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

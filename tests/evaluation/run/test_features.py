@@ -240,7 +240,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(home: Path, out: Path, *more: object) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     words = ["eval", "--model", home / "m", "--data", home / "c", "--out", out, "--max-new-tokens", 8]
-    words += ["--pope-max-new-tokens", 2, "--batch-size", 6, "--method", "vhr", "fia", "pai", "--no-controls", *more]
+    words += ["--pope-max-new-tokens", 2, "--batch-size", 6, "--method", "vhr", "fia", "pai", "--no-controls"]
+    words += ["--no-share-prefixes", *more]
     assert main([str(word) for word in words]) == 0
     lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     records = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
