@@ -10,8 +10,8 @@ images of the difference in one image's (linearised) contribution. It comes from
 
 - *a pilot run*: the half width of the run's own bootstrap interval is z(0.975) s / sqrt(n_pilot). Nothing is assumed
   about images, captions or pairing. A method is then expected to change as much as the pilot's did.
-- *assumed rates*: with rate p per item, k items per image (1 caption; its mentions; its questions), an intra-class
-  correlation c between the items of an image, and a correlation r between the two methods on one image,
+- *the rates of LLaVA-1.5-7B* (:data:`ASSUMED`), where there is no pilot: with rate p per item, k items per image, a
+  correlation c between the items of an image, and r between the two methods on one image,
 
       s^2 = 2 (1 - r) p (1 - p) (1 + (k - 1) c) / k
 
@@ -26,24 +26,66 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.files import read_json
 
 from .tables import number, plain_table
 
-FIGURES = {"chair.chair_s": "CHAIR_s", "chair.chair_i": "CHAIR_i", "pope.accuracy": "POPE accuracy"}
-
-
 IMAGES = (100, 200, 500, 1000, 2000, 5000)
+
+
+class Rate(NamedTuple):
+    """How often an item is wrong, and how much the items of an image have in common.
+
+    Attributes:
+        title: Of the figure.
+        share: Of the items, 0 to 1.
+        items: Items per image: one caption, its mentions of objects, its distinct questions.
+        clustering: Intra-class correlation of an image's items, 0 to 1.
+    """
+
+    title: str
+    share: float
+    items: float = 1.0
+    clustering: float = 0.0
+
+    def deviation(self, correlation: float) -> float:
+        """Return the s of the module's docstring for two methods that correlate so on one image."""
+        single = self.share * (1 - self.share) * (1 + (self.items - 1) * self.clustering) / self.items
+        return math.sqrt(2 * (1 - correlation) * single)
+
+
+ASSUMED = {
+    "chair.chair_s": Rate("CHAIR_s", 0.5),
+    "chair.chair_i": Rate("CHAIR_i", 0.15, 7.5, 0.15),
+    "pope.accuracy": Rate("POPE accuracy", 0.86, 6.0, 0.05),
+}
+"""The rates of LLaVA-1.5-7B's released captions (500 captions of at most 512 tokens, greedy against beams, OPERA and
+VCD): CHAIR_s is 45 to 50, CHAIR_i 13 to 15 with 7.5 mentions, and the variance of CHAIR_i is twice the binomial one,
+which is a clustering of 0.15. The accuracy is what LLaVA-1.5 is printed with; answers to POPE were looked at on the
+embedded model only, where they are not clustered at all, and 0.05 leaves some room for other models."""
+
+
+CORRELATION = 0.5
+"""Between two methods on one image. The released captions have 0.48 to 0.96: this is the cautious end."""
+
+
+def assumed_deviations(questions: float = ASSUMED["pope.accuracy"].items) -> dict[str, float]:
+    """Return the s of every figure at the assumed rates.
+
+    Args:
+        questions: Distinct POPE questions per image, at least 1; there are 6 in one split.
+    """
+    rates = {**ASSUMED, "pope.accuracy": ASSUMED["pope.accuracy"]._replace(items=questions)}
+    return {key: rate.deviation(CORRELATION) for key, rate in rates.items()}
 
 
 def detectable(
     deviation: float, images: float, *, power: float = 0.8, confidence: float = 0.95, methods: int = 1
 ) -> float:
-    """The smallest true difference that is found with the asked power.
+    """Return the smallest true difference that is found with the asked power.
 
     Args:
         deviation: s of the module's docstring, in units of the figure.
@@ -69,7 +111,7 @@ def detectable(
 
 
 def deviation_of_interval(interval: Mapping[str, Any], confidence: float) -> float | None:
-    """The s behind a paired bootstrap interval; None where the interval is not defined or has no width.
+    """Return the s behind a paired bootstrap interval; None where the interval is not defined or has no width.
 
     Args:
         interval: As in ``results.json``: ``low`` and ``high``, or null, and ``n``, the number of images.
@@ -80,65 +122,6 @@ def deviation_of_interval(interval: Mapping[str, Any], confidence: float) -> flo
         return None
     quantile = NormalDist().inv_cdf((1 + confidence) / 2)
     return float((high - low) / (2 * quantile) * math.sqrt(interval["n"]))
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Assumed rates of the baseline; the defaults are those of LLaVA-1.5-7B's released captions.
-
-    On these (500 captions, 512 tokens, greedy against beams, OPERA and VCD) CHAIR_s is 45 to 50, CHAIR_i 13 to 15, with
-    7.5 mentions, the variance of CHAIR_i is twice the binomial one, which is a clustering of 0.15, and the two methods
-    correlate by 0.48 to 0.96; the default is the cautious end. The accuracy is what LLaVA-1.5 is printed with; answers
-    to POPE were looked at on the embedded model only, where they are not clustered at all (-0.02 to -0.01 on 200
-    images); 0.05 leaves some room for other models.
-
-    Attributes:
-        chair_s: Captions with a hallucination, 0 to 1.
-        chair_i: Hallucinated mentions, 0 to 1.
-        accuracy: Of POPE, 0 to 1.
-        mentions: Object mentions per caption.
-        questions: Distinct POPE questions per image: 6 in one split.
-        clustering: Intra-class correlation of whether an image's mentions are hallucinated, 0 to 1.
-        question_clustering: Of whether an image's questions are answered right, 0 to 1.
-        correlation: Between the two methods' results on one image, 0 (unrelated) to 1 (exclusive).
-    """
-
-    chair_s: float = 0.5
-    chair_i: float = 0.15
-    accuracy: float = 0.86
-    mentions: float = 7.5
-    questions: float = 6.0
-    clustering: float = 0.15
-    question_clustering: float = 0.05
-    correlation: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse what is no rate."""
-        for name in ("chair_s", "chair_i", "accuracy"):
-            if not 0 < getattr(self, name) < 1:
-                raise DataError(f"{name} must lie between 0 and 1 (a share, not percent), found {getattr(self, name)}")
-        clustering = (self.clustering, self.question_clustering)
-        if not (min(clustering) >= 0 and max(clustering) <= 1 and 0 <= self.correlation < 1):
-            raise DataError(
-                f"expected clusterings in [0, 1] and a correlation in [0, 1), found {clustering} and {self.correlation}"
-            )
-        if min(self.mentions, self.questions) < 1:
-            raise DataError(
-                f"expected at least 1 mention and question per image, found {self.mentions, self.questions}"
-            )
-
-    def deviations(self) -> dict[str, float]:
-        """The s of every figure, by its key in a run's differences."""
-        items = {
-            "chair.chair_s": (self.chair_s, 1.0, 0.0),
-            "chair.chair_i": (self.chair_i, self.mentions, self.clustering),
-            "pope.accuracy": (self.accuracy, self.questions, self.question_clustering),
-        }
-        return {key: self._deviation(*figures) for key, figures in items.items()}
-
-    def _deviation(self, rate: float, per_image: float, clustering: float) -> float:
-        single = rate * (1 - rate) * (1 + (per_image - 1) * clustering) / per_image
-        return math.sqrt(2 * (1 - self.correlation) * single)
 
 
 @dataclass(frozen=True)
@@ -155,7 +138,7 @@ class Pilot:
 
 
 def read_pilot(folder: Path) -> Pilot:
-    """The s of every figure and method of a finished run (its folder, or its ``results.json``).
+    """Read the s of every figure and method of a finished run (its folder, or its ``results.json``).
 
     Raises:
         DataError: The folder holds no results, or none that compare methods.
@@ -165,7 +148,7 @@ def read_pilot(folder: Path) -> Pilot:
         results = read_json(path, what="results of a run", remedy="type: vlmfix eval --limit 50")
         confidence = results["intervals"]["confidence"]
         intervals = {
-            method["label"]: {key: method["differences"][key] for key in FIGURES if key in method["differences"]}
+            method["label"]: {key: method["differences"][key] for key in ASSUMED if key in method["differences"]}
             for method in results["methods"]
             if "differences" in method
         }
@@ -192,7 +175,7 @@ def power_table(
     confidence: float = 0.95,
     methods: int = 1,
 ) -> str:
-    """The table that ``vlmfix power`` prints.
+    """Return the table that ``vlmfix power`` prints.
 
     Args:
         deviations: Name of a comparison -> figure -> s, None where there is nothing to estimate it from.
@@ -202,8 +185,8 @@ def power_table(
         methods: Likewise.
     """
     shared = f", shared by {methods} methods (Holm)" if methods > 1 else ""
-    keys = [key for key in FIGURES if any(key in figures for figures in deviations.values())]
-    rows = [["", "images", *(FIGURES[key] for key in keys)]]
+    keys = [key for key in ASSUMED if any(key in figures for figures in deviations.values())]
+    rows = [["", "images", *(ASSUMED[key].title for key in keys)]]
     for name, figures in deviations.items():
         for i, n in enumerate(images):
             cells = []
@@ -219,7 +202,7 @@ def power_table(
 
 
 def planned_lines(images: Mapping[str, int], questions: float, *, methods: int) -> str:
-    """Two lines on what a planned run can show, at the assumed rates.
+    """Return two lines on what a planned run can show, at the assumed rates.
 
     Args:
         images: Images of each benchmark of the run, by its name; others than CHAIR and POPE have no assumed rates.
@@ -229,12 +212,11 @@ def planned_lines(images: Mapping[str, int], questions: float, *, methods: int) 
     Returns:
         The lines; empty where there is nothing to estimate from.
     """
-    deviations = Rates(questions=questions).deviations()
     shown = []
-    for key, name in FIGURES.items():
+    for key, deviation in assumed_deviations(questions).items():
         n = images.get(key.partition(".")[0], 0)
-        if n > 1 and (least := detectable(deviations[key], n, methods=methods)) < 1:
-            shown.append(f"{name} {number(least)}")
+        if n > 1 and (least := detectable(deviation, n, methods=methods)) < 1:
+            shown.append(f"{ASSUMED[key].title} {number(least)}")
     if not shown:
         return ""
     rows = f", {methods} rows by Holm" if methods > 1 else ""
@@ -244,34 +226,29 @@ def planned_lines(images: Mapping[str, int], questions: float, *, methods: int) 
     )
 
 
+_ABOUT = """\
+Print the smallest paired difference in CHAIR_s, CHAIR_i and POPE accuracy that n images would show.
+
+  vlmfix power                                     at the rates of LLaVA-1.5-7B
+  vlmfix power runs/pilot                          as a finished run has it, however short: nothing is assumed
+  vlmfix power runs/pilot --images 500 2000 --methods 4
+"""
+
+
 def add_power(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    defaults = Rates()
     parser: argparse.ArgumentParser = verbs.add_parser(
         "power",
+        usage="vlmfix power [RUN] [OPTIONS]",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        description="Print the smallest paired difference in CHAIR_s, CHAIR_i and POPE accuracy that n images would "
-        "show, from a pilot run or from assumed rates (shares, not percent).",
     )
-    parser.add_argument("pilot", type=Path, nargs="?", metavar="RUN", help="folder of a finished run, however short")
+    parser.add_argument("pilot", type=Path, nargs="?", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), metavar="N", help="numbers of images")
     parser.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to show it (default: 0.8)")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="C", help="of the interval (default: 0.95)")
     parser.add_argument("--methods", type=int, default=1, metavar="M", help="methods to compare (default: 1)")
-    rates = parser.add_argument_group("assumed rates, without a pilot (defaults: LLaVA-1.5-7B)")
-    explained = {
-        "chair_s": "captions with a hallucination",
-        "chair_i": "hallucinated mentions",
-        "accuracy": "of POPE",
-        "mentions": "per caption",
-        "questions": "distinct POPE questions per image",
-        "clustering": "intra-class correlation of a caption's mentions",
-        "question_clustering": "of an image's questions",
-        "correlation": "of the two methods on one image",
-    }
-    for name, text in explained.items():
-        flag, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        rates.add_argument(flag, type=float, metavar="X", help=f"{text} (default: {default:g})")
     return parser
 
 
@@ -279,24 +256,22 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Show how small a difference can be seen.
 
     Raises:
-        VlmfixError: No such run, a number out of range, or a run and assumed rates at once.
+        VlmfixError: No such run, or a number out of range.
     """
-    given = {name: getattr(options, name) for name in Rates.__dataclass_fields__ if getattr(options, name) is not None}
     if min(options.images) < 2:
         raise VlmfixError(f"--images must be at least 2, got {min(options.images)}")
     settings = {"power": options.power, "confidence": options.confidence, "methods": options.methods}
     if options.pilot is None:
-        rates = Rates(**given)
-        assumed = ", ".join(f"{name.replace('_', ' ')} {getattr(rates, name):g}" for name in Rates.__dataclass_fields__)
-        head = "\n  ".join(wrap(f"assumed: {assumed}", 110))
-        show(f"{head}\n{power_table({'assumed rates': rates.deviations()}, options.images, **settings)}")
+        chair_s, chair_i, pope = ASSUMED.values()
+        head = (
+            f"assumed: CHAIR_s {chair_s.share:g}; CHAIR_i {chair_i.share:g}, {chair_i.items:g} mentions per caption, "
+            f"correlated by {chair_i.clustering:g};\n  POPE accuracy {pope.share:g}, {pope.items:g} questions per "
+            f"image, correlated by {pope.clustering:g}; methods correlated by {CORRELATION:g}"
+        )
+        show(f"{head}\n{power_table({'assumed rates': assumed_deviations()}, options.images, **settings)}")
         return
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise VlmfixError(f"a pilot run needs no assumed rates; leave out either {options.pilot} or {flags}")
     pilot = read_pilot(options.pilot)
     table = power_table(pilot.deviations, options.images, **settings)
     known = f" (its deviations are known to about {100 / math.sqrt(2 * pilot.images - 2):.0f} %)"
     head = f"pilot: {options.pilot}, {pilot.images} images{known if pilot.images > 1 else ''}"
-    legend = "-: the figure did not change in the pilot, or no difference is that large"
-    show(f"{head}\n{table}\n\n{legend}")
+    show(f"{head}\n{table}\n\n-: the figure did not change in the pilot, or no difference is that large")

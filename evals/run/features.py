@@ -1,9 +1,8 @@
 """Image features that are computed once: for all methods that answer a batch, and for all its questions on one image.
 
-Nothing here may change an answer, not by rounding either. What is handed out again for another method is the very
-tensor that the model computed for the same pixels in the same batch. A repeated image of a batch is left out of the
-computation only where that was seen to give the same bits: kernels may round differently for another number of rows,
-so every pair of sizes is computed both ways once.
+What is handed out again for another method is the very tensor that the model computed for the same pixels in the same
+batch. A repeated image of a batch is left out of the computation only if that was seen to give the same bits in the
+first batch that has one: kernels may round differently for another number of rows.
 """
 
 from __future__ import annotations
@@ -11,153 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from vlmfix.model.anatomy import FORWARD_KWARG, analyse
 
-_STATES = ("last_hidden_state", "hidden_states", "attentions")
-
-
-class OtherLayout(Exception):
-    """Features that are not one row, or one entry, per image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which rows of a batch's tensors belong to which image: one each or, behind one another, its patches.
-
-    Attributes:
-        images: Number of images.
-        patches: Per image, its number of rows in tensors of patches; None where there are none.
-    """
-
-    images: int
-    patches: tuple[int, ...] | None = None
-
-    @classmethod
-    def find(cls, tensors: Sequence[torch.Tensor]) -> Layout | None:
-        """The layout of what a model is asked with; None where it cannot be told.
-
-        Patches are told by a grid, an integer tensor ``[images, 2 or 3]`` whose products say how many an image has.
-        """
-        lengths = {len(each) if each.dim() else 0 for each in tensors}
-        images, most = min(lengths), max(lengths)
-        if len(lengths) == 1:
-            return cls(images) if images else None
-        for each in tensors:
-            if len(lengths) == 2 and each.dim() == 2 and len(each) == images and not each.is_floating_point():
-                patches = tuple(each.prod(-1).tolist())
-                if sum(patches) == most:
-                    return cls(images, patches)
-        return None
-
-    def parts(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A tensor's rows, image by image."""
-        sizes = [1] * self.images if len(tensor) == self.images else list(self.patches or ())
-        return torch.split(tensor, sizes)
-
-
-def positions_of(tensors: Sequence[torch.Tensor], layout: Layout) -> list[int]:
-    """Per image, its place among the images that differ in one of the tensors."""
-    parts = [layout.parts(each) for each in tensors]
-    sums = torch.stack([torch.stack([part.sum(dtype=torch.float64) for part in each]) for each in parts], dim=1)
-    seen: dict[tuple[float, ...], list[int]] = {}  # images of equal sums, which are few, are compared
-    firsts: list[int] = []
-    positions = []
-    for image, key in enumerate(map(tuple, sums.tolist())):
-        for place in seen.setdefault(key, []):
-            if all(torch.equal(each[image], each[firsts[place]]) for each in parts):
-                positions.append(place)
-                break
-        else:
-            seen[key].append(len(firsts))
-            positions.append(len(firsts))
-            firsts.append(image)
-    return positions
-
-
-def rows_of(values: Any, layout: Layout, images: Sequence[int]) -> Any:
-    """The arguments of some images only."""
-    if isinstance(values, dict):
-        return {name: rows_of(value, layout, images) for name, value in values.items()}
-    if isinstance(values, tuple):
-        return tuple(rows_of(value, layout, images) for value in values)
-    if not isinstance(values, torch.Tensor):
-        return values
-    parts = layout.parts(values)
-    return torch.cat([parts[image] for image in images])
-
-
-def without_states(output: Any) -> Any:
-    """The features without the states they were made from, which are many times as large and which no model reads."""
-    if getattr(output, "pooler_output", None) is None:
-        return output
-    return _changed(output, lambda name, value: None if name in _STATES else value)
-
-
-def _changed(output: Any, change: Callable[[str, Any], Any]) -> Any:
-    """A copy of a transformers output; some carry attributes that are no fields of their class."""
-    values = {name: change(name, value) for name, value in vars(output).items()}
-    fields = [field.name for field in dataclasses.fields(output)]
-    copied = type(output)(**{name: values.pop(name) for name in fields if name in values})
-    for name, value in values.items():
-        setattr(copied, name, value)
-    return copied
-
-
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a nested value."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (ModelOutput, list, tuple)):
-        for each in vars(value).values() if isinstance(value, ModelOutput) else value:
-            yield from tensors_of(each)
-
-
-def picked(output: Any, rows: list[int] | None) -> Any:
-    """Features for every row of a batch, in containers of their own: a model may fill in more.
-
-    Raises:
-        OtherLayout: They are not one per row.
-    """
-    if isinstance(output, ModelOutput):
-        return _changed(output, lambda _, value: picked(value, rows))
-    if isinstance(output, torch.Tensor):
-        if rows is None:
-            return output
-        if not output.dim() or len(output) != max(rows) + 1:
-            raise OtherLayout
-        return output[rows]
-    if isinstance(output, (list, tuple)):
-        if rows is None:
-            return type(output)(output)
-        if len(output) != max(rows) + 1 or not all(isinstance(each, torch.Tensor) for each in output):
-            raise OtherLayout
-        return type(output)(output[row] for row in rows)
-    return output
-
-
-def same_bits(left: Any, right: Any) -> bool:
-    """Whether two nested values are equal to the bit."""
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, torch.Tensor):
-        alike = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
-        return left is right or (alike and torch.equal(left, right))
-    if isinstance(left, ModelOutput):
-        return same_bits(vars(left), vars(right))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same_bits(left[name], right[name]) for name in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same_bits, left, right))
-    return bool(left == right)
-
+from .image_rows import Layout, OtherLayout, picked, positions_of, rows_of, same_bits, tensors_of, without_states
 
 METHOD = "get_image_features"
 
@@ -212,7 +74,6 @@ class ImageFeatures:
         self._repeated = "none"
         self._kept: list[Kept] = []
         self._capacity = 0
-        self._same_bits: set[tuple[Any, ...]] = set()
         self._owner = _owner(model)
         if self._owner is None:
             self.reason = f"{type(model).__name__} encodes images inside its forward, not in a method of its own"
@@ -280,25 +141,20 @@ class ImageFeatures:
     def _computed(
         self, stock: Callable[..., Any], args: Any, kwargs: Any, arguments: dict[str, Any], rows: int
     ) -> Kept:
-        """The features of a batch, computed from every row, or from the distinct ones."""
+        """Compute the features of a batch from every row or, once that was seen to round alike, the distinct ones."""
         found = None if self._shares_rows is False else self._distinct(arguments, rows)
         if found is None:
             return self._encode(stock, args, kwargs, arguments, None)
         layout, positions = found
         firsts = [positions.index(i) for i in range(max(positions) + 1)]
-        few = functools.partial(
-            self._encode, stock, rows_of(args, layout, firsts), rows_of(kwargs, layout, firsts), arguments, positions
-        )
-        patches = layout.patches and (layout.patches, tuple(layout.patches[first] for first in firsts))
-        shapes = (tuple(value.shape[1:]) for value in arguments.values() if isinstance(value, torch.Tensor))
-        sizes = (rows, len(firsts), patches, *shapes)
-        if sizes in self._same_bits:
-            kept = few()
+        few = (stock, rows_of(args, layout, firsts), rows_of(kwargs, layout, firsts), arguments, positions)
+        if self._shares_rows:
+            kept = self._encode(*few)
             self.saved += (rows - len(firsts)) * kept.seconds
             return kept
         every = self._encode(stock, args, kwargs, arguments, None)
         try:
-            again = few()
+            again = self._encode(*few)
             self.saved -= len(firsts) * again.seconds
             self._shares_rows = same_bits(picked(again.output, positions), every.output)
             self._repeated = "encoded once" if self._shares_rows else "encoded again, as fewer rows round differently"
@@ -306,8 +162,6 @@ class ImageFeatures:
             raise
         except (OtherLayout, RuntimeError, ValueError, IndexError, TypeError):
             self._shares_rows, self._repeated = False, "encoded again, as features are not laid out per image"
-        if self._shares_rows:
-            self._same_bits.add(sizes)
         return every
 
     def _encode(

@@ -19,7 +19,8 @@ from vlmfix.cli import main
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.evals import testbed
 from vlmfix.evals.run import models
-from vlmfix.evals.run.features import METHOD, ImageFeatures, Layout, positions_of, rows_of
+from vlmfix.evals.run.features import METHOD, ImageFeatures
+from vlmfix.evals.run.image_rows import Layout, positions_of, rows_of
 
 REPEATED = [0, 0, 1, 1, 1, 2, 2, 0]
 """Which of three images every row of a batch shows."""
