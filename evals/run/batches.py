@@ -64,10 +64,11 @@ class AnswerPlan:
         length = {shape: len(tokenizer(prompt)["input_ids"]) for shape, prompt in self._prompts.items()}
         for task in self.run.tasks.tasks:
             second = {sample.first: sample for sample in task.samples if sample.second is not None}
-            # Prompts of one length need no padding; ids break ties so that the order is stable.
+            # Questions about one image stand together, because they share what is read of it; of these and of those
+            # without an image, prompts of one length, because they need no padding. Texts break ties.
             samples = sorted(
                 (sample for sample in task.samples if sample.second is None),
-                key=lambda s: (_kind(s), length[_shape(s)], s.image_id, s.question),
+                key=lambda s: (_kind(s), s.image_id, length[_shape(s)], s.question),
             )
             for _, alike in groupby(samples, _kind):
                 group = list(alike)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from transformers import BatchFeature
 
 import vlmfix
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import input_device
 from vlmfix.observe.ask import answer
 from vlmfix.observe.prompts import encode
 
@@ -36,7 +35,7 @@ class Prefixes:
     """Reads and keeps the prefixes of the images that are asked about.
 
     Whether a method can go on from a prefix is looked at once: by the rows that it declares, and by comparing the first
-    logits of its first batch with those of whole prompts.
+    logits of two prompts with those of whole ones.
 
     Attributes:
         reason: Why this model shares no prefixes, or None.
@@ -81,7 +80,7 @@ class Prefixes:
             places = {id(image): place for place, image in enumerate(read.images)}
             rows = [places[id(image)] for image in images]
             if label not in self.differences:
-                self.differences[label] = self._difference(read.prefix.continued(inputs, rows), inputs)
+                self.differences[label] = self._difference(read.prefix, prompts, images, rows)
                 if self.differences[label] > TOLERANCE.get(self._generator.model.dtype, 0.01):
                     self._whole[label] = "its first logits differ from those of whole prompts by more than rounding"
                     return inputs, None
@@ -104,12 +103,14 @@ class Prefixes:
             kept = self._kept[key] = _Read(prefix, shown, (_now(model) - start) / len(shown))
         return kept
 
-    def _difference(self, continued: Mapping[str, Any], inputs: Any) -> float:
-        """Return how far the first logits of continued prompts lie from those of whole ones, in standard deviations."""
+    def _difference(self, prefix: Any, prompts: Sequence[str], images: Sequence[Any], rows: Sequence[int]) -> float:
+        """Return how far first logits lie from those of whole prompts, in standard deviations, for two prompts."""
+        two = [0, len(prompts) - 1][: len(prompts)]
         model = self._generator.model
-        moved = inputs.to(input_device(model), model.dtype)
-        first, whole = (answer(model, each, 1, logits=True).logits[0] for each in (continued, moved))
-        return float((first - whole).abs().max() / whole.std())
+        whole = encode(self._generator.processor, [prompts[n] for n in two], [images[n] for n in two], model)
+        continued = prefix.continued(whole, [rows[n] for n in two])
+        found, expected = (answer(model, each, 1, logits=True).logits[0] for each in (continued, whole))
+        return float((found - expected).abs().max() / expected.std())
 
     def summary(self) -> dict[str, Any]:
         """Return what was shared, for ``config.json``."""
