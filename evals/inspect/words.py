@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import re
 from collections.abc import Container, Sequence
@@ -14,6 +12,7 @@ from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.words import token_ends
 
 from ..options import POPE_PROMPT
+from ..report.page import data_uri
 from ..run.models import answer_token_ids
 from ..testbed.vocabulary import article
 
@@ -147,9 +146,7 @@ def picture_as_seen(eye: Eye, inputs: Any, num_image_tokens: int) -> tuple[str, 
     else:
         picture = picture.copy()
         picture.thumbnail((768, 768))
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), grid
+    return data_uri(picture, quality=88), grid
 
 
 def grid_of(model: Any, inputs: Any, num_image_tokens: int) -> tuple[int, int] | None:

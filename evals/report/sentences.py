@@ -41,7 +41,7 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         if row["label"] not in changed:
             said.append(f"{row['label']}: no answer changed.")
             continue
-        found = list(_differences(results, row)) or [f"not told apart from {results.get('reference', 'none')}"]
+        found = list(_differences(results, row)) or [f"no clear difference from {results.get('reference', 'none')}"]
         clauses = [", ".join(found), *_controls(results, row)]
         if verdict(results, row) == "loops":
             clauses.append("but more of its captions loop or are cut off, so that its other figures mean little")
@@ -58,7 +58,7 @@ def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator
             yield f"{'under 0.1' if size == '0.0' else size} points {more if found['estimate'] > 0 else less}"
 
 
-_OUTCOMES = {"better": "less", "worse": "more"}  # of the method, and what the control then does
+_OUTCOMES = {"better": "worse", "worse": "better"}  # of the method, and how the control then does
 
 
 def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:

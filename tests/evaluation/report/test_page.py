@@ -172,8 +172,8 @@ def test_summary_has_verdicts_and_corrected_stars() -> None:
 def test_the_first_lines_say_what_is_certain() -> None:
     results = small_results()
     assert sentences(results) == [
-        "<m>: 10.0 points fewer invented objects; ending captions earlier does less on CHAIR_i.",
-        "n: not told apart from none.",
+        "<m>: 10.0 points fewer invented objects; ending captions earlier does worse on CHAIR_i.",
+        "n: no clear difference from none.",
     ]
     checker = Checker()
     checker.feed(small_page(results))
@@ -207,9 +207,9 @@ def test_a_wide_summary_is_several_tables_of_whole_benchmarks() -> None:
     ("verdicts", "expected"),
     [
         (("same", "same"), "; ending captions earlier does as much"),
-        (("better", "same"), "; ending captions earlier does less on CHAIR_i"),
-        (("same", "worse"), "; ending captions earlier does more on CHAIR_s"),
-        (("better", "worse"), "; ending captions earlier does less on CHAIR_i and more on CHAIR_s"),
+        (("better", "same"), "; ending captions earlier does worse on CHAIR_i"),
+        (("same", "worse"), "; ending captions earlier does better on CHAIR_s"),
+        (("better", "worse"), "; ending captions earlier does worse on CHAIR_i and better on CHAIR_s"),
     ],
 )
 def test_sentences_tell_what_needs_no_method(verdicts: tuple[str, str], expected: str) -> None:

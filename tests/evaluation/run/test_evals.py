@@ -886,7 +886,7 @@ front: no other row is at least as good in hallucination, recall and seconds and
   the same batch, median and quartiles over batches; they differ where quartiles do not overlap and medians by more than
   5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the intervals.
 
-vhr: 1.2 points higher POPE accuracy; ending captions earlier does less on CHAIR_i.
+vhr: 1.2 points higher POPE accuracy; ending captions earlier does worse on CHAIR_i.
 var: no answer changed."""
 
 
@@ -903,7 +903,7 @@ var            20.0      72.0     81.8        80.0      5.1
 - none: paired difference in points; 95 %: its interval over 2000 resamples of the images
 *: the interval excludes 0; = none: no answer changed
 
-vhr: 1.2 points higher POPE accuracy; ending captions earlier does less on CHAIR_i.
+vhr: 1.2 points higher POPE accuracy; ending captions earlier does worse on CHAIR_i.
 var: no answer changed."""
 
 
