@@ -3,9 +3,11 @@
 from vlmfix import methods as methods
 from vlmfix import probes as probes
 from vlmfix.calibration.calibrate import calibrate as calibrate
+from vlmfix.decoding.flb import FLB as FLB
 from vlmfix.decoding.guidance import Guidance as Guidance
 from vlmfix.decoding.ifg import IFG as IFG
 from vlmfix.decoding.lqcd import LQCD as LQCD
+from vlmfix.decoding.m3id import M3ID as M3ID
 from vlmfix.decoding.opera import OPERA as OPERA
 from vlmfix.decoding.vcd import VCD as VCD
 from vlmfix.engine.status import Status as Status

@@ -25,8 +25,8 @@ class NaiveBranches:
         """The prompt whose answer is wanted, and the one to contrast it with."""
         raise NotImplementedError
 
-    def combine(self, logits: list[float], other: list[float]) -> list[float]:
-        """The logits of the next token, from those of both branches."""
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
+        """The logits of token ``number`` of the answer (from 1), from those of both branches."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -43,7 +43,7 @@ class NaiveBranches:
         for _ in range(tokens):
             step = last_logits(model, own, answer)
             if other is not None:
-                step = self.combine(step, last_logits(model, other, answer))
+                step = self.combine(step, last_logits(model, other, answer), len(answer) + 1)
             steps.append(step)
             allowed = [value for token, value in enumerate(step) if token not in suppress]
             answer.append(next(t for t, value in enumerate(step) if t not in suppress and value == max(allowed)))

@@ -19,7 +19,7 @@ class NaiveGuidance(NaiveBranches):
     def prompts(self, ids: list[int], pixels: torch.Tensor) -> tuple[Prompt, Prompt]:
         return (ids, pixels), ([token for token in ids if token != IMAGE], None)
 
-    def combine(self, logits: list[float], other: list[float]) -> list[float]:
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
         with_image, without = log_probabilities(logits), log_probabilities(other)
         limit = max(with_image) + math.log(self.beta) if self.beta else -math.inf
         return [

@@ -23,7 +23,7 @@ class NaiveIfg(NaiveBranches):
                     made[channel] = blurred(picture[channel], 6)
         return (ids, pixels), (ids, other)
 
-    def combine(self, logits: list[float], other: list[float]) -> list[float]:
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
         limit = max(logits) + math.log(self.beta) if self.beta else -math.inf
         return [
             theirs + self.scale * (mine - theirs) if mine >= limit else -math.inf

@@ -15,7 +15,7 @@ class NaiveLqcd(NaiveBranches):
         end = len(ids) - self.behind
         return (ids, pixels), (ids[:end] + self.hint + ids[end:], pixels)
 
-    def combine(self, logits: list[float], other: list[float]) -> list[float]:
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
         return contrast(logits, other, self.alpha, self.beta)
 
 

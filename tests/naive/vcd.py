@@ -21,7 +21,7 @@ class NaiveVcd(NaiveBranches):
         noised = [math.sqrt(left) * picture + math.sqrt(1 - left) * noise for picture in pixels]
         return (ids, pixels), (ids, torch.stack(noised))
 
-    def combine(self, logits: list[float], other: list[float]) -> list[float]:
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
         return contrast(logits, other, self.alpha, self.beta)
 
 

@@ -32,6 +32,19 @@ class OtherTokens(NamedTuple):
     is_swapped: bool = False
 
 
+class AnswerToken(NamedTuple):
+    """Which token of an answer is being chosen.
+
+    Attributes:
+        number: 1 for the first token behind the prompt, in every turn anew.
+        first_logits: The model's own logits of that first token, fp32 ``[batch, vocab]``; ``None`` unless the method
+            ``keeps_first_logits``.
+    """
+
+    number: int
+    first_logits: torch.Tensor | None = None
+
+
 def strength(default: float, source: str = "") -> float:
     """Declare the parameter ``alpha``; ``source`` says where its default comes from."""
     text = f"Strength of the contrast. {source}".strip()
@@ -39,10 +52,11 @@ def strength(default: float, source: str = "") -> float:
 
 
 def plausibility(default: float, source: str = "") -> float:
-    """Declare the parameter ``beta``; ``source`` says where its default comes from."""
+    """Declare the parameter ``beta``, searched unless it is off; ``source`` says where its default comes from."""
     text = "Plausibility cut: only tokens with ``l >= max l + ln(beta)`` may be chosen. 0 cuts nothing."
     remark = "0: no cut; 1: only the most likely token is left"
-    return parameter(default, low=0, high=1, remark=remark, search=Range(0.02, 0.9), help=f"{text} {source}".strip())
+    search = Range(0.02, 0.9) if default else None
+    return parameter(default, low=0, high=1, remark=remark, search=search, help=f"{text} {source}".strip())
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,8 @@ class DecodingMethod(Method):
     """Whether the other branch has another image: the same tokens, at the same positions."""
     removes_image: ClassVar[bool] = False
     """Whether the other branch has no image."""
+    keeps_first_logits: ClassVar[bool] = False
+    """Whether :meth:`combine` is shown the logits of the answer's first token again."""
 
     def validate(self) -> None:
         """Refuse layers."""
@@ -112,8 +128,15 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Combine the logits of two branches for the next token, both fp32 ``[batch, vocab]``."""
+    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
+        """Combine the logits of two branches for the next token.
+
+        Args:
+            logits: Of the model's own branch, fp32 ``[batch, vocab]``; must not be changed in place.
+            other: Of the other branch; without one, those of the model's own.
+            token: Which token it is. A method that asks must set ``needs_cache``: without a cache, every forward reads
+                a prompt.
+        """
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +166,7 @@ class Contrast(DecodingMethod):
         """Not for the cut alone."""
         return self.alpha != 0
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
         """Contrast and cut fp32 ``[batch, vocab]``."""
         return cut(contrast(logits, other, self.alpha), logits, self.beta)
 

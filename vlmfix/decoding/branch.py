@@ -41,6 +41,7 @@ class Branch:
         last_position: Position of its prompt's last token, ``[(dims,) batch, 1]``; ``None`` where both have the same.
         cache: Its cache, where it has one of its own.
         pair: Both caches in one, where they fit.
+        first_logits: The model's own logits of the answer's first token, fp32 ``[batch, vocab]``, where they are kept.
         is_dense: Whether there is no padding, so that steps need not look.
     """
 
@@ -51,6 +52,7 @@ class Branch:
     last_position: torch.Tensor | None = None
     cache: Any = None
     pair: PairedCache | None = None
+    first_logits: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         """Look once whether there is padding."""
@@ -58,6 +60,8 @@ class Branch:
 
     def reorder(self, own: Any, beams: torch.Tensor) -> None:
         """Follow a reordering of the batch, the model's own cache included."""
+        if self.first_logits is not None:
+            self.first_logits = self.first_logits[beams.to(self.first_logits.device)]
         if self.pair is not None:
             self.pair.reorder(beams)
             self.pair.show(own)
@@ -71,6 +75,7 @@ class Branch:
         length = own.get_seq_length()
         if self.pair is not None:
             self.pair.crop(length)
+        if self.cache is None:
             return
         extra = self.cache.get_seq_length() - self.valid.shape[1] - (length - self.own_length)
         if extra:
@@ -81,7 +86,11 @@ class Branch:
         if self.pair is not None:
             self.cache, self.pair = self.pair.other(), None
 
-    # The step in which both branches read the token number ``steps`` of the answer, counted from 1.
+    # The step in which both branches read the token number ``steps`` of the answer, and choose the next.
+
+    def steps(self, past: int) -> int:
+        """Return the number of the token that is read behind ``past`` others of the model's own branch, from 1."""
+        return past + 1 - self.own_length
 
     def mask(self, own: torch.Tensor | None, steps: int) -> torch.Tensor | None:
         """Return the attention mask of a step: int64 ``[batch, length + steps]``, or ``None`` without padding."""

@@ -49,10 +49,10 @@ def _with_room(parts: Sequence[torch.Tensor], length: int, room: int = ROOM) -> 
     """Return the rows of some tensors under each other, padded on the left to ``length``, with room behind."""
     batch, heads, _, size = parts[0].shape
     buffer = parts[0].new_empty(len(parts) * batch, heads, length + room, size)
-    for rows, part in zip(buffer.split(batch), parts, strict=True):
-        start = length - part.shape[2]
-        rows[:, :, :start] = 0
-        rows[:, :, start:length] = part
+    for number, part in enumerate(parts):
+        rows, start = slice(number * batch, (number + 1) * batch), length - part.shape[2]
+        buffer[rows, :, :start] = 0
+        buffer[rows, :, start:length] = part
     return buffer
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmfix.decoding.base import AnswerToken, DecodingMethod
 from vlmfix.decoding.branch import WATCHED, Branch, PairedForward, by_row
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
@@ -30,7 +31,6 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
-    from vlmfix.decoding.base import DecodingMethod
     from vlmfix.engine.forwards import EditedForward
     from vlmfix.engine.status import Counters
     from vlmfix.model.anatomy import Anatomy
@@ -112,6 +112,9 @@ class TwoBranches:
         if not forward.state.any_image:
             return forward, kwargs
         self._check(forward, inputs)
+        if forward.is_prefill and not self._method.uses_branch:
+            forward.pending = Pending(inputs)
+            return forward, kwargs
         branch: Branch | None = forward.state.branch
         past = int(forward.past)
         if branch is not None and 0 < past < branch.own_length:
@@ -121,14 +124,14 @@ class TwoBranches:
             )
         if branch is not None and past:
             branch.follow(inputs["past_key_values"])
-        if not self._method.uses_branch:
-            forward.pending = Pending(inputs)
-        elif forward.is_prefill:
+        if forward.is_prefill:
             forward.pending = self._begin_prompt(forward, inputs, images)
         elif branch is None:
             raise UnsupportedFeatureError(f"{self._method.name} knows nothing of this cache's prompt. Start anew.")
+        elif not self._method.uses_branch:
+            forward.pending = Pending(inputs)
         else:
-            steps = past + 1 - branch.own_length
+            steps = branch.steps(past)
             if branch.pair is not None and self._can_join(inputs):
                 return PairedForward(forward, branch, inputs["past_key_values"]), branch.joined_step(
                     inputs, kwargs, steps
@@ -142,8 +145,8 @@ class TwoBranches:
         cache = inputs.get("past_key_values")
         if getattr(cache, "is_compileable", False):
             raise UnsupportedFeatureError(
-                f"{name} runs a second branch, whose cache grows beside that of the first; a static cache has no room "
-                "for it. Leave cache_implementation at its default."
+                f"{name} looks at every step of an answer beside the model, and may run a second branch, whose cache "
+                "grows; a static cache has no room for it. Leave cache_implementation at its default."
             )
         if forward.q_len != forward.prompt_len and (forward.is_prefill or forward.q_len > 1):
             raise UnsupportedFeatureError(
@@ -211,15 +214,19 @@ class TwoBranches:
                 f"{self._method.name} contrasts the logits behind each prompt's last token, and those asked for are "
                 "behind padding. Pad on the left (padding_side='left'), or leave logits_to_keep out."
             )
-        if not self._method.uses_branch:
-            branch, other = Branch(forward.has_image, None, forward.valid_mask, 0), own
-        elif pending.prompt is not None:
-            other, branch = self._read_prompt(pending, output, forward)
-        else:
-            branch = forward.state.branch
-            assert pending.step is not None
+        other, branch = own, forward.state.branch
+        if pending.step is not None:
             other, _ = self._run(pending.step, branch.cache, None, use_cache=True)
-        result = self._combined(own, other, branch)
+        elif forward.is_prefill:
+            own_cache = _cache_of(output, pending.inputs)
+            if pending.prompt is not None:
+                other, branch = self._read_prompt(pending.prompt, pending.cache, own_cache, forward)
+            else:
+                branch = Branch(forward.has_image, None, forward.valid_mask, int(forward.past) + forward.q_len)
+            if self._method.keeps_first_logits:
+                branch.first_logits = own
+            forward.state.branch = None if own_cache is None else branch
+        result = self._combined(own, other, branch, forward)
         if logits.shape[1] == 1:
             return _with_logits(output, result[:, None])
         logits = logits.clone()  # rounded to the model's dtype, beside the rows of other tokens
@@ -232,7 +239,7 @@ class TwoBranches:
         pair.show(forward.cache)
         batch = len(branch.active)
         logits = _logits_of(output)[:, -1].float()
-        result = self._combined(logits[:batch], logits[batch:], branch)[:, None]
+        result = self._combined(logits[:batch], logits[batch:], branch, forward.own)[:, None]
 
         def own_part(value: Any) -> Any:
             return forward.cache if value is pair.cache else by_row(value, 2 * batch, lambda rows: rows[:batch], dims=2)
@@ -243,21 +250,22 @@ class TwoBranches:
             output = tuple(own_part(value) for value in output)
         return _with_logits(output, result)
 
-    def _combined(self, own: torch.Tensor, other: torch.Tensor, branch: Branch) -> torch.Tensor:
+    def _combined(self, own: torch.Tensor, other: torch.Tensor, branch: Branch, forward: EditedForward) -> torch.Tensor:
         """Combine fp32 logits ``[batch, vocab]`` of both branches, in the rows that are contrasted."""
+        number = 1 if forward.is_prefill else branch.steps(int(forward.past)) + 1
+        token = AnswerToken(number, branch.first_logits)
         active, other = branch.active.to(own.device), other.to(own.device)
         first, second = own, other
         if branch.swapped is not None:
             swaps = branch.swapped.to(own.device)[:, None]
             first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
         self._counters.count(self._index, active.sum())
-        return torch.where(active[:, None], self._method.combine(first, second), own)
+        return torch.where(active[:, None], self._method.combine(first, second, token), own)
 
-    def _read_prompt(self, pending: Pending, output: Any, forward: EditedForward) -> tuple[torch.Tensor, Branch]:
-        """Let the other branch read its prompt: fp32 logits of the next token, and the branch."""
-        prompt, cache = pending.prompt, pending.cache
-        assert prompt is not None
-        own_cache = _cache_of(output, pending.inputs)
+    def _read_prompt(
+        self, prompt: OtherPrompt, cache: Any, own_cache: Any, forward: EditedForward
+    ) -> tuple[torch.Tensor, Branch]:
+        """Let the other branch read its prompt: fp32 logits of the next token, and the branch with its cache."""
         arguments, branch = prompt.arguments, prompt.branch
         if cache is None and own_cache is not None and is_plain(own_cache):
             cache = emptied(own_cache)  # the model made its own
@@ -265,13 +273,11 @@ class TwoBranches:
         if may_share and own_cache is not None and cache is not None and copy_columns(cache, own_cache, prompt.shared):
             arguments = prompt.behind_shared()
         logits, filled = self._run(arguments, cache, branch.valid, use_cache=own_cache is not None)
-        if own_cache is not None:
-            forward.state.branch = branch
-            if PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
-                branch.pair = PairedCache(own_cache, filled)
-                branch.pair.show(own_cache)
-            else:
-                branch.cache = filled
+        if own_cache is not None and PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
+            branch.pair = PairedCache(own_cache, filled)
+            branch.pair.show(own_cache)
+        else:
+            branch.cache = filled
         return logits, branch
 
     @torch.no_grad()

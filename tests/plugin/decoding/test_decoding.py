@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,10 @@ from vlmfix.decoding.base import contrast, cut
 from vlmfix.decoding.caches import PairedCache
 from vlmfix.methods.registry import make_method
 
-METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if hasattr(cls, "uses_branch"))
+METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if getattr(cls, "uses_branch", False))
 EACH = pytest.mark.parametrize("name", METHODS)
+NEEDS_CACHE = {"lqcd", "m3id"}
+"""An answer cannot be told from the question without a cache, and every turn has a question of its own."""
 ONE = collate([RAGGED[0]])
 TEXT = collate([RAGGED[2]])
 EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
@@ -140,7 +143,7 @@ def test_forwards_and_tokens_read(tiny: Any, name: str) -> None:
     (first, second), steps = seen[:2], seen[2:]
     assert first == (1, length)
     assert second[0] == 1
-    other = {"guidance": length - 9, "lqcd": length + 3}.get(name, length)
+    other = {"guidance": length - 9, "m3id": length - 9, "lqcd": length + 3}.get(name, length)
     shared = {"lqcd": length - 1}.get(name, 4)
     assert second[1] == other - shared, "the beginning is read once"
     assert steps == [(2, 1)] * 3
@@ -204,9 +207,11 @@ def test_a_buffer_grows_and_never_writes_over_what_others_see() -> None:
 def test_with_and_without_a_cache(build: Any, name: str, kind: str) -> None:
     model = build(kind)
     patch(model, name)
-    inputs = EVEN if name == "lqcd" else collate(RAGGED)
-    if name == "lqcd":
-        pytest.skip("without a cache an answer cannot be told from the question")
+    inputs = collate(RAGGED)
+    if name in NEEDS_CACHE:
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="Leave use_cache on"):
+            generate(model, inputs, 5, use_cache=False)
+        return
     close(generate(model, inputs, 5)[1], generate(model, inputs, 5, use_cache=False)[1])
 
 
@@ -244,7 +249,7 @@ def test_beams_of_a_batch_equal_those_alone_and_without_cache(build: Any, name: 
         alone = beams(model, collate([each]))
         assert torch.equal(together[0][row], alone[0][0])
         close(together[1][row], alone[1][0])
-    if name != "lqcd":
+    if name not in NEEDS_CACHE:
         without = beams(model, collate(RAGGED[:2]), use_cache=False)
         assert torch.equal(together[0], without[0])
         close(together[1], without[1])
@@ -304,8 +309,8 @@ def test_logits_processors_see_the_contrast_once_per_token(tiny: Any, name: str)
 @EACH
 def test_a_further_turn_continues_both_branches(tiny: Any, name: str) -> None:
     """A question, its answer and another question equal the whole conversation as one prompt."""
-    if name == "lqcd":
-        pytest.skip("each turn has a question of its own")
+    if name in NEEDS_CACHE:
+        pytest.skip("every turn begins anew")
     patch(tiny, name)
     first, answer, question = RAGGED[0], words(3, seed=31), words(4, seed=32)
     cache = DynamicCache(config=tiny.config)
@@ -322,8 +327,8 @@ def test_a_further_turn_continues_both_branches(tiny: Any, name: str) -> None:
 
 @EACH
 def test_an_image_in_a_later_turn(tiny: Any, name: str) -> None:
-    if name == "lqcd":
-        pytest.skip("each turn has a question of its own")
+    if name in NEEDS_CACHE:
+        pytest.skip("every turn begins anew")
     patch(tiny, name)
     later = sample(2, 1, 4, seed=6)
     cache = DynamicCache(config=tiny.config)
@@ -423,7 +428,7 @@ def test_attention_methods_act_in_the_own_branch_only(build: Any, name: str, kin
         contrasted, boosted, plain, both = found
         if name == "lqcd":
             continue  # linear in neither alone: see test_decoding_lqcd
-        strength = {"guidance": 0.5}.get(name, 1.0)
+        strength = {"guidance": 0.5, "m3id": math.expm1(0.1 * 4)}.get(name, 1.0)
         # plain + a (plain - other) = contrasted gives other; boosted + a (boosted - other) must be both.
         other = plain - (contrasted - plain) / strength
         rows = [row for row in range(len(plain)) if inputs is ONE or RAGGED[row].pixels is not None]
@@ -534,7 +539,7 @@ def test_other_families(name: str, family: str) -> None:
     patch(model, name)
     _, logits = generate(model, single, 4)
     assert (logits - stock).abs().max() > 1e-3
-    if name != "lqcd":
+    if name not in NEEDS_CACHE:
         close(logits, generate(model, single, 4, use_cache=False)[1])
     samples = [found.sample(seed=1), found.sample(after=8, seed=2)]
     together = generate(model, found.collate(samples), 4)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import threading
 from typing import Any
 
 import pytest
@@ -196,3 +197,36 @@ def test_every_picture_argument_is_replaced(method: Any) -> None:
         same = torch.isclose(found[name], inputs[name]).float().mean()
         assert found[name].shape == shape and same < 0.1, name
     assert torch.equal(found["flattened_patches"][..., :2], inputs["flattened_patches"][..., :2]), "row and column"
+
+
+# One call of the stock model.
+
+
+@pytest.mark.parametrize("method", [*CONTRASTS, vlmfix.OPERA(num_beams=2)], ids=lambda method: method.name)
+def test_calls_of_the_stock_model_beside_calls_of_the_method(tiny: Any, method: Any) -> None:
+    """Several ways of ``generate(..., vlmfix=None)``, each in a thread, and the method in two others."""
+
+    def answer(number: int, **options: Any) -> torch.Tensor:
+        return tiny.generate(**collate([RAGGED[number]]), max_new_tokens=6, do_sample=False, **options)
+
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}]
+    stock = [answer(number % len(RAGGED), **{**way, "vlmfix": None}) for number, way in enumerate(ways)]
+    vlmfix.patch(tiny, method)
+    expected = answer(0)
+    before = vlmfix.status(tiny)
+    found: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        for _ in range(2):
+            way = {**ways[number], "vlmfix": None} if number < len(ways) else {}
+            found[number] = answer(number % len(RAGGED) if way else 0, **way)
+
+    work(2)
+    assert vlmfix.status(tiny) == before, "nothing is counted of it"
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(ways) + 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(len(ways) + 2):
+        assert torch.equal(found[number], stock[number] if number < len(ways) else expected)

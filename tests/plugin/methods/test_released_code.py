@@ -130,7 +130,7 @@ def test_pai_as_released_is_guidance_beside_an_unedited_prompt(tiny: Any) -> Non
     own, answer = prompt[-1], []
     (_, other) = guidance.prompts(list(each.ids), each.pixels)
     for step in range(4):
-        expected = guidance.combine(own.tolist(), last_logits(tiny, other, answer))
+        expected = guidance.combine(own.tolist(), last_logits(tiny, other, answer), step + 1)
         torch.testing.assert_close(
             logits[0, step].log_softmax(-1), torch.tensor(expected).log_softmax(-1), atol=1e-5, rtol=1e-5
         )

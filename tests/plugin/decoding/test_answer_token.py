@@ -1,0 +1,191 @@
+"""Methods that ask which token of an answer is being chosen: M3ID's growing weight, FLB's first logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import by_name
+from families.tiny_llava import RAGGED, collate, forward, generate, words
+from transformers import DynamicCache
+
+import vlmfix
+from vlmfix.decoding.base import AnswerToken
+
+ONE = collate([RAGGED[0]])
+TEXT = collate([RAGGED[2]])
+STRONG = [vlmfix.M3ID(lam=0.3, alpha=1.0), vlmfix.FLB(gamma=2.0, lam=1.0, beta=0.0)]
+EACH = pytest.mark.parametrize("method", STRONG, ids=lambda method: method.name)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def read(model: Any, cache: Any, tokens: list[int], **options: Any) -> torch.Tensor:
+    """The logits behind each of some tokens, one step each."""
+    with torch.no_grad():
+        steps = [
+            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, **options).logits[0, -1]
+            for token in tokens
+        ]
+    return torch.stack(steps)
+
+
+# The formulas.
+
+
+@pytest.mark.parametrize(("number", "weight"), [(1, 0.0202), (10, 0.2214), (35, 1.0138), (100, 6.3891), (200, 53.598)])
+def test_the_weight_of_m3id_grows(number: int, weight: float) -> None:
+    logits, other = torch.randn(2, 2, 30, generator=torch.Generator().manual_seed(0))
+    found = vlmfix.M3ID(alpha=1.0).combine(logits, other, AnswerToken(number))
+    torch.testing.assert_close(found, logits + weight * (logits - other), atol=1e-3, rtol=1e-4)
+    as_guidance = vlmfix.Guidance(gamma=1 + weight, beta=0.0).combine(logits, other, AnswerToken(number))
+    torch.testing.assert_close(found.softmax(-1), as_guidance.softmax(-1), atol=1e-4, rtol=1e-3)
+
+
+def test_the_weight_of_m3id_stays_finite() -> None:
+    logits, other = torch.randn(2, 1, 30, generator=torch.Generator().manual_seed(0))
+    logits[0, 3] = -torch.inf
+    for lam in (0.2, 5.0):
+        for number in (1, 200, 5000):
+            found = vlmfix.M3ID(lam=lam, alpha=1.0).combine(logits, other, AnswerToken(number))
+            assert found.isneginf().tolist() == logits.isneginf().tolist() and not found.isnan().any()
+
+
+def test_the_gate_of_m3id_leaves_sure_rows_alone() -> None:
+    logits = torch.tensor([[5.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    other = torch.zeros(2, 3)
+    found = vlmfix.M3ID(lam=0.3, alpha=0.5).combine(logits, other, AnswerToken(5))
+    assert torch.equal(found[0], logits[0]) and not torch.equal(found[1], logits[1])
+
+
+@pytest.mark.parametrize(("number", "weight"), [(1, 0.0), (2, 0.0146), (3, 0.0285), (6, 0.0664), (51, 0.2754)])
+def test_the_weight_of_flb_grows_from_nothing(number: int, weight: float) -> None:
+    logits, first = torch.randn(2, 2, 30, generator=torch.Generator().manual_seed(0))
+    first[0, 2] = -torch.inf
+    found = vlmfix.FLB(beta=0.0).combine(logits, logits, AnswerToken(number, first))
+    expected = logits + weight * torch.where(first.isinf(), 0.0, first)
+    torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
+    shifted = vlmfix.FLB(beta=0.0).combine(logits, logits, AnswerToken(number, first + 7))
+    torch.testing.assert_close(shifted.softmax(-1)[1], found.softmax(-1)[1])
+
+
+# Strength zero, no image, and the cut alone.
+
+
+@pytest.mark.parametrize(
+    "method",
+    [vlmfix.M3ID(lam=0.0), vlmfix.M3ID(alpha=0.0), vlmfix.FLB(gamma=0.0, beta=0.0), vlmfix.FLB(lam=0.0, beta=0.0)],
+    ids=str,
+)
+def test_strength_zero_is_stock(tiny: Any, method: Any) -> None:
+    stock = generate(tiny, collate(RAGGED))[1]
+    vlmfix.patch(tiny, method)
+    assert torch.equal(generate(tiny, collate(RAGGED))[1], stock)
+
+
+@pytest.mark.parametrize("method", [vlmfix.M3ID(lam=0.0, beta=0.3), vlmfix.FLB(gamma=0.0, beta=0.3)], ids=str)
+def test_the_cut_alone_leaves_greedy_as_it_is(tiny: Any, method: Any) -> None:
+    ids, logits = generate(tiny, ONE)
+    vlmfix.patch(tiny, method)
+    found, cut = generate(tiny, ONE)
+    assert torch.equal(found, ids)
+    kept = cut.isfinite()
+    assert 0 < kept.sum() < kept.numel() and torch.equal(cut[kept], logits[kept])
+
+
+def test_flb_reads_nothing_more_and_leaves_the_first_token(tiny: Any) -> None:
+    stock = generate(tiny, ONE, 4)[1]
+    seen = []
+    handle = tiny.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    vlmfix.patch(tiny, STRONG[1])
+    found = generate(tiny, ONE, 4)[1]
+    handle.remove()
+    assert seen == [(1, ONE["input_ids"].shape[1]), (1, 1), (1, 1), (1, 1)]
+    assert torch.equal(found[:, 0], stock[:, 0]) and not torch.equal(found[:, 1], stock[:, 1])
+    assert vlmfix.status(tiny).edited == (4,)
+    vlmfix.patch(tiny, STRONG[1])
+    generate(tiny, TEXT, 4)
+    assert vlmfix.status(tiny).edited == (0,)
+
+
+# What counts tokens.
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_batch_beams_and_a_loop_count_alike(build: Any, method: Any, kind: str) -> None:
+    model = build(kind)
+    vlmfix.patch(model, method)
+    together = generate(model, collate(RAGGED), 6)
+    for row, each in enumerate(RAGGED):
+        close(together[1][row], generate(model, collate([each]), 6)[1][0])
+    cache = DynamicCache(config=model.config)
+    first = forward(model, ONE, past_key_values=cache, use_cache=True).logits[:, -1]
+    alone = generate(model, ONE, 6)
+    steps = read(model, cache, alone[0][0, -6:-1].tolist())
+    close(torch.cat([first, steps]), alone[1][0])
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    beams = model.generate(**collate(RAGGED[:2]), **options)[:, -6:]
+    for row, each in enumerate(RAGGED[:2]):
+        assert torch.equal(beams[row], model.generate(**collate([each]), **options)[0, -6:])
+
+
+@EACH
+def test_a_crop_takes_tokens_back(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    cache = DynamicCache(config=tiny.config)
+    forward(tiny, ONE, past_key_values=cache, use_cache=True)
+    twin = copy.deepcopy(cache)
+    expected = read(tiny, twin, [20, 21, 22])
+    read(tiny, cache, [20, 30, 31, 32])
+    cache.crop(-3)
+    close(read(tiny, cache, [21, 22]), expected[1:])
+
+
+@EACH
+def test_a_turn_begins_anew(tiny: Any, method: Any) -> None:
+    """The second answer equals that to the whole conversation as one prompt."""
+    vlmfix.patch(tiny, method)
+    answer, question = words(3, seed=31), words(4, seed=32)
+    cache = DynamicCache(config=tiny.config)
+    forward(tiny, ONE, past_key_values=cache, use_cache=True)
+    read(tiny, cache, answer)
+    with torch.no_grad():
+        first = tiny(input_ids=torch.tensor([question]), past_key_values=cache, use_cache=True).logits[0, -1]
+    found = torch.stack([first, *read(tiny, cache, [20, 21])])
+    whole = DynamicCache(config=tiny.config)
+    ids = torch.cat([ONE["input_ids"], torch.tensor([[*answer, *question]])], dim=1)
+    with torch.no_grad():
+        options = {"pixel_values": ONE["pixel_values"], "past_key_values": whole, "use_cache": True}
+        start = tiny(input_ids=ids, **options).logits[0, -1]
+    close(found, torch.stack([start, *read(tiny, whole, [20, 21])]))
+
+
+@EACH
+def test_without_a_cache_it_is_refused(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="Leave use_cache on"):
+        generate(tiny, ONE, 4, use_cache=False)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="static cache"):
+        tiny.generate(**ONE, max_new_tokens=4, cache_implementation="static")
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "gemma3", "qwen3_5", "mllama"])
+def test_flb_in_other_families(family: str) -> None:
+    found = by_name(family)
+    if found.unavailable():
+        pytest.skip(str(found.unavailable()))
+    model = found.build()
+    samples = [found.sample(seed=1), found.sample(after=8, seed=2)]
+    stock = generate(model, found.collate(samples), 4)[1]
+    vlmfix.patch(model, STRONG[1])
+    together = generate(model, found.collate(samples), 4)[1]
+    assert torch.equal(together[:, 0], stock[:, 0]) and (together - stock).abs().max() > 1e-3
+    for row, each in enumerate(samples):
+        close(together[row], generate(model, found.collate([each]), 4)[1][0])
