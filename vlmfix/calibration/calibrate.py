@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration import act, adaiat, adhh, allpath, image, iri
+from vlmfix.calibration import act, adaiat, adhh, allpath, iri, vaf, var
 from vlmfix.calibration.search import Found
 from vlmfix.calibration.session import Session, open_session
 from vlmfix.errors import MethodError
@@ -29,8 +29,8 @@ _LEARNED: dict[str, tuple[Callable[..., Found], tuple[str, ...]]] = {
     "adhh": (adhh.search, ("heads",)),
     "allpath": (allpath.search, ("up_heads", "down_heads")),
     "iri": (iri.search, ("ranking",)),
-    "vaf": (image.search_vaf, ("heads",)),
-    "var": (image.search_var, ("sink_dims",)),
+    "vaf": (vaf.search, ("heads",)),
+    "var": (var.search, ("sink_dims",)),
 }
 """By method: how it is learned, and the parameters that are."""
 

@@ -107,7 +107,8 @@ class VAR(Method):
         if self.sink_threshold > math.sqrt(anatomy.hidden_size):
             limit = math.sqrt(anatomy.hidden_size)
             return (
-                f"var: no token can reach sink_threshold={self.sink_threshold:g}: |x_d|/rms(x) <= {limit:.1f} here",
+                f"var: no token can reach sink_threshold={self.sink_threshold:g}: |x_d|/rms(x) <= {limit:.1f} here; "
+                "vlmfix calibrate var finds one that is reached",
             )
         return ()
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.var import find_sinks, sink_values
+from vlmfix.methods.base import Method
+from vlmfix.methods.var import sink_values
 from vlmfix.methods.views import Layer
 from vlmfix.model.sink_dims import sink_dims_for
-from vlmfix.observe.ask import look_at
+from vlmfix.observe.ask import Subject, look_at
+from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import AttentionWatch, InputWatch
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
@@ -72,37 +74,51 @@ class Sinks(ProbeResult):
         )
 
 
-class SinkLog:
-    """Column sums of attention weights, and phi, by layer; on the CPU."""
+class ReceivedLog:
+    """The attention that every token of a prompt receives, summed up over rows; by layer, on the CPU.
 
-    def __init__(self, sink_dims: Sequence[int], threshold: float) -> None:
+    Attributes:
+        sums: fp32 ``[batch, num_heads, tokens]``.
+        rows: Over how many rows, ``[batch, tokens]``.
+    """
+
+    def __init__(self) -> None:
         self.sums: dict[int, torch.Tensor] = {}
         self.rows: dict[int, torch.Tensor] = {}
-        self.values: dict[int, torch.Tensor] = {}
-        self.hidden: dict[int, torch.Tensor] = {}
-        self.is_image: torch.Tensor | None = None
-        self._dims = sink_dims
-        self._threshold = threshold
 
-    def see_weights(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
-        """Add rows of ``[batch, num_heads, rows, keys]`` of a prompt to the sums."""
-        forward, at = layer.forward, layer.site.layer_idx
-        if not forward.is_prefill:
-            return
-        self.is_image = forward.image_mask
+    def see(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
+        """Add rows of ``[batch, num_heads, rows, keys]`` of a prompt."""
+        at = layer.site.layer_idx
         assert layer.row_mask is not None
         counted = layer.row_mask[:, None, :, None].to(attn_weights.device)
-        length = forward.image_mask.shape[1]
+        length = layer.forward.image_mask.shape[1]
         sums = (attn_weights * counted).sum(2)[..., :length].float().cpu()
         rows = (allowed & counted).expand(-1, -1, -1, attn_weights.shape[-1])[:, 0].sum(1)[:, :length].cpu()
         self.sums[at] = self.sums.get(at, 0) + sums
         self.rows[at] = self.rows.get(at, 0) + rows
 
-    def see_inputs(self, hidden_states: torch.Tensor, layer: Layer) -> None:
-        """Keep phi of ``[batch, q_len, hidden_size]``."""
-        at = layer.site.layer_idx
-        self.values[at] = sink_values(hidden_states, self._dims).cpu()
-        self.hidden[at] = find_sinks(hidden_states, self._dims, self._threshold).cpu()
+
+def prompt_sink_values(
+    subject: Subject, inputs: Mapping[str, Any], sink_dims: Sequence[int], layers: Sequence[int], *watches: Method
+) -> torch.Tensor:
+    """Let a prompt be read, and return phi of its tokens: fp32 ``[batch, layers, tokens]`` on the CPU.
+
+    Args:
+        subject: The model.
+        inputs: What ``model.generate`` takes, left-padded.
+        sink_dims: Hidden dimensions that mark sinks; without any, phi is 0.
+        layers: Layers to look at.
+        *watches: What else watches.
+    """
+    found = {at: torch.zeros(inputs["input_ids"].shape) for at in layers}
+
+    def see(hidden_states: torch.Tensor, layer: Layer) -> None:
+        found[layer.site.layer_idx] = sink_values(hidden_states, sink_dims).cpu()
+
+    subject.answer(inputs, *watches, *([InputWatch(see, layers=layers)] if sink_dims else []))
+    tokens = prompt_tokens(subject.anatomy, inputs)
+    is_shown = tokens.valid & tokens.image.any(1, keepdim=True)
+    return torch.stack(list(found.values()), dim=1) * is_shown[:, None].cpu()
 
 
 @torch.no_grad()
@@ -144,36 +160,28 @@ def sinks(
     dims = sink_dims_for(subject.anatomy) if sink_dims is None else tuple(sink_dims)
     if any(not 0 <= dim < subject.anatomy.hidden_size for dim in dims):
         raise MethodError(f"sink_dims must lie below the hidden size {subject.anatomy.hidden_size}, got {dims}.")
-    log = SinkLog(dims, hidden_threshold)
-    watches = [AttentionWatch(log.see_weights, "all", layers=wanted)]
-    subject.answer(inputs, *watches, *([InputWatch(log.see_inputs, layers=wanted)] if dims else []))
-    is_token = _is_token(inputs)
-    batch, length = is_token.shape
-    # Without any image in the batch nothing was shown.
-    is_image = torch.zeros_like(is_token) if log.is_image is None else log.is_image.cpu()
-    shown = (is_token & is_image.any(1, keepdim=True))[:, None]
-    nothing = torch.zeros(batch, subject.anatomy.num_heads, length)
+    log = ReceivedLog()
+    watch = AttentionWatch(log.see, "all", layers=wanted)
+    values = prompt_sink_values(subject, inputs, dims, wanted, watch)
+    tokens = prompt_tokens(subject.anatomy, inputs)
+    batch, length = tokens.valid.shape
+    nothing = torch.zeros(batch, subject.anatomy.num_heads, length)  # without any image in the batch
     sums = torch.stack([log.sums.get(at, nothing) for at in wanted], dim=1)
     rows = torch.stack([log.rows.get(at, nothing[:, 0]) for at in wanted], dim=1)[:, :, None]
-    received = sums / rows.clamp_min(1) * shown[:, :, None]
+    is_token, is_image = tokens.valid.cpu(), tokens.image.cpu()
+    is_shown = (is_token & is_image.any(1, keepdim=True))[:, None]
+    received = sums / rows.clamp_min(1) * is_shown[:, :, None]
     limit = attention_threshold / is_token.sum(1).clamp_min(1)[:, None, None, None]
-    values = torch.stack([log.values.get(at, nothing[:, 0]) for at in wanted], dim=1) * shown
-    hidden = torch.stack([log.hidden.get(at, nothing[:, 0].bool()) for at in wanted], dim=1) & shown
     return Sinks(
         wanted,
         subject.patch,
         received=received,
         attention_sinks=(received > limit) & (rows >= min_rows),
         values=values,
-        hidden_sinks=hidden,
+        hidden_sinks=values >= hidden_threshold,
         is_image=is_image,
         is_token=is_token,
         sink_dims=dims,
         attention_threshold=attention_threshold,
         hidden_threshold=hidden_threshold,
     )
-
-
-def _is_token(inputs: Mapping[str, Any]) -> torch.Tensor:
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    return (torch.ones_like(ids) if mask is None else mask).bool().cpu()

@@ -325,17 +325,60 @@ def test_vaf_takes_the_half_that_looks_at_the_image(model: Any, processor: Any, 
     assert found.method.heads == tuple((at, head) for at in (0, 2) for head in sorted(best[at]))  # type: ignore[attr-defined]
 
 
+def with_sinks(model: Any, dims: tuple[int, ...] = (7, 19)) -> Any:
+    """Make the first token of every prompt a sink."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1, list(dims)] = torch.tensor([90.0, -60.0])
+        for layer in model.model.language_model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[list(dims)] = 0.05
+    return model
+
+
 @pytest.mark.parametrize("planted", [True, False])
 def test_var_finds_planted_sink_dimensions(planted: bool, model: Any, processor: Any) -> None:
-    dims = (7, 19)
-    if planted:
-        with torch.no_grad():
-            model.get_input_embeddings().weight[1, list(dims)] = torch.tensor([90.0, -60.0])
-            for layer in model.model.language_model.layers:
-                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                    norm.weight[list(dims)] = 0.05
-    found = vlmfix.calibrate(model, "var", asked(), processor=processor, **YES_NO)
-    assert found.method.sink_dims == (dims if planted else ())  # type: ignore[attr-defined]
+    found = vlmfix.calibrate(with_sinks(model) if planted else model, "var", asked(), processor=processor, **YES_NO)
+    assert found.method.sink_dims == ((7, 19) if planted else ())  # type: ignore[attr-defined]
+
+
+def test_var_finds_a_threshold_that_image_tokens_reach(
+    model: Any, processor: Any, plain: Plain, caplog: pytest.LogCaptureFixture
+) -> None:
+    """20 is out of reach in a model of width 32, whose phi is at most 5.7."""
+    samples, options = asked(), {"processor": processor, "layers": "1:", "image_mass": 0.0, **YES_NO}
+    found = vlmfix.calibrate(with_sinks(model), "var", samples, sink_share=0.1, **options)
+    with_sinks(plain.model)
+    values = []
+    for sample in samples:
+        states = torch.stack(plain.read(sample).hidden_states[1:LAYERS])[:, 0, plain.image_keys()]
+        peak = states[..., [7, 19]].abs().amax(-1)
+        values.append(peak / (states.square().mean(-1) + 1e-6).sqrt())
+    phi = torch.cat(values, dim=1)
+    method, provenance = found.method, found.provenance
+    threshold = method.sink_threshold  # type: ignore[attr-defined]
+    assert 0.1 * phi.numel() < int((phi >= threshold).sum()) <= 0.1 * phi.numel() + 2
+    assert provenance["options"] == {
+        "sink_threshold": threshold,
+        "threshold_from": "image tokens",
+        "sink_share": 0.1,
+        "largest_phi": pytest.approx(float(phi.max()), rel=1e-4),
+    }
+    assert provenance["counts"]["sinks_in_some_layer"] == int((phi >= threshold).any(0).sum()) > 0
+    assert f"reaches sink_threshold=20: the largest phi is {phi.max():.1f}" in caplog.text
+    assert f"The recipe has {threshold:g}" in caplog.text
+    edited = []
+    for recipe in (found, dataclasses.replace(method, sink_threshold=20.0)):  # type: ignore[call-arg]
+        vlmfix.patch(model, recipe)
+        model(**encode(processor, samples[0]))
+        edited.append(vlmfix.status(model).edited[0])
+    vlmfix.unpatch(model)
+    assert edited[0] > 0 == edited[1]
+    caplog.clear()
+    kept = vlmfix.calibrate(model, "var", samples, sink_threshold=20.0, **options)
+    assert kept.method.sink_threshold == 20.0 and "The recipe changes nothing" in caplog.text  # type: ignore[attr-defined]
+    caplog.clear()
+    low = vlmfix.calibrate(model, "var", samples, sink_threshold=float(phi.max()) - 0.01, **options)
+    assert low.provenance["options"]["threshold_from"] == "caller" and not caplog.text
 
 
 def test_iri_ranks_by_causal_tracing(model: Any, processor: Any) -> None:
@@ -591,6 +634,7 @@ def test_models_without_image_tokens_in_their_prompt_are_refused(name: str) -> N
         ("allpath", asked(1), {"answers": "yesno"}, DataError, "objects that are not"),
         ("allpath", asked(1), {"answers": "yesno", "xi": 13}, MethodError, "xi must be from 1 to 12"),
         ("allpath", described(1), {"mentions": lambda text: []}, DataError, "allpath needs records"),
+        ("var", asked(1), {"sink_share": 0}, MethodError, "sink_share must lie between 0 and 1"),
         ("iri", described(2), {}, DataError, "2 of 2 samples have no answer"),
         ("iri", asked()[1:3], {}, DataError, "none of 2 questions has that answer"),
         ("iri", asked(), {"ranking": "r.json"}, MethodError, "ranking of iri is what calibrate finds"),

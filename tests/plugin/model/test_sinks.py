@@ -33,6 +33,26 @@ def test_known_dimensions_are_found_exactly(build: Any, kind: str, dims: dict[in
     assert found[0] == max(dims, key=lambda dim: abs(dims[dim]))
 
 
+def test_a_layer_that_drops_its_sinks_midway_does_not_hide_them(build: Any) -> None:
+    model = with_massive_first_token(build("llama", layers=8), {5: 60.0, 20: 50.0})
+    layers = model.model.language_model.layers
+
+    def scaled(factor: float) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            states = (output[0] if isinstance(output, tuple) else output).clone()
+            states[:, 0, [5, 20]] *= factor
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        return hook
+
+    for index, factor in ((3, 0.01), (4, 100.0)):
+        layers[index].register_forward_hook(scaled(factor))
+    assert set(vlmfix.find_sink_dims(model)) == {5, 20}
+    layers[5].register_forward_hook(scaled(0.01))  # and stays without: in half of the layers there is none
+    layers[2].register_forward_hook(scaled(0.01))
+    assert vlmfix.find_sink_dims(model) == ()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_random_model_has_none(build: Any, kind: str, seed: int) -> None:
