@@ -94,6 +94,7 @@ def knockout(
     answers: Sequence[int] | None = None,
     boxes: Boxes | None = None,
     grid: tuple[int, int] | None = None,
+    question: torch.Tensor | None = None,
     spans: Spans | None = None,
     floor: float = 0.05,
 ) -> Knockout:
@@ -103,21 +104,20 @@ def knockout(
     but for ``last->last``, and that only while the row sees others. Costs one prefill, and one for every pair and
     window.
 
-    The study's question is the question's text alone. ``question`` here is all that stands behind the image but the
-    last token: line break, answer instruction and role words too, so that curves differ. For the study's, give its
-    tokens: ``spans={"asked": text_span(processor.tokenizer, inputs, questions)}`` and the pair ``"image->asked"``.
-
     Args:
         model: The model, patched or not. A patch's own edits of the weights come behind the cut.
         inputs: What ``model.generate`` takes, left-padded.
-        pairs: ``"source->target"`` by names of spans: ``image``, ``question`` (behind the image, without the last
-            token), ``last``, ``text`` (all but the image), ``object`` and ``other`` (image tokens inside and outside
+        pairs: ``"source->target"`` by names of spans: ``image``, ``question``, ``behind`` (all behind the image),
+            ``last``, ``text`` (all but the image), ``object`` and ``other`` (image tokens inside and outside
             ``boxes``), or those of ``spans``. Default: ``PAIRS``, and object->question and other->question with boxes.
         window: Layers per window.
         layers: Layers the windows are centred on, see ``LayerSpec``. Default: all with softmax attention.
         answers: First answer token per sample. Default: the model's own.
         boxes: Per sample, boxes ``(left, top, right, bottom)`` in parts of the image, 0 to 1.
         grid: Rows and columns of the image's tokens, for boxes. Default: a square.
+        question: The question's tokens, bool ``[batch, length]``. The study's are those of its text alone:
+            ``probes.text_span(processor.tokenizer, inputs, questions)``. Default: all behind the image but the last
+            one, line breaks, instructions and words of the template included, which gives other curves.
         spans: More named sets of tokens, bool ``[batch, length]``.
         floor: Least probability of a sample that counts for ``mean``.
 
@@ -128,7 +128,7 @@ def knockout(
     if window < 1:
         raise MethodError(f"window must be at least 1, got {window}.")
     subject = look_at(model, "knockout", inputs)
-    known = find_spans(subject.anatomy, inputs, boxes=boxes, grid=grid, more=spans)
+    known = find_spans(subject.anatomy, inputs, question=question, boxes=boxes, grid=grid, more=spans)
     if pairs is None:
         pairs = PAIRS if boxes is None else (*PAIRS, *BOX_PAIRS)
     named = {pair: _read(pair, known) for pair in pairs}

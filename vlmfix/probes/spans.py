@@ -9,6 +9,7 @@ import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.words import decode, find_word, word_tokens
 
 Spans = Mapping[str, torch.Tensor]
@@ -23,6 +24,7 @@ def find_spans(
     anatomy: Anatomy,
     inputs: Mapping[str, Any],
     *,
+    question: torch.Tensor | None = None,
     boxes: Boxes | None = None,
     grid: tuple[int, int] | None = None,
     more: Spans | None = None,
@@ -32,40 +34,34 @@ def find_spans(
     Args:
         anatomy: The model.
         inputs: The processor's output.
+        question: The tokens of the question's text, see ``text_span``. Default: all behind the image but the
+            last, such as line breaks and instructions.
         boxes: Boxes of an object; every image token whose cell a box touches is one of ``object``.
         grid: Rows and columns of the image's tokens. Default: a square.
         more: Further sets.
 
     Returns:
-        ``image``, ``behind`` (all behind the last image token), ``question`` (those but the last), ``last``, ``text``
-        (all but the image); with boxes ``object`` and ``other``; and ``more``. No set holds padding.
+        ``image``, ``behind`` (all behind the last image token), ``question``, ``last``, ``text`` (all but the image);
+        with boxes ``object`` and ``other``; and ``more``. No set holds padding.
 
     Raises:
         MethodError: Boxes or sets that do not fit the batch, or image tokens that fill no such grid.
     """
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & valid
-    behind = valid & (image.flip(1).cumsum(1).flip(1) == 0) & image.any(1, keepdim=True)
-    last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
-    found = {
-        "image": image,
-        "question": behind & ~last,
-        "last": last,
-        "text": valid & ~image,
-        "behind": behind,
-    }
+    valid, image, last, behind = prompt_tokens(anatomy, inputs)
+    found = {"image": image, "question": behind & ~last, "last": last, "text": valid & ~image, "behind": behind}
+    given = list((more or {}).items())
+    if question is not None:
+        given.append(("question", question))
     if boxes is not None:
         found["object"] = _inside(image, boxes, grid)
         found["other"] = image & ~found["object"]
-    for name, span in (more or {}).items():
-        if name in found or span.shape != ids.shape or span.dtype != torch.bool:
+    for name, span in given:
+        if (name in found and span is not question) or span.shape != valid.shape or span.dtype != torch.bool:
             raise MethodError(
-                f"spans[{name!r}] must be a new name for a bool tensor {tuple(ids.shape)}, got {span.dtype} "
+                f"spans[{name!r}] must be a new name for a bool tensor {tuple(valid.shape)}, got {span.dtype} "
                 f"{tuple(span.shape)}; taken names: {', '.join(found)}."
             )
-        found[name] = span.to(ids.device) & valid
+        found[name] = span.to(valid.device) & valid
     return found
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import by_name
+from families.saved_llava import build_tiny_llava
 from families.tiny_llava import IMAGE, IMAGE_TOKENS, RAGGED, attention_modules, collate, generate, sample
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmfix
 from vlmfix.errors import MethodError
@@ -371,3 +376,35 @@ def test_a_cut_reaches_generated_rows(build: Any) -> None:
     stock = subject.answer(inputs, answers=[[*answer, 5]], logits=True).log_probs()[0]
     assert torch.equal(stock[0], found.log_probs()[0, 0])
     assert (stock[1:] - found.log_probs()[0, 1:]).abs().min() > 1e-3
+
+
+def test_the_question_alone_as_in_the_study(tmp_path: Path) -> None:
+    """Without the line break, the instruction and the role's name around it."""
+    folder = build_tiny_llava(tmp_path, layers=2)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
+    questions = ["is there a dog in the image ?", "is there a cat ?"]
+    prompts = [f"USER: <image>\n{text} answer the question using a single word . ASSISTANT:" for text in questions]
+    noise = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    pictures = [[Image.fromarray(picture)] for picture in noise]
+    inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+    asked = text_span(processor.tokenizer, inputs, questions)
+    for row, text in enumerate(questions):
+        assert processor.tokenizer.decode(inputs["input_ids"][row, asked[row]]) == text
+    behind = spans_of(model, inputs)["question"]
+    assert bool((behind | ~asked).all()) and int(asked.sum()) < int(behind.sum())
+    found = knockout(model, inputs, ["image->question", "question->last"], question=asked, window=ALL, layers=[0])
+    named = knockout(model, inputs, ["image->q", "q->last"], spans={"q": asked}, window=ALL, layers=[0])
+    assert torch.equal(found.change, named.change)
+    whole = knockout(model, inputs, ["image->question", "question->last"], window=ALL, layers=[0])
+    assert not torch.allclose(found.change, whole.change, atol=1e-3)
+    for texts, says in (
+        (["is there a horse ?", questions[1]], "stands nowhere"),
+        (["the", questions[1]], "more than once"),
+        (questions[:1], "one text for each of 2 prompts, got 1"),
+    ):
+        with pytest.raises(MethodError, match=says):
+            text_span(processor.tokenizer, inputs, texts)
+    with pytest.raises(MethodError, match="must be a new name"):
+        knockout(model, inputs, question=asked[:1])
