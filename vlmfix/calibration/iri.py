@@ -14,7 +14,8 @@ from vlmfix.methods.iri import IRI
 from vlmfix.methods.measured import LayerRanking, checkpoint_name
 from vlmfix.observe.samples import CalibrationSample, yes_no
 from vlmfix.observe.words import answer_tokens
-from vlmfix.probes.causal_trace import Corruption, causal_trace, choose_sigma
+from vlmfix.probes.causal_trace import causal_trace
+from vlmfix.probes.corruption import Corruption, choose_sigma
 
 logger = logging.getLogger("vlmfix")
 

@@ -16,7 +16,7 @@ from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.none import NoMethod
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.model.anatomy import Anatomy, analyse
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
 from vlmfix.patching import find_patch, patched
 
 Answers = Sequence[Sequence[int]]
@@ -129,6 +129,13 @@ def next_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options:
     keep = {"logits_to_keep": rows} if "logits_to_keep" in takes else {}
     logits: torch.Tensor = model(**inputs, **{"use_cache": False, **keep, **options}).logits[:, -rows:]
     return logits.float()
+
+
+def stock_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options: Any) -> torch.Tensor:
+    """The same of the stock model, also while a patch is on it, which stays as it is."""
+    stock = {} if find_patch(model) is None else {FORWARD_KWARG: None}
+    with left_as_found(model):
+        return next_logits(model, inputs, rows, **stock, **options)
 
 
 class GivenAnswer(LogitsProcessor):  # type: ignore[misc]

@@ -7,7 +7,8 @@ it.
 
 from __future__ import annotations
 
-from vlmfix.probes.causal_trace import CausalTrace, Corruption, ObjectPlace, causal_trace
+from vlmfix.probes.causal_trace import CausalTrace, ObjectPlace, causal_trace
+from vlmfix.probes.corruption import Corruption
 from vlmfix.probes.evidence import Evidence, doubt, evidence
 from vlmfix.probes.head_divergence import HeadDivergence, head_divergence
 from vlmfix.probes.image_attention import ImageAttention, attention_to_image

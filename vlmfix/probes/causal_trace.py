@@ -3,281 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from vlmfix.decoding.other_image import each_image, is_image_argument, replace_images
-from vlmfix.engine.calls import parameter_names
-from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
+from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.selection import resolve_layers
-from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
-from vlmfix.model.blocks import ResidualBlocks, find_blocks
-from vlmfix.observe.ask import left_as_found, look_at
-from vlmfix.patching import find_patch
+from vlmfix.model.anatomy import Anatomy
+from vlmfix.observe.ask import look_at
+from vlmfix.observe.tokens import prompt_tokens
+from vlmfix.probes.component_runs import COMPONENTS, Component, Tracer
+from vlmfix.probes.corruption import Corruption, choose_sigma
 from vlmfix.probes.result import ProbeResult, heat_map, new_axis
-
-Component = Literal["attention", "mlp", "hidden"]
-
-
-COMPONENTS: tuple[Component, ...] = ("attention", "mlp", "hidden")
-"""What the two blocks of a layer add to the residual stream, and what leaves the layer."""
-
-
-Target = tuple[Component, int, str]
-"""What one run patches: a component of a layer, at a group of tokens."""
-
-
-class Tracer:
-    """Runs prompts through the stock model, and reads or replaces what its components give.
-
-    Args:
-        anatomy: The model.
-        answer: Token ids.
-        components: Those to read or replace.
-        layers: Decoder layers.
-        is_patched: Whether a patch is on the model, which forwards must leave out.
-    """
-
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        answer: tuple[int, ...],
-        components: tuple[Component, ...],
-        layers: tuple[int, ...],
-        is_patched: bool,
-    ) -> None:
-        self.anatomy = anatomy
-        self._answer = list(answer)
-        self._components = components
-        self._blocks = [blocks for blocks in find_blocks(anatomy) if blocks.layer_idx in layers]
-        self._options: dict[str, Any] = {"use_cache": False, "return_dict": True}
-        # Given as a number, it makes Gemma 4 read but the last row in some layers.
-        reads_all = not any(getattr(site.module, "is_kv_shared_layer", False) for site in anatomy.sites)
-        if "logits_to_keep" in parameter_names(anatomy.model) and reads_all:
-            self._options["logits_to_keep"] = 1
-        if is_patched:
-            self._options[FORWARD_KWARG] = None
-
-    def probability(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Return the probability of the answer as the next token, fp64 ``[batch]`` on the CPU."""
-        logits = self.anatomy.model(**inputs, **self._options).logits[:, -1].float()
-        found: torch.Tensor = logits.softmax(-1)[:, self._answer].sum(-1)
-        return found.double().cpu()
-
-    def record(
-        self, inputs: Mapping[str, Any], start: int = 0
-    ) -> tuple[torch.Tensor, dict[tuple[Component, int], torch.Tensor]]:
-        """Run prompts and keep what every component gives from column ``start`` on, ``[batch, columns, hidden_size]``.
-
-        Returns:
-            Probabilities of the answer, and the states by component and layer.
-        """
-        seen: dict[tuple[Component, int], torch.Tensor] = {}
-
-        def keep(component: Component, layer: int, states: torch.Tensor) -> None:
-            seen[component, layer] = states[:, start:].clone()
-
-        with self._watched(keep, *inputs["input_ids"].shape):
-            return self.probability(inputs), seen
-
-    def patched(
-        self,
-        inputs: Mapping[str, Any],
-        states: Mapping[tuple[Component, int], torch.Tensor],
-        groups: Mapping[str, torch.Tensor],
-        targets: Sequence[Target],
-        times: int,
-    ) -> torch.Tensor:
-        """Run prompts once per target, with that target's states replaced.
-
-        Args:
-            inputs: The prompts.
-            states: What to put there, by component and layer: the last columns of ``[batch, length, hidden_size]``.
-            groups: Groups of tokens, bool ``[batch, length]``.
-            targets: The targets.
-            times: Targets per forward.
-
-        Returns:
-            Probabilities of the answer, fp64 ``[targets, batch]``.
-        """
-        batch, length = inputs["input_ids"].shape
-        found: list[torch.Tensor] = []
-        for start in range(0, len(targets), times):
-            part = targets[start : start + times]
-
-            def put(
-                component: Component, layer: int, there: torch.Tensor, part: Sequence[Target] = part
-            ) -> torch.Tensor | None:
-                rows = [row for row, target in enumerate(part) if target[:2] == (component, layer)]
-                if not rows:
-                    return None
-                there = there.view(len(part), batch, *there.shape[1:]).clone()
-                new = states[component, layer]
-                for row in rows:
-                    behind = there[row][:, -new.shape[1] :]
-                    mask = groups[part[row][2]][:, -new.shape[1] :, None].to(behind.device)
-                    behind.copy_(torch.where(mask, new, behind))
-                return there.flatten(0, 1)
-
-            with self._watched(put, len(part) * batch, length):
-                found.append(self.probability(repeated(inputs, len(part))).view(len(part), batch))
-        return torch.cat(found)
-
-    @contextmanager
-    def _watched(
-        self, see: Callable[[Component, int, torch.Tensor], torch.Tensor | None], batch: int, length: int
-    ) -> Iterator[None]:
-        """Show all components to a function, and put what it returns in their place."""
-        handles: list[Any] = []
-        try:
-            for blocks, component in itertools.product(self._blocks, self._components):
-                hook = self._hook(see, blocks.layer_idx, component, batch, length)
-                handles.append(_module(blocks, component).register_forward_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @staticmethod
-    def _hook(
-        see: Callable[[Component, int, torch.Tensor], torch.Tensor | None],
-        layer: int,
-        component: Component,
-        batch: int,
-        length: int,
-    ) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            new = see(component, layer, states.view(batch, length, -1))
-            if new is None:
-                return None
-            new = new.view(states.shape)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
-
-        return hook
-
-
-def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Repeat a batch: all its samples, then all again. Images that follow each other in one tensor do so too."""
-    return {
-        name: torch.cat([value] * times)
-        if isinstance(value, torch.Tensor) and value.dim()
-        else value * times
-        if isinstance(value, list)
-        else value
-        for name, value in inputs.items()
-    }
-
-
-def _module(blocks: ResidualBlocks, component: Component) -> torch.nn.Module:
-    return blocks.decoder_layer if component == "hidden" else blocks.module(component)
-
-
-SIGMAS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Standard deviations tried in turn, in units of the normalised image."""
-
-
-@dataclass(frozen=True)
-class Corruption:
-    """How images are corrupted.
-
-    Attributes:
-        kind: ``"noise"``: Gaussian noise is added to the normalised image. ``"mean"``: every image (or tile) becomes
-            its own mean colour, flattened patches their mean patch; nothing is drawn.
-        sigma: Standard deviation of the noise, >= 0.
-        seed: Seed of the noise. Each image has noise of its own, which depends on the seed and the image alone:
-            batches do not matter.
-    """
-
-    kind: Literal["noise", "mean"] = "noise"
-    sigma: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ``MethodError`` for a value out of range."""
-        if self.kind not in ("noise", "mean"):
-            raise MethodError(f"A corruption is 'noise' or 'mean', got {self.kind!r}.")
-        if not isinstance(self.sigma, (int, float)) or not 0 <= self.sigma < math.inf:
-            raise MethodError(f"sigma must be a finite number >= 0, got {self.sigma!r}.")
-
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a model's inputs with corrupted images; sizes and grids stay.
-
-        Raises:
-            UnsupportedFeatureError: There are no images as the processor gives them.
-        """
-        if not any(is_image_argument(name, value) for name, value in inputs.items()):
-            raise UnsupportedFeatureError(
-                f"No pixel_values to corrupt in {', '.join(inputs)}. Pass what the processor gave for a prompt with an "
-                "image."
-            )
-        return replace_images(inputs, self._corrupted)
-
-    def _corrupted(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
-        return each_image(images, per_image, self._mean if self.kind == "mean" else self._noised)
-
-    def _noised(self, image: torch.Tensor) -> torch.Tensor:
-        content = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())
-        generator = torch.Generator().manual_seed(self.seed + content)
-        noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device)
-        return (image.float() + self.sigma * noise).to(image.dtype)
-
-    @staticmethod
-    def _mean(image: torch.Tensor) -> torch.Tensor:
-        dims = (-2, -1) if image.dim() == 3 else (0,)
-        return image.float().mean(dims, keepdim=True).expand(image.shape).to(image.dtype)
-
-
-@torch.no_grad()
-def choose_sigma(
-    model: object,
-    batches: Callable[[], Iterable[Mapping[str, Any]]],
-    answer: Sequence[int],
-    *,
-    sigmas: Sequence[float] = SIGMAS,
-    seed: int = 0,
-) -> float:
-    """Return the smallest noise under which the answer's mean probability is at most half of that on the images.
-
-    Args:
-        model: The model.
-        batches: Returns the batches of prompts, each time anew.
-        answer: See ``causal_trace``.
-        sigmas: Standard deviations to try, in this order.
-        seed: Seed of the noise.
-
-    Raises:
-        DataError: None of them is enough.
-    """
-    tracer: Tracer | None = None
-    means: list[float] = []
-    for sigma in (None, *sigmas):
-        sums, count = 0.0, 0
-        for batch in batches():
-            subject = look_at(model, "causal_trace", batch)
-            tracer = tracer or Tracer(subject.anatomy, tuple(answer), (), (), find_patch(model) is not None)
-            with left_as_found(subject.model):
-                sums += float(
-                    tracer.probability(batch if sigma is None else Corruption("noise", sigma, seed)(batch)).sum()
-                )
-            count += len(batch["input_ids"])
-        if not count:
-            raise DataError("No prompts to choose a noise level on.")
-        means.append(sums / count)
-        if sigma is not None and means[-1] <= means[0] / 2:
-            return sigma
-    raise DataError(
-        f"The answer's mean probability is {means[0]:.3f} on the images and still {min(means[1:]):.3f} under noise up "
-        f"to sigma {max(sigmas)}: more than half. Give prompts whose answer needs the image, or corrupt otherwise: "
-        "corruption='mean'."
-    )
-
 
 IMAGE_GROUPS = ("image_before", "image_object", "image_after")
 
@@ -322,14 +61,10 @@ def token_groups(
     Raises:
         MethodError: Places that do not fit the batch.
     """
-    ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & valid
-    places = [ObjectPlace()] * len(ids) if places is None else places
-    if len(places) != len(ids):
-        raise MethodError(f"places must hold one for each of {len(ids)} samples, got {len(places)}.")
-    last = valid & (valid.flip(1).cumsum(1).flip(1) == 1)
+    valid, image, last, _ = prompt_tokens(anatomy, inputs)
+    places = [ObjectPlace()] * len(valid) if places is None else places
+    if len(places) != len(valid):
+        raise MethodError(f"places must hold one for each of {len(valid)} samples, got {len(places)}.")
     shown, said = torch.zeros_like(image), torch.zeros_like(image)
     for sample, place in enumerate(places):
         pictured, written = image[sample].nonzero()[:, 0], valid[sample].nonzero()[:, 0]
@@ -494,23 +229,22 @@ def causal_trace(
     corrupted: list[torch.Tensor] = []
     tracer: Tracer | None = None
     for batch in batches:
-        subject = look_at(model, "causal_trace", batch)
+        anatomy = look_at(model, "causal_trace", batch).anatomy
         if tracer is None:
-            depth = subject.anatomy.num_layers
+            depth = anatomy.num_layers
             wanted = tuple(range(depth)) if layers is None else resolve_layers(layers, depth, "layers")
-            tracer = Tracer(subject.anatomy, tuple(answer), tuple(components), wanted, find_patch(model) is not None)
+            tracer = Tracer(anatomy, tuple(answer), tuple(components), wanted)
         size = len(batch["input_ids"])
         done = sum(map(len, clean))
         here = None if places is None else places[done : done + size]
-        masks = token_groups(subject.anatomy, batch, here)
+        masks = token_groups(anatomy, batch, here)
         chosen = {name: masks[name] for name in groups}
         start = int(torch.stack(list(chosen.values())).flatten(0, 1).any(0).int().argmax())
-        with left_as_found(subject.model):
-            p_clean, states = tracer.record(batch, start)
-            broken = corruption(batch)
-            p_corrupted = tracer.probability(broken)
-            targets = list(itertools.product(components, wanted, groups))
-            p_patched = tracer.patched(broken, states, chosen, targets, max(1, rows // size))
+        p_clean, states = tracer.record(batch, start)
+        broken = corruption(batch)
+        p_corrupted = tracer.probability(broken)
+        targets = list(itertools.product(components, wanted, groups))
+        p_patched = tracer.patched(broken, states, chosen, targets, max(1, rows // size))
         shape = (len(components), len(wanted), len(groups), size)
         found.append(p_patched.view(shape).permute(3, 0, 1, 2))
         clean.append(p_clean)
@@ -539,8 +273,8 @@ def causal_trace(
         floor=floor,
         corruption=corruption,
         answer=tuple(answer),
-        model=str(tracer.anatomy.model.config._name_or_path),
-        num_layers=tracer.anatomy.num_layers,
+        model=str(anatomy.model.config._name_or_path),
+        num_layers=anatomy.num_layers,
         ids=tuple(range(len(before)) if ids is None else ids),
     )
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import MethodError
 from vlmfix.methods.sequence import SequenceState
-from vlmfix.model.anatomy import FORWARD_KWARG
-from vlmfix.observe.ask import Answered, Answers, Subject, look_at, next_logits
+from vlmfix.observe.ask import Answered, Answers, Subject, look_at, stock_logits
 from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
 from vlmfix.probes.knockout import Cut
@@ -149,8 +147,7 @@ def _without_image(subject: Subject, inputs: Mapping[str, Any], said: Answered) 
     valid = spans["text"] | spans["image"]
     state = SequenceState((), spans["image"], valid, inputs["input_ids"], any_image=True)
     text = image_free_inputs(subject, state, inputs, said)
-    with positions_kept(subject.anatomy), subject.acting():
-        logits = next_logits(subject.model, text, said.steps, **{FORWARD_KWARG: None})  # by the stock model
+    logits = stock_logits(subject.model, text, said.steps)
     return dataclasses.replace(said, logits=tuple(logits.unbind(1))).log_probs().exp()
 
 

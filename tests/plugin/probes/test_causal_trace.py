@@ -14,16 +14,9 @@ from families.tiny_llava import IMAGE_TOKENS, RAGGED, collate, forward, sample, 
 import vlmfix
 from vlmfix import probes
 from vlmfix.model.anatomy import analyse
-from vlmfix.probes.causal_trace import (
-    COMPONENTS,
-    GROUPS,
-    ObjectPlace,
-    Tracer,
-    choose_sigma,
-    recovery_rates,
-    repeated,
-    token_groups,
-)
+from vlmfix.probes.causal_trace import GROUPS, ObjectPlace, recovery_rates, token_groups
+from vlmfix.probes.component_runs import COMPONENTS, Tracer, repeated
+from vlmfix.probes.corruption import choose_sigma
 
 PICTURED = (RAGGED[0], RAGGED[1], RAGGED[3])
 ONE = collate([RAGGED[1]])
@@ -48,7 +41,7 @@ def trace(model: Any, inputs: Any, answer: list[int] | None = None, **options: A
 def test_patching_everything_recovers_all_and_patching_a_corrupted_value_nothing(tiny: Any) -> None:
     found = trace(tiny, ONE, components=["hidden"], groups=["all"])
     torch.testing.assert_close(found.of("hidden", "all"), torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=0)
-    tracer = Tracer(analyse(tiny), tuple(found.answer), COMPONENTS, (0, 1, 2, 3), is_patched=False)
+    tracer = Tracer(analyse(tiny), tuple(found.answer), COMPONENTS, (0, 1, 2, 3))
     groups = token_groups(analyse(tiny), ONE)
     broken = MEAN(ONE)
     with torch.no_grad():
@@ -200,7 +193,7 @@ def test_rows_of_a_forward_do_not_matter(tiny: Any) -> None:
 
 
 def test_looking_changes_no_bit(tiny: Any) -> None:
-    tracer = Tracer(analyse(tiny), (5,), COMPONENTS, (0, 1, 2, 3), is_patched=False)
+    tracer = Tracer(analyse(tiny), (5,), COMPONENTS, (0, 1, 2, 3))
     with torch.no_grad():
         seen, states = tracer.record(ONE)
         assert torch.equal(seen, tracer.probability(ONE))
@@ -254,7 +247,7 @@ def test_the_least_noise_that_halves_the_answer(tiny: Any) -> None:
     strong = probes.Corruption(sigma=8.0)
     clean, broken = (forward(tiny, each).logits[:, -1].softmax(-1).mean(0) for each in (inputs, strong(inputs)))
     answer = (clean > 2 * broken).nonzero()[:, 0].tolist()
-    tracer = Tracer(analyse(tiny), tuple(answer), (), (), is_patched=False)
+    tracer = Tracer(analyse(tiny), tuple(answer), (), ())
     with torch.no_grad():
         means = {s: float(tracer.probability(probes.Corruption(sigma=s)(inputs)).mean()) for s in (0.0, 0.5, 2.0, 8.0)}
     expected = next((s for s in (0.5, 2.0, 8.0) if means[s] <= means[0.0] / 2), None)
