@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.scores import take_keys
 from vlmfix.methods.selection import HeadSpec, all_but, listed_heads
-from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.methods.views import Edited, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 _THRESHOLDS = "a number >= 0 or a text such as '5/N'"
@@ -142,18 +142,8 @@ class ColumnMeans:
         """Follow the keys: later ones are new, a sliding window drops early ones."""
         shift = offset - self.offset
         rows = self.rows
-        rows = _shift(rows, shift, num_keys) if rows.shape[2] else rows.new_zeros((*rows.shape[:3], num_keys))
-        return replace(self, sums=_shift(self.sums, shift, num_keys), rows=rows, offset=offset)
-
-
-def _shift(per_key: torch.Tensor, shift: int | torch.Tensor, num_keys: int) -> torch.Tensor:
-    """Drop the first ``shift`` of the last dimension and fill up with zeros to ``num_keys``."""
-    if isinstance(shift, int):
-        kept = per_key[..., shift : shift + num_keys]
-        return F.pad(kept, (0, num_keys - kept.shape[-1])) if kept.shape[-1] < num_keys else kept
-    padded = F.pad(per_key, (0, max(num_keys + 1 - per_key.shape[-1], 1)))
-    positions = torch.arange(num_keys, device=per_key.device) + shift.to(per_key.device)
-    return padded[..., positions.clamp_max(padded.shape[-1] - 1)]
+        rows = take_keys(rows, shift, num_keys) if rows.shape[2] else rows.new_zeros((*rows.shape[:3], num_keys))
+        return replace(self, sums=take_keys(self.sums, shift, num_keys), rows=rows, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -258,7 +248,7 @@ class ACT(Method):
         """Follow beam search: sums of generated rows differ between the beams of a prompt."""
         return learned.reordered(beams)
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
         heads = layer.constant(lambda: self._others(layer, attn_weights))
         is_sink = self.find_sinks(layer.learned, layer)

@@ -18,7 +18,7 @@ from vlmfix.methods.selection import (
     heads_of,
     resolve_layers,
 )
-from vlmfix.methods.views import PromptRows
+from vlmfix.methods.views import Edited, PromptRows
 
 if TYPE_CHECKING:
     import torch
@@ -239,9 +239,7 @@ class Method(Parametrised):
         """
         raise NotImplementedError
 
-    def edit_scores(
-        self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
         """Edit pre-softmax scores of the requested rows.
 
         Args:
@@ -297,7 +295,7 @@ class Method(Parametrised):
         """Whether :meth:`edit_weights` has anything to do; ``False`` leaves the layer to the base kernel."""
         return True
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
         """Edit post-softmax weights of the requested rows.
 
         Args:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from vlmfix.errors import MethodError
 from vlmfix.methods.experimental import ExperimentalMethod
 from vlmfix.methods.parameters import Range, parameter
-from vlmfix.methods.scores import log_mass, visible
+from vlmfix.methods.scores import log_mass, on_device, take_keys, visible
 from vlmfix.methods.selection import DefaultLayers
-from vlmfix.methods.views import Layer
+from vlmfix.methods.views import Edited, Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -44,13 +44,13 @@ class Focus:
         weights = attn_weights.mean(1)  # [batch, rows, keys]
         image = forward.image_mask.to(weights.device)
         is_text = _text_rows(layer).to(weights.device)
-        new = take(weights, -offset, prompt) * (image[:, None] & is_text[..., None])
+        new = take_keys(weights, -offset, prompt) * (image[:, None] & is_text[..., None])
         seen = weights.new_zeros(weights.shape[0], prompt, size)
         if known is not None:
-            seen = take(known.seen.to(weights.device), offset - known.offset, size)
+            seen = take_keys(known.seen.to(weights.device), offset - known.offset, size)
             seen = F.pad(seen, (0, 0, 0, prompt - seen.shape[1]))
         # Rows of drafts that were dropped stay until they are written anew: no row sees them before.
-        positions = torch.arange(start, stop, device=weights.device) + _on(forward.past - offset, weights.device)
+        positions = torch.arange(start, stop, device=weights.device) + on_device(forward.past - offset, weights.device)
         seen = seen.index_copy(2, positions, new.transpose(1, 2))
         dropped = low_focus(weights @ seen[..., :num_keys].transpose(1, 2), image, rho).transpose(1, 2)
         if start > 0 and known is not None:
@@ -89,17 +89,6 @@ def low_focus(focus: torch.Tensor, image: torch.Tensor, rho: float) -> torch.Ten
     total = ranked.sum(-1, keepdim=True)
     outside = (before >= rho * total) & (total > 0)
     return torch.zeros_like(outside).scatter(-1, order, outside) & image[:, None]
-
-
-def take(per_key: torch.Tensor, start: int | torch.Tensor, length: int) -> torch.Tensor:
-    """Return entries ``start..start + length - 1`` of the last dimension, 0 where there are none."""
-    wanted = torch.arange(length, device=per_key.device) + _on(start, per_key.device)
-    inside = (wanted >= 0) & (wanted < per_key.shape[-1])
-    return per_key[..., wanted.clamp(0, per_key.shape[-1] - 1)] * inside
-
-
-def _on(number: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
-    return number.to(device) if isinstance(number, torch.Tensor) else number
 
 
 def _text_rows(layer: Layer) -> torch.Tensor:
@@ -183,9 +172,7 @@ class CMAI(ExperimentalMethod):
         """Forget image tokens behind ``length``; rows behind it are written anew before they are read."""
         return learned.cropped(length)
 
-    def edit_scores(
-        self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
         """Hide keys from the rows ``[batch, num_heads, rows, keys]``."""
         if self.observes_at(layer):
             return scores, torch.zeros_like(scores[..., 0], dtype=torch.bool)

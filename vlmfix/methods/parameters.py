@@ -113,29 +113,6 @@ def parameter_of(field: dataclasses.Field[Any]) -> Parameter:
     return field.metadata.get("parameter", Parameter())  # type: ignore[no-any-return]
 
 
-class NotAccepted(Exception):
-    """A value is none that the parameter takes; the text says what would be."""
-
-
-def accepted(cls: type, field: dataclasses.Field[Any], value: Any) -> Any:
-    """Return a value as a method keeps it: lists as tuples, paths as texts, measured data read from their dict.
-
-    Args:
-        cls: The method's class.
-        field: The parameter's field.
-        value: What JSON, the command line or Python delivered.
-
-    Raises:
-        NotAccepted: It has another type, or lies out of range.
-    """
-    known = parameter_of(field)
-    kind = _kinds(cls)[field.name]
-    try:
-        return _read(value, kind, known)
-    except _Other:
-        raise NotAccepted(expected(kind, known)) from None
-
-
 class _Other(Exception):
     """A value is of another kind."""
 
@@ -144,7 +121,11 @@ HeadPairs = Sequence[Sequence[int]]
 
 
 def _read(value: Any, kind: Any, known: Parameter) -> Any:
-    """Read a value as one type, or raise ``_Other``."""
+    """Return a value as a method keeps it: lists as tuples, paths as texts, measured data made of their dict.
+
+    Raises:
+        _Other: It is of another type, or out of range.
+    """
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         for each in get_args(kind):
@@ -162,7 +143,7 @@ def _read(value: Any, kind: Any, known: Parameter) -> Any:
         return tuple(_read(each, get_args(kind)[0], known) for each in _items(value))
     if kind in (float, int):
         is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-        return _checked(value, is_number and math.isfinite(value) and _is_in_range(value, known))
+        return _checked(value, is_number and abs(value) < math.inf and _is_in_range(value, known))
     if kind in (bool, str, type(None)):
         value = str(value) if kind is str and isinstance(value, Path) else value
         return _checked(value, isinstance(value, kind))
@@ -189,15 +170,6 @@ def _is_in_range(value: float, known: Parameter) -> bool:
     )
 
 
-def expected(kind: Any, known: Parameter) -> str:
-    """Say what a value must be, such as ``"between 0 and 1 (1 switches the method off)"``."""
-    text = known.expected or _in_words(kind, known)
-    remark = known.remark
-    if not remark and isinstance(known.off, (int, float)):
-        remark = f"{known.off:g} switches the method off"
-    return f"{text} ({remark})" if remark else text
-
-
 def _in_words(kind: Any, known: Parameter) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -208,22 +180,19 @@ def _in_words(kind: Any, known: Parameter) -> str:
     if kind == HeadPairs:
         return "a list of (layer, head) pairs"
     if origin is Sequence:
-        return f"a list of {_range_in_words('{}s', known)}" if inner == (int,) else "a list"
+        return f"a list of whole numbers{_limits(known)}" if inner == (int,) else "a list"
     if kind is int:
-        return _range_in_words("a {}", known)
+        return f"a whole number{_limits(known)}"
     if kind is float:
-        return _range_in_words("a finite number", known)
+        return f"a finite number{_limits(known)}" if known.high is None else _limits(known).lstrip()
     return {bool: "true or false", str: "a text", type(None): "None"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _range_in_words(noun: str, known: Parameter) -> str:
-    noun = noun.format("whole number")
+def _limits(known: Parameter) -> str:
     low, high, above = known.low, known.high, known.above
-    if high is None:
-        bound = f" >= {low:g}" if low is not None else f" > {above:g}" if above is not None else ""
-        return noun + bound
-    between = f"above {above:g} and at most {high:g}" if above is not None else f"between {low:g} and {high:g}"
-    return between if noun == "a finite number" else f"{noun} {between}"
+    if high is not None:
+        return f" above {above:g} and at most {high:g}" if above is not None else f" between {low:g} and {high:g}"
+    return f" >= {low:g}" if low is not None else f" > {above:g}" if above is not None else ""
 
 
 @functools.cache
@@ -271,11 +240,12 @@ class Parametrised:
 
     def __post_init__(self) -> None:
         """Check every parameter, and normalise what JSON and the command line deliver."""
+        cls: type = type(self)
         for field in dataclasses.fields(self):
             try:
-                value = accepted(type(self), field, getattr(self, field.name))
-            except NotAccepted as error:
-                self.require(False, field.name, str(error))
+                value = _read(getattr(self, field.name), _kinds(cls)[field.name], parameter_of(field))
+            except _Other:
+                self.require(False, field.name, may_be(cls, field))
             object.__setattr__(self, field.name, value)
         self.validate()
 
@@ -307,9 +277,14 @@ def search_space(cls: type[Parametrised]) -> dict[str, Range | Choice]:
 
 def is_off(method: Parametrised) -> bool:
     """Whether any parameter has the value that switches the method off."""
-    return any(getattr(method, field.name) == parameter_of(field).off for field in dataclasses.fields(method))
+    known = {field.name: parameter_of(field).off for field in dataclasses.fields(method)}
+    return any(off is not _NEVER and getattr(method, name) == off for name, off in known.items())
 
 
 def may_be(cls: type, field: dataclasses.Field[Any]) -> str:
-    """Say what a parameter may be."""
-    return expected(_kinds(cls)[field.name], parameter_of(field))
+    """Say what a parameter may be, such as ``"between 0 and 1 (1 switches the method off)"``."""
+    known = parameter_of(field)
+    text, remark = known.expected or _in_words(_kinds(cls)[field.name], known), known.remark
+    if not remark and isinstance(known.off, (int, float)):
+        remark = f"{known.off:g} switches the method off"
+    return f"{text} ({remark})" if remark else text

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import parameter
 from vlmfix.methods.selection import scaled_layers
-from vlmfix.methods.views import Layer, PromptRows
+from vlmfix.methods.views import Edited, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -41,9 +42,7 @@ def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return scores.addcmul_(scores.abs(), gain)
 
 
-def raise_keys(
-    scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]) -> Edited:
     """Raise the scores of a layer by gains that all layers with the same keys share.
 
     Args:
@@ -71,6 +70,24 @@ def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         allowed: Bool, broadcastable to the scores ``[batch, num_heads, rows, keys]``.
     """
     return keys[:, None, None] & allowed
+
+
+def take_keys(per_key: torch.Tensor, start: int | torch.Tensor, length: int) -> torch.Tensor:
+    """Return entries ``start..start + length - 1`` of the last dimension, 0 where there are none.
+
+    So values by key follow a layer whose first key moves on, because its window slides.
+    """
+    if isinstance(start, int) and start >= 0:
+        kept = per_key[..., start : start + length]
+        return F.pad(kept, (0, length - kept.shape[-1])) if kept.shape[-1] < length else kept
+    wanted = torch.arange(length, device=per_key.device) + on_device(start, per_key.device)
+    inside = (wanted >= 0) & (wanted < per_key.shape[-1])
+    return per_key[..., wanted.clamp(0, per_key.shape[-1] - 1)] * inside
+
+
+def on_device(number: int | torch.Tensor, device: torch.device) -> int | torch.Tensor:
+    """Return a number that may be a 0-d tensor, as it is with a static cache, on a device."""
+    return number.to(device) if isinstance(number, torch.Tensor) else number
 
 
 def log_mass(scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
