@@ -37,6 +37,19 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
+PATCH_ATTRIBUTE = "_vlmfix_patch"
+"""The attribute of a patched model, and of the models inside it, that holds the ``Patch``."""
+
+
+_PROMPT_END_KWARG = "vlmfix_prompt_end"
+"""The keyword argument in which ``generate`` tells the forwards that read a prompt how long it is, earlier turns
+included."""
+
+
+_PREFILL = "_prefill"
+"""The method of a model in which ``generate`` reads a prompt (since transformers 5.x)."""
+
+
 _PAGED = "init_continuous_batching"
 """The method of a model that every way into continuous batching passes. Its own thread would swallow the error of the
 attention function."""
@@ -51,6 +64,12 @@ _NO_PAGES = (
 _NO_DRAFTS = (
     "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
     "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
+)
+
+
+_NOT_WHOLE = (
+    "somebody else has removed hooks of this patch, so that it cannot act; vlmfix.unpatch(model) removes the rest, and "
+    "vlmfix.patch(...) puts it on anew"
 )
 
 
@@ -102,7 +121,7 @@ class Patch:
         self._handles: list[Any] = []
         self._stand_ins: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
-        self._parameters = {type(module): parameter_names(module) for module in self._hooked}
+        self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
         acts = any(not method.is_identity for method in methods)
         read = anatomy.sites if self.block_hooks else self.sites
@@ -110,13 +129,21 @@ class Patch:
 
     # Attach and restore.
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it is on its model."""
+        return self.anatomy.model.__dict__.get(PATCH_ATTRIBUTE) is self
+
     def attach(self) -> None:
         """Change the model; on any error, restore it and raise."""
         try:
+            for module in self._hooked:
+                module.__dict__[PATCH_ATTRIBUTE] = self
             self._lead_attention_here()
             for module in self._hooked:
-                self._handles.append(module.register_forward_pre_hook(self.before_forward, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self.after_forward, with_kwargs=True))
+                hooks = ModelHooks(self, module)
+                self._handles.append(module.register_forward_pre_hook(hooks.before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(hooks.after, with_kwargs=True))
             self._stand_in_for_methods()
             parts: list[Any] = [self.beginner.images, self.beginner.vision, *self.layer_hooks, *self.block_hooks]
             for part in parts:
@@ -137,8 +164,13 @@ class Patch:
                 module.__dict__.update(before)
         self._stand_ins.clear()
         for site in self.sites:
-            if getattr(site.module.config, SITE_ATTRIBUTE, None) is site:
-                site.module.config = site.config
+            if site.module.__dict__.get(SITE_ATTRIBUTE) is site:
+                del site.module.__dict__[SITE_ATTRIBUTE]
+                if site.module.config._attn_implementation_internal == ATTENTION_NAME:
+                    site.module.config = site.config
+        for module in self._hooked:
+            if module.__dict__.get(PATCH_ATTRIBUTE) is self:
+                del module.__dict__[PATCH_ATTRIBUTE]
         _forget_compiled_code(self.anatomy.model)
 
     def _lead_attention_here(self) -> None:
@@ -150,7 +182,7 @@ class Patch:
             config = copy.copy(site.config)
             # The setter of ``_attn_implementation`` would check the name and set it in the vision tower too.
             config.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
-            config.__dict__[SITE_ATTRIBUTE] = site
+            site.module.__dict__[SITE_ATTRIBUTE] = site
             site.module.config = config  # type: ignore[assignment]
 
     def _stand_in_for_methods(self) -> None:
@@ -158,11 +190,14 @@ class Patch:
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
             self._stand_in(each, _PAGED, _REFUSE_PAGES)
+            if hasattr(type(each), _PREFILL):
+                self._stand_in(each, _PREFILL, TellingPrefill(each))
+        # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
+        if self.branches is not None or self.early_head.mixing:
+            self._stand_in(language_model, "forward", ForwardWithHooks(self, language_model))
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
                 self._stand_in(model, name, stand_in)
-        if self.branches is not None:
-            self._stand_in(model, _FORWARD, ForwardByName(model, vars(model).get(_FORWARD)))
         if self.branches is None and not self.beginner.can_tell_drafts:
             self._stand_in(language_model, DRAFTS, _REFUSE_DRAFTS)
 
@@ -175,21 +210,21 @@ class Patch:
 
     def before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add a forward to the keyword arguments, unless the caller or an outer hook chose one."""
-        other_images = kwargs.get(OTHER_IMAGES_KWARG)
-        if OTHER_IMAGES_KWARG in kwargs or CAME_BY_NAME in kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name not in (OTHER_IMAGES_KWARG, CAME_BY_NAME)}
+        told = {name: kwargs[name] for name in (OTHER_IMAGES_KWARG, _PROMPT_END_KWARG) if name in kwargs}
+        if told:
+            kwargs = {name: value for name, value in kwargs.items() if name not in told}
         if FORWARD_KWARG in kwargs:
             if module is self.anatomy.inner and isinstance(kwargs[FORWARD_KWARG], EditedForward):
                 kwargs[FORWARD_KWARG].hold_past()
-            return args, kwargs
+            return (args, kwargs) if told else None
         inputs = self._by_name(module, args, kwargs)
-        forward = self.beginner.begin(module, inputs)
-        if forward is None:  # the model itself says what is missing
+        forward = self.beginner.begin(module, inputs, told.get(_PROMPT_END_KWARG))
+        if forward is None:
             return args, {**kwargs, FORWARD_KWARG: None}
         if self.branches is not None and module is self.anatomy.model:
-            chosen, kwargs = self.branches.begin(forward, inputs, kwargs, other_images)
+            chosen, kwargs = self.branches.begin(forward, inputs, kwargs, told.get(OTHER_IMAGES_KWARG))
             if isinstance(chosen, PairedForward):
                 return (), {**kwargs, FORWARD_KWARG: chosen}
         tokens = tokens_of(inputs) if self._wants_every_row and forward.state.any_image else None
@@ -212,7 +247,7 @@ class Patch:
         return self.branches.finish(forward, output)
 
     def _by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._parameters[type(module)], args, strict=False)), **kwargs}
+        return {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
 
     def _settle(self, forward: EditedForward, output: Any) -> None:
         forward.finish()
@@ -226,6 +261,7 @@ class Patch:
     def status(self) -> Status:
         """Describe the patch."""
         prompts, prompts_without_image, decode_steps, edited = self.counters.read()
+        notes = self.notes if self.is_whole() else (*self.notes, _NOT_WHOLE)
         return Status(
             model=type(self.anatomy.model).__name__,
             methods=self.methods,
@@ -235,49 +271,91 @@ class Patch:
             prompts_without_image=prompts_without_image,
             decode_steps=decode_steps,
             edited=edited,
-            notes=self.notes,
+            notes=notes,
         )
 
-
-_FORWARD = "forward"
-
-
-CAME_BY_NAME = "vlmfix_by_name"
-"""The keyword argument of a call that ``ForwardByName`` has sent through the hooks."""
+    def is_whole(self) -> bool:
+        """Whether everything that was hung on the model is still there."""
+        hooks = all(handle.id in (handle.hooks_dict_ref() or {}) for handle in self._handles)
+        return hooks and all(site.module.__dict__.get(SITE_ATTRIBUTE) is site for site in self.sites)
 
 
-class ForwardByName:
-    """Stands in for ``forward`` of a model whose logits are replaced behind it: calls of it pass the hooks too.
+class ModelHooks:
+    """The hooks on one module, as bound methods: they follow ``copy.deepcopy(model)``.
 
-    PEFT (up to 0.20) and other wrappers call ``model.forward(...)``, where ``model(...)`` would run hooks.
+    They hand on the module they were made for. A replica of it (``DataParallel``) is another object with the same role.
     """
 
-    def __init__(self, model: nn.Module, before: Any) -> None:
+    def __init__(self, patch: Patch, module: nn.Module) -> None:
+        self.patch = patch
+        self.module = module
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See ``Patch.before_forward``."""
+        return self.patch.before_forward(self.module, args, kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """See ``Patch.after_forward``."""
+        return self.patch.after_forward(self.module, args, kwargs, output)
+
+
+class ForwardWithHooks:
+    """Stands in for a model's ``forward``: ``model.forward(...)`` is ``model(...)``, which passes the hooks.
+
+    Users call it, and so do wrappers (PEFT up to 0.20).
+    """
+
+    def __init__(self, patch: Patch, model: nn.Module) -> None:
+        self.patch = patch
         self.model = model
-        self.before = before
-        """What somebody else had put there."""
+        self.stock = model.forward
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the stock forward, by which ``generate`` tells what a model takes."""
-        return inspect.signature(self._stock)
-
-    @property
-    def _stock(self) -> Any:
-        return self.before or type(self.model).forward.__get__(self.model)
+        """That of the model, by which ``generate`` checks its arguments."""
+        return inspect.signature(self.stock)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the stock forward, if hooks have run before; else the model with its hooks."""
-        if FORWARD_KWARG in kwargs:
-            return self._stock(*args, **kwargs)
-        if not kwargs.pop(CAME_BY_NAME, False):
-            return self.model(*args, **kwargs, **{CAME_BY_NAME: True})
-        if vars(self.model).get(_FORWARD) is self:
+        """Run the model's own forward if the hooks have been passed, else pass them.
+
+        Raises:
+            UnsupportedFeatureError: There are no hooks any more.
+        """
+        # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
+        if FORWARD_KWARG in kwargs or not self.patch.is_on:
+            return self.stock(*args, **kwargs)
+        if not self.patch.is_whole():
             raise UnsupportedFeatureError(
                 f"The hooks of this patched {type(self.model).__name__} were removed by somebody else, so vlmfix "
                 "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
             )
-        return self._stock(*args, **kwargs)  # the patch is off, and somebody still holds this object
+        return self.model(*args, **kwargs)
+
+
+class TellingPrefill:
+    """Stands in for ``_prefill`` of a model: tells the forwards that they read a prompt, and how long it is.
+
+    The forwards of a prompt in parts cannot tell by themselves: its last token alone looks like one of the answer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Do what the model's own method does."""
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        embeds, length = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            length = mask.shape[1]  # of all turns
+        elif embeds is not None:
+            length = embeds.shape[1]
+        elif cache is not None and length <= cache.get_seq_length():
+            length += int(cache.get_seq_length())
+        told = {**model_kwargs, _PROMPT_END_KWARG: length}
+        stock = getattr(type(self.model), _PREFILL)
+        return stock(self.model, input_ids, generation_config, told, *args, **kwargs)
 
 
 def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vlmfix.engine.status import Status, describe
 from vlmfix.errors import MethodError
-from vlmfix.hooks import Context, Patch
+from vlmfix.hooks import PATCH_ATTRIBUTE, Context, Patch
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
 from vlmfix.model.anatomy import analyse, unwrap
@@ -115,10 +115,6 @@ def status(model: object) -> Status | None:
 
 
 def find_patch(model: object) -> Patch | None:
-    """Return the patch on a model. It is found by its hooks, so a deep copy of a patched model has its own."""
-    for module in unwrap(model).modules():  # a patch may have been put on an inner model
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Patch):
-                return owner
-    return None
+    """Return the patch on a model, or on one inside it. A deep copy of a patched model has its own."""
+    found = (module.__dict__.get(PATCH_ATTRIBUTE) for module in unwrap(model).modules())
+    return next((each for each in found if each is not None), None)

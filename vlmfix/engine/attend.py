@@ -69,7 +69,7 @@ def vlmfix_attention(
     Raises:
         UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
     """
-    site: PatchedSite = getattr(module.config, SITE_ATTRIBUTE)
+    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
     call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
     if vlmfix is None:
         return call.base()

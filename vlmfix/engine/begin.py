@@ -9,10 +9,10 @@ import torch
 from vlmfix.engine.calls import (
     answer_length,
     check_batch,
-    has_images,
     is_empty,
     length_of,
     num_drafted,
+    packed_rows,
     parameter_names,
     tokens_of,
 )
@@ -22,7 +22,7 @@ from vlmfix.engine.prompt_pass import begin_methods
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, extend_mask, state_of
-from vlmfix.model.images import ImageFinder, attended_keys
+from vlmfix.model.images import ImageFinder, attended_keys, brings_pictures
 from vlmfix.model.vision_tower import VisionRecorder
 
 if TYPE_CHECKING:
@@ -63,16 +63,18 @@ class ForwardBeginner:
         self._keeps_ids = bool(self._compared) or any(method.needs_ids for method in active)
         self._needs_past = any(site.is_sliding for site in sites) or any(each.needs_past for each in active)
         self._needs_cache = [method.name for method in active if method.needs_cache]
+        self._acts = bool(active)
         self._reorders = any(method.reorders or method.replaces_logits for method in active)
         self._takes_few_logits = "logits_to_keep" in parameter_names(anatomy.language_model)
         self.can_tell_drafts = not active or anatomy.encoder is not None or self._takes_few_logits
 
-    def begin(self, module: nn.Module, inputs: dict[str, Any]) -> EditedForward | None:
+    def begin(self, module: nn.Module, inputs: dict[str, Any], prompt_end: int | None = None) -> EditedForward | None:
         """Make the forward of a call.
 
         Args:
             module: What is called: the model, or a language model inside it that ``generate`` calls.
             inputs: Its arguments by name.
+            prompt_end: Length of the prompt, earlier turns included, where ``generate`` says that the call reads one.
 
         Returns:
             The forward; ``None`` for a call without tokens, of which the model itself says what is missing.
@@ -80,6 +82,11 @@ class ForwardBeginner:
         Raises:
             UnsupportedFeatureError: The call is one that the methods are not defined for.
         """
+        if _is_exporting():
+            raise UnsupportedFeatureError(
+                "A patch looks at every prompt anew (where its image is, which heads to edit), which an exported graph "
+                "cannot do. Export the stock model: vlmfix.unpatch(model)."
+            )
         cache = inputs.get("past_key_values")
         state = state_of(cache)
         if self.anatomy.encoder is not None:
@@ -88,13 +95,14 @@ class ForwardBeginner:
         if tokens is None:
             return None
         batch, q_len = tokens.shape[:2]
-        drafted = num_drafted(inputs)
-        is_draft = q_len - drafted <= 1 and not has_images(inputs)
-        if state is not None and (q_len == 1 or is_draft) and not is_empty(cache):
+        drafted = num_drafted(inputs) if self._acts else 0
+        is_draft = q_len - drafted <= 1 and not brings_pictures(inputs)
+        is_rest = prompt_end is not None and state is not None and not state.is_answered
+        if state is not None and (q_len == 1 or is_draft) and not is_rest and not is_empty(cache):
             if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
                 check_batch(state, batch)
             return self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
-        forward: EditedForward = self._begin_prompt(module, cache, state, inputs, drafted)
+        forward: EditedForward = self._begin_prompt(module, cache, state, inputs, drafted, prompt_end)
         return forward
 
     def keep(self, cache: Any, state: SequenceState) -> None:
@@ -130,7 +138,13 @@ class ForwardBeginner:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin_prompt(
-        self, module: nn.Module, cache: Any, known: SequenceState | None, inputs: dict[str, Any], drafted: int
+        self,
+        module: nn.Module,
+        cache: Any,
+        known: SequenceState | None,
+        inputs: dict[str, Any],
+        drafted: int,
+        prompt_end: int | None,
     ) -> EditedForward:
         past, known = self._continued(cache, known)
         if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
@@ -138,13 +152,13 @@ class ForwardBeginner:
                 f"{self._needs_cache[0]} edits a prompt otherwise than the tokens generated behind it, and without a "
                 "cache every new token makes all of them a prompt. Leave use_cache on."
             )
-        image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module))
+        image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module), must_know=self._acts)
         prompt_len = image_mask.shape[1] - drafted
         if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
             drafted = 0  # a prompt whose caller wants many logits
         forward = self._read(known, past, image_mask, inputs, drafted)
-        if known is not None:
-            _check_whole_prompt(known, forward)
+        goes_on = prompt_end is not None and past + forward.q_len < prompt_end
+        _check_whole_prompt(known, forward, goes_on=goes_on)
         # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.
         embeds = inputs.get("inputs_embeds") if self._is_inside(module) and not past else None
         if forward.state.any_image and self._compared:
@@ -177,9 +191,10 @@ class ForwardBeginner:
         valid = attended_keys(attention_mask, past, q_len, image_mask)[:, :prompt_len]
         image_mask = extend_mask(None if known is None else known.image_mask, image_mask[:, :prompt_len] & valid, past)
         valid = extend_mask(None if known is None else known.valid_mask, valid, past, fill=True)
-        if past and isinstance(attention_mask, torch.Tensor) and attention_mask.shape == (batch, past + q_len):
-            # Answers of a batch end at different lengths: what the caller hides behind the shorter ones is padding.
-            valid = valid & attention_mask[:, : past + prompt_len].to(valid.device).bool()
+        if past and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            if attention_mask.shape[1] >= past + q_len:
+                # Answers of a batch end at different lengths: what the caller hides behind shorter ones is padding.
+                valid = valid & attention_mask[:, : past + prompt_len].to(valid.device).bool()
         decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = []
         if input_ids is not None:
             if drafted:
@@ -189,8 +204,14 @@ class ForwardBeginner:
                 input_ids = torch.cat([known.ids_so_far(past), input_ids], dim=1)
         # The one place that waits for the device: which samples have an image, where the last one ends, and the prompt.
         positions = torch.arange(past + prompt_len, device=image_mask.device)
-        ends = torch.stack([torch.where(mask, positions, -1).amax(1) for mask in (image_mask, valid)]).tolist()
-        with_image = [(image_end, end) for image_end, end in zip(*ends, strict=True) if image_end >= 0]
+        ends = [torch.where(mask, positions, -1).amax(1) for mask in (image_mask, valid)]
+        seen = torch.stack([*ends, packed_rows(inputs, like=ends[0])]).tolist()
+        if any(seen[2]) and self._acts:
+            raise UnsupportedFeatureError(
+                "The position_ids of a row start again, so that it holds several prompts (padding-free batches), which "
+                "vlmfix would take for one. Pass the prompts as rows of a padded batch, with an attention_mask."
+            )
+        with_image = [(image_end, end) for image_end, end, _ in zip(*seen, strict=True) if image_end >= 0]
         state = SequenceState(
             self.methods,
             image_mask,
@@ -262,7 +283,7 @@ class ForwardBeginner:
     def _continued(self, cache: Any, state: SequenceState | None) -> tuple[int, SequenceState | None]:
         """Return how many tokens a forward continues, and what is known about them."""
         past = 0 if cache is None else int(cache.get_seq_length())
-        if past and state is None:
+        if past and state is None and self._acts:
             raise UnsupportedFeatureError(
                 "This cache was filled before the model was patched, so vlmfix does not know where its images are. "
                 "Start with an empty cache."
@@ -291,23 +312,40 @@ class ForwardBeginner:
         return self.anatomy.language_model if self._is_inside(module) else self.anatomy.model
 
 
-def _check_whole_prompt(known: SequenceState, forward: EditedForward) -> None:
-    """Refuse to go on with a prompt that was edited as if it had ended."""
-    if known.is_answered or not known.any_image:
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` is tracing the model; older versions of torch do not tell."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    return is_exporting is not None and bool(is_exporting())
+
+
+def _check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, goes_on: bool) -> None:
+    """Refuse a prompt in parts where what methods do in one part depends on another.
+
+    Args:
+        known: What is known about the tokens in the cache.
+        forward: The forward that reads a prompt, or a part of one.
+        goes_on: Whether more of the prompt is to come.
+    """
+    continues = known is not None and not known.is_answered
+    if not forward.state.any_image or not (continues or goes_on):
         return
-    old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
-    behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
-    has_further_image = bool((behind.any(1) & new.any(1)).any())  # rows before it were edited as if behind the last one
-    is_prefix = not bool(behind.any())  # the known part ends with its last image token
+    has_further_image, is_prefix = False, False
+    if continues and known is not None and known.any_image:
+        # Rows before a further image were edited as if they stood behind the last one.
+        old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
+        behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
+        has_further_image = bool((behind.any(1) & new.any(1)).any())
+        is_prefix = not bool(behind.any())  # the known part ends with its last image token
+    only_text_before = not goes_on and known is not None and not known.any_image
     for method in forward.methods:
         if is_prefix and method.leaves_prefix:
             continue
-        needs_it = method.needs_whole_prompt or (has_further_image and method.prompt_rows == "text")
-        if needs_it and not method.is_identity:
+        needs_it = method.minds_text_before_image if only_text_before else method.needs_whole_prompt
+        if not method.is_identity and (needs_it or (has_further_image and method.prompt_rows == "text")):
             raise UnsupportedFeatureError(
-                f"{method.name} needs a prompt in one forward, and this one continues a prompt that is already in the "
-                "cache: what it did there depends on tokens that come only now. Leave prefill_chunk_size unset, and "
-                "do not prefill a part of a prompt with an image in advance."
+                f"{method.name} needs a prompt in one forward, and this one reads a part: what it does in one part "
+                "depends on tokens of another. Leave prefill_chunk_size unset, and do not prefill a part of a prompt "
+                "with an image in advance."
             )
 
 

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.images import brings_pictures
 
 if TYPE_CHECKING:
     from torch import nn
 
     from vlmfix.methods.sequence import SequenceState
+
+
+_NO_LABEL = -100
+"""What stands in the place of a label where a token is not to be predicted."""
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -36,17 +41,51 @@ def answer_length(inputs: dict[str, Any]) -> int:
 
 
 def num_drafted(inputs: dict[str, Any]) -> int:
-    """Return how many of the new tokens are a drafted answer rather than a prompt.
+    """Return how many of the new tokens are an answer, drafted or given, rather than a prompt.
 
     Assisted decoding asks for the logits of the token before the draft and of every drafted one, also in the forward
-    that reads the prompt; a caller who scores an answer behind a prompt does the same. Otherwise it is none.
+    that reads the prompt; a caller who scores an answer behind a prompt does the same, or labels it (teacher forcing).
+    Otherwise it is none.
 
     A draft is always checked with a cache (which some versions leave to the model to make). Without one, many logits
     are just wanted.
+
+    Raises:
+        UnsupportedFeatureError: The labels of a batch begin in different columns.
     """
+    labels = inputs.get("labels")
+    if isinstance(labels, torch.Tensor):
+        is_labelled = labels != _NO_LABEL
+        columns = torch.arange(labels.shape[1], device=labels.device)
+        firsts = torch.where(is_labelled, columns, labels.shape[1]).amin(1).tolist()
+        if len(set(firsts)) > 1:
+            if not brings_pictures(inputs):
+                return 0  # nothing is edited
+            raise UnsupportedFeatureError(
+                "The labels of this batch begin in different columns, so that answers begin in different columns too. "
+                "Pad the prompts on the left, or score one prompt at a time."
+            )
+        return int(labels.shape[1] - firsts[0])
     wanted = inputs.get("logits_to_keep")
     has_cache = inputs.get("past_key_values") is not None or inputs.get("use_cache")
     return max(wanted - 1, 0) if has_cache and isinstance(wanted, int) else 0
+
+
+def packed_rows(inputs: dict[str, Any], like: torch.Tensor) -> torch.Tensor:
+    """Return which rows of a call hold several prompts, by positions that start again; only without an attention mask.
+
+    Args:
+        inputs: The call's arguments by name.
+        like: A tensor ``[batch]`` on the device wanted.
+
+    Returns:
+        int64 ``[batch]``, 1 for a packed row.
+    """
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or inputs.get("attention_mask") is not None:
+        return torch.zeros_like(like, dtype=torch.int64)
+    in_text = positions.reshape(-1, *positions.shape[-2:])[0]  # of several dimensions, the first is of text or time
+    return (in_text.diff(dim=1) < 0).any(1).long().to(like.device).expand(like.shape)
 
 
 def every_row(inputs: dict[str, Any], q_len: int, device: torch.device) -> dict[str, Any]:
@@ -55,14 +94,6 @@ def every_row(inputs: dict[str, Any], q_len: int, device: torch.device) -> dict[
     if not isinstance(wanted, int) or not 0 < wanted < q_len:
         return {}
     return {"logits_to_keep": torch.arange(q_len - wanted, q_len, device=device)}
-
-
-def has_images(inputs: dict[str, Any]) -> bool:
-    """Whether a call brings images of its own, encoded or not; one that checks a draft never does."""
-    return any(
-        value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and bool(value)))
-        for name, value in inputs.items()
-    )
 
 
 def length_of(cache: Any) -> int | torch.Tensor:

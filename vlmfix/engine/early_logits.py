@@ -42,6 +42,7 @@ class EarlyHead:
                 "Patch the model that generates, or set sla_alpha=0."
             )
         self._head = head
+        self._loss_function: Any = getattr(anatomy.language_model, "loss_function", None)
         self._norm = final_norm(anatomy) if any(each.early_norm for _, each in self.mixing) else None
         self._softcap = self._scale = self._divisor = None
         if isinstance(head, nn.Module):
@@ -55,10 +56,22 @@ class EarlyHead:
             output: What the model with the head returned, an object with ``logits`` or a tuple.
             inputs: Its arguments by name.
         """
-        if isinstance(output, tuple):
-            where = 0 if inputs.get("labels") is None else 1  # the loss comes first
-            return (*output[:where], self._mixed(forward, output[where], inputs), *output[where + 1 :])
-        return dataclasses.replace(output, logits=self._mixed(forward, output.logits, inputs))
+        has_loss = inputs.get("labels") is not None
+        is_tuple = isinstance(output, tuple)  # the loss comes first
+        logits = (output[1] if has_loss else output[0]) if is_tuple else output.logits
+        changed = {"logits": self._mixed(forward, logits, inputs)}
+        if has_loss:
+            stock, mixed = (self._loss(each, inputs) for each in (logits, changed["logits"]))
+            changed = {"loss": (output[0] if is_tuple else output.loss) + mixed - stock, **changed}
+        if is_tuple:
+            return (*changed.values(), *output[len(changed) :])
+        return dataclasses.replace(output, **changed)
+
+    def _loss(self, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute the model's loss of ``[batch, q_len, vocab]``, without auxiliary terms."""
+        options = {name: inputs[name] for name in ("labels", "num_items_in_batch") if name in inputs}
+        loss: torch.Tensor = self._loss_function(logits=logits, vocab_size=logits.shape[-1], **options)
+        return loss
 
     def _mixed(self, forward: EditedForward, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Mix ``[batch, kept, vocab]``."""

@@ -151,6 +151,11 @@ class Method(Parametrised):
         return self.is_identity or (not (looks or self.edits_heads or self.replaces_logits) and is_behind)
 
     @property
+    def minds_text_before_image(self) -> bool:
+        """Whether the text before a prompt's first image is edited too, or decides on edits."""
+        return self.needs_whole_prompt and "all" in (self.prompt_rows, self.observed_rows)
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention it acts in; ``vlmfix.recipes`` refuses models that have none of them.
 

@@ -19,7 +19,7 @@ FORWARD_KWARG = "vlmfix"
 
 
 SITE_ATTRIBUTE = "_vlmfix_site"
-"""The attribute of a patched module's config copy that holds its ``AttentionSite``."""
+"""The attribute of a patched attention module that holds its ``AttentionSite``."""
 
 
 AttentionKind = Literal["joint", "text", "image", "encoder", "answer"]
@@ -250,7 +250,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         for name, module in model.named_modules()
         if id(module) not in encoding
         and _is_of(own_config(module), text_config)
-        and hasattr(module, "layer_idx")
+        and getattr(module, "layer_idx", None) is not None
         and "Attention" in type(module).__name__
         and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
@@ -284,9 +284,8 @@ def _is_of(config: Any, text_config: Any) -> bool:
 
 def own_config(module: nn.Module) -> Any:
     """Return the config the module was built with, also while it is patched."""
-    config = getattr(module, "config", None)
-    site = getattr(config, SITE_ATTRIBUTE, None)
-    return config if site is None else site.config
+    site = getattr(module, SITE_ATTRIBUTE, None)
+    return getattr(module, "config", None) if site is None else site.config
 
 
 def _decoder_layer(model: PreTrainedModel, name: str) -> nn.Module:

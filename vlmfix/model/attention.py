@@ -125,9 +125,27 @@ def base_kernel(site: AttentionSite, module: nn.Module) -> tuple[Callable[..., A
     """Return the attention function the unpatched module would call now, and the module to hand to it."""
     implementation = site.implementation
     if implementation == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward, module
+        return _eager_kernel(type(module)), module
     kernel = AttentionInterface()[implementation]
     return kernel, _WithConfig(module, site.config) if "flash" in implementation else module
+
+
+def _eager_kernel(attention: type) -> Callable[..., Any]:
+    """Return the eager function beside an attention class, or beside the class that it extends."""
+    for parent in attention.__mro__:
+        kernel: Callable[..., Any] | None = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
+        if kernel is not None:
+            return kernel
+    raise UnsupportedFeatureError(
+        f"No eager_attention_forward was found beside {attention.__name__} or the classes it extends. Choose another "
+        "attention function: model.set_attn_implementation('sdpa')."
+    )
+
+
+def _computes_in_half(states: torch.Tensor) -> bool:
+    """Whether a matrix product of these states is one of float16, by itself or under autocast."""
+    kind = states.device.type
+    return (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype) == torch.float16
 
 
 def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -156,7 +174,7 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     query = call.query[:, :, start:stop]
     scaling = kwargs.get("scaling")
     scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if query.dtype == torch.float16:  # unscaled scores overflow where those of fused kernels do not
+    if _computes_in_half(query):  # unscaled scores overflow where those of fused kernels do not
         power = 2.0 ** math.floor(math.log2(scaling))  # exact, unlike the scaling itself
         query, scaling = query * power, scaling / power
     scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)

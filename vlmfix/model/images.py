@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +16,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vlmfix.model.anatomy import Anatomy
+
+
+def of_new_tokens(per_token: torch.Tensor, past: int, q_len: int) -> torch.Tensor:
+    """Return the columns of ``[batch, tokens, ...]`` that belong to the new tokens of a forward.
+
+    Args:
+        per_token: Values of all tokens, of those that a static cache has room for, or of the new ones alone.
+        past: Tokens in the cache.
+        q_len: New tokens.
+    """
+    return per_token[:, past : past + q_len] if per_token.shape[1] >= past + q_len else per_token[:, -q_len:]
 
 
 def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor) -> torch.Tensor:
@@ -37,7 +50,7 @@ def attended_keys(attention_mask: Any, past: int, q_len: int, like: torch.Tensor
         rows = torch.arange(past + q_len, device=like.device)[past:]
         attended = block_mask_rows(attention_mask, like.shape[0], rows, rows).any(2)[:, 0]
     elif attention_mask.dim() == 2:
-        attended = attention_mask[:, -q_len:].bool()
+        attended = of_new_tokens(attention_mask, past, q_len).bool()
     else:
         past = min(past, attention_mask.shape[3] - q_len)  # a sliding cache has dropped what was before
         pairs = attention_mask[:, 0, :, : past + q_len]
@@ -122,13 +135,14 @@ class ImageFinder:
             self._as_encoded(input_ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), output[0].detach())
         )
 
-    def find(self, inputs: dict[str, Any], *, past: int, is_inside: bool) -> torch.Tensor:
+    def find(self, inputs: dict[str, Any], *, past: int, is_inside: bool, must_know: bool = True) -> torch.Tensor:
         """Find the image tokens of a forward.
 
         Args:
             inputs: The forward's arguments by name.
             past: Tokens in the cache.
             is_inside: Whether the forward is that of a language model inside the vision-language model.
+            must_know: Whether it is an error if they cannot be told from the arguments; else there are none.
 
         Returns:
             Bool ``[batch, length]``.
@@ -136,12 +150,17 @@ class ImageFinder:
         Raises:
             UnsupportedFeatureError: They cannot be told from the arguments.
         """
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if not self._anatomy.image_token_ids:
             return first_looks(inputs, past)
-        mask = self._among_tokens(inputs.get("input_ids"), inputs.get("inputs_embeds"), is_inside=is_inside, past=past)
-        if "image" in self._anatomy.kinds and not past and not _has_features(inputs):
-            return torch.zeros_like(mask)  # a placeholder without an image is a word like others
-        return mask
+        if ids is not None and not (past and "image" in self._anatomy.kinds) and not brings_pictures(inputs):
+            return torch.zeros_like(ids, dtype=torch.bool)  # the model reads a placeholder without a picture as a word
+        try:
+            return self._among_tokens(ids, embeds, is_inside=is_inside, past=past)
+        except UnsupportedFeatureError:
+            if must_know or embeds is None:
+                raise
+            return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
 
     def find_encoded(self, inputs: dict[str, Any], *, is_inside: bool) -> Encoded:
         """Find out what an encoder reads or has read.
@@ -247,17 +266,23 @@ def first_looks(inputs: dict[str, Any], past: int) -> torch.Tensor:
     looks = inputs.get("image_attention_mask")
     if looks is None:
         return torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    sees = looks[:, -tokens.shape[1] :].bool()
+    q_len = tokens.shape[1]
+    sees = looks[:, -q_len:].bool()
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        sees = sees & attention_mask[:, -tokens.shape[1] :, None].bool()
+        sees = sees & of_new_tokens(attention_mask, past, q_len)[..., None].bool()
     before = torch.cat([sees[:, :1] if past else torch.zeros_like(sees[:, :1]), sees[:, :-1]], dim=1)
     comes_into_view: torch.Tensor = (sees & ~before).any(-1)
     return comes_into_view
 
 
-def _has_features(inputs: dict[str, Any]) -> bool:
-    return any(inputs.get(name) is not None for name in ("pixel_values", "cross_attention_states"))
+_PICTURES = re.compile("pixel|image|video|vision|visual|mm_encoder|cross_attention_states|perceiver|patches")
+
+
+def brings_pictures(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call has pictures among its arguments: pixels or features of any name, encoded or not."""
+    given = (value for name, value in inputs.items() if _PICTURES.search(name))
+    return any(isinstance(value, (torch.Tensor, list, tuple, Mapping)) and len(value) > 0 for value in given)
 
 
 def _are_words(embeds: torch.Tensor, embedding: Any) -> bool:

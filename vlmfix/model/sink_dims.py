@@ -130,7 +130,7 @@ def _search(
         anatomy.decoder_layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True) for layer in watched
     ]
     # Asks a patched model for its stock self; a stock model is called as always.
-    stock = {FORWARD_KWARG: None} if any(hasattr(site.module.config, SITE_ATTRIBUTE) for site in anatomy.sites) else {}
+    stock = {FORWARD_KWARG: None} if any(hasattr(site.module, SITE_ATTRIBUTE) for site in anatomy.sites) else {}
     try:
         anatomy.inner(input_ids=input_ids.to(states_device(embedding, anatomy.model)), use_cache=False, **stock)
     finally:

@@ -75,7 +75,7 @@ def test_explicit_rows_equal_the_base_kernel_with_a_flex_mask(build: Any) -> Non
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 20, 20, device="cpu", BLOCK_SIZE=16)
-    rows = attention._block_mask_rows(mask, 2, torch.arange(5, 9), torch.arange(20))
+    rows = attention.block_mask_rows(mask, 2, torch.arange(5, 9), torch.arange(20))
     assert rows.shape == (2, 1, 4, 20)
     assert torch.equal(rows[0, 0], torch.arange(20) <= torch.arange(5, 9)[:, None])
 

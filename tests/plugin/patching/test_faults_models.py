@@ -1,0 +1,151 @@
+"""What people do to a model around a patch: the value is that of the plain model, or it is refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from families.tiny_llava import RAGGED, collate, forward, tiny_llava
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+import vlmfix
+
+ONE = collate([RAGGED[0]])
+
+
+class OwnAttention(LlamaAttention):
+    """A user's own class."""
+
+
+def test_an_attention_class_of_the_user_s_own_under_eager(build: Any) -> None:
+    model = build(attn="eager")
+    for layer in model.model.language_model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    stock = forward(model, ONE).logits
+    vlmfix.patch(model, "none")
+    assert torch.equal(forward(model, ONE).logits, stock)
+    vlmfix.patch(model, "pai", layers=":")
+    assert (forward(model, ONE).logits - stock).abs().max() > 1e-3
+
+
+@pytest.fixture
+def one_process() -> Iterator[Any]:
+    if not dist.is_available():
+        pytest.skip("this torch is built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["patch first", "shard first"])
+@pytest.mark.parametrize("name", ["vhr", "pai", "vcd"])
+def test_fully_sharded_models_in_either_order(tiny: Any, one_process: Any, name: str, order: str) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    options = {} if name == "vcd" else {"layers": ":"}
+    with vlmfix.patched(copy.deepcopy(tiny), name, **options) as plain:
+        expected = forward(plain, ONE).logits
+    steps = [lambda: vlmfix.patch(tiny, name, **options), lambda: fsdp.fully_shard(tiny, mesh=one_process)]
+    for step in steps if order == "patch first" else reversed(steps):
+        step()
+    torch.testing.assert_close(forward(tiny, ONE).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cleared_hooks_are_told_and_healed(tiny: Any) -> None:
+    stock = forward(tiny, ONE).logits
+    vlmfix.patch(tiny, "vhr")
+    assert not vlmfix.status(tiny).notes
+    for module in (tiny, tiny.model, *tiny.model.language_model.modules()):
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="unpatch"):
+        forward(tiny, ONE)
+    assert "removed hooks" in str(vlmfix.status(tiny))
+    vlmfix.unpatch(tiny)
+    assert vlmfix.status(tiny) is None
+    assert torch.equal(forward(tiny, ONE).logits, stock)
+    vlmfix.patch(tiny, "pai", layers=":")
+    assert (forward(tiny, ONE).logits - stock).abs().max() > 1e-3
+
+
+def test_a_patched_attention_module_s_config_can_be_printed(tiny: Any) -> None:
+    vlmfix.patch(tiny, "vhr")
+    config = tiny.model.language_model.layers[1].self_attn.config
+    assert str(config) == str(tiny.config.text_config)
+    assert "vlmfix" not in config.to_json_string()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not say that it exports")
+def test_export_is_refused_with_the_reason(tiny: Any) -> None:
+    vlmfix.patch(tiny, "vhr")
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"Export the stock model: vlmfix.unpatch"):
+        torch.export.export(tiny, (), kwargs={**ONE, "use_cache": False}, strict=False)
+
+
+def test_a_stand_in_that_somebody_wrapped_is_inert_after_unpatch(tiny: Any) -> None:
+    """Libraries wrap ``model.forward`` on the instance (offloading, for one)."""
+    stock = forward(tiny, ONE).logits
+    vlmfix.patch(tiny, "vcd", beta=0.0)
+    inner = tiny.forward
+    tiny.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert (forward(tiny, ONE).logits - stock).abs().max() > 1e-3
+    vlmfix.unpatch(tiny)
+    assert torch.equal(forward(tiny, ONE).logits, stock)
+
+
+def test_attributes_of_others_survive(tiny: Any) -> None:
+    def own(*args: Any, **kwargs: Any) -> str:
+        return "own"
+
+    tiny.init_continuous_batching = own
+    vlmfix.patch(tiny, "vhr")
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="Continuous batching"):
+        tiny.init_continuous_batching()
+    vlmfix.unpatch(tiny)
+    assert tiny.init_continuous_batching is own
+
+
+def test_a_model_whose_images_cannot_be_found_is_refused() -> None:
+    """Kosmos-2 puts them in the place of embeddings by a mask of its own."""
+    model = transformers.Kosmos2ForConditionalGeneration(
+        transformers.Kosmos2Config(
+            text_config={"vocab_size": 99, "embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 2},
+            vision_config={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            latent_query_num=4,
+        )
+    )
+    with pytest.raises(vlmfix.UnsupportedModelError, match="no image token"):
+        vlmfix.patch(model, "vhr")
+
+
+@pytest.mark.parametrize("name", ["pai", "vaf", "hgai"])
+def test_autocast_to_half_precision_does_not_overflow(name: str) -> None:
+    """Unscaled scores of about 67,600, scaled 6,000: beyond fp16 and within, as with Qwen2's biases."""
+    model = tiny_llava("qwen2", hidden=256, heads=2, kv_heads=1)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                projection.bias.zero_()
+                projection.bias.view(-1, 128)[:, 60:64] = 130.0
+    stock = forward(model, ONE).logits
+    vlmfix.patch(model, name, layers=":")
+    exact = forward(model, ONE).logits
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = forward(model, ONE).logits.float()
+        vlmfix.unpatch(model)
+        error = (forward(model, ONE).logits.float() - stock).abs().max()
+    assert half.isfinite().all()
+    assert (half - exact).abs().max() < 4 * error + 0.05
