@@ -21,6 +21,7 @@ BATCH = 8
 
 CHAIR_SETTING = "the published images are not known; ours are drawn by seed from all of val2014"
 CHAIR_MODE = "CHAIR's mode is not stated in what we read; nltk is what most such papers use"
+HELP_ME = "Please help me describe the image in detail."
 NO_SYSTEM = "LLaVA's own prompt begins with a system sentence, which the checkpoint's chat template leaves out"
 
 
