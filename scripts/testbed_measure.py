@@ -29,7 +29,9 @@ from vlmfix.evals.stats.table import Table
 from vlmfix.evals.testbed import MODEL_DIR, MODELS, PROMPTS, model_folder, prepare
 from vlmfix.evals.testbed.scenes import IMAGE_SIZE, NAMES, SPLITS, scene_kind
 from vlmfix.evals.testbed.vocabulary import SCENES
-from vlmfix.observe.words import single_tokens
+from vlmfix.observe.ask import answer, next_logits
+from vlmfix.observe.prompts import PromptBuilder, encode
+from vlmfix.observe.words import decode, need_yes_no_tokens
 
 __all__ = ["Reader", "measure", "reader_of"]
 
@@ -46,43 +48,32 @@ class Reader:
     def __init__(self, model_dir: Path = MODEL_DIR, batch_size: int = 64, dtype: torch.dtype = torch.float32) -> None:
         self.processor = AutoProcessor.from_pretrained(model_dir)
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).eval()
+        self.prompt = PromptBuilder(self.processor)
         self.batch_size = batch_size
-
-    def prompt(self, text: str) -> str:
-        """The chat template around one image and one instruction."""
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
 
     def batches(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Iterator[Any]:
         """Model inputs, ``batch_size`` rows at a time."""
         for start in range(0, len(texts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            prompts = [self.prompt(text) for text in texts[rows]]
-            inputs = self.processor(images=list(images[rows]), text=prompts, padding=True, return_tensors="pt")
-            yield inputs.to(self.model.dtype)
+            yield encode(self.processor, [self.prompt(text) for text in texts[rows]], images[rows], self.model)
 
     @torch.inference_mode()
     def captions(self, images: Sequence[Image.Image], instruction: str, max_new_tokens: int = 128) -> list[str]:
         """Greedy captions."""
-        result: list[str] = []
-        for inputs in self.batches(images, [instruction] * len(images)):
-            tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-            fresh = tokens[:, inputs["input_ids"].shape[1] :]
-            result += self.processor.batch_decode(fresh, skip_special_tokens=True)
-        return result
+        batches = self.batches(images, [instruction] * len(images))
+        answers = [ids for inputs in batches for ids in answer(self.model, inputs, max_new_tokens).words]
+        return [decode(self.processor.tokenizer, ids) for ids in answers]
 
     @torch.inference_mode()
     def answers(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[str], list[float]]:
         """The most probable first word of each answer, and its yes-minus-no logit (of all spellings together)."""
-        tokenizer = self.processor.tokenizer
-        yes, no = (list(single_tokens(tokenizer, word)) for word in ("yes", "no"))
+        yes_no = need_yes_no_tokens(self.processor.tokenizer)
         words: list[str] = []
         scores: list[float] = []
         for inputs in self.batches(images, texts):
-            logits = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
-            words += [tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
-            scores += (logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).tolist()
+            logits = next_logits(self.model, inputs)[:, -1]
+            words += [self.processor.tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
+            scores += yes_no.log_odds(logits).tolist()
         return words, scores
 
     @torch.inference_mode()

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.observe.prompts import PromptBuilder, encode
-from vlmfix.observe.words import token_ends
+from vlmfix.observe.words import token_ends, yes_no_tokens
 
 from ..options import POPE_PROMPT
 from ..report.page import data_uri
-from ..run.models import answer_token_ids
 from ..testbed.vocabulary import article
 
 if TYPE_CHECKING:
@@ -105,9 +104,8 @@ def ask_for(eye: Eye, names: Sequence[str]) -> list[float | None]:
     """Ask for objects: the probability of yes against no; None where the tokenizer has no single token for them."""
     import torch
 
-    answers = answer_token_ids(eye.processor.tokenizer)
-    yes, no = list(answers["yes"]), list(answers["no"])
-    if not yes or not names:
+    answers = yes_no_tokens(eye.processor.tokenizer)
+    if answers is None or not names:
         return [None] * len(names)
     from vlmfix.observe.ask import look_at
 
@@ -120,8 +118,7 @@ def ask_for(eye: Eye, names: Sequence[str]) -> list[float | None]:
         inputs = encode(eye.processor, prompts, [eye.picture] * len(part), eye.model)
         with torch.no_grad():
             logits = look_at(eye.model, "inspect", inputs).answer(inputs, logits=True).logits[0]
-        odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
-        found |= dict(zip(part, odds.sigmoid().tolist(), strict=True))
+        found |= dict(zip(part, answers.log_odds(logits).sigmoid().tolist(), strict=True))
     return [found[name] for name in names]
 
 

@@ -11,9 +11,9 @@ from transformers import LogitsProcessor
 
 from vlmfix.model.anatomy import input_device
 from vlmfix.observe.ask import answer, end_token_ids
+from vlmfix.observe.words import YesNo, yes_no_tokens
 
 from ..data.samples import Answer, Records
-from .models import answer_token_ids
 
 #: Stands for a gap that is infinite (an end token that the generation settings forbid) or not a number.
 LARGEST_GAP = 9999.0
@@ -25,11 +25,10 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
     It runs behind the model's own logits processors, so it sees what greedy decoding takes the maximum of.
     """
 
-    def __init__(self, end_ids: Sequence[int], yes_ids: Sequence[int] = (), no_ids: Sequence[int] = ()) -> None:
-        """Record the end-token gap (where ``end_ids`` is not empty) and the first step's yes-minus-no score."""
+    def __init__(self, end_ids: Sequence[int] = (), words: YesNo | None = None) -> None:
+        """Record the end-token gap (where there are ``end_ids``) and the first step's log odds of yes."""
         self._end_ids = list(end_ids)
-        self._yes_ids = list(yes_ids)
-        self._no_ids = list(no_ids)
+        self._words = words
         self._gaps: list[torch.Tensor] = []
         self._score: torch.Tensor | None = None
 
@@ -37,9 +36,8 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
         """Record from ``scores`` [B, V] (float) and hand it back untouched."""
         if self._end_ids:
             self._gaps.append(scores.amax(-1).float() - scores[:, self._end_ids].amax(-1).float())
-        if self._yes_ids and self._score is None:
-            logits = scores.float()
-            self._score = logits[:, self._yes_ids].logsumexp(-1) - logits[:, self._no_ids].logsumexp(-1)
+        if self._words is not None and self._score is None:
+            self._score = self._words.log_odds(scores)
         return scores
 
     def gaps(self) -> list[list[float]]:
@@ -65,8 +63,7 @@ class Generator:
         self.model = model
         self.processor = processor
         self._end_ids = end_token_ids(model)
-        answers = answer_token_ids(processor.tokenizer)
-        self._yes_ids, self._no_ids = answers["yes"], answers["no"]
+        self._words = yes_no_tokens(processor.tokenizer)
 
     def generate(self, inputs: Any, records: Records, max_new_tokens: int) -> list[Answer]:
         """Answer a batch.
@@ -78,8 +75,8 @@ class Generator:
         """
         recorder = {
             "gaps": StepRecorder(self._end_ids),
-            "score": StepRecorder((), self._yes_ids, self._no_ids),
-            "text": StepRecorder(()),
+            "score": StepRecorder(words=self._words),
+            "text": StepRecorder(),
         }[records]
         start = time.perf_counter()
         inputs = inputs.to(input_device(self.model), self.model.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ import torch
 
 from vlmfix.errors import UnsupportedModelError, VlmfixError
 from vlmfix.model.anatomy import input_device
-from vlmfix.observe.words import single_tokens
 
 from .. import testbed
 from ..data.write import file_digest
@@ -247,17 +246,6 @@ def _quiet_loading() -> Iterator[None]:
         yield
     finally:
         transformers_logging.enable_progress_bar()
-
-
-def answer_token_ids(tokenizer: Any) -> Mapping[str, tuple[int, ...]]:
-    """The single tokens that spell yes and no (any case, with or without a leading space).
-
-    Returns:
-        ``{"yes": ids, "no": ids}``; both empty when the vocabulary spells either word only with several tokens,
-        in which case no yes-minus-no score can be read off one step.
-    """
-    found = {word: single_tokens(tokenizer, word) for word in ("yes", "no")}
-    return found if all(found.values()) else {"yes": (), "no": ()}
 
 
 def placement(model: Any) -> str:

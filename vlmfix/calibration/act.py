@@ -13,7 +13,7 @@ from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.act import ACT
 from vlmfix.observe.samples import CalibrationSample, yes_no
-from vlmfix.observe.words import answer_tokens
+from vlmfix.observe.words import need_yes_no_tokens
 
 logger = logging.getLogger("vlmfix")
 
@@ -40,17 +40,17 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, 
     if not 0 < share <= 1:
         raise MethodError(f"share must be above 0 and at most 1, got {share!r}.")
     yes_no(samples, "act")
-    yes, no = answer_tokens(session.tokenizer)
+    answers = need_yes_no_tokens(session.tokenizer)
     layers = tuple(layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers())
     heads = [(layer, head) for layer in layers for head in range(session.anatomy.num_heads)]
     gains = Contrast()
     for number, (batch, inputs) in enumerate(session.batches(samples), 1):
         sign = torch.tensor([1.0 if sample.answer else -1.0 for sample in batch])
-        before = sign * _yes_minus_no(session.next_logits(inputs), yes, no)
+        before = sign * answers.log_odds(session.next_logits(inputs)).cpu()
         margins = []
         for head in heads:
             alone = dataclasses.replace(method, heads=(head,))
-            margins.append(sign * _yes_minus_no(session.next_logits(inputs, alone), yes, no))
+            margins.append(sign * answers.log_odds(session.next_logits(inputs, alone)).cpu())
         table = (torch.stack(margins) - before).view(len(layers), -1, len(batch))  # [layers, num_heads, batch]
         for gain in table.unbind(-1):
             gains.add(gain, positive=True)
@@ -66,7 +66,3 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, 
     return Found(
         dataclasses.replace(method, heads=tuple(kept)), counts, {"margin_gain": mean}, layers, {"share": share}
     )
-
-
-def _yes_minus_no(logits: torch.Tensor, yes: list[int], no: list[int]) -> torch.Tensor:
-    return (logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)).cpu()

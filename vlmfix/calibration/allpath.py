@@ -17,7 +17,7 @@ from vlmfix.methods.allpath import AllPath
 from vlmfix.observe.samples import CalibrationSample, captioned, yes_no
 from vlmfix.observe.tokens import is_image_token
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
-from vlmfix.observe.words import answer_tokens, decode, find_word, word_tokens
+from vlmfix.observe.words import decode, find_word, need_yes_no_tokens, word_tokens
 
 logger = logging.getLogger("vlmfix")
 
@@ -115,7 +115,7 @@ def _questions(
 ) -> Iterator[None]:
     """Record yes/no questions, batch by batch."""
     yes_no(samples, "allpath with answers='yesno'")
-    yes, no = answer_tokens(session.tokenizer)
+    yes, no = need_yes_no_tokens(session.tokenizer)
     for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
         with streams.watch():

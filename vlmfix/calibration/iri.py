@@ -13,7 +13,7 @@ from vlmfix.errors import DataError
 from vlmfix.methods.iri import IRI
 from vlmfix.methods.measured import LayerRanking, checkpoint_name
 from vlmfix.observe.samples import CalibrationSample, yes_no
-from vlmfix.observe.words import answer_tokens
+from vlmfix.observe.words import need_yes_no_tokens
 from vlmfix.probes.causal_trace import causal_trace
 from vlmfix.probes.corruption import Corruption, choose_sigma
 
@@ -62,7 +62,7 @@ def search(
             f"iri traces how an object in the image brings back a yes, and none of {len(samples)} questions has that "
             "answer. Give questions about objects that are there."
         )
-    answer, _ = answer_tokens(session.tokenizer)
+    answer = need_yes_no_tokens(session.tokenizer).yes
 
     def batches() -> Iterator[Any]:
         for number, (_, inputs) in enumerate(session.batches(asked)):

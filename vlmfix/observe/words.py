@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from vlmfix.errors import UnsupportedFeatureError
 
 
@@ -91,19 +93,37 @@ def token_ends(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     return ends
 
 
-def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the single tokens that spell yes and no: any case, with or without a leading space.
+class YesNo(NamedTuple):
+    """The single tokens that spell yes and no in a vocabulary: any case, with or without a leading space."""
+
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+
+    def log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return ``ln P(yes) - ln P(no)`` of the next token from logits ``[batch, vocab]``: fp32 ``[batch]``."""
+        logits = logits.float()
+        return logits[:, list(self.yes)].logsumexp(-1) - logits[:, list(self.no)].logsumexp(-1)
+
+
+def yes_no_tokens(tokenizer: Any) -> YesNo | None:
+    """Return the tokens of yes and no; ``None`` if the vocabulary spells one of them only with several tokens."""
+    found = YesNo(single_tokens(tokenizer, "yes"), single_tokens(tokenizer, "no"))
+    return found if all(found) else None
+
+
+def need_yes_no_tokens(tokenizer: Any) -> YesNo:
+    """Return the tokens of yes and no.
 
     Raises:
         UnsupportedFeatureError: The vocabulary spells one of them only with several tokens.
     """
-    spelled = [list(single_tokens(tokenizer, word)) for word in ("yes", "no")]
-    if not all(spelled):
+    found = yes_no_tokens(tokenizer)
+    if found is None:
         raise UnsupportedFeatureError(
             "This tokenizer spells 'yes' or 'no' with several tokens, so answers cannot be read off one step. Heads "
             "can be found from captions instead: vlmfix.calibrate(model, 'allpath', data, answers='caption', ...)."
         )
-    return spelled[0], spelled[1]
+    return found
 
 
 def single_tokens(tokenizer: Any, word: str) -> tuple[int, ...]:

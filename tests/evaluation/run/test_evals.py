@@ -47,6 +47,7 @@ from vlmfix.evals.run import plan as planning
 from vlmfix.evals.scores import controls as control_lines
 from vlmfix.evals.stats.figures import Auc
 from vlmfix.observe.prompts import PromptBuilder
+from vlmfix.observe.words import YesNo, yes_no_tokens
 
 TOKENS = 12
 #: The columns of a run of CHAIR and POPE.
@@ -573,7 +574,7 @@ def test_prompts(home: Path) -> None:
 def test_yes_and_no_tokens(home: Path) -> None:
     tokenizer = models.find_model(home / "m").processor.tokenizer
     vocabulary = tokenizer.get_vocab()
-    assert models.answer_token_ids(tokenizer) == {"yes": (vocabulary["yes"],), "no": (vocabulary["no"],)}
+    assert yes_no_tokens(tokenizer) == ((vocabulary["yes"],), (vocabulary["no"],))
 
     class Pieces:
         """As sentencepiece does: a leading space belongs to the word; yes in capitals has two pieces."""
@@ -590,14 +591,14 @@ def test_yes_and_no_tokens(home: Path) -> None:
             return " " if tokens == [1] else "Y"
 
     pieces = Pieces(yes=[5], _yes=[6], Yes=[1, 7], _Yes=[7], no=[8], _no=[8], YES=[2, 3])
-    assert models.answer_token_ids(pieces) == {"yes": (5, 6, 7), "no": (8,)}
-    assert models.answer_token_ids(Pieces(yes=[5])) == {"yes": (), "no": ()}
+    assert yes_no_tokens(pieces) == ((5, 6, 7), (8,))
+    assert yes_no_tokens(Pieces(yes=[5])) is None
 
 
 def test_recorder_survives_infinities() -> None:
     import torch
 
-    recorder = generate.StepRecorder([2], [0], [1])
+    recorder = generate.StepRecorder([2], YesNo((0,), (1,)))
     scores = torch.tensor([[1.0, 0.5, -torch.inf], [torch.nan, 0.0, 0.0]])
     assert recorder(torch.zeros(2, 1), scores) is scores
     assert recorder.scores() == [0.5, None]

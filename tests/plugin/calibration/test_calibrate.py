@@ -28,7 +28,7 @@ from vlmfix.calibration.session import Session
 from vlmfix.cli import main
 from vlmfix.model.anatomy import analyse
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
-from vlmfix.observe.words import answer_tokens, find_word, locate_mentions, word_tokens
+from vlmfix.observe.words import find_word, locate_mentions, need_yes_no_tokens, word_tokens
 
 LAYERS, HEADS = 3, 4
 PROMPT = "please describe this image in detail ."
@@ -387,7 +387,7 @@ def test_iri_ranks_by_causal_tracing(model: Any, processor: Any) -> None:
     options = {"sigma": 4.0, "noise_seed": 2, "floor": 0.0, "batch_size": 2, "rows": 3}
     found = vlmfix.calibrate(model, "iri", asked(8), processor=processor, k1=1, **options)
     asked_yes = [sample for sample in asked(8) if sample.answer]
-    answer = answer_tokens(processor.tokenizer)[0]
+    answer = need_yes_no_tokens(processor.tokenizer).yes
     singles = (encode(processor, sample) for sample in asked_yes)
     traced = probes.causal_trace(model, singles, answer, corruption=noise, floor=0.0)
     ranking = found.method.ranking  # type: ignore[attr-defined]
@@ -736,7 +736,7 @@ def test_words_stand_alone() -> None:
 
 
 def test_answer_tokens(pieces: Any) -> None:
-    assert answer_tokens(pieces) == ([12], [13])
+    assert need_yes_no_tokens(pieces) == ((12,), (13,))
 
 
 # The command.
