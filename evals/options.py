@@ -102,7 +102,7 @@ class Options:
     @classmethod
     def from_arguments(cls: type[Made], arguments: argparse.Namespace) -> Made:
         """Return the options that were typed; the others keep their defaults."""
-        command = {"command": tuple(arguments.command)} if "command" in vars(arguments) else {}
+        command: dict[str, Any] = {"command": tuple(arguments.command)} if "command" in vars(arguments) else {}
         return cls(**typed_values(cls, arguments), **command)
 
     def as_eval(self, **changes: Any) -> EvalOptions:
