@@ -52,10 +52,19 @@ def difference_cell(difference: Mapping[str, Any] | None, *, percent: bool = Tru
 
 
 def interval_cell(difference: Mapping[str, Any] | None, *, percent: bool = True) -> str:
-    """The two ends of a difference's interval."""
+    """The two ends of a difference's interval; no end is shown as zero where the interval excludes it."""
     if difference is None:
         return ""
-    return ",".join(signed(difference[end], percent=percent) for end in ("low", "high"))
+    starred = excludes_zero(difference)
+    return ",".join(_end(difference[end], percent=percent, starred=starred) for end in ("low", "high"))
+
+
+def _end(value: float | None, *, percent: bool, starred: bool) -> str:
+    text = signed(value, percent=percent)
+    if starred and text == "0.0" and value:  # One significant digit: +0.04, not 0.0 beside a star.
+        scaled = 100 * value if percent else value
+        return f"{scaled:+.{-math.floor(math.log10(abs(scaled)))}f}"
+    return text
 
 
 def p_cell(p_value: float | None) -> str:

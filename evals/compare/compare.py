@@ -18,7 +18,14 @@ from vlmfix.errors import DataError
 from ..benchmarks.chair.text_quality import text_differences
 from ..benchmarks.registry import benchmark_class, benchmark_names
 from ..benchmarks.yes_no import MCC, paired_answers, question_rows
-from ..scores.controls import bias_curves, bias_lines, head_lines, stored_lines, stored_versions
+from ..scores.controls import (
+    bias_curves,
+    bias_lines,
+    head_lines,
+    resamples_for,
+    stored_lines,
+    stored_versions,
+)
 from ..scores.counts import RunCounts
 from ..scores.differences import correct_controls, correct_rows, differences
 from ..scores.verdicts import verdict
@@ -84,7 +91,6 @@ def compare_runs(
     reference = _reference(rows, against)
     entries = [_entry(row, reference, seed) for row in rows]
     controls = [line for name in named for line in _controls([row for row in rows if row.run == name], seed)]
-    correct_controls(controls)
     corrections = correct_rows([entry for entry in entries if "differences" in entry])
     _judge(rows, entries, controls, seed)
     return {
@@ -209,13 +215,13 @@ def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
         for name, table in baseline.benchmarks.items()
     }
     lines: list[dict[str, Any]] = []
-    for row in rows:
-        if row.entry["role"] != "method":
-            continue
+    compared = [row for row in rows if row.entry["role"] == "method"]
+    n_resamples = resamples_for(len(compared), curves)
+    for row in compared:
         of_run: list[dict[str, Any]] = []
         for name, table in row.benchmarks.items():
             for control, curve in curves[name].items():
-                of_run += bias_lines(row.label, name, control, curve, table, seed)[0]
+                of_run += bias_lines(row.label, name, control, curve, table, seed, n_resamples)[0]
             for control, stored in row.controls[name].items():
                 if control not in curves[name]:  # Older runs keep the control, and not what it was chosen from.
                     of_run += stored_lines(row.label, name, control, table, stored, seed)
@@ -232,7 +238,7 @@ def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
 
 
 def _judge(
-    rows: Sequence[Row], entries: Sequence[dict[str, Any]], controls: Sequence[Mapping[str, Any]], seed: int
+    rows: Sequence[Row], entries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]], seed: int
 ) -> None:
     """Give every method its word: against the baseline and the controls of its own run, whatever the reference is."""
     own: list[dict[str, Any]] = []
@@ -247,6 +253,7 @@ def _judge(
                 judged["chair"]["text_quality"] = {"differences": found}
         own.append(judged)
     correct_rows([row for row in own if "differences" in row])
+    correct_controls(controls, own)
     for judged, entry in zip(own, entries, strict=True):
         entry["verdict"] = verdict({"methods": own, "controls": controls}, judged)
 

@@ -15,7 +15,7 @@ from ..benchmarks.yes_no import question_rows
 from ..data.samples import Answers
 from ..run.methods import MethodSpec
 from ..stats.figures import Figure, SumStatistic
-from ..stats.intervals import Interval, finite, interval_dict
+from ..stats.intervals import RESAMPLES, Interval, finite, interval_dict
 from ..stats.table import Table
 from .bias_curves import BiasCurve, EarlyStop, YesBias
 from .early_stop import stopped_versions
@@ -136,12 +136,13 @@ def control_lines(
         kept: Where the controls' tables go, for ``counts.json``.
     """
     found: list[dict[str, Any]] = []
-    for spec in methods:
-        if spec.role != "method":
-            continue
+    compared = [spec for spec in methods if spec.role == "method"]
+    n_resamples = resamples_for(len(compared), curves)
+    for spec in compared:
         for benchmark, by_name in curves.items():
             for control, curve in by_name.items():
-                lines, table = bias_lines(spec.label, benchmark, control, curve, tables[benchmark][spec.label], seed)
+                own = tables[benchmark][spec.label]
+                lines, table = bias_lines(spec.label, benchmark, control, curve, own, seed, n_resamples)
                 found += lines
                 if table is not None:
                     kept.setdefault(benchmark, {}).setdefault(spec.label, {})[control] = table
@@ -151,8 +152,28 @@ def control_lines(
     return found
 
 
+def resamples_for(methods: int, benchmarks: Iterable[str]) -> int:
+    """How many resamples a run's controls need.
+
+    All their lines are corrected as one family, and no p-value is below 2 / (resamples + 1): with too few of them
+    nothing could be rejected among many methods.
+
+    Args:
+        methods: How many methods are compared with their controls.
+        benchmarks: Their benchmarks.
+    """
+    lines = sum(figure.control is not None for name in benchmarks for figure in benchmark_class(name).figures)
+    return max(RESAMPLES, 60 * methods * lines)
+
+
 def bias_lines(
-    label: str, benchmark: str, control: str, curve: BiasCurve, table: Table | None, seed: int
+    label: str,
+    benchmark: str,
+    control: str,
+    curve: BiasCurve,
+    table: Table | None,
+    seed: int,
+    n_resamples: int = RESAMPLES,
 ) -> tuple[list[dict[str, Any]], Table | None]:
     """A method against the baseline under a bias, which is matched again in every resample.
 
@@ -163,6 +184,7 @@ def bias_lines(
         curve: The baseline under every bias.
         table: The method's table.
         seed: Of the bootstrap.
+        n_resamples: Of the bootstrap.
 
     Returns:
         A line per figure, and the control's table where it is matched on all images; nothing where the figure to match
@@ -174,7 +196,8 @@ def bias_lines(
     place = curve.nearest(_sums(matched), target)
     other = curve.table(place)
     figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == control]
-    intervals = curve.differences(_sums(matched), table, [_sums(figure) for figure in figures], seed=seed)
+    statistics = [_sums(figure) for figure in figures]
+    intervals = curve.differences(_sums(matched), table, statistics, seed=seed, n_resamples=n_resamples)
     told = matched_on(control, benchmark, table, other)
     lines = [
         {**line(label, control, figure, table, other, interval, told), "bias": float(curve.biases[place])}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..benchmarks.base import EARLY_STOP, YES_BIAS
 from ..benchmarks.columns import benchmarks_of
 from ..benchmarks.registry import benchmark_class
 from ..stats.intervals import CONFIDENCE, interval_dict
@@ -42,35 +43,67 @@ def correct_rows(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def correct_controls(controls: Sequence[dict[str, Any]]) -> None:
-    """Give every line of the controls ``p_holm`` and ``verdict_holm``.
+def correct_controls(controls: Sequence[dict[str, Any]], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Give every line of the controls ``p_holm`` and ``verdict_holm``, and the tests of broken text ``p_word``.
 
-    A family is one figure against one kind of control, over the methods that changed an answer.
+    Everything that decides a method's word (see :mod:`vlmfix.evals.scores.verdicts`) is one family over all methods
+    that
+    changed an answer: the lines of the controls that need no method, and whether captions loop or are cut off. So at
+        most
+    5 % of runs give any word to methods that are equal to their controls. A test of rates that are the same in both
+    methods cannot reject, and does not count. Of the other controls a family is one figure over the methods.
+
+    Args:
+        controls: The lines.
+        rows: The methods' rows of ``results.json``.
     """
-    families: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    words = {f"{row['label']} {name}": test for row in rows for name, test in broken_text(row).items() if _moved(test)}
+    families: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for line in controls:
+        test = line["difference"]
         if line["verdict"] == "unchanged":
-            line["difference"]["p_holm"] = line["difference"]["p_value"]
+            test["p_holm"] = test["p_value"]
+        elif line["control"] in (EARLY_STOP, YES_BIAS):
+            words[f"{line['method']} {line['control']} {line['metric']}"] = test
         else:
-            families.setdefault((line["control"], line["metric"]), {})[line["method"]] = line["difference"]
+            families.setdefault((line["control"], line["metric"]), {})[line["method"]] = test
     for family in families.values():
         _correct(family)
+    for name, p_value in holm_by_name({name: test["p_value"] for name, test in words.items()}).items():
+        words[name]["p_word"] = p_value
     for line in controls:
+        test = line["difference"]
+        if "p_word" in test:
+            test["p_holm"] = test.pop("p_word")
         decided = line["verdict"] in ("better", "worse")
-        kept = not decided or survives(line["difference"], alpha=ALPHA)
+        kept = not decided or survives(test, alpha=ALPHA)
         line["verdict_holm"] = line["verdict"] if kept else "same"
+
+
+def broken_text(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The differences in captions that loop or are cut off, of a row that changed captions."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in benchmarks_of(row):
+        if row[name].get("changed"):
+            differences = row[name].get("text_quality", {}).get("differences", {})
+            found |= {f"{name} {each}": differences[each] for each in ("looping", "truncation") if each in differences}
+    return found
+
+
+def _moved(test: Mapping[str, Any]) -> bool:
+    return not test["low"] == test["high"] == 0
 
 
 def _tests(row: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     """Everything in a row that has a p-value, named benchmark.figure."""
     yield from row.get("differences", {}).items()
-    matched = row.get("chair", {}).get("text_quality", {}).get("length_matched", {})
-    for way, part in matched.items():
-        for figure in ("chair_i", "chair_s"):
-            yield f"chair.{way}.{figure}", part[figure]["difference"]
-    for figure, test in row.get("chair", {}).get("text_quality", {}).get("differences", {}).items():
-        yield f"chair.text.{figure}", test
     for benchmark in benchmarks_of(row):
+        quality = row[benchmark].get("text_quality", {})
+        for way, part in quality.get("length_matched", {}).items():
+            for figure in ("chair_i", "chair_s"):
+                yield f"{benchmark}.{way}.{figure}", part[figure]["difference"]
+        for figure, test in quality.get("differences", {}).items():
+            yield f"{benchmark}.text.{figure}", test
         for name, test in row[benchmark].get("paired", {}).items():
             yield f"{benchmark}.{name}", test
 

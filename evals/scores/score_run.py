@@ -65,7 +65,7 @@ def score_run(
     for control in compared:
         if not changed[control["method"], control["metric"].partition(".")[0]]:
             control["verdict"] = "unchanged"
-    correct_controls(compared)
+    correct_controls(compared, rows)
     return {
         "methods": rows,
         "controls": compared,

@@ -1,0 +1,131 @@
+"""By simulation: how often intervals against controls cover the truth, and how often a method gets a false word."""
+
+import numpy as np
+import pytest
+
+from vlmfix.evals.benchmarks.chair.task import Chair
+from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, score_logits
+from vlmfix.evals.scores.bias_curves import EarlyStop
+from vlmfix.evals.scores.controls import bias_curves, bias_lines
+from vlmfix.evals.scores.differences import correct_controls
+from vlmfix.evals.scores.verdicts import verdict
+from vlmfix.evals.stats.bootstrap import paired_bootstrap
+from vlmfix.evals.stats.table import Table
+
+RECALL, CHAIR_I = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
+MENTIONS = 6
+
+
+def captions(rng, images, skill):
+    """Which mentions are right, later ones less often, and the gap to the end token before each: [n, MENTIONS] both."""
+    chance = 1 / (1 + np.exp(-(images[:, None] + skill - 0.5 * np.arange(MENTIONS))))
+    return rng.random(chance.shape) < chance, rng.exponential(2.0, chance.shape)
+
+
+def counted(right, length, **more):
+    said = np.arange(MENTIONS) < length[:, None]
+    recalled = (right & said).sum(axis=1)
+    columns = {"mentions": length, "distinct": length, "recalled": recalled, "hallucinated": length - recalled}
+    columns |= {"gt_objects": np.full(len(length), MENTIONS), "words": length, **more}
+    return Table(np.arange(len(length)), columns)
+
+
+def versions(right, gaps):
+    """The captions cut at each new minimum of their gaps, the smallest first."""
+    before = np.minimum.accumulate(np.pad(gaps, ((0, 0), (1, 0)), constant_values=np.inf), axis=1)[:, :-1]
+    places = -np.sort(-np.where(gaps < before, np.arange(MENTIONS), -1), axis=1)
+    now = np.full(len(gaps), MENTIONS)
+    found = [counted(right, now, stop_bias=np.zeros(len(gaps)))]
+    for place in places.T:
+        bias = np.where(place >= 0, np.take_along_axis(gaps, np.maximum(place, 0)[:, None], axis=1)[:, 0], np.nan)
+        now = np.where(place >= 0, place, now)
+        found.append(counted(right, now, stop_bias=bias))
+    return found
+
+
+def stopped(right, gaps, bias):
+    hit = gaps <= bias
+    return counted(right, np.where(hit.any(axis=1), hit.argmax(axis=1), MENTIONS))
+
+
+def baseline_and_method(rng, n, skill=0.0, bias=0.4):
+    """The baseline under every bias, and a method that is it under one, said anew and perhaps better."""
+    images = rng.normal(1, 1, n)
+    return versions(*captions(rng, images, 0.0)), stopped(*captions(rng, images, skill), bias)
+
+
+def answers(rng, n, skill=0.0, shift=0.0):
+    """Two questions about each image: what makes one hard is the same for both methods."""
+    label, ease, images = rng.random(2 * n) < 0.5, rng.normal(0, 0.5, 2 * n), np.arange(2 * n) // 2
+
+    def said(skill, shift):
+        scores = label * (1.5 + skill) - 0.75 + ease + shift + rng.normal(0, 1, 2 * n)
+        return score_logits(label.tolist(), scores.tolist(), image_ids=images)
+
+    return said(0.0, 0.0), said(skill, shift)
+
+
+@pytest.mark.parametrize(("skill", "bias"), [(0.0, 0.8), (0.5, 0.3)])
+def test_intervals_against_an_early_stop_cover_what_they_say(skill, bias):
+    rng, runs = np.random.default_rng(0), 300
+    cut, method = baseline_and_method(rng, 20_000, skill, bias)
+    curve = EarlyStop(cut)
+    other = curve.table(curve.nearest(RECALL, RECALL.of(method)))
+    truth = CHAIR_I.of(method) - CHAIR_I.of(other) if skill else 0.0
+    covered, covered_fixed = 0, 0
+    for seed in range(runs):
+        cut, method = baseline_and_method(rng, 120, skill, bias)
+        curve = EarlyStop(cut)
+        (found,) = curve.differences(RECALL, method, [CHAIR_I], seed=seed, n_resamples=200)
+        fixed = curve.table(curve.nearest(RECALL, RECALL.of(method)))
+        held = paired_bootstrap(CHAIR_I, method, fixed, seed=seed, n_resamples=200)
+        covered += found.low <= truth <= found.high
+        covered_fixed += held.low <= truth <= held.high
+    assert 0.93 <= covered / runs <= 0.97
+    assert covered_fixed < covered - 0.02 * runs, "with the choice held fixed they cover too little"
+
+
+def test_intervals_against_a_yes_bias_cover_what_they_say():
+    rng, runs = np.random.default_rng(1), 300
+    covered = 0
+    for seed in range(runs):
+        none, method = answers(rng, 80, shift=0.6)
+        curve = bias_curves("pope", none, [])["yes bias"]
+        (found,) = curve.differences(YES_RATIO, method, [ACCURACY], seed=seed, n_resamples=200)
+        covered += found.low <= 0 <= found.high  # moving the threshold back is all that differs
+    assert 0.93 <= covered / runs <= 0.975
+
+
+def lines_of(rng, n, seed, skill=0.0):
+    cut, method = baseline_and_method(rng, n, skill)
+    none, said = answers(rng, n, skill)
+    lines, _ = bias_lines(
+        "m", "chair", "early stop", bias_curves("chair", cut[0], cut)["early stop"], method, seed, 300
+    )
+    more, _ = bias_lines("m", "pope", "yes bias", bias_curves("pope", none, [])["yes bias"], said, seed, 300)
+    return [*lines, *more]
+
+
+def word(lines):
+    rows = [
+        {"label": label, "role": role, "chair": {"changed": 1}, "pope": {"changed": 1}}
+        for label, role in (("none", "baseline"), ("m", "method"))
+    ]
+    correct_controls(lines, rows)
+    return verdict({"methods": rows, "controls": lines}, rows[1])
+
+
+def test_a_method_that_equals_its_controls_rarely_gets_a_word():
+    rng, runs = np.random.default_rng(2), 200
+    single = words = 0
+    for seed in range(runs):
+        lines = lines_of(rng, 60, seed)
+        assert len(lines) == 3
+        single += any(line["verdict"] != "same" for line in lines)
+        words += word(lines) != "unclear"
+    assert words <= 0.05 * runs < single, "one line alone is right in 95 % of runs, three are not"
+
+
+def test_a_better_method_still_gets_its_word():
+    rng = np.random.default_rng(3)
+    assert [word(lines_of(rng, 150, seed, skill=1.5)) for seed in range(5)] == ["better"] * 5
