@@ -220,9 +220,10 @@ def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
     for row in compared:
         of_run: list[dict[str, Any]] = []
         for name, table in row.benchmarks.items():
-            for control, curve in curves[name].items():
+            kept = row.controls[name]  # Nothing of a run without controls.
+            for control, curve in ((control, curve) for control, curve in curves[name].items() if control in kept):
                 of_run += bias_lines(row.label, name, control, curve, table, seed, n_resamples)[0]
-            for control, stored in row.controls[name].items():
+            for control, stored in kept.items():
                 if control not in curves[name]:  # Older runs keep the control, and not what it was chosen from.
                     of_run += stored_lines(row.label, name, control, table, stored, seed)
         for other in rows:

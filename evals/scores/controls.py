@@ -195,7 +195,7 @@ def bias_lines(
         return [], None
     place = curve.nearest(_sums(matched), target)
     other = curve.table(place)
-    figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == control]
+    figures = _compared_with(benchmark, control)
     statistics = [_sums(figure) for figure in figures]
     intervals = curve.differences(_sums(matched), table, statistics, seed=seed, n_resamples=n_resamples)
     told = matched_on(control, benchmark, table, other)
@@ -216,8 +216,7 @@ def stored_lines(
     told = matched_on(control, benchmark, table, other)
     return [
         line(label, control, figure, table, other, figure.statistic.difference(table, other, seed=seed), told)
-        for figure in benchmark_class(benchmark).figures
-        if figure.control == control
+        for figure in _compared_with(benchmark, control)
     ]
 
 
@@ -268,6 +267,12 @@ def matched_on(control: str, benchmark: str, table: Table, other: Table) -> str:
     figure = _matched(benchmark, control)
     own, reached = (100 * figure.statistic.of(each) for each in (table, other))
     return f"{figure.title.lower()} {own:.1f}, {reached:.1f}"
+
+
+def _compared_with(benchmark: str, control: str) -> list[Figure]:
+    """What a method is compared with a control on; what it is compared with other heads on too comes first."""
+    figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == control]
+    return sorted(figures, key=lambda figure: not figure.head_control)
 
 
 def _matched(benchmark: str, control: str) -> Figure:

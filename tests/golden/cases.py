@@ -108,7 +108,19 @@ def eval_benchmarks(bench: Bench) -> Any:
 def eval_described(bench: Bench) -> Any:
     """AMBER with descriptions, whose nouns nltk tags, and captions matched by CHAIR's nltk mode."""
     amber = data.amber(bench.folder / "described", bench.coco, described=True)
-    words = ["--limit", 3, "--method", "vhr", "--set", "alpha=2.0", "--benchmark", "chair", "amber", "--no-controls"]
+    words = [
+        "--limit",
+        3,
+        "--method",
+        "vhr",
+        "--set",
+        "alpha=2.0",
+        "--benchmark",
+        "chair",
+        "amber",
+        "--no-controls",
+        "--verbose",
+    ]
     words += ["--chair-mode", "nltk", "--benchmark-data", f"amber={amber}", "--out", bench.folder / "nouns"]
     text = done("eval", *words)
     found = evaluation(bench, bench.folder / "nouns", text)

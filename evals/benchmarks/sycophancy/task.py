@@ -52,6 +52,7 @@ class Sycophancy(Benchmark):
     @classmethod
     def make(cls, options: EvalOptions, data: RunData) -> Sycophancy:
         """Ask each of POPE's questions in every condition; the challenge needs a prompt that can have a second turn."""
+        questions, paths = choose_questions(options, data, (SPLIT,), testbed_images=100)
         if options.model is None:
             data.notes.append(
                 "the testbed never learned what a hint or a second turn means (it answers alike whichever answer is "
@@ -59,7 +60,6 @@ class Sycophancy(Benchmark):
             )
         if not options.chat_template:
             data.notes.append("sycophancy leaves the challenge out: a second turn needs the chat template")
-        questions, paths = choose_questions(options, data, (SPLIT,), testbed_images=100)
         return cls.of(
             questions,
             paths,

@@ -30,12 +30,12 @@ from vlmfix.evals import evaluate as runner
 from vlmfix.evals import options as options_module
 from vlmfix.evals import tables
 from vlmfix.evals.benchmarks import columns
-from vlmfix.evals.benchmarks import registry as tasks
 from vlmfix.evals.benchmarks import yes_no as pope
 from vlmfix.evals.benchmarks.chair import text_quality
 from vlmfix.evals.benchmarks.object_questions import PopeQuestion
 from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.data import samples, write
+from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.report import text as report
 from vlmfix.evals.report.sentences import sentences
 from vlmfix.evals.run import answer_log as cache
@@ -118,6 +118,7 @@ def test_results_schema(finished: Path) -> None:
     assert results["schema_version"] == provenance.SCHEMA_VERSION
     assert results["intervals"] == {
         "confidence": 0.95, "resamples": 2000, "resampled": "images", "method": "percentile bootstrap, paired",
+        "controls": "matched again in every resample",
     }  # fmt: skip
     for method in results["methods"]:
         chair, pope = method["chair"], method["pope"]
@@ -190,7 +191,7 @@ def test_none_is_the_stock_model(home: Path, finished: Path) -> None:
     model = models.load_model(source, dtype="float32", device="cpu")
     stored = json.loads((finished / folders.ANSWERS).read_text().splitlines()[0])
     assert stored["method"] == "none" and stored["benchmark"] == "chair"
-    image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
+    image = load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = PromptBuilder(source.processor)(stored["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     output = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, inputs["input_ids"].shape[1] :]
@@ -206,7 +207,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
     model = models.load_model(source, dtype="float32", device="cpu")
     rows = [json.loads(line) for line in (finished / folders.ANSWERS).read_text().splitlines()]
     stored = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "pope")
-    image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
+    image = load_image(next((home / "c" / "val2014").glob(f"*{stored['image_id']}.png")))
     prompt = PromptBuilder(source.processor)(stored["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     with torch.no_grad():
@@ -215,7 +216,7 @@ def test_recorded_gaps_and_scores_are_those_of_the_logits(home: Path, finished: 
     assert stored["score"] == pytest.approx(float(logits[vocabulary["yes"]] - logits[vocabulary["no"]]), abs=1e-4)
 
     caption = next(row for row in rows if row["method"] == "none" and row["benchmark"] == "chair")
-    image = tasks.load_image(next((home / "c" / "val2014").glob(f"*{caption['image_id']}.png")))
+    image = load_image(next((home / "c" / "val2014").glob(f"*{caption['image_id']}.png")))
     prompt = PromptBuilder(source.processor)(caption["question"])
     inputs = source.processor(images=[image], text=[prompt], return_tensors="pt")
     tokens = torch.tensor([caption["tokens"]])
