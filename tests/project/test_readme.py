@@ -19,7 +19,7 @@ from vlmfix.cli import command_parser
 from vlmfix.methods.parameters import parameter
 
 ROOT = Path(__file__).resolve().parents[2]
-README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".github/CONTRIBUTING.md"))
 
 
 def half_heads() -> Any:
