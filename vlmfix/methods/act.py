@@ -20,133 +20,6 @@ _THRESHOLDS = "a number >= 0 or a text such as '5/N'"
 
 
 @dataclass(frozen=True)
-class ColumnMeans:
-    """Column sums of one layer's attention weights.
-
-    Rows of the last forward behind ``length`` are kept apart until the next one: a draft may be cropped away.
-
-    Attributes:
-        sums: fp32 ``[batch, num_heads + 1, keys]``, over the rows of the first ``length`` tokens; in place of one more
-            head, how many of those rows may see the key.
-        tokens: fp32 ``[batch]``: how many of those tokens are no padding.
-        length: How many tokens are summed up: int, or a 0-d tensor with a static cache while decoding.
-        offset: Position of the first key; a sliding cache drops early ones.
-        rows: Weights of the rows behind, and which keys they see (1 or 0), fp32 ``[batch, num_heads + 1, n, keys]``.
-        frozen: Whether rows of generated tokens are left out.
-        is_cropped: Whether the cache was cropped into a prompt; the sums are lost then.
-    """
-
-    sums: torch.Tensor
-    tokens: torch.Tensor
-    length: int | torch.Tensor
-    offset: int | torch.Tensor
-    rows: torch.Tensor
-    frozen: bool = False
-    is_cropped: bool = False
-
-    @classmethod
-    def extended(
-        cls, known: ColumnMeans | None, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer, *, frozen: bool
-    ) -> ColumnMeans:
-        """Add the rows a method observes, see ``Method.observe``."""
-        forward, (start, stop) = layer.forward, layer.rows
-        batch, num_heads, _, num_keys = attn_weights.shape
-        offset = layer.key_offset(num_keys)
-        seen = allowed.any(1, keepdim=True).expand(batch, 1, stop - start, num_keys)
-        mask = None if layer.row_mask is None else layer.row_mask.to(seen.device)
-        if known is None:
-            # Turns before the first image are left alone, and count for nothing.
-            known = cls(
-                sums=attn_weights.new_zeros(batch, num_heads + 1, num_keys),
-                tokens=attn_weights.new_zeros(batch),
-                length=forward.past,
-                offset=offset,
-                rows=attn_weights.new_zeros(batch, num_heads + 1, 0, num_keys),
-                frozen=frozen,
-            )
-        if known.is_cropped:
-            raise UnsupportedFeatureError(
-                "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
-                "cache."
-            )
-        if start == 0:
-            known = known._settled(forward.past)
-        known = known._aligned(offset, num_keys)
-        prompt = max(min(forward.prompt_len - start, stop - start), 0) if forward.is_prefill else 0
-        if prompt:
-            assert mask is not None
-            counted = mask[:, None, None, :prompt].float()  # a product, so that no row is written out again
-            parts = [counted @ attn_weights[:, :, :prompt], counted @ seen[:, :, :prompt].float()]
-            known = replace(
-                known,
-                sums=known.sums + torch.cat(parts, dim=1)[:, :, 0],
-                tokens=known.tokens + mask[:, :prompt].sum(1),
-                length=forward.past + start + prompt,
-            )
-        if prompt == stop - start:
-            return known
-        new = torch.cat([attn_weights[:, :, prompt:], seen[:, :, prompt:].to(attn_weights.dtype)], dim=1)
-        if mask is not None:
-            new = new * mask[:, None, prompt:, None]
-        return replace(known, rows=torch.cat([known.rows, new], dim=2) if known.rows.shape[2] else new)
-
-    def at_rows(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums and the number of tokens as they are at the rows in hand.
-
-        Returns:
-            fp32 ``[batch, num_heads + 1, rows or 1, keys]``, ``[batch, rows or 1]``. In a prompt, all its rows share
-            the same.
-        """
-        forward, (start, stop) = layer.forward, layer.rows
-        sums, tokens = self.sums[:, :, None], self.tokens[:, None]
-        if self.frozen or (forward.is_prefill and stop <= forward.prompt_len):
-            return sums, tokens
-        if not forward.is_prefill and self.rows.shape[2] == 1:
-            return sums + self.rows, tokens + 1
-        prompt = max(forward.prompt_len - start, 0) if forward.is_prefill else 0
-        first = max(start - forward.prompt_len, 0) if forward.is_prefill else start
-        number = torch.arange(1, self.rows.shape[2] + 1, device=tokens.device)
-        found = []
-        for known, after, dim in ((sums, sums + self.rows.cumsum(2), 2), (tokens, tokens + number, 1)):
-            before = known.expand(*known.shape[:dim], prompt, *known.shape[dim + 1 :])
-            found.append(torch.cat([before, after.narrow(dim, first, stop - start - prompt)], dim=dim))
-        return found[0], found[1]
-
-    def reordered(self, beams: torch.Tensor) -> ColumnMeans:
-        """Return the means with batch row ``i`` taken from row ``beams[i]``."""
-        tensors = {name: getattr(self, name) for name in ("sums", "tokens", "rows")}
-        return replace(self, **{name: each.index_select(0, beams.to(each.device)) for name, each in tensors.items()})
-
-    def cropped_into_prompt(self) -> ColumnMeans:
-        """Return the means of a cache that lost part of its prompt: of no use any more."""
-        return replace(self, is_cropped=True)
-
-    def _settled(self, past: int | torch.Tensor) -> ColumnMeans:
-        """Sum up the rows that stayed in the cache, now of ``past`` tokens."""
-        waiting = self.rows.shape[2]
-        accepted = waiting  # a static cache is never cropped
-        if isinstance(past, int) and isinstance(self.length, int):
-            accepted = min(past - self.length, waiting)
-            if accepted < 0 or past > self.length + waiting:
-                raise UnsupportedFeatureError(
-                    f"The cache holds {past} tokens, but attention was summed up over {self.length} to "
-                    f"{self.length + waiting} of them (act). Only the tokens of the last forward can be cropped."
-                )
-        sums = self.sums
-        if accepted and not self.frozen:
-            sums = sums + (self.rows[:, :, 0] if accepted == 1 else self.rows[:, :, :accepted].sum(2))
-        tokens = self.tokens + accepted if accepted else self.tokens
-        return replace(self, sums=sums, tokens=tokens, length=past, rows=self.rows[:, :, :0])
-
-    def _aligned(self, offset: int | torch.Tensor, num_keys: int) -> ColumnMeans:
-        """Follow the keys: later ones are new, a sliding window drops early ones."""
-        shift = offset - self.offset
-        rows = self.rows
-        rows = take_keys(rows, shift, num_keys) if rows.shape[2] else rows.new_zeros((*rows.shape[:3], num_keys))
-        return replace(self, sums=take_keys(self.sums, shift, num_keys), rows=rows, offset=offset)
-
-
-@dataclass(frozen=True)
 class ACT(Method):
     """Shrink attention sinks other than the first token, in selected heads, and share out what they held.
 
@@ -250,7 +123,7 @@ class ACT(Method):
 
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
-        heads = layer.constant(lambda: self._others(layer, attn_weights))
+        heads = layer.constant(lambda: self._chosen(layer, attn_weights))
         is_sink = self.find_sinks(layer.learned, layer)
         if heads is not None:
             is_sink = is_sink & heads[:, None, None]
@@ -258,11 +131,12 @@ class ACT(Method):
         if self.recipients == "image":
             recipients = recipients & layer.keys("image", attn_weights)[:, None, None]
         groups = torch.stack([is_sink, recipients], dim=-1).to(attn_weights.dtype)
-        # Rows that share their sinks are summed up, and scaled, by one product.
+        # What sinks and recipients hold. Rows that share their sinks are summed up, and scaled, by one product.
         rows = attn_weights if groups.shape[2] == 1 else attn_weights[..., None, :]
         sink_mass, rest = (rows @ groups.squeeze(2)).unbind(-1)
         if groups.shape[2] > 1:
             sink_mass, rest = sink_mass[..., 0], rest[..., 0]
+        # Sinks keep beta of their weight; recipients take the rest in proportion to what they have.
         edited = (sink_mass > 0) & (rest >= 1e-6)
         gain = (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
         change = torch.stack([torch.full_like(gain, self.beta - 1), gain], dim=-1) * edited[..., None]
@@ -274,7 +148,7 @@ class ACT(Method):
             return attn_weights * (1 + by_key), edited
         return attn_weights.addcmul_(attn_weights, by_key), edited
 
-    def _others(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
+    def _chosen(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
         """Return which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
         if self.heads is None or layer.heads == self.heads_in(layer.site.layer_idx):
             return None
@@ -284,9 +158,138 @@ class ACT(Method):
         """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
         sums, tokens = means.at_rows(layer)
         sums, counts = sums[:, :-1], sums[:, -1:]
+        # mean > alpha / N, or mean > threshold, without a division by the number of rows
         assert self._threshold is not None
         limit, is_relative = self._threshold
         least = counts * (limit / tokens[:, None, :, None]) if is_relative else counts * limit
         can_be = layer.per_keys(lambda: ~layer.keys("first", counts)[:, None, None], counts) & (counts >= self.min_rows)
         result: torch.Tensor = (sums > least) & can_be
         return result
+
+
+@dataclass(frozen=True)
+class ColumnMeans:
+    """Column sums of one layer's attention weights.
+
+    Rows of the last forward behind ``length`` are kept apart until the next one: a draft may be cropped away.
+
+    Attributes:
+        sums: fp32 ``[batch, num_heads + 1, keys]``, over the rows of the first ``length`` tokens; in place of one more
+            head, how many of those rows may see the key.
+        tokens: fp32 ``[batch]``: how many of those tokens are no padding.
+        length: How many tokens are summed up: int, or a 0-d tensor with a static cache while decoding.
+        offset: Position of the first key; a sliding cache drops early ones.
+        rows: Weights of the rows behind, and which keys they see (1 or 0), fp32 ``[batch, num_heads + 1, n, keys]``.
+        frozen: Whether rows of generated tokens are left out.
+        is_cropped: Whether the cache was cropped into a prompt; the sums are lost then.
+    """
+
+    sums: torch.Tensor
+    tokens: torch.Tensor
+    length: int | torch.Tensor
+    offset: int | torch.Tensor
+    rows: torch.Tensor
+    frozen: bool = False
+    is_cropped: bool = False
+
+    @classmethod
+    def extended(
+        cls, known: ColumnMeans | None, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer, *, frozen: bool
+    ) -> ColumnMeans:
+        """Add the rows a method observes, see ``Method.observe``."""
+        forward, (start, stop) = layer.forward, layer.rows
+        batch, num_heads, _, num_keys = attn_weights.shape
+        offset = layer.key_offset(num_keys)
+        seen = allowed.any(1, keepdim=True).expand(batch, 1, stop - start, num_keys)
+        mask = None if layer.row_mask is None else layer.row_mask.to(seen.device)
+        if known is None:
+            # Turns before the first image are left alone, and count for nothing.
+            known = cls(
+                sums=attn_weights.new_zeros(batch, num_heads + 1, num_keys),
+                tokens=attn_weights.new_zeros(batch),
+                length=forward.past,
+                offset=offset,
+                rows=attn_weights.new_zeros(batch, num_heads + 1, 0, num_keys),
+                frozen=frozen,
+            )
+        if known.is_cropped:
+            raise UnsupportedFeatureError(
+                "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
+                "cache."
+            )
+        if start == 0:
+            known = known._settled(forward.past)
+        known = known._aligned(offset, num_keys)
+        prompt = max(min(forward.prompt_len - start, stop - start), 0) if forward.is_prefill else 0
+        if prompt:
+            assert mask is not None
+            counted = mask[:, None, None, :prompt].float()  # a product, so that no row is written out again
+            parts = [counted @ attn_weights[:, :, :prompt], counted @ seen[:, :, :prompt].float()]
+            known = replace(
+                known,
+                sums=known.sums + torch.cat(parts, dim=1)[:, :, 0],
+                tokens=known.tokens + mask[:, :prompt].sum(1),
+                length=forward.past + start + prompt,
+            )
+        if prompt == stop - start:
+            return known
+        new = torch.cat([attn_weights[:, :, prompt:], seen[:, :, prompt:].to(attn_weights.dtype)], dim=1)
+        if mask is not None:
+            new = new * mask[:, None, prompt:, None]
+        return replace(known, rows=torch.cat([known.rows, new], dim=2) if known.rows.shape[2] else new)
+
+    def at_rows(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums and the number of tokens as they are at the rows in hand.
+
+        Returns:
+            fp32 ``[batch, num_heads + 1, rows or 1, keys]``, ``[batch, rows or 1]``. In a prompt, all its rows share
+            the same.
+        """
+        forward, (start, stop) = layer.forward, layer.rows
+        sums, tokens = self.sums[:, :, None], self.tokens[:, None]
+        if self.frozen or (forward.is_prefill and stop <= forward.prompt_len):
+            return sums, tokens
+        if not forward.is_prefill and self.rows.shape[2] == 1:
+            return sums + self.rows, tokens + 1
+        prompt = max(forward.prompt_len - start, 0) if forward.is_prefill else 0
+        first = max(start - forward.prompt_len, 0) if forward.is_prefill else start
+        # Generated (or drafted) rows see what was summed up before them, themselves included.
+        number = torch.arange(1, self.rows.shape[2] + 1, device=tokens.device)
+        found = []
+        for known, after, dim in ((sums, sums + self.rows.cumsum(2), 2), (tokens, tokens + number, 1)):
+            before = known.expand(*known.shape[:dim], prompt, *known.shape[dim + 1 :])
+            found.append(torch.cat([before, after.narrow(dim, first, stop - start - prompt)], dim=dim))
+        return found[0], found[1]
+
+    def reordered(self, beams: torch.Tensor) -> ColumnMeans:
+        """Return the means with batch row ``i`` taken from row ``beams[i]``."""
+        tensors = {name: getattr(self, name) for name in ("sums", "tokens", "rows")}
+        return replace(self, **{name: each.index_select(0, beams.to(each.device)) for name, each in tensors.items()})
+
+    def cropped_into_prompt(self) -> ColumnMeans:
+        """Return the means of a cache that lost part of its prompt: of no use any more."""
+        return replace(self, is_cropped=True)
+
+    def _settled(self, past: int | torch.Tensor) -> ColumnMeans:
+        """Sum up the rows that stayed in the cache, now of ``past`` tokens."""
+        waiting = self.rows.shape[2]
+        accepted = waiting  # a static cache is never cropped
+        if isinstance(past, int) and isinstance(self.length, int):
+            accepted = min(past - self.length, waiting)
+            if accepted < 0 or past > self.length + waiting:
+                raise UnsupportedFeatureError(
+                    f"The cache holds {past} tokens, but attention was summed up over {self.length} to "
+                    f"{self.length + waiting} of them (act). Only the tokens of the last forward can be cropped."
+                )
+        sums = self.sums
+        if accepted and not self.frozen:
+            sums = sums + (self.rows[:, :, 0] if accepted == 1 else self.rows[:, :, :accepted].sum(2))
+        tokens = self.tokens + accepted if accepted else self.tokens
+        return replace(self, sums=sums, tokens=tokens, length=past, rows=self.rows[:, :, :0])
+
+    def _aligned(self, offset: int | torch.Tensor, num_keys: int) -> ColumnMeans:
+        """Follow the keys: later ones are new, a sliding window drops early ones."""
+        shift = offset - self.offset
+        rows = self.rows
+        rows = take_keys(rows, shift, num_keys) if rows.shape[2] else rows.new_zeros((*rows.shape[:3], num_keys))
+        return replace(self, sums=take_keys(self.sums, shift, num_keys), rows=rows, offset=offset)
