@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .benchmarks.registry import benchmark_names
 from .flags import add_verb
-from .options import BENCHMARKS, DEFAULT_BENCHMARKS, EvalOptions
+from .options import DEFAULT_BENCHMARKS, EvalOptions
 
 if TYPE_CHECKING:
     from .data.samples import Answers
@@ -165,14 +166,14 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         EvalOptions,
         about=_ABOUT,
         help_of={
-            "benchmarks": f"benchmarks: {', '.join(BENCHMARKS)} (default: {' '.join(DEFAULT_BENCHMARKS)})",
+            "benchmarks": f"benchmarks: {', '.join(benchmark_names())} (default: {' '.join(DEFAULT_BENCHMARKS)})",
             "limit": "number of images per benchmark, drawn by seed; sets of figures for hallusionbench, images per "
             "task for mme (default: 500; testbed 400, POPE 200, sycophancy 100; all of amber, mme, hallusionbench, "
             "mmhal, custom)",
             "max_new_tokens": "longest caption (default: 128 testbed, else 512) and open answer (default: 256 mmhal, "
             "else 64), in tokens",
         },
-        choices={"benchmarks": BENCHMARKS},
+        choices={"benchmarks": benchmark_names()},
     )
 
 

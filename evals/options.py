@@ -10,39 +10,23 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vlmfix.errors import VlmfixError
 
-from .data.source import parse_assignments
 from .flags import ASKING, IMAGES, MACHINE, MODEL, OUTPUT, SCORING, check_options, option, typed_values
-
-#: Those whose questions are made from COCO annotations (or the testbed's), and those that bring their own.
-COCO_BENCHMARKS = ("chair", "pope", "sycophancy")
-
-
-OWN_BENCHMARKS = ("amber", "mme", "hallusionbench", "mmhal", "custom")
-
-
-BENCHMARKS = (*COCO_BENCHMARKS, *OWN_BENCHMARKS)
-
 
 DEFAULT_BENCHMARKS = ("chair", "pope")
 
 
-POPE_SPLITS = ("random", "popular", "adversarial")
-
-
-CHAIR_PROMPT = "Please describe this image in detail."
-
-
-POPE_PROMPT = "{question}\nAnswer the question using a single word or phrase."
-
-
 TESTBED_SPLITS = ("heldout", "heldout2", "calibration")
+
+
+_PROMPT_FLAGS = {"chair": "--prompt", "pope": "--pope-prompt"}
+"""Benchmarks whose prompts have flags of their own, which other verbs have too."""
 
 
 Made = TypeVar("Made", bound="Options")
@@ -236,31 +220,47 @@ class EvalOptions(BenchmarkOptions):
     def __post_init__(self) -> None:
         """Refuse combinations that no run can have."""
         super().__post_init__()
-        unknown = [name for name in self.benchmarks if name not in BENCHMARKS]
-        if unknown or not self.benchmarks:
-            raise VlmfixError(f"unknown --benchmark {unknown}; choose from {', '.join(BENCHMARKS)}")
-        for name in self.benchmarks:
-            if name in OWN_BENCHMARKS and name not in self.data_of:
-                raise VlmfixError(f"--benchmark {name} needs its data; type --benchmark-data {name}=PATH")
-        used = {*self.benchmarks, *(["pope"] if "sycophancy" in self.benchmarks else [])}
-        for flag, named in (("data", self.data_of), ("prompt", self.prompt_of)):
-            idle = [name for name in named if name not in used]
-            if idle:
-                raise VlmfixError(f"--benchmark-{flag} names {idle[0]}, which is not asked; add it to --benchmark")
+        if not self.benchmarks:
+            raise VlmfixError("--benchmark needs the name of a benchmark")
+        for name, text in self.prompt_of.items():
+            if name in _PROMPT_FLAGS:
+                raise VlmfixError(f"--benchmark-prompt {name}=...: type {_PROMPT_FLAGS[name]} TEXT for that")
+            if name not in self.benchmarks:
+                raise VlmfixError(f"--benchmark-prompt names {name}, which is not asked; add it to --benchmark")
+            if "{question}" not in text:
+                raise VlmfixError(f"--benchmark-prompt {name} needs the placeholder {{question}} in its text")
         if self.judge is not None and "mmhal" not in self.benchmarks:
             raise VlmfixError("--judge is for mmhal; add it to --benchmark, or leave the judge out")
-        lacking = [name for name, text in self.prompt_of.items() if "{question}" not in text]
-        if lacking:
-            raise VlmfixError(f"--benchmark-prompt {lacking[0]} needs the placeholder {{question}} in its text")
         if callable(self.judge) and self.judge_name is None:
             raise VlmfixError("give judge_name=... with a judge: the figures depend on who judges")
 
     @property
     def data_of(self) -> dict[str, str]:
         """Benchmark to where its data are."""
-        return parse_assignments("--benchmark-data", self.benchmark_data, ("pope", *OWN_BENCHMARKS))
+        return _assigned("--benchmark-data", self.benchmark_data)
 
     @property
     def prompt_of(self) -> dict[str, str]:
         """Benchmark to its prompt."""
-        return parse_assignments("--benchmark-prompt", self.benchmark_prompts, (*OWN_BENCHMARKS, "sycophancy"))
+        return _assigned("--benchmark-prompt", self.benchmark_prompts)
+
+
+def _assigned(option: str, given: Sequence[str]) -> dict[str, str]:
+    """Return what ``NAME=VALUE`` words assign, by name.
+
+    Args:
+        option: The option they were given to, for the message.
+        given: The words.
+
+    Raises:
+        VlmfixError: A word has another form, or a name occurs twice.
+    """
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not equals or not value or not name:
+            raise VlmfixError(f"{option} expects NAME=VALUE, got {word!r}")
+        if name in found:
+            raise VlmfixError(f"{option} names {name} twice")
+        found[name] = value
+    return found

@@ -37,6 +37,17 @@ class RunData:
         self._options = options
         self.descriptions: list[str] = []
         self.notes: list[str] = []
+        self._read: set[str] = set()
+
+    def given(self, benchmark: str) -> str | None:
+        """Where the options say that the data of a benchmark are, None if they do not."""
+        self._read.add(benchmark)
+        return self._options.data_of.get(benchmark)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The benchmarks whose data the options name and nobody has asked for."""
+        return tuple(name for name in self._options.data_of if name not in self._read)
 
     def own(self, benchmark: str) -> str:
         """Where the data of a benchmark that brings its own are.
@@ -44,7 +55,7 @@ class RunData:
         Raises:
             VlmfixError: The options do not say.
         """
-        where = self._options.data_of.get(benchmark)
+        where = self.given(benchmark)
         if where is None:
             raise VlmfixError(f"--benchmark {benchmark} needs its data; type --benchmark-data {benchmark}=PATH")
         self.descriptions.append(f"{benchmark} from {where}")

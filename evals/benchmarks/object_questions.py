@@ -327,7 +327,7 @@ def choose_questions(options: EvalOptions, data: RunData, splits: Sequence[PopeS
     Raises:
         DataError: A file is missing or broken, or the images have too few objects.
     """
-    where = options.data_of.get("pope")
+    where = data.given("pope")
     if where is not None:
         data.descriptions.append(f"pope from {where}")
         questions, paths = load_asked(where, options.pope_questions)

@@ -122,6 +122,11 @@ def make_tasks(options: EvalOptions) -> Tasks:
 
     data = RunData(options)
     tasks = tuple(benchmark_class(name).make(options, data) for name in dict.fromkeys(options.benchmarks))
+    if data.unread:
+        raise VlmfixError(
+            f"--benchmark-data names {data.unread[0]}, and nothing of this run is read from there; add it to "
+            "--benchmark, or leave it out"
+        )
     if options.data is not None and not data.uses_coco:
         raise VlmfixError("--data is for chair, pope and sycophancy, and nothing of this run is read from it")
     paths = {sample.path for task in tasks for sample in task.samples if sample.path is not None}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import DataError, VlmfixError
+from vlmfix.errors import DataError
 
 from ..testbed import default_cache_dir
 from .write import write_bytes
@@ -18,28 +18,6 @@ PREFIX = "datasets:"
 
 #: A row of a data set with its place, for messages.
 Row = tuple[str, Mapping[str, Any]]
-
-
-def parse_assignments(option: str, given: Sequence[str], known: Sequence[str]) -> dict[str, str]:
-    """Read ``NAME=VALUE`` words.
-
-    Args:
-        option: The option they were given to, for the message.
-        given: The words.
-        known: Allowed names.
-
-    Raises:
-        VlmfixError: A word has another form, an unknown name, or a name occurs twice.
-    """
-    found: dict[str, str] = {}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if not equals or not value or name not in known:
-            raise VlmfixError(f"{option} expects NAME=VALUE with NAME one of {', '.join(known)}, got {word!r}")
-        if name in found:
-            raise VlmfixError(f"{option} names {name} twice")
-        found[name] = value
-    return found
 
 
 def image_number(benchmark: str, name: str) -> int:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.observe.prompts import PromptBuilder
 
+from ..benchmarks.chair.task import PROMPT as CHAIR_PROMPT
 from ..benchmarks.coco_objects import ChairMatcher
 from ..data.coco import load_image
 from ..flags import IMAGES, MODEL, OUTPUT, add_verb, option
-from ..options import CHAIR_PROMPT, TESTBED_SPLITS, Options
+from ..options import TESTBED_SPLITS, Options
 from ..run.methods import MethodSpec, load_recipe, plan_methods
 from ..run.models import ModelSource, find_model, fitting_threads, load_model, placement
 from ..testbed import MODELS

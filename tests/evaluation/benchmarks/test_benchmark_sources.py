@@ -347,8 +347,10 @@ def test_broken_folders(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"benchmarks": ("amber",)}, "--benchmark-data amber=PATH"),
-        ({"benchmark_data": ("amber=x",)}, "amber, which is not asked"),
-        ({"benchmark_data": ("chair=x",)}, "NAME one of pope, amber"),
+        ({"benchmarks": ("chair",), "benchmark_data": ("amber=x",)}, "amber, and nothing of this run is read"),
+        ({"benchmarks": ("chair",), "benchmark_data": ("chair=x",)}, "chair, and nothing of this run is read"),
+        ({"benchmark_prompts": ("mme={question}",)}, "mme, which is not asked"),
+        ({"benchmark_prompts": ("chair={question}",)}, "type --prompt TEXT"),
         ({"benchmark_data": ("x",)}, "NAME=VALUE"),
         ({"benchmarks": ("mme",), "benchmark_data": ("mme=x", "mme=y")}, "names mme twice"),
         ({"benchmarks": ("sycophancy",), "benchmark_prompts": ("sycophancy=x",)}, "needs the placeholder"),
@@ -358,7 +360,7 @@ def test_broken_folders(tmp_path: Path) -> None:
 )
 def test_contradictory_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(VlmfixError, match=message):
-        EvalOptions(**options)
+        make_tasks(EvalOptions(**{"limit": 1, **options}))
 
 
 def test_a_coco_folder_nothing_is_read_from(tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import evaluate as runner
-from vlmfix.evals import options as options_module
 from vlmfix.evals import tables
-from vlmfix.evals.benchmarks import columns
+from vlmfix.evals.benchmarks import columns, object_questions
 from vlmfix.evals.benchmarks import yes_no as pope
+from vlmfix.evals.benchmarks.chair import task as chair_task
 from vlmfix.evals.benchmarks.chair import text_quality
 from vlmfix.evals.benchmarks.object_questions import PopeQuestion
 from vlmfix.evals.benchmarks.pope.task import Pope
@@ -565,8 +565,8 @@ def test_model_without_template_needs_a_whole_prompt(home: Path, words: Any, tmp
 def test_prompts(home: Path) -> None:
     source = models.find_model(home / "m")
     build = PromptBuilder(source.processor)
-    question = options_module.POPE_PROMPT.replace("{question}", "Is there a dog in the image?")
-    assert build(options_module.CHAIR_PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
+    question = object_questions.PROMPT.replace("{question}", "Is there a dog in the image?")
+    assert build(chair_task.PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
     assert build(question) == (
         "USER: <image>\nIs there a dog in the image?\nAnswer the question using a single word or phrase. ASSISTANT:"
     )
