@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,7 +28,7 @@ from vlmfix.engine.calls import every_row, parameter_names, tokens_of
 from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import make_sites
-from vlmfix.engine.status import Counters, Status
+from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 PATCH_ATTRIBUTE = "_vlmfix_patch"
 """The attribute of a patched model, and of the models inside it, that holds the ``Patch``."""
+
+
+logger = logging.getLogger("vlmfix")
 
 
 _PROMPT_END_KWARG = "vlmfix_prompt_end"
@@ -261,7 +265,13 @@ class Patch:
     def status(self) -> Status:
         """Describe the patch."""
         prompts, prompts_without_image, decode_steps, edited = self.counters.read()
+        moved = self.counters.read_moved()
         notes = self.notes if self.is_whole() else (*self.notes, _NOT_WHOLE)
+        for method, rows, far in zip(self.methods, edited, moved, strict=True):
+            if rows and far is not None and far < rounding_of(self.anatomy.model.dtype):
+                note = f"{method.name} edited {rows} {method.counts}, and none of them moved: it has no effect here"
+                logger.warning("%s (%s).", note, type(self.anatomy.model).__name__)
+                notes = (*notes, note)
         return Status(
             model=type(self.anatomy.model).__name__,
             methods=self.methods,
@@ -271,6 +281,7 @@ class Patch:
             prompts_without_image=prompts_without_image,
             decode_steps=decode_steps,
             edited=edited,
+            moved=moved,
             notes=notes,
         )
 

@@ -119,7 +119,8 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
     """Refuse a method that means nothing in a model.
 
     Raises:
-        MethodError: None of the model's kinds of attention is one the method acts in; the message says why.
+        MethodError: None of the model's kinds of attention is one the method acts in, or the model undoes its edits;
+            the message says why.
     """
     if method.is_identity or method.replaces_logits:
         return
@@ -129,6 +130,13 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
             f"{method.name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "
             f"{' or '.join(_MEANING[kind] for kind in method.attention_kinds)}. Choose another method; "
             "vlmfix.list_methods() lists them."
+        )
+    norms = {site.norm_behind for site in anatomy.sites if site.norm_behind}
+    if method.scales_heads and norms:
+        raise MethodError(
+            f"{method.name} scales the outputs of heads, and {model} normalises them behind its attention "
+            f"({', '.join(sorted(norms))}), which undoes every factor. Choose a method that edits scores or weights, "
+            "such as vlmfix.patch(model, 'pai')."
         )
 
 

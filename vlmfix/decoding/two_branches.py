@@ -28,6 +28,7 @@ from vlmfix.decoding.other_prompt import OtherPrompt, with_other_image, with_oth
 from vlmfix.engine.calls import parameter_names, tokens_of
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.forward import squared_move
 from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
@@ -260,7 +261,11 @@ class TwoBranches:
             swaps = branch.swapped.to(own.device)[:, None]
             first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
         self._counters.count(self._index, active.sum())
-        return torch.where(active[:, None], self._method.combine(first, second, token), own)
+        result = torch.where(active[:, None], self._method.combine(first, second, token), own)
+        if forward.is_measured:
+            move = squared_move(own.softmax(-1), result.softmax(-1), active[:, None])
+            self._counters.move(self._index, move)
+        return result
 
     def _read_prompt(
         self, prompt: OtherPrompt, cache: Any, own_cache: Any, forward: EditedForward

@@ -140,9 +140,18 @@ def attend(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[to
         head_outputs, weights = _over_base(forward, site, call, call, [])
     else:
         head_outputs, weights = call.base()
-    for method, layer in _layers(forward, site.heads, call):
+    for (number, _), (method, layer) in zip(site.heads, _layers(forward, site.heads, call), strict=True):
+        stock = head_outputs[:, -1:].detach().clone() if is_measured(forward) else None
         head_outputs = method.edit_heads(head_outputs, layer)
+        if stock is not None:
+            has_image = forward.has_image.to(stock.device)[:, None, None, None]
+            forward.record_move([number], stock, head_outputs[:, -1:], has_image)
     return head_outputs, weights
+
+
+def is_measured(forward: Forward) -> bool:
+    """Whether it is measured how far outputs move; compiled code leaves it out."""
+    return forward.is_measured and not torch.compiler.is_compiling()
 
 
 def _layers(forward: Forward, methods: Numbered, call: AttentionCall) -> Edits:
@@ -159,10 +168,14 @@ def _with_edits(forward: Forward, site: PatchedSite, call: AttentionCall) -> tup
     if not forward.is_prefill and any(method.edits_decode for method, _ in edits):
         # The base kernel would compute the same rows a second time.
         if heads is None:
-            return explicit_attention(call, _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)[0])
-        return explicit_attention(
-            call, _with_edited_heads(forward, call, heads, _head_index(forward, site, call)[0], edits)
-        )
+            attn_weights, edited = _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)
+        else:
+            head_index = _head_index(forward, site, call)[0]
+            attn_weights, edited = _with_edited_heads(forward, call, heads, head_index, edits)
+        output = explicit_attention(call, attn_weights)
+        if edited is not None and is_measured(forward):
+            forward.record_move(_numbers(site), call.base()[0], output[0], edited.transpose(1, 2)[..., None])
+        return output
     if not edits and not call.openings:
         return call.base()
     part = call if heads is None else call.of_heads(heads, *_head_index(forward, site, call))
@@ -182,15 +195,28 @@ def _head_index(forward: Forward, site: PatchedSite, call: AttentionCall) -> tup
 
 def _with_edited_heads(
     forward: Forward, call: AttentionCall, heads: tuple[int, ...], head_index: torch.Tensor, edits: Edits
-) -> torch.Tensor:
-    """Write out the weights of all heads of a decode step, of which some are edited: no key is copied for these few."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Write out the weights of all heads of a decode step, of which some are edited: no key is copied for these few.
+
+    Returns:
+        The weights ``[batch, num_heads, rows, keys]``, and in measured forwards which rows were edited.
+    """
     part = call._replace(heads=heads, head_index=head_index)
     scores, allowed = explicit_scores(call, 0, forward.q_len)
     mine = allowed if allowed is None or allowed.shape[1] == 1 else allowed.index_select(1, head_index)
     edits = [(method, layer.at(part)) for method, layer in edits]
     own = (scores.index_select(1, head_index), mine)
-    attn_weights, _ = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
-    return masked_softmax(scores, allowed).index_copy(1, head_index, attn_weights)
+    some_weights, some_edited = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
+    attn_weights = masked_softmax(scores, allowed)
+    edited = None
+    if some_edited is not None and is_measured(forward):
+        edited = torch.zeros_like(attn_weights[..., 0], dtype=torch.bool).index_copy(1, head_index, some_edited)
+    return attn_weights.index_copy(1, head_index, some_weights), edited
+
+
+def _numbers(site: PatchedSite) -> list[int]:
+    """Return the numbers of the methods that edit scores or weights at a site."""
+    return [number for number, _ in (*site.scores, *site.weights)]
 
 
 def _rows(forward: Forward, method: Method) -> Rows:
@@ -243,7 +269,9 @@ def _over_base(
         attn_weights, edited = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
         if edited is not None:
             new_heads = weighted_values(part, attn_weights)
-            _write((head_outputs, weights), slice(start, stop), new_heads, attn_weights, edited, part.head_index)
+            numbers = _numbers(site) if is_measured(forward) else ()
+            rows = slice(start, stop)
+            _write(forward, numbers, (head_outputs, weights), rows, new_heads, attn_weights, edited, part.head_index)
     return head_outputs, weights
 
 
@@ -259,12 +287,15 @@ def _write_opened_rows(
         opened = torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
         attn_weights = None if weights is None else masked_softmax(*explicit_scores(call, start, stop))
         new_heads = opened_attention(call, start, stop) if attn_weights is None else weighted_values(call, attn_weights)
-        _write((head_outputs, weights), slice(start, stop), new_heads, attn_weights, opened)
+        numbers = [number for number, _ in site.masks] if is_measured(forward) else ()
+        _write(forward, numbers, (head_outputs, weights), slice(start, stop), new_heads, attn_weights, opened)
     for (_, layer), opening in zip(_layers(forward, site.masks, call), call.openings, strict=True):
         _count_opened(layer, opening, call, chunks)
 
 
 def _write(
+    forward: Forward,
+    numbers: Sequence[int],
     stock: tuple[torch.Tensor, torch.Tensor | None],
     rows: slice,
     new_heads: torch.Tensor,
@@ -275,6 +306,8 @@ def _write(
     """Write edited rows over what the base kernel returned.
 
     Args:
+        forward: The forward.
+        numbers: The methods whose effect is measured.
         stock: Its head outputs and weights.
         rows: The query rows in hand.
         new_heads: ``[batch, rows, heads, value_dim]``.
@@ -283,7 +316,11 @@ def _write(
         head_index: The heads in hand, ``None`` for all.
     """
     head_outputs, weights = stock
-    parts = [(head_outputs[:, rows], new_heads, edited.transpose(1, 2)[..., None], 2)]
+    where = edited.transpose(1, 2)[..., None]
+    if numbers:
+        old_heads = head_outputs[:, rows] if head_index is None else head_outputs[:, rows].index_select(2, head_index)
+        forward.record_move(numbers, old_heads, new_heads, where)
+    parts = [(head_outputs[:, rows], new_heads, where, 2)]
     if weights is not None and new_weights is not None:
         parts.append((weights[:, :, rows, : new_weights.shape[-1]], new_weights, edited[..., None], 1))
     for old, new, where, heads_dim in parts:

@@ -129,8 +129,10 @@ class ForwardBeginner:
             setattr(cache, STATE_ATTRIBUTE, state)
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
-        state.is_answered = True
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
+        if not torch.compiler.is_compiling():  # compiled code would be compiled again for the second step
+            forward.is_measured = not state.is_answered
+        state.is_answered = True
         forward.past_is_live = isinstance(past, torch.Tensor) and torch.compiler.is_compiling()
         return forward
 
@@ -269,7 +271,7 @@ class ForwardBeginner:
             )
         q_len = answer_length(inputs)
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
-        forward.begins = begins
+        forward.begins = forward.is_measured = begins
         if encoded is not None:
             if state.any_image and self._compared:
                 forward.text_only_heads = encoded_text_only_heads(self.anatomy, self._compared, encoded, inputs)

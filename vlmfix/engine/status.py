@@ -26,6 +26,7 @@ class Counters:
     def __init__(self, num_methods: int) -> None:
         self._size = self.NUM_FORWARD_COUNTS + num_methods
         self._totals: dict[torch.device, torch.Tensor] = {}
+        self._moved: list[dict[torch.device, torch.Tensor]] = [{} for _ in range(num_methods)]
 
     def add(self, forward: Forward) -> None:
         """Add a finished forward."""
@@ -41,6 +42,15 @@ class Counters:
                 alike.setdefault((count.device, count.dtype, count.shape), []).append(count)
             for group in alike.values():
                 self._on(group[0].device)[self.NUM_FORWARD_COUNTS + index].add_(torch.stack(group).sum())
+
+        for index, moves in enumerate(forward.moved):
+            for move in moves:
+                self.move(index, move)
+
+    def move(self, index: int, sums: torch.Tensor) -> None:
+        """Add how far method number ``index`` moved something, see ``squared_move``: fp32 ``[2]``."""
+        known = self._moved[index].get(sums.device)
+        self._moved[index][sums.device] = sums if known is None else known + sums
 
     def count(self, index: int, edited: torch.Tensor) -> None:
         """Add a 0-d integer tensor to what method number ``index`` has edited; -1: to the decode steps."""
@@ -67,6 +77,18 @@ class Counters:
         prompts, without_image, decode_steps, *edited = sums
         return prompts, without_image, decode_steps, tuple(edited)
 
+    def read_moved(self) -> tuple[float | None, ...]:
+        """Return per method how far its edited outputs moved, relative to their length; ``None``: not measured.
+
+        Waits for the device.
+        """
+        found: list[float | None] = []
+        for by_device in self._moved:
+            sums = [moved.tolist() for moved in by_device.values()]
+            change, length = (sum(each[part] for each in sums) for part in (0, 1))
+            found.append((change / length) ** 0.5 if length > 0 else None)
+        return tuple(found)
+
 
 @dataclasses.dataclass(frozen=True)
 class Status:
@@ -81,7 +103,10 @@ class Status:
         prompts_without_image: Those among them without any image token: exact no-ops.
         decode_steps: Decode forwards so far.
         edited: Per method, edited (sample, head, row) triples so far, (sample, block, row) triples where it edits block
-            outputs, next tokens where it replaces their logits: the proof that it acts.
+            outputs, next tokens where it replaces their logits.
+        moved: Per method, how far the outputs it edited moved in prompts and in the first step behind each, relative to
+            the stock model's (Euclidean): the proof that it acts. Methods that edit the scores and weights of a layer
+            together share a figure. ``None`` if nothing was edited there, or in compiled code.
         notes: What to know about the methods on this model.
     """
 
@@ -93,6 +118,7 @@ class Status:
     prompts_without_image: int
     decode_steps: int
     edited: tuple[int, ...]
+    moved: tuple[float | None, ...]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -103,9 +129,16 @@ class Status:
             f"  {self.prompts} prompts ({self.prompts_without_image} without an image), "
             f"{self.decode_steps} decode steps",
         ]
-        for method, edited in zip(self.methods, self.edited, strict=True):
-            lines.append(f"  {method.name}: {edited} {method.counts} edited")
+        for method, edited, moved in zip(self.methods, self.edited, self.moved, strict=True):
+            how_far = "" if moved is None else f", moved by {100 * moved:.2g} %"
+            lines.append(f"  {method.name}: {edited} {method.counts} edited{how_far}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return how far outputs move, relative to their length, by another order of the same sums."""
+    eps = torch.finfo(dtype).eps
+    return 8 * eps if eps < 1e-5 else eps / 2  # half precision: sums are accumulated in fp32
 
 
 def describe(methods: Sequence[object]) -> str:

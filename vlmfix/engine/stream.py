@@ -175,6 +175,9 @@ def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tens
     if after is before:
         return states
     after = after.to(states.dtype)
+    if block.forward.is_measured and not torch.compiler.is_compiling():
+        where = None if rows.mask is None else rows.mask.to(states.device)[:, -1:, None]
+        block.record_move(before[:, -1:], after[:, -1:], where)
     if rows.mask is None:
         count = before.shape[0] * before.shape[1]
         block.count(torch.full((), count, dtype=torch.int64, device=before.device))

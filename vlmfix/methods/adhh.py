@@ -75,6 +75,11 @@ class ADHH(Method):
         return "last" if self.mode == "adaptive" else "none"
 
     @property
+    def minds_text_before_image(self) -> bool:
+        """Whether heads are set to 0 in all rows."""
+        return self.mode == "always"
+
+    @property
     def only_heads(self) -> HeadSpec:
         """Those listed."""
         return None if self.is_identity else self.heads

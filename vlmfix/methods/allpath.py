@@ -34,6 +34,7 @@ class AllPath(Method):
     paper = "arXiv 2511.17254"
     summary = "scales good heads up and bad heads down, by lists made offline"
     edits_heads = True
+    scales_heads = True
     minds_text_before_image = True  # heads are scaled in all rows
     needs_text_keys = False
     prompt_rows = "none"  # no scores or weights are edited

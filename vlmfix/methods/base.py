@@ -85,6 +85,8 @@ class Method(Parametrised):
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
     searches: ClassVar[bool] = False
     """Whether it is a search of its own in the place of ``generate``, beside which no other method acts."""
+    scales_heads: ClassVar[bool] = False
+    """Whether its edit of heads is a factor, which a norm of the head outputs would undo."""
     removed_parameters: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     """Parameters that earlier versions had: the value that means what is done now, and why there is no other."""
     needs_text_keys: ClassVar[bool] = True

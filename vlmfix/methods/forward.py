@@ -6,7 +6,7 @@ with the call. What must outlive it sits on the cache (``vlmfix.methods.sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ class Forward:
         text_only_heads: By site index, head outputs at the last position of an image-free pass over the same prompt,
             ``[batch, num_heads, head_dim]``, where a method needs them.
         edited: Per method, how many (sample, head, row) triples were edited, in parts still to be added up.
+        moved: Per method, how far its edited outputs moved, see ``record_move``.
+        is_measured: Whether that is measured in this forward: in prompts, and in the first step behind each.
         made: What several layers or methods share in this forward, see ``once``.
     """
 
@@ -80,6 +82,8 @@ class Forward:
         self.is_over = False
         self.text_only_heads: dict[int, torch.Tensor] = {}
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
+        self.moved: list[list[torch.Tensor]] = [[] for _ in state.methods]
+        self.is_measured = is_prefill
         self._first_rows = first_rows or {}
         self.made: dict[Hashable, Any] = {}
 
@@ -108,6 +112,14 @@ class Forward:
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
+
+    def record_move(
+        self, methods: Iterable[int], stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor | None = None
+    ) -> None:
+        """Record how far methods moved outputs together, see ``squared_move``."""
+        sums = squared_move(stock, edited, where)
+        for index in methods:
+            self.moved[index].append(sums)
 
     def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
         """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
@@ -161,3 +173,21 @@ class Forward:
         if drafted and decode:
             mask = torch.cat([mask, has_image.expand(-1, drafted)], dim=1)
         return Rows(start, start + mask.shape[1], mask)
+
+
+@torch.no_grad()
+def squared_move(stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Return by how much outputs moved: the squares of their change and of their length before, summed up.
+
+    Args:
+        stock: The outputs before, of any shape.
+        edited: The outputs behind the edits, of the same shape.
+        where: Which of them were up for edits, bool, broadcastable to both; ``None`` for all.
+
+    Returns:
+        fp32 ``[2]``.
+    """
+    before, change = stock.float(), edited.float() - stock.float()
+    if where is not None:
+        before, change = before * where, change * where
+    return torch.stack([change.square().sum(), before.square().sum()])

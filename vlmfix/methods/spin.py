@@ -63,6 +63,11 @@ class SPIN(Method):
         """Wherever there are image keys; the share of attention on them (``"mass"``) needs others beside them."""
         return ("joint", "encoder") if self.score == "mass" else ("joint", "encoder", "image")
 
+    @property
+    def scales_heads(self) -> bool:  # type: ignore[override]
+        """Unless what it suppresses becomes 0."""
+        return self.suppress != 0
+
     def num_kept(self, num_heads: int) -> int:
         """Return how many of a layer's heads stay as they are."""
         return max(1, math.floor(self.keep * num_heads + 1e-9))  # .29 * 100 is 28.999...

@@ -32,6 +32,7 @@ class VHR(Method):
     paper = "arXiv 2412.13949"
     summary = "scales the heads that depend most on the image, chosen per prompt"
     edits_heads = True
+    scales_heads = True
     minds_text_before_image = True  # heads are scaled in all rows
     attention_kinds = ("joint", "text", "encoder")  # not cross-attention to image features alone: nothing to compare
     default_layers = DefaultLayers(

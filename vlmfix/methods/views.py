@@ -54,6 +54,10 @@ class View:
         """Count edited (sample, head or block, row) triples: integer or bool of any shape."""
         self.forward.edited[self._index].append(edited)
 
+    def record_move(self, stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Record how far this method moved outputs, see ``Forward.record_move``."""
+        self.forward.record_move([self._index], stock, edited, where)
+
 
 class Block(View):
     """What a method sees of one block of a decoder layer in one forward.

@@ -39,6 +39,10 @@ _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "vi
 _MARKER = re.compile(r"(((low_res_)?image|vision|video)_(start|end)|boi|eoi)_token_(id|index)")
 
 
+_NORM_BEHIND = re.compile(r"(o|out|output|attn_out|attn_sub|inner_attn|sub)_?(norm|ln|layer_?norm)")
+"""What attention modules call a norm of their head outputs."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
     """One text attention module.
@@ -53,6 +57,7 @@ class AttentionSite:
         decoder_layer: The decoder layer (or block) it belongs to.
         kind: What it looks at.
         is_sliding: Whether its layer sees a sliding window of keys.
+        norm_behind: The name of a norm between its head outputs and their projection, if any. It undoes factors.
     """
 
     index: int
@@ -63,6 +68,7 @@ class AttentionSite:
     decoder_layer: nn.Module
     kind: AttentionKind
     is_sliding: bool
+    norm_behind: str | None
 
     @property
     def implementation(self) -> str:
@@ -264,7 +270,10 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         if kind == "image":  # Idefics counts its blocks of cross-attention by themselves
             layer_idx *= getattr(text_config, "cross_layer_interval", 1)
         decoder_layer, is_sliding = _decoder_layer(model, name), _is_sliding(text_config, layer_idx, kind)
-        yield AttentionSite(index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding)
+        norm_behind = next((child for child, _ in module.named_children() if _NORM_BEHIND.fullmatch(child)), None)
+        yield AttentionSite(
+            index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding, norm_behind
+        )
 
 
 def _is_sliding(text_config: Any, layer_idx: int, kind: AttentionKind) -> bool:
