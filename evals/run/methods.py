@@ -14,7 +14,7 @@ import torch
 import vlmfix
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.files import read_json
-from vlmfix.methods.registry import method_class, method_from_dict, method_names
+from vlmfix.methods.registry import list_methods, method_class, method_from_dict
 
 from ..options import EvalOptions
 
@@ -238,10 +238,10 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
         model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
     takes: list[str] = []
     refused: dict[str, str] = {}
-    for name in method_names():
+    for name, method in list_methods().items():  # a broken package's method is left out with a warning
         if name == "none":
             continue
-        if method_class(name).searches:
+        if method.searches:
             refused[name] = "it searches beams, and the answers of a run are greedy"
             continue
         try:

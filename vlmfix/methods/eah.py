@@ -105,7 +105,7 @@ class EAH(Method):
         """Return each sample's head with the most sinks, and whether it is copied: int64 and bool ``[batch]``."""
         image, counts = layer.keys("image", attn_weights), columns.counts
         if self.counting == "released":
-            image, counts = layer.once(lambda: _released_counts(layer, image))
+            image, counts = layer.per_keys(lambda: _released_counts(layer, image), attn_weights)
         tokens = layer.forward.valid_mask.sum(1).to(attn_weights.device)
         threshold = 1.2 / tokens if isinstance(self.threshold, str) else counts.new_tensor([self.threshold])
         is_sink = (columns.sums > (threshold[..., None] * counts)[:, None]) & image[:, None]  # r_hj > threshold

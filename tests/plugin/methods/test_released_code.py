@@ -68,7 +68,7 @@ def released_layer(keys: int, image: range, batch: int) -> Any:
     is_image = torch.zeros(batch, keys, dtype=torch.bool)
     is_image[:, list(image)] = True
     forward = SimpleNamespace(image_mask=is_image, valid_mask=torch.ones_like(is_image))
-    return SimpleNamespace(forward=forward, keys=lambda name, like: is_image, once=lambda make: make())
+    return SimpleNamespace(forward=forward, keys=lambda name, like: is_image, per_keys=lambda make, like: make())
 
 
 @pytest.mark.parametrize("threshold", [0.0008, 0.002])
