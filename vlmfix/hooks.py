@@ -124,6 +124,8 @@ class Patch:
                 self.branches = TwoBranches(anatomy, method, number, self.counters)
         self._handles: list[Any] = []
         self._stand_ins: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
+        # Made once, so that a patch put on again leaves the model as it was.
+        self._prefills: dict[nn.Module, TellingPrefill] = {}
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
@@ -195,7 +197,7 @@ class Patch:
         for each in dict.fromkeys([model, language_model]):
             self._stand_in(each, _PAGED, _REFUSE_PAGES)
             if hasattr(type(each), _PREFILL):
-                self._stand_in(each, _PREFILL, TellingPrefill(each))
+                self._stand_in(each, _PREFILL, self._prefills.setdefault(each, TellingPrefill(each)))
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         if self.branches is not None or self.early_head.mixing:
             self._stand_in(language_model, "forward", ForwardWithHooks(self, language_model))

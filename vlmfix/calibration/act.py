@@ -18,6 +18,9 @@ from vlmfix.observe.words import need_yes_no_tokens
 logger = logging.getLogger("vlmfix")
 
 
+LEARNED = ("heads",)
+
+
 def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, *, share: float = 0.1) -> Found:
     """Find the heads to calibrate.
 

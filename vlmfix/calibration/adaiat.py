@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.adaiat import AdaIAT
 from vlmfix.methods.measured import HeadStatistics
-from vlmfix.observe.samples import CalibrationSample, captioned
+from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
 
 logger = logging.getLogger("vlmfix")
+
+
+LEARNED = ("statistics",)
 
 
 def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIAT, *, min_generated: int = 8) -> Found:
@@ -39,31 +43,24 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: AdaIA
     """
     if min_generated < 1:
         raise MethodError(f"min_generated must be at least 1, got {min_generated!r}.")
-    captioned(samples, "adaiat")
-    session.need_mentions("adaiat")
-    means, counts = Contrast(), dict.fromkeys(("mentions", "unaligned", "unknown", "early"), 0)
+    session.need_objects(samples, "adaiat")
+    means, counts = Contrast(), Counter(mentions=0, unaligned=0, unknown=0, early=0)
     for batch, inputs in session.batches(samples):
         log = AttentionLog()
         rows = session.captions(inputs, AttentionWatch(log.see))
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
-            mentions, unaligned = session.locate(ids)
-            counts["mentions"] += len(mentions)
-            counts["unaligned"] += unaligned
-            for mention in mentions:
-                is_real = sample.shows(mention.name)
-                if is_real is None:
-                    counts["unknown"] += 1
-                elif mention.token < min_generated:
+            for mention, is_real in session.objects_in(sample, ids, counts):
+                if mention.token < min_generated:
                     counts["early"] += 1
                 else:
                     means.add(log.on_generated(mention.token, number, method.gate), positive=is_real)
         logger.info("adaiat: %d real and %d hallucinated objects", means.counts[True], means.counts[False])
-    counts |= {"real": means.counts[True], "hallucinated": means.counts[False], "dropped": means.dropped}
+    counts.update(real=means.counts[True], hallucinated=means.counts[False], dropped=means.dropped)
     if not all(means.counts.values()):
         missing = "real" if not means.counts[True] else "hallucinated"
         raise DataError(
             f"No {missing} object behind at least {min_generated} generated tokens in the captions of {len(samples)} "
-            f"images ({counts}). Give more samples, allow longer captions (max_new_tokens=...), and check that "
+            f"images ({dict(counts)}). Give more samples, allow longer captions (max_new_tokens=...), and check that "
             "mentions(...) finds the objects."
         )
     tables = {"real": means.mean(True), "hallucinated": means.mean(False)}

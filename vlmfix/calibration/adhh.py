@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,12 @@ from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.base import Method
 from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import input_device
-from vlmfix.observe.samples import CalibrationSample, captioned
+from vlmfix.observe.samples import CalibrationSample
 
 logger = logging.getLogger("vlmfix")
+
+
+LEARNED = ("heads",)
 
 
 def search(
@@ -55,30 +59,24 @@ def search(
     for name, value in (("count", count), ("variants", variants)):
         if value < 1:
             raise MethodError(f"{name} must be at least 1, got {value!r}.")
-    captioned(samples, "adhh")
-    session.need_mentions("adhh")
-    influence, counts = Contrast(), dict.fromkeys(("captions", "mentions", "unaligned", "unknown"), 0)
+    session.need_objects(samples, "adhh")
+    influence, counts = Contrast(), Counter(captions=0)
     for batch, inputs in session.batches(samples):
         rows = session.captions(inputs)
         for sample, ids in zip(batch, rows, strict=True):
-            mentions, unaligned = session.locate(ids)
-            labels = {mention.token: sample.shows(mention.name) for mention in mentions if mention.token > 0}
-            counts["mentions"] += len(mentions)
-            counts["unaligned"] += unaligned
-            counts["unknown"] += sum(is_real is None for is_real in labels.values())
-            if False not in labels.values():
+            is_real = {mention.token: real for mention, real in session.objects_in(sample, ids, counts)}
+            if all(real for token, real in is_real.items() if token > 0):
                 continue
             counts["captions"] += 1
-            wanted = [token for token, is_real in labels.items() if is_real is not None]
-            for token, record in _influences(session, sample, ids, wanted, variants):
-                influence.add(record, positive=not labels[token])
+            for token, record in _influences(session, sample, ids, is_real.keys() - {0}, variants):
+                influence.add(record, positive=not is_real[token])
         logger.info("adhh: %d captions with a hallucinated object, %s events", counts["captions"], influence.counts)
-    counts |= {"hallucinated": influence.counts[True], "real": influence.counts[False], "dropped": influence.dropped}
+    counts.update(hallucinated=influence.counts[True], real=influence.counts[False], dropped=influence.dropped)
     if not all(influence.counts.values()):
         missing = "hallucinated" if not influence.counts[True] else "real"
         raise DataError(
-            f"No {missing} object in the captions of {len(samples)} images that name a hallucinated one ({counts}). "
-            "Give more samples, and check that mentions(...) finds the objects in the model's captions."
+            f"No {missing} object in the captions of {len(samples)} images that name a hallucinated one "
+            f"({dict(counts)}). Give more samples, and check that mentions(...) finds the objects in the captions."
         )
     scores = influence.difference()
     heads = tuple(ranked(scores, session.layers())[:count])

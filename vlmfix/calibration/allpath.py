@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,15 @@ from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
 from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.allpath import AllPath
-from vlmfix.observe.samples import CalibrationSample, captioned, yes_no
+from vlmfix.observe.samples import CalibrationSample, yes_no
 from vlmfix.observe.tokens import is_image_token
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
 from vlmfix.observe.words import decode, find_word, need_yes_no_tokens, word_tokens
 
 logger = logging.getLogger("vlmfix")
+
+
+LEARNED = ("up_heads", "down_heads")
 
 
 @dataclass
@@ -34,11 +38,7 @@ class Scores:
 
     text: Contrast = field(default_factory=Contrast)
     image: Contrast = field(default_factory=Contrast)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def leave_out(self, why: str, count: int = 1) -> None:
-        """Count what gave no record."""
-        self.counts[why] = self.counts.get(why, 0) + count
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def search(
@@ -139,10 +139,10 @@ def _record_question(
     names = sorted({*(sample.objects or ()), *(sample.absent or ())}, key=len, reverse=True)
     name = next((each for each in names if find_word(decode(session.tokenizer, text), each)), None)
     if name is None:
-        scores.leave_out("object_not_in_question")
+        scores.counts["object_not_in_question"] += 1
         return
     if sample.shows(name) is not sample.answer:
-        scores.leave_out("answer_contradicts_objects")
+        scores.counts["answer_contradicts_objects"] += 1
         return
     region = name if sample.answer else None
     rows = [behind + token for token in word_tokens(session.tokenizer, text, name)]
@@ -154,21 +154,14 @@ def _captions(
     session: Session, samples: Sequence[CalibrationSample], lens: LogitLens, scores: Scores
 ) -> Iterator[None]:
     """Record captions, batch by batch."""
-    captioned(samples, "allpath with answers='caption'")
-    session.need_mentions("allpath with answers='caption'")
+    session.need_objects(samples, "allpath with answers='caption'")
     for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)
         with streams.watch():
             rows = session.captions(inputs, AttentionWatch(log.see))
         for number, (sample, ids) in enumerate(zip(batch, rows, strict=True)):
-            mentions, unaligned = session.locate(ids)
-            scores.leave_out("unaligned", unaligned)
             seen: set[str] = set()
-            for mention in mentions:
-                is_real = sample.shows(mention.name)
-                if is_real is None:
-                    scores.leave_out("unknown")
-                    continue
+            for mention, is_real in session.objects_in(sample, ids, scores.counts):
                 scores.text.add(lens.gains(streams, mention.token, number, ([ids[mention.token]],))[0], is_real)
                 if mention.name not in seen:
                     seen.add(mention.name)

@@ -23,16 +23,8 @@ from vlmfix.observe.samples import CalibrationSample, Mentions, choose
 logger = logging.getLogger("vlmfix")
 
 
-_LEARNED: dict[str, tuple[Callable[..., Found], tuple[str, ...]]] = {
-    "act": (act.search, ("heads",)),
-    "adaiat": (adaiat.search, ("statistics",)),
-    "adhh": (adhh.search, ("heads",)),
-    "allpath": (allpath.search, ("up_heads", "down_heads")),
-    "iri": (iri.search, ("ranking",)),
-    "vaf": (vaf.search, ("heads",)),
-    "var": (var.search, ("sink_dims",)),
-}
-"""By method: how it is learned, and the parameters that are."""
+SEARCHES = {module.__name__.rpartition(".")[2]: module for module in (act, adaiat, adhh, allpath, iri, vaf, var)}
+"""By method: the module that learns it. Its ``search`` does, and its ``LEARNED`` names the parameters that are."""
 
 
 @torch.no_grad()
@@ -81,8 +73,8 @@ def calibrate(
         batch_size: Samples per forward.
         max_new_tokens: Limit of captions.
         **options: Options of the search (act: ``share``; adhh: ``count``, ``variants``; adaiat: ``min_generated``;
-            allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``) and
-            parameters of the method (``beta=0.5``).
+            allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``; var:
+            ``sink_threshold``, ``sink_share``) and parameters of the method (``beta=0.5``).
 
     Returns:
         The method and how it came about. ``vlmfix.patch(model, calibration)`` takes it as it is.
@@ -108,10 +100,10 @@ def plan(method: str, options: Mapping[str, Any]) -> Callable[[Session, Sequence
     Raises:
         MethodError: The method learns nothing, or an option is unknown.
     """
-    if method not in _LEARNED:
-        raise MethodError(f"{method!r} learns nothing from data. Calibrate one of: {', '.join(_LEARNED)}.")
-    search, learned = _LEARNED[method]
-    given = [name for name in learned if name in options]
+    if method not in SEARCHES:
+        raise MethodError(f"{method!r} learns nothing from data. Calibrate one of: {', '.join(SEARCHES)}.")
+    search = SEARCHES[method].search
+    given = [name for name in SEARCHES[method].LEARNED if name in options]
     if given:
         raise MethodError(
             f"{given[0]} of {method} is what calibrate finds. To set it: vlmfix.patch(model, {method!r}, ...)."

@@ -20,6 +20,9 @@ from vlmfix.probes.corruption import Corruption, choose_sigma
 logger = logging.getLogger("vlmfix")
 
 
+LEARNED = ("ranking",)
+
+
 def search(
     session: Session,
     samples: Sequence[CalibrationSample],

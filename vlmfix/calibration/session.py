@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,17 +70,40 @@ class Session(Subject):
         """Answer a batch greedily under some methods: the generated ids of each sample, without the end token."""
         return self.answer(inputs, *methods, max_new_tokens=self.max_new_tokens).words
 
-    def locate(self, ids: Sequence[int]) -> tuple[list[Mention], int]:
-        """Find the objects a caption names, see ``locate_mentions``."""
-        assert self.mentions is not None
-        return locate_mentions(self.tokenizer, ids, self.mentions(decode(self.tokenizer, ids)))
+    def objects_in(
+        self, sample: CalibrationSample, ids: Sequence[int], counts: Counter[str]
+    ) -> list[tuple[Mention, bool]]:
+        """Find the objects that a caption names.
 
-    def need_mentions(self, name: str) -> None:
-        """Check that objects can be found in captions.
+        Args:
+            sample: The sample that was described.
+            ids: The caption.
+            counts: Counts ``mentions``, words whose tokens are not clear (``unaligned``), and objects of which nobody
+                says whether they are there (``unknown``).
+
+        Returns:
+            Those of which it is known, and whether they are there.
+        """
+        assert self.mentions is not None
+        mentions, unaligned = locate_mentions(self.tokenizer, ids, self.mentions(decode(self.tokenizer, ids)))
+        shown = [(mention, sample.shows(mention.name)) for mention in mentions]
+        known = [(mention, is_there) for mention, is_there in shown if is_there is not None]
+        counts.update(mentions=len(mentions), unaligned=unaligned, unknown=len(shown) - len(known))
+        return known
+
+    def need_objects(self, samples: Sequence[CalibrationSample], name: str) -> None:
+        """Check that every sample says what is in its image, and that objects can be found in captions.
 
         Raises:
+            DataError: A sample does not.
             MethodError: The caller gave no function for it.
         """
+        missing = sum(sample.objects is None for sample in samples)
+        if missing:
+            raise DataError(
+                f"{name} learns from captions, and {missing} of {len(samples)} samples do not say what is in the "
+                "image. Write CalibrationSample(image, 'Describe the image.', objects={'dog', 'person'})."
+            )
         if self.mentions is None:
             raise MethodError(
                 f"{name} learns from the objects that captions name. Pass mentions=..., a function from a caption to "

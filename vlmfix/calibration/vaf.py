@@ -16,6 +16,9 @@ from vlmfix.probes.image_attention import attention_to_image
 logger = logging.getLogger("vlmfix")
 
 
+LEARNED = ("heads",)
+
+
 def search(session: Session, samples: Sequence[CalibrationSample], method: VAF) -> Found:
     """Find image-centric heads: per layer of the method, the half that looks most at the image.
 

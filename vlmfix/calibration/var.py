@@ -21,6 +21,9 @@ from vlmfix.probes.sinks import prompt_sink_values
 logger = logging.getLogger("vlmfix")
 
 
+LEARNED = ("sink_dims",)
+
+
 def search(
     session: Session,
     samples: Sequence[CalibrationSample],

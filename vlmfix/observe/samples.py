@@ -97,17 +97,3 @@ def yes_no(samples: Sequence[CalibrationSample], name: str) -> None:
             f"{name} learns from yes/no questions, and {missing} of {len(samples)} samples have no answer. Write "
             "CalibrationSample(image, 'Is there a dog in the image?', answer=True)."
         )
-
-
-def captioned(samples: Sequence[CalibrationSample], name: str) -> None:
-    """Check that every sample says what is in its image.
-
-    Raises:
-        DataError: One does not.
-    """
-    missing = sum(sample.objects is None for sample in samples)
-    if missing:
-        raise DataError(
-            f"{name} learns from captions, and {missing} of {len(samples)} samples do not say what is in the image. "
-            "Write CalibrationSample(image, 'Describe the image.', objects={'dog', 'person'})."
-        )
