@@ -108,9 +108,6 @@ class Patch:
         self.anatomy = anatomy
         self.methods = methods
         self.counters = Counters(len(methods))
-        self.sites = tuple(make_sites(anatomy, methods))
-        self.beginner = ForwardBeginner(anatomy, methods, self.sites)
-        self.layer_hooks = make_layer_hooks(self.sites)
         self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
@@ -122,6 +119,9 @@ class Patch:
                 self.search = GenerateWithOpera(anatomy, method, number, self.counters)
             elif isinstance(method, DecodingMethod) and not method.is_identity:
                 self.branches = TwoBranches(anatomy, method, number, self.counters)
+        self.sites = tuple(make_sites(anatomy, methods, self.branches.branch_methods if self.branches else ()))
+        self.beginner = ForwardBeginner(anatomy, methods, self.sites)
+        self.layer_hooks = make_layer_hooks(self.sites)
         self._handles: list[Any] = []
         self._stand_ins: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
         # Made once, so that a patch put on again leaves the model as it was.

@@ -103,6 +103,10 @@ class DecodingMethod(Method):
             )
         return self
 
+    def branch_edit(self, anatomy: Anatomy) -> Method | None:
+        """Return a bound attention method that acts in the other branch, which then reads the same prompt."""
+        return None
+
     def other_images(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
         """Make the other branch's images.
 

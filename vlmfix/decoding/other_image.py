@@ -40,12 +40,10 @@ class OtherImages:
     Attributes:
         features: What the model's forward takes as ``mm_encoder_outputs``.
         batch: Prompts, before they are repeated for beams.
-        length: Tokens of each prompt.
     """
 
     features: dict[str, Any]
     batch: int
-    length: int
 
     def expanded(self, model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the features for the rows of a forward: prompts are repeated for their beams."""
@@ -76,7 +74,7 @@ class EncodeOtherImages:
         if not is_stock and any(is_image_argument(name, given[name]) for name in given.keys() - prepared.keys()):
             other = replace_images(given, self.method.other_images)
             features = self.model._prepare_multimodal_encoder_kwargs_for_generation(other)["mm_encoder_outputs"]
-            prepared[OTHER_IMAGES_KWARG] = OtherImages(features, *inputs_tensor.shape[:2])
+            prepared[OTHER_IMAGES_KWARG] = OtherImages(features, len(inputs_tensor))
         return prepared
 
 

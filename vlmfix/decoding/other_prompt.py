@@ -59,10 +59,10 @@ class OtherPrompt:
         return found
 
 
-def with_other_image(
+def with_same_tokens(
     method: DecodingMethod, anatomy: Anatomy, forward: EditedForward, inputs: dict[str, Any], other: OtherImages | None
 ) -> OtherPrompt:
-    """Prepare the same tokens with another image.
+    """Prepare the same tokens, with another image or for a branch with edits.
 
     Args:
         method: Makes the image.
@@ -72,16 +72,14 @@ def with_other_image(
         other: Features of the other images, when ``generate`` has encoded the model's own itself.
 
     Raises:
-        UnsupportedFeatureError: Only encoded images were given, or a part of a prompt.
+        UnsupportedFeatureError: Only encoded images were given.
     """
     past = int(forward.past)
     arguments = {name: value for name, value in inputs.items() if name not in NOT_HANDED_ON and value is not None}
+    found = OtherPrompt(arguments, Branch(forward.has_image, None, forward.valid_mask, past + forward.q_len))
+    if not method.changes_image:
+        return found
     if other is not None:
-        if past + forward.q_len < other.length:
-            raise UnsupportedFeatureError(
-                f"{method.name} needs a prompt in one forward, and generate reads this one in chunks. Leave "
-                "prefill_chunk_size unset."
-            )
         arguments["mm_encoder_outputs"] = other.expanded(anatomy.model, arguments)
     elif arguments.get("mm_encoder_outputs"):
         raise UnsupportedFeatureError(
@@ -93,9 +91,7 @@ def with_other_image(
             f"{method.name} found image tokens in the prompt and no pixel_values to make another image of. Pass what "
             "the processor gave."
         )
-    arguments = replace_images(arguments, method.other_images)
-    branch = Branch(forward.has_image, None, forward.valid_mask, past + forward.q_len)
-    found = OtherPrompt(arguments, branch)
+    found.arguments = replace_images(arguments, method.other_images)
     positions = arguments.get("position_ids")
     has_positions = isinstance(positions, torch.Tensor) and positions.shape[-1] == found.length
     if not past and has_positions and _may_share(arguments):

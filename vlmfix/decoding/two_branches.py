@@ -22,9 +22,10 @@ import torch
 
 from vlmfix.decoding.base import AnswerToken, DecodingMethod
 from vlmfix.decoding.branch import WATCHED, Branch, PairedForward, by_row
+from vlmfix.decoding.branch_edits import BranchEdits
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
-from vlmfix.decoding.other_prompt import OtherPrompt, with_other_image, with_other_tokens
+from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
 from vlmfix.engine.calls import parameter_names, tokens_of
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import UnsupportedFeatureError
@@ -34,6 +35,7 @@ from vlmfix.model.anatomy import FORWARD_KWARG
 if TYPE_CHECKING:
     from vlmfix.engine.forwards import EditedForward
     from vlmfix.engine.status import Counters
+    from vlmfix.methods.base import Method
     from vlmfix.model.anatomy import Anatomy
 
 DRAFTS = "_get_candidate_generator"
@@ -81,6 +83,13 @@ class TwoBranches:
         self._method = method
         self._index = index
         self._counters = counters
+        edit = method.branch_edit(anatomy) if method.uses_branch else None
+        self._edits = None if edit is None else BranchEdits(anatomy, edit)
+
+    @property
+    def branch_methods(self) -> tuple[Method, ...]:
+        """The bound attention methods of the other branch."""
+        return () if self._edits is None else self._edits.methods
 
     def stand_ins(self) -> dict[str, Any]:
         """Return the methods of the model that are replaced."""
@@ -173,8 +182,10 @@ class TwoBranches:
             known = torch.cat([branch.valid, known[:, branch.own_length :]], dim=1)
         else:
             cache = with_new_layers(cache) if is_plain(cache) else copy.deepcopy(cache)
-        if self._method.changes_image:
-            prompt = with_other_image(self._method, self._anatomy, forward, inputs, images)
+            if past and self._edits is not None:
+                self._edits.keep_text(cache, forward.state, past)
+        if self._method.changes_image or self._edits is not None:
+            prompt = with_same_tokens(self._method, self._anatomy, forward, inputs, images)
         else:
             prompt = with_other_tokens(self._method, self._anatomy, forward, inputs, known)
         forward.state.branch = None
@@ -296,20 +307,24 @@ class TwoBranches:
         ends = valid is None or bool(valid[:, -1].all())  # of a step, nothing is asked that the device must answer
         if ends and "logits_to_keep" in parameter_names(self._anatomy.model):
             arguments = {**arguments, "logits_to_keep": 1}
-        options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True, FORWARD_KWARG: None}
+        options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True}
+        arguments = {**arguments, **options}
+        forward = None if self._edits is None else self._edits.begin(arguments)
         with positions_kept(self._anatomy):
-            output = self._anatomy.model(**{**arguments, **options})
-        logits: torch.Tensor = output.logits
+            output = self._anatomy.model(**arguments, **{FORWARD_KWARG: forward})
+        filled, logits = getattr(output, "past_key_values", None), output.logits
+        if self._edits is not None and forward is not None:
+            self._edits.finish(forward, filled)
         if valid is None or ends or logits.shape[1] != length:
             last = logits[:, -1]
         else:
             new = valid[:, -length:]
             last = logits[torch.arange(len(new)), (torch.arange(length, device=new.device) * new).amax(1)]
-        return last.float(), getattr(output, "past_key_values", None)
+        return last.float(), filled
 
     def _edits_can_split(self, forward: EditedForward) -> bool:
-        """Whether what other methods edit can be kept to the rows of the model's own branch."""
-        if any(method.edits_blocks and not method.is_identity for method in forward.methods):
+        """Whether what methods edit can be kept to the rows of the model's own branch."""
+        if self._edits is not None or any(method.edits_blocks and not method.is_identity for method in forward.methods):
             return False
         return bool(self._anatomy.text_config._attn_implementation != "flex_attention")
 

@@ -33,21 +33,17 @@ class PatchedSite(AttentionSite):
     written_heads: tuple[int, ...] | None
 
 
-def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> Iterator[PatchedSite]:
+def make_sites(anatomy: Anatomy, methods: Sequence[Method], others: Sequence[Method] = ()) -> Iterator[PatchedSite]:
     """Place bound methods in a model: the attention modules they touch, in forward order.
 
     Args:
         anatomy: The model.
         methods: Methods with their layers resolved, in the order of the path of attention.
+        others: Methods that act in another branch, whose modules are patched too.
     """
     for site in anatomy.sites:
-        here = [
-            (number, method)
-            for number, method in enumerate(methods)
-            if site.layer_idx in method.layer_indices
-            and (method.is_identity or (acts_in_attention(method) and site.kind in method.attention_kinds))
-        ]
-        if not here:
+        here = [(number, method) for number, method in enumerate(methods) if _is_at(method, site)]
+        if not here and not any(_is_at(method, site) for method in others):
             continue
         active = [(number, method) for number, method in here if not method.is_identity]
         yield PatchedSite(
@@ -59,6 +55,12 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method]) -> Iterator[PatchedS
             heads=_those_that("edits_heads", active),
             written_heads=_written_heads([method for _, method in active], site.layer_idx),
         )
+
+
+def _is_at(method: Method, site: AttentionSite) -> bool:
+    """Whether a method has a place in an attention module."""
+    acts = method.is_identity or (acts_in_attention(method) and site.kind in method.attention_kinds)
+    return site.layer_idx in method.layer_indices and acts
 
 
 def _those_that(act: str, active: Sequence[tuple[int, Method]]) -> Numbered:

@@ -1,0 +1,161 @@
+"""The contrast with an edited branch: an attention method acts in the second branch, and only there."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from families import by_name
+from families.tiny_llava import RAGGED, Sample, collate, forward, generate, words
+from transformers import DynamicCache
+
+import vlmfix
+from vlmfix.methods.registry import method_from_dict
+
+ONE = collate([RAGGED[0]])
+EDITS = [
+    vlmfix.PAI(alpha=0.8, layers=":"),
+    vlmfix.IAT(alpha=1.0, layers=":"),
+    vlmfix.SPIN(keep=0.5, layers=":"),
+    vlmfix.VAF(layers=":"),
+    vlmfix.MMA(layers=":"),
+    vlmfix.EAH(layers=[1], threshold=0.01),
+]
+EACH = pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def forced(model: Any, inputs: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of every step of a given answer ``[batch, steps + 1, vocab]``."""
+    cache, mask = DynamicCache(config=model.config), inputs["attention_mask"]
+    found = [forward(model, inputs, past_key_values=cache, use_cache=True).logits[:, -1]]
+    for token in tokens.T:
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        positions = (mask.cumsum(1) - 1)[:, -1:]
+        with torch.no_grad():
+            options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            found.append(model(input_ids=token[:, None], use_cache=True, **options).logits[:, -1])
+    return torch.stack(found, dim=1)
+
+
+@EACH
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_towards_it_is_the_edited_model_and_away_its_mirror(build: Any, kind: str, edit: Any) -> None:
+    """Both branches, at every step, of a padded batch."""
+    model, inputs = build(kind), collate(RAGGED)
+    answer = generate(model, inputs, 5)[0][:, -5:]
+    stock = forced(model, inputs, answer)
+    vlmfix.patch(model, edit)
+    edited = forced(model, inputs, answer)
+    assert (edited - stock).abs().max() > 1e-3
+    vlmfix.patch(model, vlmfix.Edited(edit, mode="towards", alpha=1.0, beta=0.0))
+    close(forced(model, inputs, answer), edited)
+    vlmfix.patch(model, vlmfix.Edited(edit, alpha=0.5, beta=0.0))
+    close(forced(model, inputs, answer), stock + 0.5 * (stock - edited))
+    vlmfix.unpatch(model)
+    assert torch.equal(forced(model, inputs, answer), stock)
+
+
+@EACH
+def test_the_first_branch_is_the_stock_model_to_the_bit(tiny: Any, edit: Any) -> None:
+    answer = generate(tiny, ONE, 4)[0][:, -4:]
+    caches = []
+    for method in (None, vlmfix.Edited(edit)):
+        if method is not None:
+            vlmfix.patch(tiny, method)
+        cache = DynamicCache(config=tiny.config)
+        forward(tiny, ONE, past_key_values=cache, use_cache=True)
+        for token in answer[0]:
+            tiny(input_ids=token[None, None], past_key_values=cache, use_cache=True)
+        caches.append(cache)
+    for stock, own in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(stock.keys, own.keys) and torch.equal(stock.values, own.values)
+    other = caches[1]._vlmfix.branch.cache
+    assert other is not None and other.get_seq_length() == caches[1].get_seq_length()
+
+
+def test_methods_beside_it_act_in_the_first_branch_only(tiny: Any) -> None:
+    inside, beside = vlmfix.PAI(alpha=0.8, layers=":"), vlmfix.VAF(layers=":")
+    answer = generate(tiny, ONE, 4)[0][:, -4:]
+    found = []
+    for methods in (beside, inside, [beside, vlmfix.Edited(inside, beta=0.0)]):
+        vlmfix.patch(tiny, methods)
+        found.append(forced(tiny, ONE, answer))
+    first, second, both = found
+    close(both, 2 * first - second)
+
+
+@pytest.mark.parametrize("edit", [EDITS[0], EDITS[2]], ids=lambda edit: edit.name)
+def test_turns_crops_beams_and_no_cache(tiny: Any, edit: Any) -> None:
+    vlmfix.patch(tiny, vlmfix.Edited(edit, beta=0.0))
+    answer, question = words(3, seed=31), words(4, seed=32)
+    cache = DynamicCache(config=tiny.config)
+    forward(tiny, ONE, past_key_values=cache, use_cache=True)
+
+    def read(tokens: list[int], cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return tiny(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[:, -1]
+
+    twin = copy.deepcopy(cache)
+    expected = [read([token], twin) for token in answer]
+    read([answer[0]], cache)
+    read([50], cache)
+    cache.crop(-1)
+    close(read([answer[1]], cache), expected[1])
+    read([answer[2]], cache)
+    assert read(question, cache).isfinite().all()
+    options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+    beams = tiny.generate(**collate(RAGGED[:2]), **options)[:, -5:]
+    for row, each in enumerate(RAGGED[:2]):
+        assert torch.equal(beams[row], tiny.generate(**collate([each]), **options)[0, -5:])
+
+
+def test_an_image_in_a_later_turn(tiny: Any) -> None:
+    vlmfix.patch(tiny, vlmfix.Edited(EDITS[0], beta=0.0))
+    first, later = RAGGED[2], RAGGED[0]
+    cache = DynamicCache(config=tiny.config)
+    forward(tiny, collate([first]), past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        options = {"pixel_values": later.pixels, "past_key_values": cache, "use_cache": True}
+        found = tiny(input_ids=torch.tensor([later.ids]), **options).logits[0, -1]
+        step = tiny(input_ids=torch.tensor([[21]]), past_key_values=cache, use_cache=True).logits[0, -1]
+    whole = DynamicCache(config=tiny.config)
+    inputs = collate([Sample((*first.ids, *later.ids), later.pixels)])
+    close(found, forward(tiny, inputs, past_key_values=whole, use_cache=True).logits[0, -1])
+    with torch.no_grad():
+        close(step, tiny(input_ids=torch.tensor([[21]]), past_key_values=whole, use_cache=True).logits[0, -1])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "gemma3", "qwen3_5"])
+def test_other_families(family: str) -> None:
+    found = by_name(family)
+    if found.unavailable():
+        pytest.skip(str(found.unavailable()))
+    model = found.build()
+    single = found.collate([found.single()])
+    stock = generate(model, single, 4)[1]
+    edit = vlmfix.PAI(alpha=0.8, layers=":")
+    with vlmfix.patched(model, edit):
+        edited = generate(model, single, 4)
+    vlmfix.patch(model, vlmfix.Edited(edit, mode="towards", beta=0.0))
+    assert (edited[1] - stock).abs().max() > 1e-3
+    close(generate(model, single, 4)[1], edited[1])
+
+
+def test_it_is_given_by_name_dict_or_method_and_kept_in_recipes(tiny: Any) -> None:
+    by_hand = vlmfix.Edited(vlmfix.PAI(alpha=0.4))
+    assert vlmfix.Edited({"method": "pai", "alpha": 0.4}) == by_hand
+    assert vlmfix.Edited("pai") == vlmfix.Edited(vlmfix.PAI())
+    assert method_from_dict(json.loads(json.dumps(by_hand.to_dict()))) == by_hand
+    vlmfix.patch(tiny, "edited", edit="vaf", alpha=0.3)
+    assert vlmfix.status(tiny).methods[0].edit == vlmfix.VAF()
+    for wrong, reason in (("vcd", "more than that"), ("vhr", "more than that"), ("vista", "more than that"),
+                          ("nothing", "no method"), (3, "edit")):  # fmt: skip
+        with pytest.raises(vlmfix.MethodError, match=reason):
+            vlmfix.Edited(wrong)
