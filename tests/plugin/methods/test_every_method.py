@@ -73,8 +73,8 @@ def test_a_run_of_all_methods(model_folder: Path, tmp_path: Path, capsys: Any) -
     changed = [row for row in results["methods"][1:] if row["chair"]["changed"]]
     assert results["corrections"]["rows"] == len(changed) > 5, "Holm counts every row that changed something"
     assert text.count("left out: adaiat") == 1, "before the run"
-    assert "left out: adaiat" in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
-    assert "front method" in text and "dominated by" in text
+    report = (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+    assert "front" in report and "dominated by" in report
     for name in ("report.md", "report.html"):
         assert "left out: adaiat" in (tmp_path / "r" / name).read_text()
 
