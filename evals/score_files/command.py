@@ -78,6 +78,9 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
         )
     for kind in (chair, pope, amber, hallusion, mmhal, mme):
         kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
+    from .declared import add_declared
+
+    add_declared(kinds)
     return parser
 
 
