@@ -48,14 +48,14 @@ PLACES = {
 
 EDITS = {
     "scores": '''
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Edit ``[batch, num_heads, rows, keys]``; return it and which rows were edited."""
         image = layer.keys("image", scores)  # bool [batch, keys]
         edited = image.any(1)[:, None, None].expand(scores.shape[:3])
         return scores + self.strength * image[:, None, None], edited
 ''',
     "weights": '''
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Edit ``[batch, num_heads, rows, keys]``; return it and which rows were edited."""
         image = layer.keys("image", attn_weights)  # bool [batch, keys]
         edited = image.any(1)[:, None, None].expand(attn_weights.shape[:3])
@@ -153,7 +153,7 @@ def method_files(name: str, place: str) -> dict[str, str]:
         title=title,
         name=name,
         place=PLACES[place],
-        view={"blocks": "Block", "heads": "Layer"}.get(place, "Edited, Layer"),
+        view={"blocks": "Block", "heads": "Layer"}.get(place, "EditedRows, Layer"),
         summary=summary,
         sentence=f"{summary[0].upper()}{summary[1:]} (an example).",
     )

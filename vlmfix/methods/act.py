@@ -13,7 +13,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import take_keys
 from vlmfix.methods.selection import HeadSpec, all_but, listed_heads
-from vlmfix.methods.views import Edited, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 _THRESHOLDS = "a number >= 0 or a text such as '5/N'"
@@ -121,7 +121,7 @@ class ACT(Method):
         """Follow beam search: sums of generated rows differ between the beams of a prompt."""
         return learned.reordered(beams)
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
         heads = layer.constant(lambda: self._chosen(layer, attn_weights))
         is_sink = self.find_sinks(layer.learned, layer)

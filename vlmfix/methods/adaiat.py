@@ -13,7 +13,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods.measured import HeadStatistics
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import RaisesGeneratedText
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.attention import visible_keys
 
@@ -104,7 +104,7 @@ class AdaIAT(RaisesGeneratedText):
         """Whether the gate can open at all."""
         return self._constants(layer)[1] > 0
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Scale the generated columns of ``[batch, num_heads, rows, keys]`` where the gate is open."""
         factor, threshold = self._constants(layer)
         generated = layer.keys("generated", attn_weights)[:, None, None]

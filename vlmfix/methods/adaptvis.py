@@ -11,7 +11,7 @@ import torch
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import visible
-from vlmfix.methods.views import Edited, Layer, Prompt
+from vlmfix.methods.views import EditedRows, Layer, Prompt
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -119,7 +119,7 @@ class AdaptVis(Method):
         confidence = logits.float().softmax(-1).amax(-1)
         return torch.where(confidence < self.threshold, self.low, self.high)
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Scale the image columns of ``[batch, num_heads, rows, keys]``."""
         factor: torch.Tensor = layer.shared.to(scores.device)[:, None, None, None]
         image = visible(layer.keys("image", scores), allowed)

@@ -14,7 +14,7 @@ from vlmfix.methods.measured import HALLUCINATION_HEADS, shape_of
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import scale_heads
 from vlmfix.methods.selection import DefaultLayers, HeadSpec, listed_heads
-from vlmfix.methods.views import Edited, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -112,7 +112,7 @@ class ADHH(Method):
         """Whether weights are edited at all."""
         return self.mode == "adaptive"
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Zero the text of ``[batch, num_heads, rows, keys]`` where a listed head leans on it."""
         heads = layer.constant(lambda: listed_heads(self.heads, layer, attn_weights))
         text = (layer.keys("behind", attn_weights) | layer.keys("generated", attn_weights))[:, None, None]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.parameters import Choice, Parameter, Parametrised, Space, described, is_off, search_space
+from vlmfix.methods.parameters import Parameter, Parametrised, SearchSpace, described, is_off
 from vlmfix.methods.selection import (
     ALL_LAYERS,
     DefaultLayers,
@@ -18,24 +18,15 @@ from vlmfix.methods.selection import (
     heads_of,
     resolve_layers,
 )
-from vlmfix.methods.views import Edited, PromptRows
+from vlmfix.methods.views import EditedRows, PromptRows
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from vlmfix.methods.views import Block, Layer, Prompt
     from vlmfix.model.anatomy import Anatomy, AttentionKind
     from vlmfix.model.blocks import BlockKind
-
-
-M = TypeVar("M", bound="Method")
-
-
-class _SearchSpace:
-    """``Method.search_space``, read off the fields of the class at hand."""
-
-    def __get__(self, method: Method | None, cls: type[Method]) -> Space:
-        return search_space(cls) | ({"layers": Choice(cls.search_layers)} if cls.search_layers else {})
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Method(Parametrised):
     summary: ClassVar[str] = ""
     default_layers: ClassVar[DefaultLayers] = ALL_LAYERS
     """The layers it edits unless ``layers`` says otherwise."""
-    search_space = _SearchSpace()
+    search_space = SearchSpace()
     """Parameters that ``vlmfix tune`` searches, and between what: see ``parameter(search=...)``."""
     search_layers: ClassVar[tuple[LayerSpec, ...]] = ()
     """Values of ``layers`` that it searches too, the default first."""
@@ -194,7 +185,7 @@ class Method(Parametrised):
         """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers."""
         return None
 
-    def bind(self: M, anatomy: Anatomy) -> M:
+    def bind(self, anatomy: Anatomy) -> Self:
         """Return a copy with everything that depends on the model resolved (layers, dimensions).
 
         Raises:
@@ -246,7 +237,7 @@ class Method(Parametrised):
         """
         raise NotImplementedError
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Edit pre-softmax scores of the requested rows.
 
         Args:
@@ -302,7 +293,7 @@ class Method(Parametrised):
         """Whether :meth:`edit_weights` has anything to do; ``False`` leaves the layer to the base kernel."""
         return True
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Edit post-softmax weights of the requested rows.
 
         Args:

@@ -14,7 +14,7 @@ from vlmfix.methods.experimental import ExperimentalMethod
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import log_mass, on_device, take_keys, visible
 from vlmfix.methods.selection import DefaultLayers
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -89,7 +89,7 @@ class CMAI(ExperimentalMethod):
         """Forget image tokens behind ``length``; rows behind it are written anew before they are read."""
         return learned.cropped(length)
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Hide keys from the rows ``[batch, num_heads, rows, keys]``."""
         if self.observes_at(layer):
             return scores, torch.zeros_like(scores[..., 0], dtype=torch.bool)

@@ -11,7 +11,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -91,7 +91,7 @@ class EAH(Method):
             sums, counts = sums + layer.learned.sums, counts + layer.learned.counts
         layer.learned = Columns(sums, counts)
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Copy the chosen head's rows of ``[batch, num_heads, rows, keys]``."""
         best, has_sink = self.choose_head(layer.learned, attn_weights, layer)
         batch, heads = (torch.arange(size, device=best.device) for size in attn_weights.shape[:2])

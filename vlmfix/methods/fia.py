@@ -13,7 +13,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import raise_keys
 from vlmfix.methods.selection import all_but
-from vlmfix.methods.views import Edited, Layer, Prompt, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, Prompt, PromptRows
 
 _FIRST, _PENULTIMATE = 0, -2
 
@@ -76,7 +76,7 @@ class FIA(Method):
         """Keep the gains of the first ``length`` tokens."""
         return learned[:, :length] if isinstance(learned, torch.Tensor) else learned
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Raise the chosen columns of ``[batch, num_heads, rows, keys]``."""
         if not isinstance(layer.shared, torch.Tensor):
             layer.shared = self._gains(layer.shared)

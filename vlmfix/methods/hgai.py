@@ -9,7 +9,7 @@ import torch
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import RaisesImageScores, visible
 from vlmfix.methods.selection import scaled_layers
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HGAI(RaisesImageScores):
         0.5, low=0, off=0, search=Range(0.05, 0.8), help="Strength. 0.5 in the released evaluation of LLaVA-1.5-7B."
     )
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Raise the image columns of ``[batch, num_heads, rows, keys]``."""
         image = visible(layer.keys("image", scores), allowed)
         boost = torch.where(image, self.alpha * scores.abs().mean(1, keepdim=True), 0.0)

@@ -8,7 +8,7 @@ import torch
 
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import RaisesGeneratedText, raise_keys
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class IAT(RaisesGeneratedText):
         help="Strength. The released 0.8 for LLaVA-1.5-7B, where captions get 20 % shorter.",
     )
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Raise the generated columns of ``[batch, num_heads, rows, keys]``."""
         return raise_keys(scores, layer, lambda: self.alpha * layer.keys("generated", scores).float())

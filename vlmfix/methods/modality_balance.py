@@ -9,7 +9,7 @@ import torch
 from vlmfix.methods.experimental import ExperimentalMethod
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import log_mass, visible
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ModalityBalance(ExperimentalMethod):
         0.5, low=0, high=1, off=0, search=Range(0.05, 1.0), help="How far towards one half. Untested at every value."
     )
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Shift the image columns of ``[batch, num_heads, rows, keys]``."""
         is_image = layer.keys("image", scores)
         image, text = visible(is_image, allowed), visible(~is_image, allowed)

@@ -9,7 +9,7 @@ import torch
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import RaisesImageScores, raise_keys
 from vlmfix.methods.selection import all_but
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class PAI(RaisesImageScores):
         0.2, low=0, off=0, search=Range(0.05, 0.8), help="Strength. The released code's 0.2; LLaVA-1.5 was run at 0.5."
     )
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Raise the image columns of ``[batch, num_heads, rows, keys]``."""
         return raise_keys(scores, layer, lambda: self.alpha * layer.keys("image", scores).float())

@@ -269,10 +269,13 @@ def _as_json(value: Any) -> Any:
     return [_as_json(each) for each in value] if isinstance(value, tuple) else value
 
 
-def search_space(cls: type[Parametrised]) -> dict[str, Range | Choice]:
-    """Return the parameters that ``vlmfix tune`` searches, and between what."""
-    found = {field.name: parameter_of(field).search for field in dataclasses.fields(cls)}
-    return {name: search for name, search in found.items() if search is not None}
+class SearchSpace:
+    """``Method.search_space``: read off the fields of the class at hand, and its ``search_layers``."""
+
+    def __get__(self, method: object, cls: Any) -> Space:
+        declared = {field.name: parameter_of(field).search for field in dataclasses.fields(cls)}
+        space = {name: search for name, search in declared.items() if search is not None}
+        return space | ({"layers": Choice(cls.search_layers)} if cls.search_layers else {})
 
 
 def is_off(method: Parametrised) -> bool:

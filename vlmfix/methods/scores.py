@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import parameter
 from vlmfix.methods.selection import scaled_layers
-from vlmfix.methods.views import Edited, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -42,7 +42,7 @@ def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return scores.addcmul_(scores.abs(), gain)
 
 
-def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]) -> Edited:
+def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]) -> EditedRows:
     """Raise the scores of a layer by gains that all layers with the same keys share.
 
     Args:

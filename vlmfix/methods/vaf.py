@@ -11,7 +11,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import best, visible
 from vlmfix.methods.selection import HeadSpec, listed_heads, scaled_layers
-from vlmfix.methods.views import Edited, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, PromptRows
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class VAF(Method):
         known = torch.zeros_like(chosen) if layer.learned is None else layer.learned
         layer.learned = torch.where(is_last.any(1, keepdim=True), chosen, known)
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Scale the image and prefix columns of ``[batch, num_heads, rows, keys]``."""
         if self.heads == "visual":
             heads = layer.learned[:, :, None, None]

@@ -14,7 +14,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import all_but
 from vlmfix.methods.sequence import extend_mask
-from vlmfix.methods.views import Edited, Layer
+from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.sink_dims import sink_dims_for
 
@@ -146,7 +146,7 @@ class VAR(Method):
         """Whether the layer has a visual sink, as far as known."""
         return layer.learned is not None and layer.learned.acts
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Redistribute ``[batch, num_heads, rows, keys]`` in the selected rows."""
         sinks: SinkMap = layer.learned
         groups = layer.visible_keys(sinks.groups, attn_weights.shape[-1])[:, None]

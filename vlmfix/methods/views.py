@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from vlmfix.model.attention import AttentionCall
     from vlmfix.model.blocks import BlockKind
 
-Edited = tuple[torch.Tensor, torch.Tensor]
+EditedRows = tuple[torch.Tensor, torch.Tensor]
 """Scores or weights ``[batch, num_heads, rows, keys]``, and the edited rows, bool ``[batch, num_heads, rows]``."""
 
 
-__all__ = ["Block", "Edited", "Forward", "Layer", "Prompt", "PromptRows", "Rows", "View"]
+__all__ = ["Block", "EditedRows", "Forward", "Layer", "Prompt", "PromptRows", "Rows", "View"]
 
 
 class View:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from vlmfix.errors import DataError
 from vlmfix.methods.base import Method
-from vlmfix.methods.views import Edited, Forward, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Forward, Layer, PromptRows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AttentionWatch(Method):
         """Show them."""
         self.show(attn_weights, allowed, layer)
 
-    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> Edited:
+    def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Edit nothing."""
         return attn_weights, torch.zeros(attn_weights.shape[:3], dtype=torch.bool, device=attn_weights.device)
 

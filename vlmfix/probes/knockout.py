@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.methods.views import Edited, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.observe.ask import Answered, Subject, look_at
 from vlmfix.probes.result import ProbeResult, in_words, new_axis
 from vlmfix.probes.spans import Boxes, Spans, find_spans, is_subset
@@ -211,7 +211,7 @@ class Cut(Method):
         """As chosen."""
         return self.rows
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Give cut pairs of ``[batch, num_heads, rows, keys]`` the lowest score there is."""
         num_keys, device = scores.shape[-1], scores.device
         source = layer.visible_keys(self.source.to(device), num_keys)
