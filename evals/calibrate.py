@@ -98,7 +98,7 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
             prompt=PromptBuilder(source.processor, use_template=run.chat_template),
             mentions=make_mentions(),
             seed=run.seed,
-            batch_size=run.batch_size or (32 if run.model is None else 8),
+            batch_size=int(run.batch_size or (32 if run.model is None else 8)),
             max_new_tokens=max_new_tokens,
             **settings,
         )

@@ -40,7 +40,8 @@ class Flag:
         name: The flag; a word without dashes is a positional argument; None stands for ``--name-of-the-field``.
         metavar: What stands for the value in ``--help``.
         choices: The values it takes; None for any.
-        at_least: Its smallest value; None for no bound.
+        at_least: Its smallest number; None for no bound.
+        word: A word that it takes beside numbers.
     """
 
     help: str
@@ -49,6 +50,7 @@ class Flag:
     metavar: str | None
     choices: tuple[str, ...] | None
     at_least: float | None
+    word: str | None
 
 
 def option(
@@ -60,9 +62,10 @@ def option(
     metavar: str | None = None,
     choices: tuple[str, ...] | None = None,
     at_least: float | None = None,
+    word: str | None = None,
 ) -> Any:
     """A dataclass field that is an option of a verb; see :class:`Flag`. The default ``MISSING`` makes it required."""
-    flag = Flag(help, group, name, metavar, choices, at_least)
+    flag = Flag(help, group, name, metavar, choices, at_least, word)
     return field(default=default, metadata={"flag": flag})
 
 
@@ -76,7 +79,10 @@ def check_options(options: Any) -> None:
         value = getattr(options, each.name)
         if value is None:
             continue
-        if flag.at_least is not None and not value >= flag.at_least:
+        if flag.at_least is not None and isinstance(value, str):
+            if value != flag.word:
+                raise VlmfixError(f"{_flag_name(each)} must be a number{f' or {flag.word}' if flag.word else ''}")
+        elif flag.at_least is not None and not value >= flag.at_least:
             raise VlmfixError(f"{_flag_name(each)} must be at least {flag.at_least:g}, got {value}")
         if flag.choices is not None and value not in flag.choices:
             raise VlmfixError(f"{_flag_name(each)} must be one of {', '.join(flag.choices)}, got {value!r}")
@@ -115,6 +121,8 @@ def add_verb(
         group = parser.add_argument_group(heading)
         for each, flag in members:
             words = _parsed_as(types[each.name], each.default)
+            if flag.word is not None:
+                words["type"] = _NumberOr(flag.word)
             words["help"] = _with_default(help_of.get(each.name, flag.help), each.default)
             if (values := choices.get(each.name, flag.choices)) is not None:
                 words["choices"] = values
@@ -155,6 +163,19 @@ def _parsed_as(type_: Any, default: Any) -> dict[str, Any]:
     if several and get_origin(value_type) is tuple:  # tuple[T, ...] | None
         value_type = get_args(value_type)[0]
     return {"type": value_type, **({"nargs": "+", "action": "extend"} if several else {})}
+
+
+@dataclass(frozen=True)
+class _NumberOr:
+    """Reads a whole number or one word."""
+
+    word: str
+
+    def __call__(self, text: str) -> int | str:
+        return text if text == self.word else int(text)
+
+    def __repr__(self) -> str:
+        return f"number or {self.word}"
 
 
 def _with_default(text: str, default: Any) -> str:

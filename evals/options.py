@@ -118,7 +118,7 @@ class DataOptions(Options):
         group=ASKING,
         metavar="TEXT",
     )
-    batch_size: int | None = option(
+    batch_size: int | str | None = option(
         "samples per batch (default: 64 testbed, else 8)", group=MACHINE, metavar="N", at_least=1
     )
 
@@ -144,6 +144,13 @@ class BenchmarkOptions(DataOptions):
     )
     pope_max_new_tokens: int | None = option(
         "longest yes/no answer, in tokens (default: 16)", group=ASKING, metavar="N", at_least=1
+    )
+    batch_size: int | str | None = option(
+        "samples per batch; auto: as many as the free memory takes (default: 64 testbed, else 8)",
+        group=MACHINE,
+        metavar="N",
+        at_least=1,
+        word="auto",
     )
     resume: bool = option("keep the answers that an interrupted run left in the folder", group=OUTPUT, default=True)
 

@@ -14,6 +14,7 @@ from .. import testbed
 from ..benchmarks.registry import Tasks, make_tasks
 from ..data.write import digest
 from ..options import EvalOptions
+from .batch_size import choose_batch_size
 from .methods import MethodSpec, expand_all, load_recipe, plan_methods, recipe_entries, skipped_notes
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
 from .provenance import SCHEMA_VERSION, run_name, versions
@@ -93,7 +94,14 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
         "versions": versions(),
     }
     settings = json.loads(json.dumps(settings))
-    batch_size = options.batch_size or (64 if options.model is None else 8)
+    batch_size = choose_batch_size(
+        options.batch_size,
+        source,
+        tasks.samples(),
+        dtype=settings["model"]["dtype"],
+        device=device,
+        template=options.chat_template,
+    )
     folder = options.out or RUNS / run_name(source.name, settings)
     return EvalRun(options, tuple(methods), source, tasks, settings, device, batch_size, folder, (*notes, *tasks.notes))
 
