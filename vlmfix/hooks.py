@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import inspect
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,15 +20,24 @@ from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.opera_search import GenerateWithOpera
 from vlmfix.decoding.other_image import OTHER_IMAGES_KWARG
 from vlmfix.decoding.two_branches import DRAFTS, TwoBranches
-from vlmfix.engine.attend import ATTENTION_NAME
+from vlmfix.engine.attention_function import ATTENTION_NAME
 from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
 from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import make_sites
+from vlmfix.engine.stand_ins import (
+    PAGED,
+    PREFILL,
+    PROMPT_END_KWARG,
+    REFUSE_DRAFTS,
+    REFUSE_PAGES,
+    ForwardWithHooks,
+    StandIns,
+    TellingPrefill,
+)
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
-from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -43,32 +50,6 @@ PATCH_ATTRIBUTE = "_vlmfix_patch"
 
 
 logger = logging.getLogger("vlmfix")
-
-
-_PROMPT_END_KWARG = "vlmfix_prompt_end"
-"""The keyword argument in which ``generate`` tells the forwards that read a prompt how long it is, earlier turns
-included."""
-
-
-_PREFILL = "_prefill"
-"""The method of a model in which ``generate`` reads a prompt (since transformers 5.x)."""
-
-
-_PAGED = "init_continuous_batching"
-"""The method of a model that every way into continuous batching passes. Its own thread would swallow the error of the
-attention function."""
-
-
-_NO_PAGES = (
-    "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
-    "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
-)
-
-
-_NO_DRAFTS = (
-    "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
-    "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
-)
 
 
 _NOT_WHOLE = (
@@ -123,9 +104,7 @@ class Patch:
         self.beginner = ForwardBeginner(anatomy, methods, self.sites)
         self.layer_hooks = make_layer_hooks(self.sites)
         self._handles: list[Any] = []
-        self._stand_ins: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
-        # Made once, so that a patch put on again leaves the model as it was.
-        self._prefills: dict[nn.Module, TellingPrefill] = {}
+        self._stand_ins = StandIns()
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
@@ -164,11 +143,7 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, name, stand_in, before in reversed(self._stand_ins):
-            if module.__dict__.get(name) is stand_in:
-                del module.__dict__[name]
-                module.__dict__.update(before)
-        self._stand_ins.clear()
+        self._stand_ins.remove()
         for site in self.sites:
             if site.module.__dict__.get(SITE_ATTRIBUTE) is site:
                 del site.module.__dict__[SITE_ATTRIBUTE]
@@ -195,22 +170,17 @@ class Patch:
         """Put objects in the place of methods of ``generate`` that go other ways than a forward with hooks."""
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
-            self._stand_in(each, _PAGED, _REFUSE_PAGES)
-            if hasattr(type(each), _PREFILL):
-                self._stand_in(each, _PREFILL, self._prefills.setdefault(each, TellingPrefill(each)))
+            self._stand_ins.put(each, PAGED, REFUSE_PAGES)
+            if hasattr(type(each), PREFILL):
+                self._stand_ins.put(each, PREFILL, TellingPrefill(each))
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         if self.branches is not None or self.early_head.mixing:
-            self._stand_in(language_model, "forward", ForwardWithHooks(self, language_model))
+            self._stand_ins.put(language_model, "forward", ForwardWithHooks(self, language_model))
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
-                self._stand_in(model, name, stand_in)
+                self._stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
-            self._stand_in(language_model, DRAFTS, _REFUSE_DRAFTS)
-
-    def _stand_in(self, module: nn.Module, name: str, stand_in: Any) -> None:
-        before = {name: module.__dict__[name]} if name in module.__dict__ else {}
-        self._stand_ins.append((module, name, stand_in, before))
-        module.__dict__[name] = stand_in
+            self._stand_ins.put(language_model, DRAFTS, REFUSE_DRAFTS)
 
     # Hooks on the model.
 
@@ -218,7 +188,7 @@ class Patch:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add a forward to the keyword arguments, unless the caller or an outer hook chose one."""
-        told = {name: kwargs[name] for name in (OTHER_IMAGES_KWARG, _PROMPT_END_KWARG) if name in kwargs}
+        told = {name: kwargs[name] for name in (OTHER_IMAGES_KWARG, PROMPT_END_KWARG) if name in kwargs}
         if told:
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
         if FORWARD_KWARG in kwargs:
@@ -226,7 +196,7 @@ class Patch:
                 kwargs[FORWARD_KWARG].hold_past()
             return (args, kwargs) if told else None
         inputs = self._by_name(module, args, kwargs)
-        forward = self.beginner.begin(module, inputs, told.get(_PROMPT_END_KWARG))
+        forward = self.beginner.begin(module, inputs, told.get(PROMPT_END_KWARG))
         if forward is None:
             return args, {**kwargs, FORWARD_KWARG: None}
         if self.branches is not None and module is self.anatomy.model:
@@ -310,74 +280,6 @@ class ModelHooks:
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """See ``Patch.after_forward``."""
         return self.patch.after_forward(self.module, args, kwargs, output)
-
-
-class ForwardWithHooks:
-    """Stands in for a model's ``forward``: ``model.forward(...)`` is ``model(...)``, which passes the hooks.
-
-    Users call it, and so do wrappers (PEFT up to 0.20).
-    """
-
-    def __init__(self, patch: Patch, model: nn.Module) -> None:
-        self.patch = patch
-        self.model = model
-        self.stock = model.forward
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the model, by which ``generate`` checks its arguments."""
-        return inspect.signature(self.stock)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward if the hooks have been passed, else pass them.
-
-        Raises:
-            UnsupportedFeatureError: There are no hooks any more.
-        """
-        # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
-        if FORWARD_KWARG in kwargs or not self.patch.is_on:
-            return self.stock(*args, **kwargs)
-        if not self.patch.is_whole():
-            raise UnsupportedFeatureError(
-                f"The hooks of this patched {type(self.model).__name__} were removed by somebody else, so vlmfix "
-                "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
-            )
-        return self.model(*args, **kwargs)
-
-
-class TellingPrefill:
-    """Stands in for ``_prefill`` of a model: tells the forwards that they read a prompt, and how long it is.
-
-    The forwards of a prompt in parts cannot tell by themselves: its last token alone looks like one of the answer.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(
-        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Do what the model's own method does."""
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        embeds, length = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            length = mask.shape[1]  # of all turns
-        elif embeds is not None:
-            length = embeds.shape[1]
-        elif cache is not None and length <= cache.get_seq_length():
-            length += int(cache.get_seq_length())
-        told = {**model_kwargs, _PROMPT_END_KWARG: length}
-        stock = getattr(type(self.model), _PREFILL)
-        return stock(self.model, input_ids, generation_config, told, *args, **kwargs)
-
-
-def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for a method of a model that cannot be used while it is patched."""
-    raise UnsupportedFeatureError(message)
-
-
-_REFUSE_PAGES, _REFUSE_DRAFTS = functools.partial(_refuse, _NO_PAGES), functools.partial(_refuse, _NO_DRAFTS)
-"""One object each, so that a patch put on again leaves the model as it found it."""
 
 
 def _forget_compiled_code(model: nn.Module) -> None:

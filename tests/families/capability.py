@@ -21,7 +21,7 @@ from transformers import AttentionInterface, BatchFeature
 import vlmfix
 from families import Family
 from families.tiny_llava import Sample, generate
-from vlmfix.engine.attend import ATTENTION_NAME
+from vlmfix.engine.attention_function import ATTENTION_NAME
 from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import analyse
 

@@ -7,117 +7,24 @@ result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface
 
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.engine.base_output import BaseOutput, is_measured
+from vlmfix.engine.openings import opening_of, write_opened_rows
 from vlmfix.methods.views import Forward, Layer, Rows
-from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import (
     AttentionCall,
-    Opening,
     explicit_attention,
     explicit_scores,
     masked_softmax,
-    opened_attention,
-    visible_keys,
     weighted_values,
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from vlmfix.engine.plan import Numbered, PatchedSite
     from vlmfix.methods.base import Method
-
-
-ATTENTION_NAME = "vlmfix"
-"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
-
-_MISSING = object()
-"""Marks an attention call that did not come through the patched model's forward."""
-
-
-def vlmfix_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    vlmfix: Any = _MISSING,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of a patched module, with the signature of transformers' attention functions.
-
-    It only reaches modules whose config copy asks for it by name; for all others it is inert.
-
-    Args:
-        module: The attention module.
-        query: ``[batch, num_heads, q_len, head_dim]``.
-        key: ``[batch, num_kv_heads, keys, head_dim]``.
-        value: ``[batch, num_kv_heads, keys, value_dim]``.
-        attention_mask: What the stock model made for its own kernel.
-        vlmfix: What travels with the forward (``vlmfix.engine.forwards``); ``None`` asks for the stock model.
-        **kwargs: What the module hands to its kernel beside it.
-
-    Returns:
-        Head outputs ``[batch, q_len, num_heads, value_dim]`` and the weights where the base kernel returns them.
-
-    Raises:
-        UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
-    """
-    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
-    call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
-    if vlmfix is None:
-        return call.base()
-    if vlmfix is _MISSING:
-        raise UnsupportedFeatureError(
-            f"The attention module {site.name} of a patched model was reached without going through the model's own "
-            "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
-            "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
-        )
-    if kwargs.get("cache") is not None:
-        raise UnsupportedFeatureError(
-            "Continuous batching (a paged cache) packs several prompts into one row, which vlmfix does not support. "
-            "Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
-        )
-    output: tuple[torch.Tensor, torch.Tensor | None] = vlmfix.attend(site, call)
-    return output
-
-
-def _opening(method: Method, layer: Layer) -> Opening:
-    """Return what a method opens in an attention call of a prompt."""
-    call, past = layer.call, layer.forward.past
-    assert call is not None
-    num_keys, device = call.key.shape[2], call.query.device
-    offset = layer.key_offset(num_keys)
-    assert isinstance(offset, int)
-    assert isinstance(past, int)
-    before = past - offset
-
-    def pairs(start: int, stop: int) -> torch.Tensor:
-        opened = method.open_mask(layer, start, stop).to(device)
-        return F.pad(opened, (before, num_keys - before - opened.shape[2]))[:, None]
-
-    return Opening(method.mask_bias, pairs)
-
-
-def _count_opened(layer: Layer, opening: Opening, call: AttentionCall, chunks: Sequence[tuple[int, int]]) -> None:
-    """Count the rows of all heads that see a key they did not see before, once for all layers with such keys."""
-
-    def newly_open_rows() -> torch.Tensor:
-        found = [torch.zeros((), dtype=torch.int64, device=call.query.device)]
-        for start, stop in chunks:
-            pairs, visible = opening.pairs(start, stop), visible_keys(call, start, stop)
-            if visible is not None:
-                hidden = ~F.pad(visible, (0, pairs.shape[3] - visible.shape[3])).all(1, keepdim=True)
-                found.append((pairs & hidden).any(3).sum())
-        return torch.stack(found).sum()
-
-    layer.count(layer.per_keys(newly_open_rows, call.key[..., 0]) * call.query.shape[1])
 
 
 Edits = Sequence[tuple["Method", "Layer"]]
@@ -133,25 +40,21 @@ def attend(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[to
         return call.base()
     if forward.is_prefill and site.masks:
         openers = _layers(forward, site.masks, call)
-        call = call._replace(openings=tuple(_opening(method, layer) for method, layer in openers))
+        call = call._replace(openings=tuple(opening_of(method, layer) for method, layer in openers))
     if site.scores or site.weights:
         head_outputs, weights = _with_edits(forward, site, call)
     elif call.openings:
         head_outputs, weights = _over_base(forward, site, call, call, [])
     else:
         head_outputs, weights = call.base()
-    for (number, _), (method, layer) in zip(site.heads, _layers(forward, site.heads, call), strict=True):
+    for method, layer in _layers(forward, site.heads, call):
+        # Heads are scaled in place; the last row is enough to see how far they move.
         stock = head_outputs[:, -1:].detach().clone() if is_measured(forward) else None
         head_outputs = method.edit_heads(head_outputs, layer)
         if stock is not None:
             has_image = forward.has_image.to(stock.device)[:, None, None, None]
-            forward.record_move([number], stock, head_outputs[:, -1:], has_image)
+            layer.record_move(stock, head_outputs[:, -1:], has_image)
     return head_outputs, weights
-
-
-def is_measured(forward: Forward) -> bool:
-    """Whether it is measured how far outputs move; compiled code leaves it out."""
-    return forward.is_measured and not torch.compiler.is_compiling()
 
 
 def _layers(forward: Forward, methods: Numbered, call: AttentionCall) -> Edits:
@@ -174,7 +77,8 @@ def _with_edits(forward: Forward, site: PatchedSite, call: AttentionCall) -> tup
             attn_weights, edited = _with_edited_heads(forward, call, heads, head_index, edits)
         output = explicit_attention(call, attn_weights)
         if edited is not None and is_measured(forward):
-            forward.record_move(_numbers(site), call.base()[0], output[0], edited.transpose(1, 2)[..., None])
+            numbers = [layer.index for _, layer in edits]
+            forward.record_move(numbers, call.base()[0], output[0], edited.transpose(1, 2)[..., None])
         return output
     if not edits and not call.openings:
         return call.base()
@@ -214,26 +118,12 @@ def _with_edited_heads(
     return attn_weights.index_copy(1, head_index, some_weights), edited
 
 
-def _numbers(site: PatchedSite) -> list[int]:
-    """Return the numbers of the methods that edit scores or weights at a site."""
-    return [number for number, _ in (*site.scores, *site.weights)]
-
-
 def _rows(forward: Forward, method: Method) -> Rows:
     return forward.rows(method.prompt_rows, method.edits_decode)
 
 
 def _observes(method: Method, layer: Layer) -> bool:
     return method.observed_rows != "none" and method.observes_at(layer)
-
-
-def _base(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the base kernel; its result may be written over."""
-    head_outputs, weights = call.base()
-    if head_outputs.requires_grad:  # autograd keeps what the kernel returned
-        head_outputs = head_outputs.clone()
-        weights = None if weights is None else weights.clone()
-    return head_outputs, weights
 
 
 def _over_base(
@@ -248,14 +138,15 @@ def _over_base(
         part: The same for the heads to be written out.
         edits: Those of scores and weights.
     """
-    head_outputs, weights = _base(call)
+    base = BaseOutput(forward, call)
     if call.openings:
-        _write_opened_rows(forward, site, call, head_outputs, weights)
+        openers = [layer for _, layer in _layers(forward, site.masks, call)]
+        write_opened_rows(base, call, openers, forward.image_stop)
     wanted = [_rows(forward, method) for method, _ in edits]
     observed = [forward.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
-        return head_outputs, weights
+        return base.head_outputs, base.weights
     chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     observe_first = len(chunks) > 1 and bool(observed)
     if observe_first and not forward.is_over:
@@ -269,66 +160,8 @@ def _over_base(
         attn_weights, edited = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
         if edited is not None:
             new_heads = weighted_values(part, attn_weights)
-            numbers = _numbers(site) if is_measured(forward) else ()
-            rows = slice(start, stop)
-            _write(forward, numbers, (head_outputs, weights), rows, new_heads, attn_weights, edited, part.head_index)
-    return head_outputs, weights
-
-
-def _write_opened_rows(
-    forward: Forward,
-    site: PatchedSite,
-    call: AttentionCall,
-    head_outputs: torch.Tensor,
-    weights: torch.Tensor | None,
-) -> None:
-    chunks = list(call.row_chunks(0, forward.image_stop))
-    for start, stop in chunks:
-        opened = torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
-        attn_weights = None if weights is None else masked_softmax(*explicit_scores(call, start, stop))
-        new_heads = opened_attention(call, start, stop) if attn_weights is None else weighted_values(call, attn_weights)
-        numbers = [number for number, _ in site.masks] if is_measured(forward) else ()
-        _write(forward, numbers, (head_outputs, weights), slice(start, stop), new_heads, attn_weights, opened)
-    for (_, layer), opening in zip(_layers(forward, site.masks, call), call.openings, strict=True):
-        _count_opened(layer, opening, call, chunks)
-
-
-def _write(
-    forward: Forward,
-    numbers: Sequence[int],
-    stock: tuple[torch.Tensor, torch.Tensor | None],
-    rows: slice,
-    new_heads: torch.Tensor,
-    new_weights: torch.Tensor | None,
-    edited: torch.Tensor,
-    head_index: torch.Tensor | None = None,
-) -> None:
-    """Write edited rows over what the base kernel returned.
-
-    Args:
-        forward: The forward.
-        numbers: The methods whose effect is measured.
-        stock: Its head outputs and weights.
-        rows: The query rows in hand.
-        new_heads: ``[batch, rows, heads, value_dim]``.
-        new_weights: ``[batch, heads, rows, keys]``; ``None`` without weights.
-        edited: bool ``[batch, heads or 1, rows]``: which of them to write.
-        head_index: The heads in hand, ``None`` for all.
-    """
-    head_outputs, weights = stock
-    where = edited.transpose(1, 2)[..., None]
-    if numbers:
-        old_heads = head_outputs[:, rows] if head_index is None else head_outputs[:, rows].index_select(2, head_index)
-        forward.record_move(numbers, old_heads, new_heads, where)
-    parts = [(head_outputs[:, rows], new_heads, where, 2)]
-    if weights is not None and new_weights is not None:
-        parts.append((weights[:, :, rows, : new_weights.shape[-1]], new_weights, edited[..., None], 1))
-    for old, new, where, heads_dim in parts:
-        if head_index is None:
-            old.copy_(torch.where(where, new.to(old.dtype), old))
-        else:
-            some = old.index_select(heads_dim, head_index)
-            old.index_copy_(heads_dim, head_index, torch.where(where, new.to(old.dtype), some))
+            base.write(start, new_heads, attn_weights, edited, [layer.index for _, layer in edits], part.head_index)
+    return base.head_outputs, base.weights
 
 
 def _edited_weights(
@@ -395,6 +228,3 @@ def _edited_weights(
         method, layer = show_to
         method.observe(attn_weights, every_key if allowed is None else allowed, layer)
     return attn_weights, selected
-
-
-AttentionInterface.register(ATTENTION_NAME, vlmfix_attention)

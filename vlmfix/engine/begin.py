@@ -21,7 +21,7 @@ from vlmfix.engine.image_free import encoded_text_only_heads, text_only_heads
 from vlmfix.engine.prompt_pass import begin_methods
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, extend_mask, state_of
+from vlmfix.methods.sequence import SequenceState, extend_mask, keep_state, state_of
 from vlmfix.model.images import ImageFinder, attended_keys, brings_pictures
 from vlmfix.model.vision_tower import VisionRecorder
 
@@ -107,9 +107,7 @@ class ForwardBeginner:
 
     def keep(self, cache: Any, state: SequenceState) -> None:
         """Keep what is known about sequences on their cache."""
-        setattr(cache, STATE_ATTRIBUTE, state)
-        if self._reorders and hasattr(cache, "reorder_cache"):
-            cache.reorder_cache = ReorderWithState(cache)
+        keep_state(cache, state, reorders=self._reorders)
 
     # Further tokens of an answer.
 
@@ -126,7 +124,7 @@ class ForwardBeginner:
             past = cache.get_seq_length() if is_later else length_of(cache)
         if not is_static and past < state.image_mask.shape[1]:
             state = state.cropped(int(past))
-            setattr(cache, STATE_ATTRIBUTE, state)
+            keep_state(cache, state)
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
@@ -349,20 +347,3 @@ def _check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, 
                 "depends on tokens of another. Leave prefill_chunk_size unset, and do not prefill a part of a prompt "
                 "with an image in advance."
             )
-
-
-class ReorderWithState:
-    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-
-    def __call__(self, beam_idx: torch.Tensor) -> None:
-        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
-        state = state_of(self.cache)
-        if state is not None and state.branch is not None:
-            state.branch.reorder(self.cache, beam_idx)
-        else:
-            type(self.cache).reorder_cache(self.cache, beam_idx)
-        if state is not None:
-            state.reorder(beam_idx)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vlmfix.engine.base_output import is_measured
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.views import Block
@@ -175,7 +176,7 @@ def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tens
     if after is before:
         return states
     after = after.to(states.dtype)
-    if block.forward.is_measured and not torch.compiler.is_compiling():
+    if is_measured(block.forward):
         where = None if rows.mask is None else rows.mask.to(states.device)[:, -1:, None]
         block.record_move(before[:, -1:], after[:, -1:], where)
     if rows.mask is None:

@@ -124,3 +124,33 @@ def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: 
 def state_of(cache: object) -> SequenceState | None:
     """Return the state kept on a cache object, if any."""
     return getattr(cache, STATE_ATTRIBUTE, None)
+
+
+def keep_state(cache: Any, state: SequenceState, *, reorders: bool = False) -> None:
+    """Keep a state on a cache object.
+
+    Args:
+        cache: The cache.
+        state: What is known about its sequences.
+        reorders: Whether the state must follow when beam search reorders the cache.
+    """
+    setattr(cache, STATE_ATTRIBUTE, state)
+    if reorders and hasattr(cache, "reorder_cache"):
+        cache.reorder_cache = _ReorderWithState(cache)
+
+
+class _ReorderWithState:
+    """A cache's ``reorder_cache`` that takes along what methods learned; kept on the cache, so it is copied with it."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the cache and its state: row ``i`` continues row ``beam_idx[i]``."""
+        state = state_of(self.cache)
+        if state is not None and state.branch is not None:
+            state.branch.reorder(self.cache, beam_idx)
+        else:
+            type(self.cache).reorder_cache(self.cache, beam_idx)
+        if state is not None:
+            state.reorder(beam_idx)

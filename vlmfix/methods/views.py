@@ -29,34 +29,35 @@ class View:
 
     Attributes:
         forward: The forward.
+        index: The method's number in the patch.
     """
 
-    __slots__ = ("_index", "forward")
+    __slots__ = ("forward", "index")
 
     def __init__(self, forward: Forward, index: int) -> None:
         self.forward = forward
-        self._index = index
+        self.index = index
 
     @property
     def shared(self) -> Any:
         """What the method learned in this sequence for all layers (see ``Method.begin``), or ``None``."""
-        return self.forward.state.learned.get((self._index, SHARED))
+        return self.forward.state.learned.get((self.index, SHARED))
 
     @shared.setter
     def shared(self, value: Any) -> None:
-        self.forward.state.learned[self._index, SHARED] = value
+        self.forward.state.learned[self.index, SHARED] = value
 
     def once(self, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned when this method first asked in this forward, at any place."""
-        return self.forward.once(("method", self._index), make)
+        return self.forward.once(("method", self.index), make)
 
     def count(self, edited: torch.Tensor) -> None:
         """Count edited (sample, head or block, row) triples: integer or bool of any shape."""
-        self.forward.edited[self._index].append(edited)
+        self.forward.edited[self.index].append(edited)
 
     def record_move(self, stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Record how far this method moved outputs, see ``Forward.record_move``."""
-        self.forward.record_move([self._index], stock, edited, where)
+        self.forward.record_move([self.index], stock, edited, where)
 
 
 class Block(View):
@@ -111,7 +112,7 @@ class Layer(View):
 
     def at(self, call: AttentionCall, rows: Rows | None = None) -> Layer:
         """Return the same layer for some query rows of an attention call."""
-        return Layer(self.forward, self.site, self._index, call, rows)
+        return Layer(self.forward, self.site, self.index, call, rows)
 
     @property
     def heads(self) -> tuple[int, ...] | None:
@@ -121,16 +122,16 @@ class Layer(View):
     @property
     def learned(self) -> Any:
         """What the method learned here in this sequence, or ``None``."""
-        return self.forward.state.learned.get((self._index, self.site.index))
+        return self.forward.state.learned.get((self.index, self.site.index))
 
     @learned.setter
     def learned(self, value: Any) -> None:
-        self.forward.state.learned[self._index, self.site.index] = value
+        self.forward.state.learned[self.index, self.site.index] = value
 
     def constant(self, make: Callable[[], Any]) -> Any:
         """Return what ``make`` returned for this layer when it was first asked in this sequence (head masks)."""
         constants = self.forward.state.constants
-        key = (self._index, self.site.index)
+        key = (self.index, self.site.index)
         if key not in constants:
             constants[key] = make()
         return constants[key]
@@ -142,7 +143,7 @@ class Layer(View):
             make: Makes what depends on the keys alone, and not on the layer.
             like: A tensor ``[batch, ..., keys]``.
         """
-        return self.forward.once((self._index, *self._keys_like(like)), make)
+        return self.forward.once((self.index, *self._keys_like(like)), make)
 
     def _keys_like(self, like: torch.Tensor) -> tuple[Hashable, ...]:
         """Layers for which this is the same have the same keys."""

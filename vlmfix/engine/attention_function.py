@@ -1,0 +1,73 @@
+"""The attention function that is registered with transformers, under a name that only patched modules ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AttentionInterface
+
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.anatomy import SITE_ATTRIBUTE
+from vlmfix.model.attention import AttentionCall
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from vlmfix.engine.plan import PatchedSite
+
+
+ATTENTION_NAME = "vlmfix"
+"""The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
+
+
+_MISSING = object()
+"""Marks an attention call that did not come through the patched model's forward."""
+
+
+def vlmfix_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    vlmfix: Any = _MISSING,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Let what travels with the forward compute a module's attention; the signature is that of transformers.
+
+    Args:
+        module: The attention module.
+        query: ``[batch, num_heads, q_len, head_dim]``.
+        key: ``[batch, num_kv_heads, keys, head_dim]``.
+        value: ``[batch, num_kv_heads, keys, value_dim]``.
+        attention_mask: What the stock model made for its own kernel.
+        vlmfix: What travels with the forward (``vlmfix.engine.forwards``); ``None`` asks for the stock model.
+        **kwargs: What the module hands to its kernel beside it.
+
+    Returns:
+        Head outputs ``[batch, q_len, num_heads, value_dim]`` and the weights where the base kernel returns them.
+
+    Raises:
+        UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
+    """
+    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
+    call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
+    if vlmfix is None:
+        return call.base()
+    if vlmfix is _MISSING:
+        raise UnsupportedFeatureError(
+            f"The attention module {site.name} of a patched model was reached without going through the model's own "
+            "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
+            "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
+        )
+    if kwargs.get("cache") is not None:
+        raise UnsupportedFeatureError(
+            "Continuous batching (a paged cache) packs several prompts into one row, which vlmfix does not support. "
+            "Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+        )
+    output: tuple[torch.Tensor, torch.Tensor | None] = vlmfix.attend(site, call)
+    return output
+
+
+AttentionInterface.register(ATTENTION_NAME, vlmfix_attention)

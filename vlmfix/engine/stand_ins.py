@@ -1,0 +1,142 @@
+"""Objects in the place of a model's methods, where a call would go another way than through a patch's hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+import torch
+
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.anatomy import FORWARD_KWARG
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+PROMPT_END_KWARG = "vlmfix_prompt_end"
+"""The keyword argument in which ``generate`` tells the forwards that read a prompt how long it is, earlier turns
+included."""
+
+
+PREFILL = "_prefill"
+"""The method of a model in which ``generate`` reads a prompt (since transformers 5.x)."""
+
+
+PAGED = "init_continuous_batching"
+"""The method of a model that every way into continuous batching passes. Its own thread would swallow the error of the
+attention function."""
+
+
+_NO_PAGES = (
+    "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
+    "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+)
+
+
+_NO_DRAFTS = (
+    "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
+    "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
+)
+
+
+class StandIns:
+    """What a patch has put in the place of methods, and what was there before."""
+
+    def __init__(self) -> None:
+        self._placed: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
+
+    def put(self, module: nn.Module, name: str, stand_in: Any) -> None:
+        """Put an object in the place of a module's method."""
+        before = {name: module.__dict__[name]} if name in module.__dict__ else {}
+        self._placed.append((module, name, stand_in, before))
+        module.__dict__[name] = stand_in
+
+    def remove(self) -> None:
+        """Put back what was there before; what somebody else has put there since stays."""
+        for module, name, stand_in, before in reversed(self._placed):
+            if module.__dict__.get(name) is stand_in:
+                del module.__dict__[name]
+                module.__dict__.update(before)
+        self._placed.clear()
+
+
+class Hung(Protocol):
+    """What ``ForwardWithHooks`` asks of a patch."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is on its model."""
+
+    def is_whole(self) -> bool:
+        """Whether everything that was hung on the model is still there."""
+
+
+class ForwardWithHooks:
+    """Stands in for a model's ``forward``: ``model.forward(...)`` is ``model(...)``, which passes the hooks.
+
+    Users call it, and so do wrappers (PEFT up to 0.20).
+    """
+
+    def __init__(self, patch: Hung, model: nn.Module) -> None:
+        self.patch = patch
+        self.model = model
+        self.stock = model.forward
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the model, by which ``generate`` checks its arguments."""
+        return inspect.signature(self.stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward if the hooks have been passed, else pass them.
+
+        Raises:
+            UnsupportedFeatureError: There are no hooks any more.
+        """
+        # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
+        if FORWARD_KWARG in kwargs or not self.patch.is_on:
+            return self.stock(*args, **kwargs)
+        if not self.patch.is_whole():
+            raise UnsupportedFeatureError(
+                f"The hooks of this patched {type(self.model).__name__} were removed by somebody else, so vlmfix "
+                "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
+            )
+        return self.model(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TellingPrefill:
+    """Stands in for ``_prefill`` of a model: tells the forwards that they read a prompt, and how long it is.
+
+    The forwards of a prompt in parts cannot tell by themselves: its last token alone looks like one of the answer.
+    """
+
+    model: nn.Module
+
+    def __call__(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Do what the model's own method does."""
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        embeds, length = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            length = mask.shape[1]  # of all turns
+        elif embeds is not None:
+            length = embeds.shape[1]
+        elif cache is not None and length <= cache.get_seq_length():
+            length += int(cache.get_seq_length())
+        told = {**model_kwargs, PROMPT_END_KWARG: length}
+        stock = getattr(type(self.model), PREFILL)
+        return stock(self.model, input_ids, generation_config, told, *args, **kwargs)
+
+
+def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for a method of a model that cannot be used while it is patched."""
+    raise UnsupportedFeatureError(message)
+
+
+REFUSE_PAGES, REFUSE_DRAFTS = functools.partial(_refuse, _NO_PAGES), functools.partial(_refuse, _NO_DRAFTS)
+"""One object each, so that a patch put on again leaves the model as it found it."""
