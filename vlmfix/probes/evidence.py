@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.sequence import SequenceState
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at, stock_logits
-from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
+from vlmfix.probes.image_free import image_free_inputs
 from vlmfix.probes.knockout import Cut
 from vlmfix.probes.result import ProbeResult, in_words, new_axis
 from vlmfix.probes.spans import find_spans
@@ -143,11 +142,7 @@ def _answer_under(subject: Subject, inputs: Mapping[str, Any], said: Answered, c
 
 def _without_image(subject: Subject, inputs: Mapping[str, Any], said: Answered) -> torch.Tensor:
     """Return the probabilities of the answers' tokens behind the prompts without their images."""
-    spans = find_spans(subject.anatomy, inputs)
-    valid = spans["text"] | spans["image"]
-    state = SequenceState((), spans["image"], valid, inputs["input_ids"], any_image=True)
-    text = image_free_inputs(subject, state, inputs, said)
-    logits = stock_logits(subject.model, text, said.steps)
+    logits = stock_logits(subject.model, image_free_inputs(subject, inputs, said), said.steps)
     return dataclasses.replace(said, logits=tuple(logits.unbind(1))).log_probs().exp()
 
 

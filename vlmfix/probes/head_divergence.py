@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from vlmfix.engine.image_free import HeadRecorder, read_text, text_only_inputs
-from vlmfix.errors import MethodError, UnsupportedFeatureError
-from vlmfix.methods.sequence import SequenceState
+from vlmfix.engine.image_free import HeadRecorder, read_text
+from vlmfix.errors import MethodError
 from vlmfix.methods.vhr import divergent_heads, vision_divergence
-from vlmfix.methods.views import Forward, Layer
+from vlmfix.methods.views import Layer
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
+from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import HeadWatch
+from vlmfix.probes.image_free import image_free_inputs
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
 
@@ -52,21 +53,25 @@ class HeadDivergence(ProbeResult):
 
 
 class HeadLog:
-    """Head outputs at the rows that predict the answer, by site."""
+    """Head outputs in the rows that predict the answer.
+
+    Attributes:
+        outputs: By layer, per step: fp32 ``[batch, num_heads, head_dim]`` on the CPU. Empty without any image.
+        site_of: By layer, the index of its attention module.
+        eps: Rounding of the model's dtype.
+    """
 
     def __init__(self) -> None:
         self.outputs: dict[int, list[torch.Tensor]] = {}
-        self.layer_of: dict[int, int] = {}
-        self.state: SequenceState | None = None
+        self.site_of: dict[int, int] = {}
         self.eps = 0.0
 
     def see(self, head_outputs: torch.Tensor, layer: Layer) -> None:
         """Copy the last row of each sample: methods may scale it in place."""
-        forward: Forward = layer.forward
+        forward, at = layer.forward, layer.site.layer_idx
         row = forward.at_last_position(head_outputs) if forward.is_prefill else head_outputs[:, -1]
-        self.state, self.eps = forward.state, torch.finfo(head_outputs.dtype).eps
-        self.layer_of[layer.site.index] = layer.site.layer_idx
-        self.outputs.setdefault(layer.site.index, []).append(row.to("cpu", torch.float32, copy=True))
+        self.site_of[at], self.eps = layer.site.index, torch.finfo(head_outputs.dtype).eps
+        self.outputs.setdefault(at, []).append(row.to("cpu", torch.float32, copy=True))
 
 
 @torch.no_grad()
@@ -104,14 +109,14 @@ def head_divergence(
     log = HeadLog()
     watch = HeadWatch(log.see, layers=wanted)
     answered = subject.answer(inputs, watch, max_new_tokens=max_new_tokens, answers=answers)
-    steps, batch = answered.steps, len(answered.tokens)
-    if log.state is None:  # no image in the whole batch: nothing was compared
-        divergence = torch.zeros(batch, steps, len(wanted), subject.anatomy.num_heads)
-        selected = torch.zeros(batch, len(wanted), subject.anatomy.num_heads, dtype=torch.bool)
-    else:
+    if log.outputs:
         with subject.acting(watch):
             without = _image_free(subject, log, inputs, answered)
-        divergence, selected = _compare(log, without, wanted)
+        has_image = prompt_tokens(subject.anatomy, inputs).image.any(1).cpu()
+        divergence, selected = _compare(log, without, has_image, wanted)
+    else:  # no image in the whole batch: nothing was compared
+        shape = (len(answered.tokens), len(wanted), subject.anatomy.num_heads)
+        divergence, selected = torch.zeros(shape)[:, None].repeat(1, answered.steps, 1, 1), torch.zeros(shape).bool()
     divergence = divergence.masked_fill(answered.behind[..., None, None], float("nan"))
     top = divergence.topk(min(top_k, divergence.shape[-1]), dim=-1).values
     return HeadDivergence(
@@ -122,53 +127,20 @@ def head_divergence(
 def _image_free(
     subject: Subject, log: HeadLog, inputs: Mapping[str, Any], answered: Answered
 ) -> dict[int, torch.Tensor]:
-    """Run prompts and answers without their image tokens: by site, ``[batch, steps, num_heads, head_dim]``."""
-    assert log.state is not None
-    text = image_free_inputs(subject, log.state, inputs, answered)
-    recorder = HeadRecorder(frozenset(log.outputs), answered.steps)
-    read_text(subject.anatomy, text, recorder)
-    return {site: outputs.float().cpu() for site, outputs in recorder.head_outputs.items()}
-
-
-def image_free_inputs(
-    subject: Subject, state: SequenceState, inputs: Mapping[str, Any], answered: Answered
-) -> dict[str, Any]:
-    """Return the arguments of a forward over prompts without image tokens, followed by all answer tokens but the last.
-
-    Answers that are shorter than others are filled up, so that the last ``steps`` rows predict the answers' tokens.
-    """
-    more = answered.steps - 1
-    if more and subject.model.config.model_type.startswith("paligemma"):
-        raise UnsupportedFeatureError(
-            "PaliGemma's prompt sees itself in both directions, so an answer behind it cannot be read in one forward "
-            "without its image. Use max_new_tokens=1."
-        )
-    assert state.input_ids is not None
-    rows = [[*each[:more], *[0] * (more - len(each[:more]))] for each in answered.tokens]
-    ids = torch.tensor(rows, dtype=state.input_ids.dtype, device=state.input_ids.device).reshape(len(rows), more)
-    told = torch.zeros_like(ids, dtype=torch.bool)
-    whole = SequenceState(
-        state.methods,
-        torch.cat([state.image_mask, told], dim=1),
-        torch.cat([state.valid_mask, ~told], dim=1),
-        torch.cat([state.input_ids, ids], dim=1),
-        any_image=state.any_image,
-    )
-    types = inputs.get("token_type_ids")
-    extra = {} if types is None else {"token_type_ids": torch.cat([types, torch.zeros_like(ids)], dim=1)}
-    return text_only_inputs(subject.anatomy, whole, extra)
+    """Run prompts and answers without their image tokens: by layer, ``[batch, steps, num_heads, head_dim]``."""
+    recorder = HeadRecorder(frozenset(log.site_of.values()), answered.steps)
+    read_text(subject.anatomy, image_free_inputs(subject, inputs, answered), recorder)
+    return {at: recorder.head_outputs[site].float().cpu() for at, site in log.site_of.items()}
 
 
 def _compare(
-    log: HeadLog, without: Mapping[int, torch.Tensor], layers: tuple[int, ...]
+    log: HeadLog, without: Mapping[int, torch.Tensor], has_image: torch.Tensor, layers: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert log.state is not None
-    has_image = log.state.image_mask.any(1).cpu()
+    """Return the divergence ``[batch, steps, layers, num_heads]``, and VHR's heads ``[batch, layers, num_heads]``."""
     by_layer, chosen = [], []
-    for layer in layers:
-        site = next(index for index, at in log.layer_of.items() if at == layer)
-        with_image = torch.stack(log.outputs[site], dim=1)[:, : without[site].shape[1]]
-        by_layer.append(vision_divergence(with_image, without[site], log.eps))
-        chosen.append(divergent_heads(with_image[:, 0], without[site][:, 0], eps=log.eps))
+    for at in layers:
+        with_image = torch.stack(log.outputs[at], dim=1)[:, : without[at].shape[1]]
+        by_layer.append(vision_divergence(with_image, without[at], log.eps))
+        chosen.append(divergent_heads(with_image[:, 0], without[at][:, 0], eps=log.eps))
     divergence = torch.stack(by_layer, dim=2) * has_image[:, None, None, None]
     return divergence, torch.stack(chosen, dim=1) & has_image[:, None, None]
