@@ -12,7 +12,7 @@ from vlmfix.calibration.search import Contrast, Found, ranked
 from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.act import ACT
-from vlmfix.observe.samples import CalibrationSample, yes_no
+from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.words import need_yes_no_tokens
 
 logger = logging.getLogger("vlmfix")
@@ -42,9 +42,9 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, 
     """
     if not 0 < share <= 1:
         raise MethodError(f"share must be above 0 and at most 1, got {share!r}.")
-    yes_no(samples, "act")
+    session.need_answers(samples, "act")
     answers = need_yes_no_tokens(session.tokenizer)
-    layers = tuple(layer for layer in method.bind(session.anatomy).layer_indices if layer in session.layers())
+    layers = session.layers(method.bind(session.anatomy).layer_indices)
     heads = [(layer, head) for layer in layers for head in range(session.anatomy.num_heads)]
     gains = Contrast()
     for number, (batch, inputs) in enumerate(session.batches(samples), 1):

@@ -15,7 +15,7 @@ from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
 from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.allpath import AllPath
-from vlmfix.observe.samples import CalibrationSample, yes_no
+from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.tokens import is_image_token
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
 from vlmfix.observe.words import decode, find_word, need_yes_no_tokens, word_tokens
@@ -114,7 +114,7 @@ def _questions(
     session: Session, samples: Sequence[CalibrationSample], lens: LogitLens, scores: Scores
 ) -> Iterator[None]:
     """Record yes/no questions, batch by batch."""
-    yes_no(samples, "allpath with answers='yesno'")
+    session.need_answers(samples, "allpath with answers='yesno'")
     yes, no = need_yes_no_tokens(session.tokenizer)
     for batch, inputs in session.batches(samples):
         log, streams = AttentionLog([sample.cells for sample in batch]), StreamLog(session.anatomy)

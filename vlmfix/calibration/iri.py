@@ -12,7 +12,7 @@ from vlmfix.calibration.session import Session
 from vlmfix.errors import DataError
 from vlmfix.methods.iri import IRI
 from vlmfix.methods.measured import LayerRanking, checkpoint_name
-from vlmfix.observe.samples import CalibrationSample, yes_no
+from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.words import need_yes_no_tokens
 from vlmfix.probes.causal_trace import causal_trace
 from vlmfix.probes.corruption import Corruption, choose_sigma
@@ -58,7 +58,7 @@ def search(
         UnsupportedFeatureError: "yes" is not one token.
         MethodError: An option out of range.
     """
-    yes_no(samples, "iri")
+    session.need_answers(samples, "iri")
     asked = [sample for sample in samples if sample.answer]
     if not asked:
         raise DataError(

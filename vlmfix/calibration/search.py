@@ -1,4 +1,4 @@
-"""Means of per-head records in two classes, and ranks of heads."""
+"""What searches share: means of per-head records in two classes, ranks of heads, and what is found."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Found:
 
 
 def ranked(scores: torch.Tensor, layers: Sequence[int]) -> list[Head]:
-    """Return the heads of a table ``[layers, num_heads]`` by falling score; of equals, the first in the model first."""
+    """Return the heads of a table ``[layers, num_heads]`` by descending score; ties in model order."""
     order = scores.flatten().argsort(descending=True, stable=True).tolist()
     heads = scores.shape[1]
     return [(layers[index // heads], index % heads) for index in order]

@@ -91,6 +91,19 @@ class Session(Subject):
         counts.update(mentions=len(mentions), unaligned=unaligned, unknown=len(shown) - len(known))
         return known
 
+    def need_answers(self, samples: Sequence[CalibrationSample], name: str) -> None:
+        """Check that every sample is a yes/no question whose answer is known.
+
+        Raises:
+            DataError: One is not.
+        """
+        missing = sum(sample.answer is None for sample in samples)
+        if missing:
+            raise DataError(
+                f"{name} learns from yes/no questions, and {missing} of {len(samples)} samples have no answer. Write "
+                "CalibrationSample(image, 'Is there a dog in the image?', answer=True)."
+            )
+
     def need_objects(self, samples: Sequence[CalibrationSample], name: str) -> None:
         """Check that every sample says what is in its image, and that objects can be found in captions.
 

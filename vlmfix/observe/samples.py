@@ -83,17 +83,3 @@ def choose(data: Iterable[CalibrationSample], limit: int | None, seed: int) -> l
     if limit < 1:
         raise DataError(f"limit must be at least 1, got {limit}.")
     return [samples[index] for index in sorted(random.Random(seed).sample(range(len(samples)), limit))]
-
-
-def yes_no(samples: Sequence[CalibrationSample], name: str) -> None:
-    """Check that every sample is a yes/no question whose answer is known.
-
-    Raises:
-        DataError: One is not.
-    """
-    missing = sum(sample.answer is None for sample in samples)
-    if missing:
-        raise DataError(
-            f"{name} learns from yes/no questions, and {missing} of {len(samples)} samples have no answer. Write "
-            "CalibrationSample(image, 'Is there a dog in the image?', answer=True)."
-        )

@@ -1,8 +1,15 @@
 """Instruments: what a model looks at, which heads depend on the image, and what happens when a path is cut.
 
 Every probe takes a model (patched or not) and the inputs of ``model.generate``, leaves the model as it was, and returns
-a small frozen result with ``plot()`` and ``to_json()``. On a patched model the patch stays active and the result names
-it.
+a small frozen result with ``plot()`` and ``to_json()``. On a patched model the patch goes on acting, and the result
+names it; ``causal_trace`` alone looks at the stock model.
+
+One instrument per file: its result, a ``ProbeResult``, and a function of the same name that fills it. To add one, let
+the model answer with something that watches it (``vlmfix.observe``), or with ``knockout.Cut`` in the way, and add both
+names to this file:
+
+>>> subject = look_at(model, "my_probe", inputs)  # refuses what no probe can look at  # doctest: +SKIP
+>>> answered = subject.answer(inputs, AttentionWatch(log.see), max_new_tokens=32)  # doctest: +SKIP
 """
 
 from __future__ import annotations
