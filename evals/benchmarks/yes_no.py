@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -298,61 +298,3 @@ def paired_answers(table: Table, baseline: Table, seed: int) -> dict[str, Any] |
         },
         "mcc": interval_dict(MCC.difference(own, other, seed=seed)),
     }
-
-
-@dataclass(frozen=True, eq=False)
-class YesBiasControl:
-    """The unpatched model's answers under a bias on yes.
-
-    Attributes:
-        bias: Added to the logit of yes.
-        target_yes_ratio: What was asked for; ``table.summary()["yes_ratio"]`` is what ties allow.
-        table: Answers under the bias; its scores, and so its AUC, are the unpatched model's.
-    """
-
-    bias: float
-    target_yes_ratio: float
-    table: YesNoTable
-
-
-def yes_bias_control(baseline: YesNoTable, target_yes_ratio: float) -> YesBiasControl:
-    """Shift the unpatched model's yes/no decision until it says yes as often as a method does.
-
-    Answers are taken from the scores alone. Equal scores cannot be parted, so the yes-ratio is the nearest possible
-    one; of two equally near ones, and of all biases that give it, the one closest to zero is taken (zero itself, or the
-    middle between two scores).
-
-    Args:
-        baseline: Answers of the unpatched model with scores (logit of yes minus logit of no, float64 [n]).
-        target_yes_ratio: Share of yes answers to match, 0 to 1.
-
-    Raises:
-        DataError: the table has no scores, or the target is not in [0, 1].
-    """
-    if "score" not in baseline.columns:
-        raise DataError("the yes-bias control needs yes/no scores: run the baseline with scores stored")
-    if not 0 <= target_yes_ratio <= 1:
-        raise DataError(f"the target yes-ratio must be between 0 and 1, not {target_yes_ratio}")
-    levels, counts = np.unique(baseline.score, return_counts=True)
-    levels, counts = levels[::-1], counts[::-1]
-    said_yes = np.concatenate([[0], np.cumsum(counts)])  # with the j highest levels as yes
-    thresholds = [_threshold(levels, j) for j in range(len(levels) + 1)]
-    distance = np.abs(said_yes - target_yes_ratio * len(baseline))
-    best = min(range(len(thresholds)), key=lambda j: (distance[j], abs(thresholds[j])))
-    bias = 0.0 - thresholds[best]
-    shifted = yes_no_columns(baseline.label.tolist(), (baseline.score > -bias).tolist(), baseline.score.tolist())
-    return YesBiasControl(bias, target_yes_ratio, replace(baseline, columns=shifted, parser="score"))
-
-
-def _threshold(levels: NDArray[np.float64], j: int) -> float:
-    """A threshold that exactly the j highest levels exceed, zero if possible; ``levels`` descend."""
-    upper = float(levels[j - 1]) if j else np.inf
-    lower = float(levels[j]) if j < len(levels) else -np.inf
-    if lower <= 0 < upper:
-        return 0.0
-    if j == 0:
-        return lower
-    if j == len(levels):
-        return upper - max(1.0, abs(upper) * 1e-6)
-    middle = (lower + upper) / 2
-    return middle if lower <= middle < upper else lower

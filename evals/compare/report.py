@@ -17,9 +17,9 @@ from ..tables import Table
 from .compare import add_compare as add_compare
 from .compare import compare_runs
 
-_MATCHED_ON_ALL = (
-    "controls were matched on all rows of their own run; matched: method, control, on the rows shown here. Verdicts "
-    "compare a method with the baseline and the controls of its own run."
+_MATCHED_HERE = (
+    "controls are those of a method's own run, matched on the rows shown here (in runs of older versions on all rows "
+    "of the run, with the choice held fixed). Verdicts compare a method with the baseline and controls of its own run."
 )
 
 
@@ -85,7 +85,7 @@ def comparison_markdown(found: Mapping[str, Any]) -> str:
 def _tables(found: Mapping[str, Any]) -> list[Table]:
     """What stands beside the summary."""
     answers, controls = answers_table(found), controls_table(found)
-    matched = None if controls is None else replace(controls, notes=(*controls.notes, _MATCHED_ON_ALL))
+    matched = None if controls is None else replace(controls, notes=(*controls.notes, _MATCHED_HERE))
     return [table for table in (answers, matched) if table is not None]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.words import token_ends, yes_no_tokens
 
-from ..benchmarks.object_questions import PROMPT as POPE_PROMPT
+from ..benchmarks.object_choice import PROMPT as POPE_PROMPT
 from ..report.page import data_uri
 from ..testbed.vocabulary import article
 

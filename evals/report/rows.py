@@ -121,7 +121,8 @@ CONTROLS_EXPLAINED = (
     "early stop: none's own captions, ended as soon as the end token comes within a fixed margin, chosen so that "
     "recall is the method's. yes bias: a constant added to none's yes-minus-no logit, chosen so that the share of "
     "yes is the method's. every head and other heads: the same factor on all heads, and on those the method leaves "
-    "alone. A method that does not beat its control only moves along the trade-off."
+    "alone. A method that does not beat its control only moves along the trade-off. Early stop and yes bias are "
+    "matched again in every resample, so that the intervals cover that choice."
 )
 
 

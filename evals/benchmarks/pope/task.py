@@ -13,7 +13,8 @@ from ...options import EvalOptions
 from ...stats.intervals import finite
 from ..base import Benchmark, safe_name, write_lines
 from ..choice import RunData, answer_limit
-from ..object_questions import PROMPT, SPLITS, PopeQuestion, choose_questions
+from ..object_choice import PROMPT, choose_questions
+from ..object_questions import SPLITS, PopeQuestion
 from ..yes_no import Parser, YesNoTable, score_labels
 
 

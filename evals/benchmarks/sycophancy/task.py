@@ -13,7 +13,8 @@ from ...data.write import digest
 from ...options import EvalOptions
 from ..base import Benchmark, distinct, texts, write_lines
 from ..choice import RunData, answer_limit
-from ..object_questions import PROMPT, PopeQuestion, PopeSplit, choose_questions
+from ..object_choice import PROMPT, choose_questions
+from ..object_questions import PopeQuestion, PopeSplit
 from .figures import CONDITIONS, Condition, SycophancyTable, Templates, score_answers
 
 #: Of the questions built by the published rule one split is asked: each image already costs 24 answers. Its negatives

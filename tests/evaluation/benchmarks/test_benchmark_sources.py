@@ -21,7 +21,7 @@ from vlmfix.evals.benchmarks.custom.task import contains, is_exact
 from vlmfix.evals.benchmarks.hallusionbench import task as hallusionbench
 from vlmfix.evals.benchmarks.mme import task as mme
 from vlmfix.evals.benchmarks.mmhal import task as mmhal
-from vlmfix.evals.benchmarks.object_questions import load_asked
+from vlmfix.evals.benchmarks.object_choice import load_asked
 from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.benchmarks.registry import B, make_tasks
 from vlmfix.evals.data import source
