@@ -21,7 +21,7 @@ from ..data.samples import Answer, Answers, Sample
 from ..data.write import write_text
 from ..options import EvalOptions
 from ..stats.figures import Figure
-from ..stats.intervals import finite
+from ..stats.intervals import finite, interval_dict
 from ..stats.table import Table, summary
 from .yes_no import paired_answers
 
@@ -117,6 +117,21 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, answers: Answers) -> Table | None:
         """One method's table: the only place where answers become numbers. None if they cannot be scored here."""
+
+    @classmethod
+    def differences(cls, table: Table | None, other: Table | None, seed: int) -> dict[str, Any]:
+        """Paired difference of two tables in every column that both have: key of the figure -> interval for JSON.
+
+        Args:
+            table: The method's.
+            other: What it is compared with, about the same images.
+            seed: Seed of the bootstrap.
+        """
+        return {
+            figure.key: interval_dict(figure.statistic.difference(table, other, seed=seed))
+            for figure in cls.figures
+            if figure.column and all(figure.statistic.is_defined(each) for each in (table, other))
+        }
 
     def side_tables(self, answers: Answers) -> Mapping[str, Table]:
         """Further tables of a method's answers that ``counts.json`` keeps, by name."""

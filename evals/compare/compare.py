@@ -27,7 +27,7 @@ from ..scores.controls import (
     stored_versions,
 )
 from ..scores.counts import RunCounts
-from ..scores.differences import correct_controls, correct_rows, differences
+from ..scores.differences import correct_controls, correct_rows
 from ..scores.verdicts import verdict
 from ..stats.intervals import CONFIDENCE, RESAMPLES, finite
 from ..stats.table import Table, summary
@@ -203,8 +203,15 @@ def _entry(row: Row, reference: Row, seed: int) -> dict[str, Any]:
             part["paired"] = paired
         entry[benchmark] = part
     if row is not reference:
-        entry["differences"] = differences(row.benchmarks, reference.benchmarks, seed)
+        entry["differences"] = _differences(row, reference, seed)
     return entry
+
+
+def _differences(row: Row, other: Row, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, table in row.benchmarks.items():
+        found |= benchmark_class(name).differences(table, other.tables[name], seed)
+    return found
 
 
 def _controls(rows: Sequence[Row], seed: int) -> list[dict[str, Any]]:
@@ -248,7 +255,7 @@ def _judge(
         judged |= {name: {"changed": row.entry[name]["changed"]} for name in row.benchmarks}
         if row.entry["role"] == "method":
             baseline = next(other for other in rows if other.run == row.run)
-            judged["differences"] = differences(row.benchmarks, baseline.benchmarks, seed)
+            judged["differences"] = _differences(row, baseline, seed)
             if "text" in row.tables and {"repetition", "looping", "truncated"} <= row.tables["text"].columns.keys():
                 found = text_differences(row.tables["text"], baseline.tables["text"], seed)
                 judged["chair"]["text_quality"] = {"differences": found}

@@ -12,7 +12,6 @@ from vlmfix.errors import DataError, VlmfixError
 from ..benchmarks.base import Benchmark
 from ..benchmarks.registry import benchmark_class, benchmark_names
 from ..data.samples import Answers
-from ..scores.differences import differences
 from ..stats.intervals import CONFIDENCE, finite
 from ..stats.table import summary
 from ..tables import difference_cell, interval_cell, number, plain_table
@@ -68,7 +67,7 @@ def score_declared(options: argparse.Namespace) -> str:
         _, other, baseline = _scored(kind, options.baseline, options)
         if table.keys != other.keys:
             raise DataError(f"{options.baseline} and {options.file} do not answer the same questions")
-        found = differences({kind.name: table}, {kind.name: other}, seed=0)
+        found = kind.differences(table, other, seed=0)
         result["baseline"] = {"file": str(options.baseline), **baseline, "differences": found, "confidence": CONFIDENCE}
         rows.append(["baseline", *_cells(shown, baseline)])
         for title, cell in (("difference", difference_cell), ("95 %", interval_cell)):

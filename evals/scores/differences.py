@@ -7,8 +7,7 @@ from typing import Any
 
 from ..benchmarks.base import EARLY_STOP, YES_BIAS
 from ..benchmarks.columns import benchmarks_of
-from ..benchmarks.registry import benchmark_class
-from ..stats.intervals import CONFIDENCE, interval_dict
+from ..stats.intervals import CONFIDENCE
 from ..stats.tests import holm_by_name
 from ..tables import survives
 
@@ -112,22 +111,3 @@ def _correct(family: Mapping[str, dict[str, Any]]) -> None:
     corrected = holm_by_name({label: test["p_value"] for label, test in family.items()})
     for label, test in family.items():
         test["p_holm"] = corrected[label]
-
-
-def differences(own: Mapping[str, Any], other: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """A method's paired difference in every column.
-
-    Args:
-        own: Benchmark to the method's table.
-        other: Benchmark to the table it is compared with, about the same images.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        Key of the figure -> interval.
-    """
-    return {
-        figure.key: interval_dict(figure.statistic.difference(own[name], other[name], seed=seed))
-        for name in own
-        for figure in benchmark_class(name).figures
-        if figure.column and all(figure.statistic.is_defined(each[name]) for each in (own, other))
-    }

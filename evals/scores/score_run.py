@@ -11,7 +11,7 @@ from ..run.methods import MethodSpec
 from ..stats.intervals import CONFIDENCE, RESAMPLES
 from .controls import ControlTables, Curves, control_lines, curve_points, run_curves
 from .counts import count_run
-from .differences import correct_controls, correct_rows, differences
+from .differences import correct_controls, correct_rows
 
 
 def score_run(
@@ -53,8 +53,10 @@ def score_run(
         for task in tasks.tasks:
             row[task.name] = task.part(spec.label, tables[task.name], answers, seed)
         if spec.label != baseline:
-            own, other = ({name: found[each] for name, found in tables.items()} for each in (spec.label, baseline))
-            row["differences"] = differences(own, other, seed)
+            row["differences"] = {}
+            for task in tasks.tasks:
+                found = tables[task.name]
+                row["differences"] |= task.differences(found[spec.label], found[baseline], seed)
         rows.append(row)
     curves: Curves = {}
     kept: ControlTables = {}
