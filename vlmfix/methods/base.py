@@ -11,6 +11,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods.parameters import Parameter, Parametrised, SearchSpace, described, is_off
 from vlmfix.methods.selection import (
     ALL_LAYERS,
+    LAYERS_IN_WORDS,
     DefaultLayers,
     HeadSpec,
     LayerSpec,
@@ -88,7 +89,7 @@ class Method(Parametrised):
         kw_only=True,
         metadata=described(
             "Decoder layers it acts in, see ``LayerSpec``. Default: ",
-            expected="a list of whole numbers, or a text such as '1,18:32' or '0.25:0.75'",
+            expected=LAYERS_IN_WORDS,
         ),
     )
 

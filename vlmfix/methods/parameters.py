@@ -170,22 +170,23 @@ def _is_in_range(value: float, known: Parameter) -> bool:
     )
 
 
-def _in_words(kind: Any, known: Parameter) -> str:
+def _in_words(kind: Any, known: Parameter) -> list[str]:
+    """Return the alternatives that a type leaves, such as ``["a whole number >= 1", "None"]``."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_in_words(each, known) for each in inner))
+        return [text for each in inner for text in _in_words(each, known)]
     if origin is Literal:
-        *first, last = map(str, inner)
-        return f"{', '.join(first)} or {last}" if first else last
+        return list(map(str, inner))
+    if kind is bool:
+        return ["true", "false"]
     if kind == HeadPairs:
-        return "a list of (layer, head) pairs"
+        return ["a list of (layer, head) pairs"]
     if origin is Sequence:
-        return f"a list of whole numbers{_limits(known)}" if inner == (int,) else "a list"
-    if kind is int:
-        return f"a whole number{_limits(known)}"
-    if kind is float:
-        return f"a finite number{_limits(known)}" if known.high is None else _limits(known).lstrip()
-    return {bool: "true or false", str: "a text", type(None): "None"}.get(kind, getattr(kind, "__name__", str(kind)))
+        return [f"a list of whole numbers{_limits(known)}" if inner == (int,) else "a list"]
+    if kind in (int, float):
+        noun = "whole" if kind is int else "finite" if known.high is None else ""
+        return [f"a {noun} number{_limits(known)}".replace("  ", " ")]
+    return [{str: "a text", type(None): "None"}.get(kind, getattr(kind, "__name__", str(kind)))]
 
 
 def _limits(known: Parameter) -> str:
@@ -287,7 +288,9 @@ def is_off(method: Parametrised) -> bool:
 def may_be(cls: type, field: dataclasses.Field[Any]) -> str:
     """Say what a parameter may be, such as ``"between 0 and 1 (1 switches the method off)"``."""
     known = parameter_of(field)
-    text, remark = known.expected or _in_words(_kinds(cls)[field.name], known), known.remark
+    *first, last = _in_words(_kinds(cls)[field.name], known)
+    text = known.expected or (f"{', '.join(first)} or {last}" if first else last)
+    remark = known.remark
     if not remark and isinstance(known.off, (int, float)):
         remark = f"{known.off:g} switches the method off"
     return f"{text} ({remark})" if remark else text

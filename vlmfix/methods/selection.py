@@ -21,6 +21,9 @@ LayerSpec = Sequence[int] | str | None
 as ``"1,18:32"`` or ``"0.25:0.75"`` (slices of indices or of fractions of the depth)."""
 
 
+LAYERS_IN_WORDS = "a list of whole numbers, or a text such as '1,18:32' or '0.25:0.75'"
+
+
 HeadSpec = Sequence[Sequence[int]] | None
 """Attention heads as (layer, head) pairs, counted from 0; heads are query heads."""
 

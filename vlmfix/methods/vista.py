@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
-from vlmfix.methods.selection import LayerSpec, resolve_layers
+from vlmfix.methods.selection import LAYERS_IN_WORDS, LayerSpec, resolve_layers
 from vlmfix.methods.views import Block, Prompt
 from vlmfix.model.anatomy import Anatomy
 
@@ -79,6 +79,7 @@ class VISTA(Method):
     )
     sla_layers: LayerSpec = parameter(
         None,
+        expected=LAYERS_IN_WORDS,
         help="Early layers, see ``LayerSpec``. Default: 25 to 30 of 32; for other depths from there scaled to the last "
         "but one (a heuristic).",
     )

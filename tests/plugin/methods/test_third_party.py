@@ -73,14 +73,14 @@ def test_their_method_is_listed_patched_saved_and_read(tiny: Any, tmp_path: Path
     assert vlmfix.load_recipe(path) == (theirs(alpha=0.7), vlmfix.VHR())
     vlmfix.patch(tiny, path)
     assert {method.name for method in vlmfix.status(tiny).methods} == {"lantern", "vhr"}
-    with pytest.raises(vlmfix.MethodError, match=r"gain must be between 0 and 2"):
+    with pytest.raises(vlmfix.MethodError, match=r"gain must be a number between 0 and 2"):
         vlmfix.patch(tiny, "lantern", gain=3)
 
 
 def test_it_is_a_word_of_the_command_line(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", METHOD.format(title="Lantern", name="lantern"), "lantern = acme_code:Lantern")
     assert main(["methods", "lantern"]) == 0
-    assert "gain = 0.5: between 0 and 2" in capsys.readouterr().out
+    assert "gain = 0.5: a number between 0 and 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
