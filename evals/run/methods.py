@@ -77,7 +77,9 @@ def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list
     for name in dict.fromkeys(options.methods or DEFAULT_METHODS):
         if name == "none":
             continue
-        label, params = _from_file(name) if name.endswith(".json") else (name, {**known.get(name, {}), "method": name})
+        from_file = name.endswith(".json")
+        label = Path(name).stem if from_file else name
+        params = recipe_of_one(name) if from_file else {**known.get(name, {}), "method": name}
         if label in wanted:
             raise MethodError(f"--method: two of them are called {label!r}. Rename a recipe file.")
         wanted[label] = params
@@ -112,11 +114,16 @@ def _baseline() -> MethodSpec:
     return MethodSpec("none", _full({"method": "none"}), "baseline")
 
 
-def _from_file(path: str) -> tuple[str, dict[str, Any]]:
+def recipe_of_one(path: str) -> dict[str, Any]:
+    """Read a recipe file of one method: its parameters.
+
+    Raises:
+        MethodError: It holds several.
+    """
     found = vlmfix.load_recipe(path)
     if len(found) != 1:
-        raise MethodError(f"--method {path}: a row of the table is one method, the recipe holds {len(found)}.")
-    return Path(path).stem, found[0].to_dict()
+        raise MethodError(f"--method {path}: one method is taken at a time, and the recipe holds {len(found)}.")
+    return found[0].to_dict()
 
 
 def _full(params: Mapping[str, Any]) -> dict[str, Any]:

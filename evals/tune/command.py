@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.methods.registry import make_method, method_from_dict, method_names
-from vlmfix.recipes import load_recipe
+from vlmfix.methods.registry import make_method, method_from_dict
 
 from ..benchmarks.columns import figure_of, value_in
 from ..data.write import write_json
@@ -22,7 +21,7 @@ from ..run.answer_log import AnswerLog
 from ..run.answering import generate_answers, load_run_model
 from ..run.batches import AnswerPlan
 from ..run.folder import ANSWERS, CONFIG, check_folder, read_config, write_config
-from ..run.methods import method_specs, parse_settings
+from ..run.methods import method_specs, parse_settings, recipe_of_one
 from ..run.plan import RUNS, EvalRun, plan_run, with_methods
 from ..run.shards import Shard
 from ..scores.score_run import score_run
@@ -41,7 +40,7 @@ SHOWN = ("chair.chair_i", "chair.chair_s", "chair.recall", "chair.f1", "pope.acc
 def recipe_text(
     calibration: Mapping[str, Any], heldout: Mapping[str, Any], label: str, baseline: Goal
 ) -> dict[str, Any]:
-    """The part of a recipe that says how its setting did: ``calibration``, ``heldout``, and all settings tried.
+    """Return the part of a recipe that says how its setting did: ``calibration``, ``heldout``, and all settings tried.
 
     Args:
         calibration: Results of the run that chose.
@@ -65,20 +64,16 @@ def recipe_text(
 def _figures(results: Mapping[str, Any], label: str) -> dict[str, Any]:
     rows = {row["label"]: row for row in results["methods"]}
     own, none = rows[label], results["methods"][0]
-    found = {}
-    for key in SHOWN:
-        value = value_in(own, figure_of(key))
-        if value is not None:
-            found[key] = {
-                "none": value_in(none, figure_of(key)),
-                "value": value,
-                "difference": own["differences"].get(key),
-            }
+    found = {
+        key: {"none": value_in(none, figure_of(key)), "value": value, "difference": own["differences"].get(key)}
+        for key in SHOWN
+        if (value := value_in(own, figure_of(key))) is not None
+    }
     return {"data": results["data"], "command": results["command"], "figures": found}
 
 
 def tuning_table(recipe: Mapping[str, Any]) -> str:
-    """The chosen setting on both sets of images: figures, paired differences to none, and their 95 % intervals."""
+    """Return the chosen setting on both sets of images: figures, paired differences to none, their intervals."""
     rows = [
         ["", "calibration", "", "", "", "held out", "", "", ""],
         ["", *["none", "chosen", "difference", "95 %"] * 2],
@@ -89,11 +84,8 @@ def tuning_table(recipe: Mapping[str, Any]) -> str:
         for side in ("calibration", "heldout"):
             found = recipe[side]["figures"][key]
             difference = found["difference"]
-            cells += [number(found["none"], percent=metric.percent), number(found["value"], percent=metric.percent)]
-            cells += [
-                difference_cell(difference, percent=metric.percent),
-                interval_cell(difference, percent=metric.percent),
-            ]
+            cells += [number(found[name], percent=metric.percent) for name in ("none", "value")]
+            cells += [cell(difference, percent=metric.percent) for cell in (difference_cell, interval_cell)]
         rows.append([f"{metric.benchmark.upper()} {metric.title.removeprefix('CHAIR_')}", *cells])
     tried = recipe["settings_tried"]
     return (
@@ -171,17 +163,18 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
     plan_run(off, method_specs({}))  # What is wrong with the held-out images is found before the search.
     show(f"{base.source.name}: {options.budget} settings of {start.name} on {base.tasks.description}")
     show("searched: " + ", ".join(f"{key} in {_spell(value)}" for key, value in space.items()))
-    tried = _try_settings(base, search, options, show)
-    baseline, goals = tried.baseline, [goal for _, goal in tried.trials]
-    best = choose(goals, baseline, options.margin / 100)
-    calibration = evaluate(on, methods=method_specs(tried.labelled()), show=_silent)
+    baseline, tried = _try_settings(base, search, options, show)
+    goals = {label: goal for label, (_, goal) in tried.items()}
+    best = choose(list(goals.values()), baseline, options.margin / 100)
+    calibration = evaluate(on, methods=method_specs(_methods(tried)), show=_silent)
     if best is None:
         raise VlmfixError(
             f"none of {len(goals)} settings lowers {baseline.name} below {100 * baseline.hallucination:.1f} while "
             f"losing at most {options.margin:g} points of {' and '.join(baseline.guards)}: nothing was written. The "
             f"settings are in {on.out}/report.md; raise --margin, --budget or --limit, or search elsewhere with --range"
         )
-    chosen = tried.trials[best][0]
+    label = list(tried)[best]
+    chosen = tried[label][0]
     show(f"chosen: {chosen!r}; now on {'held-out images' if off.data else 'the held-out split'}")
     rows = {CHOSEN: chosen} if chosen == start else {START: start, CHOSEN: chosen}
     heldout = evaluate(off, methods=method_specs(rows), show=_silent)
@@ -191,7 +184,7 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
         "searched": {key: _spell(value) for key, value in space.items()},
         "command": options.command_line,
         "settings_tried": len(goals),
-        **recipe_text(calibration, heldout, tried.labels[best], baseline),
+        **recipe_text(calibration, heldout, label, baseline),
     }
     write_json(out, recipe)
     show(tuning_table(recipe))
@@ -200,64 +193,56 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
 
 
 def starting_setting(method: str, fixed: Mapping[str, Any]) -> Method:
-    """The method a search starts from: by name, or from a recipe file of one method."""
-    if method in method_names() or not method.endswith(".json"):
+    """Return the method a search starts from: by name, or from a recipe file of one method."""
+    if not method.endswith(".json"):
         return make_method(method, fixed)
-    found = load_recipe(method)
-    if len(found) != 1:
-        raise VlmfixError(f"--method {method}: tune takes one method, the recipe holds {len(found)}")
-    return method_from_dict({**found[0].to_dict(), **fixed})
+    return method_from_dict({**recipe_of_one(method), **fixed})
 
 
-@dataclass
-class _Tried:
-    """The baseline and every setting with what came of it."""
+def _try_settings(
+    base: EvalRun, search: Search, options: TuneOptions, show: Callable[[str], None]
+) -> tuple[Goal, dict[str, tuple[Method, Goal]]]:
+    """Evaluate setting after setting with one loaded model; answers of an earlier, interrupted run are used again.
 
-    baseline: Goal
-    trials: list[tuple[Method, Goal]]
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the settings in the tables, in the order they were tried."""
-        return [f"{number:02d}" for number in range(1, len(self.trials) + 1)]
-
-    def labelled(self) -> dict[str, Method]:
-        """The settings by name."""
-        return {label: method for label, (method, _) in zip(self.labels, self.trials, strict=True)}
-
-
-def _try_settings(base: EvalRun, search: Search, options: TuneOptions, show: Callable[[str], None]) -> _Tried:
-    """Evaluate setting after setting with one loaded model; answers of an earlier, interrupted run are used again."""
+    Returns:
+        The goal without a method; and every setting with its goal, by its label in the tables, as they were tried.
+    """
+    tried: dict[str, tuple[Method, Goal]] = {}
     loaded: list[Any] = []
+    margin = options.margin / 100
 
-    def answered(run: EvalRun, log: AnswerLog) -> Goal:
+    def answered(methods: Mapping[str, Method]) -> Goal:
+        """The goal of the last method, whose answers are generated if they are not in the log."""
+        run = with_methods(base, method_specs(methods))
         plan = AnswerPlan(run)
         missing = plan.missing(log)
         if missing:
             if not loaded:
                 loaded.append(load_run_model(run))
             generate_answers(plan, log, missing, model=loaded[0])
-        return goal_of(
-            score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)["methods"][0]
-        )
+        scores = score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)
+        return goal_of(scores["methods"][0])
 
     check_folder(base, any_methods=True)
     with AnswerLog(base.folder / ANSWERS, keep=base.options.resume) as log:
-        tried = _Tried(answered(base, log), [])
-        show(f"none: {_describe(tried.baseline)}")
+        baseline = answered({})
+        show(f"none: {_describe(baseline)}")
         for method in search.settings(options.budget):
-            tried.trials.append((method, tried.baseline))
-            run = with_methods(base, method_specs(tried.labelled()))
-            goal = answered(run, log)
-            tried.trials[-1] = (method, goal)
-            search.tell(method, goal, tried.baseline, options.margin / 100)
-            mark = "" if admitted(goal, tried.baseline, options.margin / 100) else "  (loses too much)"
+            label = f"{len(tried) + 1:02d}"
+            goal = answered({**_methods(tried), label: method})
+            tried[label] = method, goal
+            search.tell(method, goal, baseline, margin)
+            mark = "" if admitted(goal, baseline, margin) else "  (loses too much)"
             values = ", ".join(f"{key}={getattr(method, key)!r}" for key in search.space)
-            show(f"{tried.labels[-1]}: {_describe(goal)}  {values}{mark}")
-    final = with_methods(base, method_specs(tried.labelled()))
+            show(f"{label}: {_describe(goal)}  {values}{mark}")
+    final = with_methods(base, method_specs(_methods(tried)))
     if not (base.folder / CONFIG).is_file() or read_config(base.folder)["settings"] != final.settings:
         write_config(final, runtime=None, resolved=None)  # Nothing was missing, of a run that had tried more.
-    return tried
+    return baseline, tried
+
+
+def _methods(tried: Mapping[str, tuple[Method, Goal]]) -> dict[str, Method]:
+    return {label: method for label, (method, _) in tried.items()}
 
 
 def _describe(goal: Goal) -> str:
