@@ -17,6 +17,8 @@ import torch
 from families.tiny_llava import RAGGED, SINK_DIMS, collate, forward
 
 import vlmfix
+from vlmfix.cli import main
+from vlmfix.methods.parameters import may_be, parameter_of
 from vlmfix.methods.selection import resolve_layers
 from vlmfix.recipes import load_recipe, save_recipe
 
@@ -37,6 +39,16 @@ def test_methods_lists_one_method_per_file() -> None:
     assert {method.__name__ for method in found.values()} <= set(vlmfix.__all__)
     core = {"none": vlmfix.NoMethod, "vhr": vlmfix.VHR, "var": vlmfix.VAR, "act": vlmfix.ACT, "mma": vlmfix.MMA}
     assert found.items() >= core.items()
+
+
+@pytest.mark.parametrize("cls", vlmfix.list_methods().values(), ids=lambda cls: cls.name)
+def test_every_parameter_says_what_it_is(cls: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", cls.name]) == 0
+    explained = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(cls):
+        meaning = cls.meaning_of(field.name, parameter_of(field))
+        assert meaning.endswith(".") and f"{field.name}: {meaning}" in " ".join(cls.__doc__.split())
+        assert f"{field.name} = {field.default!r}: {may_be(cls, field)}" in explained and meaning in explained
 
 
 def test_a_recipe_file_patches_like_its_methods(sinky: Any, tmp_path: Path) -> None:
