@@ -10,6 +10,7 @@ from vlmfix.decoding.ifg import IFG as IFG
 from vlmfix.decoding.lqcd import LQCD as LQCD
 from vlmfix.decoding.m3id import M3ID as M3ID
 from vlmfix.decoding.opera import OPERA as OPERA
+from vlmfix.decoding.sid import SID as SID
 from vlmfix.decoding.vcd import VCD as VCD
 from vlmfix.engine.status import Status as Status
 from vlmfix.errors import DataError as DataError

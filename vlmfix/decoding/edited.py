@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from vlmfix.decoding.base import AnswerToken, DecodingMethod, contrast, cut, plausibility, strength
+from vlmfix.decoding.base import AnswerToken, DecodingMethod, contrast, cut, placed, plausibility, strength
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import parameter
 from vlmfix.methods.registry import make_method, method_from_dict
 from vlmfix.model.anatomy import Anatomy
-from vlmfix.recipes import check_placement
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class Edited(DecodingMethod):
 
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
         """Return the edit, bound to the model."""
-        check_placement(self._edit, anatomy)
-        return self._edit.bind(anatomy)
+        return placed(self._edit, anatomy)
 
     def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
         """Contrast and cut fp32 ``[batch, vocab]``."""

@@ -26,7 +26,7 @@ from vlmfix.decoding.branch_edits import BranchEdits
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
-from vlmfix.engine.calls import parameter_names, tokens_of
+from vlmfix.engine.calls import every_row, parameter_names, tokens_of
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.forward import squared_move
@@ -309,7 +309,10 @@ class TwoBranches:
             arguments = {**arguments, "logits_to_keep": 1}
         options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True}
         arguments = {**arguments, **options}
-        forward = None if self._edits is None else self._edits.begin(arguments)
+        forward = None
+        if self._edits is not None:
+            forward = self._edits.begin(arguments)
+            arguments.update(every_row(arguments, length, tokens.device))  # as the patch does for the own branch
         with positions_kept(self._anatomy):
             output = self._anatomy.model(**arguments, **{FORWARD_KWARG: forward})
         filled, logits = getattr(output, "past_key_values", None), output.logits

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from families import by_name
-from families.tiny_llava import RAGGED, Sample, collate, forward, generate, words
+from families.tiny_llava import IMAGE, RAGGED, Sample, collate, forward, generate, words
 from transformers import DynamicCache
 
 import vlmfix
+from vlmfix.decoding.sid import LeastSeenImage
 from vlmfix.methods.registry import method_from_dict
 
 ONE = collate([RAGGED[0]])
@@ -159,3 +160,36 @@ def test_it_is_given_by_name_dict_or_method_and_kept_in_recipes(tiny: Any) -> No
                           ("nothing", "no method"), (3, "edit")):  # fmt: skip
         with pytest.raises(vlmfix.MethodError, match=reason):
             vlmfix.Edited(wrong)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 100])
+def test_sid_shows_its_branch_so_many_image_tokens(build: Any, keep: int) -> None:
+    """From layer 2 on, in every forward: those with the least attention in layer 1, which stays as it is."""
+    model, inputs = build(attn="eager"), collate(RAGGED)
+    images = (inputs["input_ids"] == IMAGE) & torch.tensor([each.pixels is not None for each in RAGGED])[:, None]
+
+    def watched(answer: torch.Tensor) -> list[Any]:
+        cache, mask, found = DynamicCache(config=model.config), inputs["attention_mask"], []
+        for step in range(answer.shape[1] + 1):
+            given = inputs if step == 0 else {"input_ids": answer[:, step - 1, None], "attention_mask": mask}
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -given["input_ids"].shape[1] :]
+            options = {"position_ids": positions, "past_key_values": cache, "use_cache": True}
+            with torch.no_grad():
+                found.append(model(**given, **options, output_attentions=True).attentions)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return found
+
+    answer = generate(model, inputs, 2)[0][:, -2:]
+    stock = watched(answer)
+    vlmfix.patch(model, LeastSeenImage(keep))
+    for maps, plain in zip(watched(answer), stock, strict=True):
+        for row, image in enumerate(images):
+            places = image.nonzero().flatten()
+            seen = [layer[row, :, -1, places].amax(0) > 0 for layer in maps]
+            assert all(bool(layer.all()) for layer in seen[:2])
+            wanted = maps[1][row, :, -1, places].mean(0).sort(stable=True).indices[:keep]
+            for layer in seen[2:]:
+                assert layer.nonzero().flatten().tolist() == sorted(wanted.tolist())
+        for layer in range(2):
+            if maps[0].shape[2] > 1:
+                close(maps[layer], plain[layer])
