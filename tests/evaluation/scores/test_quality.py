@@ -11,8 +11,9 @@ from vlmfix.evals.benchmarks.yes_no import paired_answers, score_labels
 from vlmfix.evals.report.rows import answers_table, quality_table
 from vlmfix.evals.report.summary import legend
 from vlmfix.evals.scores import differences as quality
+from vlmfix.evals.scores.verdicts import verdict
 from vlmfix.evals.stats.tests import mcnemar
-from vlmfix.evals.tables import Table, difference_cell, p_cell
+from vlmfix.evals.tables import Table, difference_cell, interval_cell, p_cell
 
 MATCHER = ChairMatcher()
 
@@ -78,10 +79,27 @@ def control(method, p_value, verdict="better", kind="early stop"):
 def test_verdicts_that_do_not_survive_the_correction():
     lines = [control("a", 0.04), control("b", 0.002), control("c", 0.9, "same"), control("d", 1.0, "unchanged")]
     lines += [control("a", 0.04, kind="yes bias"), control("b", 0.03, "worse", kind="every head")]
-    quality.correct_controls(lines)
-    assert [line["verdict_holm"] for line in lines] == ["same", "better", "same", "unchanged", "better", "worse"]
+    quality.correct_controls(lines, [])
+    assert [line["verdict_holm"] for line in lines] == ["same", "better", "same", "unchanged", "same", "worse"]
     assert lines[0]["verdict"] == "better", "the uncorrected verdict stays on record"
-    assert [line["difference"]["p_holm"] for line in lines[:4]] == pytest.approx([0.08, 0.006, 0.9, 1.0])
+    # What decides words is one family, whatever the control; other heads decide none.
+    found = [line["difference"]["p_holm"] for line in lines]
+    assert found == pytest.approx([3 * 0.04, 4 * 0.002, 0.9, 1.0, 3 * 0.04, 0.03])
+
+
+def test_loops_are_in_the_family_that_decides_words():
+    looping, still = interval(0.1, 0.02, 0.2, p_value=0.02), interval(0.0, 0.0, 0.0, p_value=1.0)
+    row = {"label": "a", "role": "method", "differences": {}} | {
+        "chair": {"changed": 1, "text_quality": {"differences": {"looping": looping, "truncation": still}}}
+    }
+    lines = [control("a", 0.03)]
+    quality.correct_controls(lines, [row])
+    assert (looping["p_word"], lines[0]["difference"]["p_holm"]) == (0.04, 0.04) and "p_word" not in still
+    assert verdict({"methods": [row], "controls": lines}, row) == "loops"
+    lines.append(control("a", 0.5, "same", kind="yes bias"))
+    quality.correct_controls(lines, [row])
+    assert looping["p_word"] == pytest.approx(0.06)
+    assert verdict({"methods": [row], "controls": lines}, row) == "unclear"
 
 
 def test_stars():
@@ -90,6 +108,12 @@ def test_stars():
     assert difference_cell({**found, "p_holm": 0.02}) == "-10.0*"
     assert difference_cell({**found, "p_holm": 0.06}) == "-10.0(*)"
     assert difference_cell(interval(-0.1, -0.2, 0.05, p_holm=0.01)) == "-10.0"
+    near, far = interval(0.01, 0.0004, 0.02), interval(-0.01, -0.02, -0.000041)
+    assert (difference_cell(near), interval_cell(near)) == ("+1.0*", "+0.04,+2.0"), (
+        "no star beside an end shown as zero"
+    )
+    assert (difference_cell(far), interval_cell(far)) == ("-1.0*", "-2.0,-0.004")
+    assert interval_cell(interval(0.01, -0.0004, 0.02)) == "0.0,+2.0" and interval_cell(None) == ""
     assert [p_cell(p) for p in (None, 0.0004, 0.0312, 1.0)] == ["-", "<0.001", "0.031", "1.000"]
 
 
