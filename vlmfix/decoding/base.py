@@ -76,6 +76,8 @@ class DecodingMethod(Method):
     """Whether the other branch has another image: the same tokens, at the same positions."""
     removes_image: ClassVar[bool] = False
     """Whether the other branch has no image."""
+    is_gated: ClassVar[bool] = False
+    """Whether :meth:`combine` may leave some tokens alone, so that a few unmoved ones do not prove it has no effect."""
     keeps_first_logits: ClassVar[bool] = False
     """Whether :meth:`combine` is shown the logits of the answer's first token again."""
 

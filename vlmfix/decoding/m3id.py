@@ -30,6 +30,7 @@ class M3ID(WithoutImage):
     paper = "arXiv 2403.14003"
     summary = "contrasts the answer with that to the prompt without its image, more with every token"
     needs_cache = True
+    is_gated = True
 
     lam: float = parameter(
         0.02, low=0, remark="0: no contrast", search=Range(0.002, 0.2, log=True), help="Growth per token."

@@ -273,7 +273,7 @@ class TwoBranches:
             first, second = torch.where(swaps, other, own), torch.where(swaps, own, other)
         self._counters.count(self._index, active.sum())
         result = torch.where(active[:, None], self._method.combine(first, second, token), own)
-        if forward.is_measured:
+        if forward.is_measured and not self._method.is_gated:
             move = squared_move(own.softmax(-1), result.softmax(-1), active[:, None])
             self._counters.move(self._index, move)
         return result

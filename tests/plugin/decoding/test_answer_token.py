@@ -189,3 +189,27 @@ def test_flb_in_other_families(family: str) -> None:
     assert torch.equal(together[:, 0], stock[:, 0]) and (together - stock).abs().max() > 1e-3
     for row, each in enumerate(samples):
         close(together[row], generate(model, found.collate([each]), 4)[1][0])
+
+
+# What status tells of the effect.
+
+
+@pytest.mark.parametrize(
+    "method", [vlmfix.VCD(), vlmfix.Guidance(), vlmfix.VCD(alpha=0.0, beta=0.3), *STRONG[1:]], ids=str
+)
+def test_status_tells_how_far_probabilities_moved(tiny: Any, method: Any) -> None:
+    vlmfix.patch(tiny, method)
+    generate(tiny, TEXT, 3)
+    assert vlmfix.status(tiny).moved == (None,)
+    generate(tiny, ONE, 3)
+    status = vlmfix.status(tiny)
+    assert status.moved[0] > 1e-3 and not status.notes
+
+
+def test_status_warns_of_a_contrast_without_effect(tiny: Any) -> None:
+    vlmfix.patch(tiny, vlmfix.VCD(noise_step=0, beta=0.0))
+    generate(tiny, ONE, 3)
+    assert "no effect" in vlmfix.status(tiny).notes[-1]
+    vlmfix.patch(tiny, vlmfix.M3ID(alpha=0.01))  # sure of every token so far
+    generate(tiny, ONE, 3)
+    assert vlmfix.status(tiny).moved == (None,) and not vlmfix.status(tiny).notes
