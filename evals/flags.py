@@ -109,13 +109,7 @@ def add_verb(
         help_of: Field to help text, where this verb has more to say than the field.
         choices: Field to the values it takes, where the class cannot know them.
     """
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        usage=f"vlmfix {name} [OPTIONS]",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = verb_parser(verbs, name, about)
     types = get_type_hints(options)
     for heading, members in groupby(sorted(_flags(options), key=_place), lambda each: each[1].group):
         group = parser.add_argument_group(heading)
@@ -132,6 +126,25 @@ def add_verb(
                 words |= {"dest": each.name, "required": each.default is MISSING}
             # Set afterwards, because `BooleanOptionalAction` writes a default that it is given into the help text.
             group.add_argument(_flag_name(each), **words).default = argparse.SUPPRESS
+    return parser
+
+
+def verb_parser(verbs: Any, name: str, about: str, arguments: str = "[OPTIONS]") -> argparse.ArgumentParser:
+    """Add a verb without flags, whose ``--help`` begins with what it does and examples.
+
+    Args:
+        verbs: Subparsers of the command line.
+        name: The verb.
+        about: What it does, then examples.
+        arguments: What follows the verb.
+    """
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        usage=f"vlmfix {name} {arguments}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     return parser
 
 

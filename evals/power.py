@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.files import read_json
 
+from .flags import verb_parser
 from .tables import number, plain_table
 
 IMAGES = (100, 200, 500, 1000, 2000, 5000)
@@ -237,13 +238,7 @@ Print the smallest paired difference in CHAIR_s, CHAIR_i and POPE accuracy that 
 
 def add_power(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "power",
-        usage="vlmfix power [RUN] [OPTIONS]",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = verb_parser(verbs, "power", _ABOUT, "[RUN] [OPTIONS]")
     parser.add_argument("pilot", type=Path, nargs="?", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--images", type=int, nargs="+", default=list(IMAGES), metavar="N", help="numbers of images")
     parser.add_argument("--power", type=float, default=0.8, metavar="P", help="chance to show it (default: 0.8)")

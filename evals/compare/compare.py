@@ -18,6 +18,7 @@ from vlmfix.errors import DataError
 from ..benchmarks.chair.text_quality import text_differences
 from ..benchmarks.registry import benchmark_class, benchmark_names
 from ..benchmarks.yes_no import MCC, paired_answers, question_rows
+from ..flags import verb_parser
 from ..scores.controls import (
     bias_curves,
     bias_lines,
@@ -266,14 +267,19 @@ def _judge(
         entry["verdict"] = verdict({"methods": own, "controls": controls}, judged)
 
 
+_ABOUT = """\
+Compare the methods of several run folders, paired on the images and questions that all of them share. Neither data nor
+a model is needed.
+
+  vlmfix compare runs/a runs/b                     every method of both against the baseline of the first
+  vlmfix compare runs/a runs/b --against B:vhr     against a row of the second
+  vlmfix compare runs/7b runs/13b --method vhr --out comparison/
+"""
+
+
 def add_compare(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "compare",
-        allow_abbrev=False,
-        description="Compare the methods of several run folders, paired on the images and questions that all of them "
-        "share. Neither data nor a model is needed.",
-    )
+    parser = verb_parser(verbs, "compare", _ABOUT, "RUN [RUN ...] [OPTIONS]")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; called A, B, ... in this order")
     parser.add_argument("--against", metavar="ROW", help="row to compare with, such as B:vhr (default: A's baseline)")
     parser.add_argument(

@@ -12,6 +12,7 @@ from vlmfix.errors import DataError
 
 from ..benchmarks.columns import used_figures
 from ..data.write import write_error
+from ..flags import verb_parser
 from ..scores.pareto import axes, flat_front, pareto
 from ..stats.figures import Figure
 from ..tables import excludes_zero, interval_cell, number, signed, survives
@@ -276,14 +277,18 @@ def category_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
     return made
 
 
+_ABOUT = """\
+Draw a run's plots: differences with their intervals, hallucination against recall, and invented objects by category.
+
+  vlmfix plot runs/a                               into the run's folder
+  vlmfix plot runs/a --out figures                 into another one
+  vlmfix plot runs/testbed-1a2b3c4d                a run that named its folder by itself
+"""
+
+
 def add_plot(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        "plot",
-        allow_abbrev=False,
-        description="Draw a run's plots: differences with their intervals, hallucination against recall, and invented "
-        "objects by category.",
-    )
+    parser = verb_parser(verbs, "plot", _ABOUT, "RUN [OPTIONS]")
     parser.add_argument("folder", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: the run folder)")
     return parser

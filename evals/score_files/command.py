@@ -9,6 +9,8 @@ from typing import Any
 
 from vlmfix.errors import VlmfixError
 
+from ..flags import verb_parser
+
 #: Named here as well as in ``metrics.pope``, whose import takes too long for ``--help``.
 POPE_PARSERS = ("official", "official_raw", "opera", "vcd", "lmms", "vlmeval")
 
@@ -22,9 +24,18 @@ nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
 """
 
 
+_ABOUT = """\
+Score captions or answers in a file, whoever generated them, without a model. Each benchmark has its own --help.
+
+  vlmfix score chair --captions captions.jsonl --ground-truth COCO_DIR --mode nltk
+  vlmfix score pope --answers answers.jsonl --questions coco_pope_*.json
+  vlmfix score amber responses.jsonl --data AMBER_DIR
+"""
+
+
 def add_score(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser("score")
+    parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     chair = _add_chair(kinds)
     pope = _add_pope(kinds)

@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from vlmfix.methods.base import Method
 
 
+_ABOUT = """\
+List the methods with their papers and parameters; with names, explain them.
+
+  vlmfix methods                                   all of them, one after the other
+  vlmfix methods vhr                               what VHR does, and what its parameters mean
+  vlmfix methods pai var                           two of them
+"""
+
+
 def add_methods(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "methods",
+        usage="vlmfix methods [METHOD ...]",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        description="List the methods with their papers and parameters; with names, explain them.",
     )
     parser.add_argument("names", nargs="*", metavar="METHOD", help="methods to explain (default: list all)")
     return parser

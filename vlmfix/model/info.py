@@ -12,9 +12,24 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
+_ABOUT = """\
+Show what the plugin sees in a model: its layers, its attention, its image tokens. Only the configuration is read.
+
+  vlmfix info llava-hf/llava-1.5-7b-hf             a model of the hub, if it is cached or can be reached
+  vlmfix info ./my-finetune                        a folder that save_pretrained wrote
+  vlmfix info Qwen/Qwen2.5-VL-7B-Instruct
+"""
+
+
 def add_info(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
-    parser: argparse.ArgumentParser = verbs.add_parser("info")
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "info",
+        usage="vlmfix info MODEL",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or hub id; only its configuration is read")
     return parser
 
