@@ -98,10 +98,9 @@ def _expected(run: EvalRun) -> str:
 
 def _scored(run: EvalRun, answers: Mapping[str, Answers]) -> dict[str, Any]:
     """The content of ``results.json``, and the ``counts`` of every image."""
-    from .data.write import digest
+    from .data.write import SCHEMA_VERSION, digest
     from .run.batches import halved_batches
     from .run.folder import last_batch_size, read_config
-    from .run.provenance import SCHEMA_VERSION
     from .scores.score_run import score_run
 
     def decode(tokens: Sequence[int]) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 
 from vlmfix.errors import VlmfixError
 
+SCHEMA_VERSION = 1
+"""Of the results that ``vlmfix eval`` and ``vlmfix score`` write."""
+
 
 def canonical_json(value: Any) -> str:
     """The one JSON spelling of a value: sorted keys, no spaces, ASCII, no NaN (a ``ValueError``)."""

@@ -12,12 +12,12 @@ from vlmfix.observe.prompts import PromptBuilder
 
 from .. import testbed
 from ..benchmarks.registry import Tasks, make_tasks
-from ..data.write import digest
+from ..data.write import SCHEMA_VERSION, digest
 from ..options import EvalOptions
 from .batch_size import choose_batch_size
 from .methods import MethodSpec, expand_all, load_recipe, plan_methods, recipe_entries, skipped_notes
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
-from .provenance import SCHEMA_VERSION, run_name, versions
+from .provenance import run_name, versions
 
 RUNS = Path("runs")
 

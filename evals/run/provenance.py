@@ -17,8 +17,6 @@ from ..data.write import digest
 from ..options import EvalOptions
 from .models import placement
 
-SCHEMA_VERSION = 1
-
 
 def versions() -> dict[str, str]:
     """Return the versions that can change an answer, and a digest of vlmfix's source (an editable install changes)."""

@@ -25,8 +25,7 @@ from ..benchmarks.chair.text_quality import TextTable, length_matched, score_tex
 from ..benchmarks.chair.truth import MODES, GroundTruth, ScoringMode, caption_mode, load_ground_truth
 from ..benchmarks.coco_objects import ChairMatcher
 from ..data.records import answer_of, image_id_of, read_rows
-from ..data.write import write_json
-from ..run.provenance import SCHEMA_VERSION
+from ..data.write import SCHEMA_VERSION, write_json
 from ..stats.intervals import CONFIDENCE, finite, interval_dict
 from ..tables import difference_cell, interval_cell, number, plain_table
 

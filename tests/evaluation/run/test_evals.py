@@ -39,7 +39,7 @@ from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.report import text as report
 from vlmfix.evals.report.sentences import sentences
 from vlmfix.evals.run import answer_log as cache
-from vlmfix.evals.run import answering, generate, models, provenance
+from vlmfix.evals.run import answering, generate, models
 from vlmfix.evals.run import batches as answer_plan
 from vlmfix.evals.run import folder as folders
 from vlmfix.evals.run import methods as config
@@ -115,7 +115,7 @@ def test_run_writes_a_complete_folder(finished: Path) -> None:
 
 def test_results_schema(finished: Path) -> None:
     results = read(finished)
-    assert results["schema_version"] == provenance.SCHEMA_VERSION
+    assert results["schema_version"] == write.SCHEMA_VERSION
     assert results["intervals"] == {
         "confidence": 0.95, "resamples": 2000, "resampled": "images", "method": "percentile bootstrap, paired",
         "controls": "matched again in every resample",
