@@ -22,7 +22,7 @@ from ..stats.figures import SumStatistic, sums_per_image
 from ..stats.intervals import CONFIDENCE, FloatArray, Interval, percentile_interval
 from ..stats.table import Table
 
-_CELLS = 2_000_000  # numbers held at once: resamples times places on the curve
+_CELLS = 200_000  # numbers held at once: resamples times places on the curve
 _DIGITS = 12  # differences below are rounding: two places are then equally near
 
 
@@ -59,15 +59,19 @@ class BiasCurve(ABC):
             statistic: The figure.
             weights: float64 [k, images], how often each image counts.
         """
-        return self._values(statistic, self.sums(statistic), weights)
+        sums = self._reached(self.sums(statistic), weights, weights[:, self.image])
+        return statistic.value(sums[:, self.places])
 
-    def _values(self, statistic: SumStatistic, sums: tuple[FloatArray, FloatArray], weights: FloatArray) -> FloatArray:
+    @staticmethod
+    def _reached(sums: tuple[FloatArray, FloatArray], weights: FloatArray, of_change: FloatArray) -> FloatArray:
+        """A statistic's sums at every place, float64 [k, places, c]; ``of_change`` are the weights of each change."""
         start, changes = sums
-        reached = np.empty((len(weights), len(changes) + 1, changes.shape[1]))
-        reached[:, 0] = weights @ start
-        np.cumsum(weights[:, self.image, None] * changes, axis=1, out=reached[:, 1:])
-        reached[:, 1:] += reached[:, :1]
-        return statistic.value(reached[:, self.places])
+        reached = np.empty((start.shape[1], len(weights), len(changes) + 1))  # Columns apart: sums along rows are fast.
+        for column, before, change in zip(reached, (weights @ start).T, changes.T, strict=True):
+            column[:, 0] = before
+            np.cumsum(of_change * change, axis=1, out=column[:, 1:])
+            column[:, 1:] += before[:, None]
+        return np.moveaxis(reached, 0, -1)
 
     def nearest(self, matched: SumStatistic, target: float) -> int:
         """The place where a figure is nearest to a target, the preferred one of several.
@@ -97,10 +101,14 @@ class BiasCurve(ABC):
 
         def draw(weights: FloatArray) -> FloatArray:
             """The differences in some resamples, float64 [k, statistics]."""
-            reached = [self._values(*each, weights) for each in zip(figures, sums, strict=True)]
-            place = _nearest(reached[0], matched.weighted(table, weights))[:, None]
-            control = [np.take_along_axis(values, place, axis=1)[:, 0] for values in reached[1:]]
-            return np.stack([s.weighted(table, weights) - c for s, c in zip(statistics, control, strict=True)], axis=1)
+            of_change, rows = weights[:, self.image], np.arange(len(weights))
+            at_places = matched.value(self._reached(sums[0], weights, of_change)[:, self.places])
+            place = self.places[_nearest(at_places, matched.weighted(table, weights))]
+            found = []
+            for statistic, own in zip(statistics, sums[1:], strict=True):
+                control = statistic.value(self._reached(own, weights, of_change)[rows, place])
+                found.append(statistic.weighted(table, weights) - control)
+            return np.stack(found, axis=1)
 
         def draw_in_pieces(weights: FloatArray) -> FloatArray:
             return np.concatenate([draw(weights[i : i + piece]) for i in range(0, len(weights), piece)])

@@ -175,9 +175,7 @@ def sums_per_image(rows: FloatArray, image_ids: NDArray[np.int64]) -> FloatArray
         image_ids: int64 [n], the image of each row.
     """
     unique, image = np.unique(image_ids, return_inverse=True)
-    sums = np.zeros((len(unique), rows.shape[1]))
-    np.add.at(sums, image, rows)
-    return sums
+    return np.stack([np.bincount(image, weights=column, minlength=len(unique)) for column in rows.T], axis=1)
 
 
 def stacked(*parts: ArrayLike) -> FloatArray:

@@ -1,5 +1,7 @@
 """By simulation: how often intervals against controls cover the truth, and how often a method gets a false word."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -102,7 +104,7 @@ def lines_of(rng, n, seed, skill=0.0):
     lines, _ = bias_lines(
         "m", "chair", "early stop", bias_curves("chair", cut[0], cut)["early stop"], method, seed, 300
     )
-    more, _ = bias_lines("m", "pope", "yes bias", bias_curves("pope", none, [])["yes bias"], said, seed, 300)
+    more, _ = bias_lines("m", "pope", "yes bias", bias_curves("pope", none, [])["yes bias"], said, seed, 600)
     return [*lines, *more]
 
 
@@ -119,11 +121,12 @@ def test_a_method_that_equals_its_controls_rarely_gets_a_word():
     rng, runs = np.random.default_rng(2), 200
     single = words = 0
     for seed in range(runs):
-        lines = lines_of(rng, 60, seed)
+        lines = lines_of(rng, 100, seed)
         assert len(lines) == 3
         single += any(line["verdict"] != "same" for line in lines)
         words += word(lines) != "unclear"
-    assert words <= 0.05 * runs < single, "one line alone is right in 95 % of runs, three are not"
+    by_chance = 1.64 * math.sqrt(runs * 0.05 * 0.95)
+    assert words <= 0.05 * runs + by_chance < single, "each line is right in 95 % of runs, all three together are not"
 
 
 def test_a_better_method_still_gets_its_word():
