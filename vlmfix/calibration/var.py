@@ -32,21 +32,22 @@ def search(
     sink_threshold: float | None = None,
     sink_share: float = 0.05,
 ) -> Found:
-    """Find the hidden dimensions that mark sinks on the samples' prompts (see ``vlmfix.find_sink_dims``).
+    """Find the hidden dimensions that mark sinks, and a threshold that the image's sinks reach.
 
-    For that, images are left out of the prompts and all are cut to the length of the shortest: what is looked at is the
-    first token, which sees nothing else. Then the prompts are read with their images. VAR acts in layers where an image
-    token's ``phi = max_d |x_d| / rms(x)`` reaches the threshold; phi never exceeds the square root of the model's
-    width, so that a threshold made for large models may be out of reach. If no image token reaches it, the one that
-    ``sink_share`` of them reach is taken instead (ours), and the log and the result say so. Costs a text prefill and a
-    prefill per sample.
+    The dimensions are those of ``vlmfix.find_sink_dims`` on the samples' prompts. Images are left out of them and all
+    are cut to the length of the shortest, because only the first token is looked at, which sees nothing else.
+
+    Then the prompts are read with their images. VAR acts in layers where an image token's ``phi = max_d |x_d| / rms(x)``
+    reaches the threshold. Phi never exceeds the square root of the model's width, so a threshold made for large models
+    may be out of reach. If no image token reaches it, the recipe gets the one that is reached in ``sink_share`` of all
+    image tokens and layers (ours); the log and the result say so. Costs a text prefill and a prefill per sample.
 
     Args:
         session: The model.
         samples: Any.
         method: Parameters of VAR.
         sink_threshold: Keep this one, whether it is reached or not. Default: the method's, as long as it is reached.
-        sink_share: Part of the image tokens that are sinks where the threshold follows from them, in (0, 1).
+        sink_share: Share of image tokens and layers that are sinks where the threshold follows from it, in (0, 1).
 
     Raises:
         DataError: A prompt holds nothing but the image.
@@ -71,7 +72,7 @@ def search(
             falling = values.flatten().sort(descending=True).values
             source, least = "image tokens", falling[int(sink_share * len(falling))]
             found = dataclasses.replace(found, sink_threshold=math.floor(100 * float(least)) / 100)
-            told = f"The recipe has {found.sink_threshold:g}, which {100 * sink_share:g} % of them reach."
+            told = f"The recipe has {found.sink_threshold:g}, reached in {100 * sink_share:g} % of tokens and layers."
         logger.warning(
             "var: no image token of these %d prompts reaches sink_threshold=%g: the largest phi is %.1f, and the "
             "model's width allows %.1f. %s",
