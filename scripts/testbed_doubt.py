@@ -18,7 +18,8 @@ from PIL import Image
 
 from vlmfix.evals.benchmarks.chair.task import PROMPT as CHAIR_PROMPT
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
-from vlmfix.evals.inspect.words import Eye, ask_for, context_of, word_of, word_spans
+from vlmfix.evals.inspect.case import Case
+from vlmfix.evals.inspect.words import context_of, word_of, word_spans
 from vlmfix.evals.run.models import find_model, fitting_threads, load_model
 from vlmfix.evals.stats.figures import auc
 from vlmfix.evals.testbed import SPLITS
@@ -100,8 +101,17 @@ def _measure_batch(model: Any, processor: Any, split: Any, indices: Sequence[int
     rests = probes.evidence(model, inputs, answers=answers, context=context)
     for row, scene in enumerate(scenes):
         truth = {matcher.node(name) for name in scene.counts()}
-        eye = Eye(model, processor, prompts, pictures[row], CHAIR_PROMPT, None, frozenset(), MAX_NEW_TOKENS)
-        for mention, asked in zip(mentions[row], ask_for(eye, [each.name for each in mentions[row]]), strict=True):
+        case = Case(
+            model=model,
+            processor=processor,
+            prompts=prompts,
+            picture=pictures[row],
+            question=CHAIR_PROMPT,
+            objects=None,
+            scene_words=frozenset(),
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        for mention, asked in zip(mentions[row], case.ask_for([each.name for each in mentions[row]]), strict=True):
             assert asked is not None
             tokens = list(word_of(spans[row], mention.token).tokens)
             p, p0, image, words = (

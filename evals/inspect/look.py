@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from vlmfix import probes
 from vlmfix.observe.ask import Answers, answer
-from vlmfix.observe.prompts import encode
 from vlmfix.observe.words import decode, locate_mentions
+from vlmfix.patching import patched
+from vlmfix.probes.evidence import DOUBT_THRESHOLD, doubt
 
 from ..benchmarks.coco_objects import ChairMatcher
 from ..run.methods import MethodSpec
-from .words import Eye, Span, ask_for, context_of, layer_groups, picture_as_seen, word_spans
+from .case import Case
+from .picture import picture_as_seen
+from .words import Span, context_of, layer_groups, word_spans
 
 SHOWN_SINKS = 8
 """Tokens listed by the attention they receive."""
@@ -59,20 +63,39 @@ class Word:
     heads: tuple[tuple[float, ...], ...]
 
 
+class SinkRow(NamedTuple):
+    """A token of the prompt that receives much attention.
+
+    Attributes:
+        text: As written; an image token by its number.
+        place: Its place in the prompt.
+        is_image: Whether it is the image's.
+        received: Mean attention it gets.
+        attention_layers: In how many layers it is an attention sink in at least half of the heads.
+        hidden_layers: In how many layers its hidden state marks a sink.
+    """
+
+    text: str
+    place: int
+    is_image: bool
+    received: float
+    attention_layers: int
+    hidden_layers: int
+
+
 @dataclass(frozen=True)
 class SinkSummary:
     """The sinks of the prompt.
 
     Attributes:
         received: Per image token, mean attention it gets, over layers and heads.
-        rows: (token, place, is image, mean attention received, layers in which it is an attention sink in at least half
-            of the heads, layers in which its hidden state marks a sink) of the tokens that receive most.
+        rows: The tokens that receive most.
         counts: Per kind of sink, how many each layer has.
         sink_dims: Hidden dimensions that mark sinks; empty when the model has none.
     """
 
     received: tuple[float, ...]
-    rows: tuple[tuple[str, int, bool, float, int, int], ...]
+    rows: tuple[SinkRow, ...]
     counts: Mapping[str, tuple[int, ...]]
     sink_dims: tuple[int, ...]
 
@@ -123,69 +146,73 @@ class Inspection:
     facts: tuple[str, ...]
 
 
-def inspect_picture(eye: Eye, specs: Sequence[MethodSpec], *, title: str, facts: Sequence[str] = ()) -> Inspection:
+def inspect_picture(case: Case, specs: Sequence[MethodSpec], *, title: str, facts: Sequence[str] = ()) -> Inspection:
     """Look at one picture with the stock model, and with each method.
 
     Args:
-        eye: Model, picture and question.
+        case: Model, picture and question.
         specs: Methods.
         title: Of the page.
         facts: Lines for its foot.
     """
-    import vlmfix
-
-    inputs = encode(eye.processor, [eye.prompts(eye.prompt)], [eye.picture], eye.model)
-    versions = [_look(eye, inputs, "stock model", "")]
+    inputs = case.inputs()
+    versions = [_look(case, inputs, "stock model", "")]
     for spec in specs:
         method = spec.build()
         if method.replaces_logits and not method.is_identity:
-            with vlmfix.patched(eye.model, method):
-                tokens = answer(eye.model, inputs, eye.max_new_tokens).tokens
+            with patched(case.model, method):
+                tokens = answer(case.model, inputs, case.max_new_tokens).tokens
             note = f"The words are those of {spec.label}; what they rest on is measured in one branch, the stock model."
-            versions.append(_look(eye, inputs, spec.describe(), note, tokens))
-            continue
-        with vlmfix.patched(eye.model, method):
-            versions.append(_look(eye, inputs, spec.describe(), ""))
-    picture, grid = picture_as_seen(eye, inputs, len(versions[0].words[0].maps[0]) if versions[0].words else 0)
-    objects = None if eye.objects is None else tuple(sorted(eye.objects))
-    return Inspection(title, eye.prompt, picture, grid, objects, tuple(versions), tuple(facts))
+            versions.append(_look(case, inputs, spec.describe(), note, tokens))
+        else:
+            with patched(case.model, method):
+                versions.append(_look(case, inputs, spec.describe(), ""))
+    picture, grid = picture_as_seen(case, inputs, len(versions[0].words[0].maps[0]) if versions[0].words else 0)
+    objects = None if case.objects is None else tuple(sorted(case.objects))
+    return Inspection(
+        title=title,
+        prompt=case.question,
+        picture=picture,
+        grid=grid,
+        objects=objects,
+        versions=tuple(versions),
+        facts=tuple(facts),
+    )
 
 
-def _look(eye: Eye, inputs: Any, label: str, note: str, tokens: Answers | None = None) -> Version:
-    from vlmfix import probes
-
-    tokenizer = eye.processor.tokenizer
-    looks = probes.attention_to_image(eye.model, inputs, max_new_tokens=eye.max_new_tokens, answers=tokens, maps=True)
+def _look(case: Case, inputs: Any, label: str, note: str, tokens: Answers | None = None) -> Version:
+    tokenizer = case.processor.tokenizer
+    looks = probes.attention_to_image(case.model, inputs, max_new_tokens=case.max_new_tokens, answers=tokens, maps=True)
     ids = looks.tokens[0]
     text = decode(tokenizer, ids)
     spans = word_spans(tokenizer, ids, text)
     mentions, _ = locate_mentions(tokenizer, ids, ChairMatcher("original").as_written(text))
-    context = context_of(spans, mentions, eye.scene_words)
-    rests = probes.evidence(eye.model, inputs, answers=looks.tokens, context=[context])
-    divergence = probes.head_divergence(eye.model, inputs, answers=looks.tokens)
-    sinks = probes.sinks(eye.model, inputs)
-    asked = ask_for(eye, [mention.name for mention in mentions])
+    context = context_of(spans, mentions, case.scene_words)
+    rests = probes.evidence(case.model, inputs, answers=looks.tokens, context=[context])
+    divergence = probes.head_divergence(case.model, inputs, answers=looks.tokens)
+    sinks = probes.sinks(case.model, inputs)
+    asked = case.ask_for([mention.name for mention in mentions])
     assert looks.maps is not None
     words = tuple(
-        _word(span, looks, rests, divergence, eye, {m.token: (m.name, q) for m, q in zip(mentions, asked, strict=True)})
+        _word(
+            span, looks, rests, divergence, case, {m.token: (m.name, q) for m, q in zip(mentions, asked, strict=True)}
+        )
         for span in spans
     )
     return Version(
-        label,
-        note,
-        text,
-        words,
-        looks.layers,
-        tuple(map(tuple, divergence.selected[0].tolist())),
-        _summary(eye, inputs, sinks),
+        label=label,
+        note=note,
+        caption=text,
+        words=words,
+        layers=looks.layers,
+        selected=tuple(map(tuple, divergence.selected[0].tolist())),
+        sinks=_summary(case, inputs, sinks),
     )
 
 
 def _word(
-    span: Span, looks: Any, rests: Any, divergence: Any, eye: Eye, objects: Mapping[int, tuple[str, float | None]]
+    span: Span, looks: Any, rests: Any, divergence: Any, case: Case, objects: Mapping[int, tuple[str, float | None]]
 ) -> Word:
-    from vlmfix.probes.evidence import DOUBT_THRESHOLD, doubt
-
     tokens = list(span.tokens)
     name, asked = next((objects[token] for token in tokens if token in objects), (None, None))
     p, p0, hidden, context = (
@@ -195,24 +222,24 @@ def _word(
     doubtful = None if name is None else doubt(p, p0, asked)
     maps = looks.maps[0, tokens].mean(0)  # [layers, image tokens]
     return Word(
-        span.text,
-        span.tokens,
-        name,
-        None if name is None or eye.objects is None else name in eye.objects,
-        p,
-        p0,
-        hidden,
-        None if context != context else context,
-        float(rests.mass[0, tokens].mean()),
-        asked,
-        doubtful,
-        doubtful is not None and doubtful >= DOUBT_THRESHOLD,
-        tuple(tuple(maps[list(group)].mean(0).tolist()) for group in layer_groups(len(maps))),
-        tuple(map(tuple, divergence.divergence[0, tokens[0]].tolist())),
+        text=span.text,
+        tokens=span.tokens,
+        name=name,
+        present=None if name is None or case.objects is None else name in case.objects,
+        probability=p,
+        without_image=p0,
+        image_hidden=hidden,
+        context_hidden=None if context != context else context,
+        mass=float(rests.mass[0, tokens].mean()),
+        asked=asked,
+        doubt=doubtful,
+        flagged=doubtful is not None and doubtful >= DOUBT_THRESHOLD,
+        maps=tuple(tuple(maps[list(group)].mean(0).tolist()) for group in layer_groups(len(maps))),
+        heads=tuple(map(tuple, divergence.divergence[0, tokens[0]].tolist())),
     )
 
 
-def _summary(eye: Eye, inputs: Any, sinks: Any) -> SinkSummary:
+def _summary(case: Case, inputs: Any, sinks: Any) -> SinkSummary:
     received = sinks.received[0].mean((0, 1))  # [tokens]
     often = (sinks.attention_sinks[0].float().mean(1) >= 0.5).sum(0)
     hidden = sinks.hidden_sinks[0].sum(0)
@@ -221,9 +248,9 @@ def _summary(eye: Eye, inputs: Any, sinks: Any) -> SinkSummary:
     image = sinks.is_image[0]
     place = (image.cumsum(0) - 1).tolist()
     ids = inputs["input_ids"][0].tolist()
-    written = [f"patch {place[at]}" if image[at] else eye.processor.tokenizer.decode([ids[at]]) for at in order]
+    written = [f"patch {place[at]}" if image[at] else case.processor.tokenizer.decode([ids[at]]) for at in order]
     rows = tuple(
-        (text, at, bool(image[at]), float(received[at]), int(often[at]), int(hidden[at]))
+        SinkRow(text, at, bool(image[at]), float(received[at]), int(often[at]), int(hidden[at]))
         for text, at in zip(written, order, strict=True)
     )
     counts = {kind: tuple(values[0].tolist()) for kind, values in sinks.counts().items()}

@@ -19,8 +19,8 @@ from ..options import TESTBED_SPLITS, Options
 from ..run.methods import MethodSpec, load_recipe, plan_methods
 from ..run.models import ModelSource, find_model, fitting_threads, load_model, placement
 from ..testbed import MODELS
+from .case import Case
 from .look import Inspection, inspect_picture
-from .words import Eye
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,18 +64,18 @@ def inspect_command(options: InspectOptions) -> Inspection:
     model = load_model(
         source, dtype=options.dtype, device=options.device, attn_implementation=options.attn_implementation
     )
-    eye = Eye(
-        model,
-        source.processor,
-        PromptBuilder(source.processor, use_template=options.chat_template),
-        picture,
-        options.prompt or CHAIR_PROMPT,
-        objects,
-        scene_words,
-        options.max_new_tokens or (64 if on_testbed else 256),
+    case = Case(
+        model=model,
+        processor=source.processor,
+        prompts=PromptBuilder(source.processor, use_template=options.chat_template),
+        picture=picture,
+        question=options.prompt or CHAIR_PROMPT,
+        objects=objects,
+        scene_words=scene_words,
+        max_new_tokens=options.max_new_tokens or (64 if on_testbed else 256),
     )
     with fitting_threads(model):
-        return inspect_picture(eye, specs, title=f"{name} · {source.name}", facts=_facts(source, model, name))
+        return inspect_picture(case, specs, title=f"{name} · {source.name}", facts=_facts(source, model, name))
 
 
 def _specs(options: InspectOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:

@@ -37,10 +37,10 @@ def search(
     The dimensions are those of ``vlmfix.find_sink_dims`` on the samples' prompts. Images are left out of them and all
     are cut to the length of the shortest, because only the first token is looked at, which sees nothing else.
 
-    Then the prompts are read with their images. VAR acts in layers where an image token's ``phi = max_d |x_d| / rms(x)``
-    reaches the threshold. Phi never exceeds the square root of the model's width, so a threshold made for large models
-    may be out of reach. If no image token reaches it, the recipe gets the one that is reached in ``sink_share`` of all
-    image tokens and layers (ours); the log and the result say so. Costs a text prefill and a prefill per sample.
+    Then the prompts are read with their images. VAR acts in layers where ``phi = max_d |x_d| / rms(x)`` of an image
+    token reaches the threshold. Phi never exceeds the square root of the model's width, so a threshold made for large
+    models may be out of reach. If no image token reaches it, the recipe gets the one that is reached in ``sink_share``
+    of all image tokens and layers (ours); the log and the result say so. Costs a text prefill and a prefill per sample.
 
     Args:
         session: The model.
