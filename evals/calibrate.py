@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError
-from vlmfix.observe.prompts import PromptBuilder
 
-from .benchmarks.chair.task import Chair
-from .benchmarks.coco_objects import ChairMatcher
-from .benchmarks.object_questions import PopeQuestion
-from .benchmarks.pope.task import Pope
-from .benchmarks.registry import Tasks, make_tasks
-from .data.records import read_ids
-from .data.samples import Sample
 from .flags import IMAGES, MODEL, OUTPUT, add_verb, option
 from .options import DataOptions, EvalOptions
-from .run.methods import parse_settings
-from .run.models import find_model, fitting_threads, load_model
+
+if TYPE_CHECKING:
+    from vlmfix import CalibrationSample
+
+    from .benchmarks.registry import Tasks
 
 TESTBED_IMAGES = 40
 
@@ -52,6 +47,8 @@ class CalibrateOptions(DataOptions):
         Raises:
             MethodError: One is no ``key=value``.
         """
+        from .run.methods import parse_settings
+
         return parse_settings(self.settings)
 
     @property
@@ -74,8 +71,14 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     Raises:
         VlmfixError: Something is missing or contradictory, an image is excluded, or the search finds nothing.
     """
+    # Imported here, so that the verb's --help does not wait for torch.
     import vlmfix
     from vlmfix.calibration.calibrate import plan
+    from vlmfix.observe.prompts import PromptBuilder
+
+    from .benchmarks.coco_objects import ChairMatcher
+    from .benchmarks.registry import make_tasks
+    from .run.models import find_model, fitting_threads, load_model
 
     run, settings, asks = options.filled_in(), options.parameters, options.asks
     out = options.out or Path(f"{options.method}.json")
@@ -84,7 +87,7 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     plan(options.method, settings)
     tasks = make_tasks(run)
     samples, max_new_tokens = _samples(tasks, asks)
-    check_excluded([int(sample.image_id) for sample in samples], options.exclude)
+    _check_excluded({sample.image_id for sample in samples}, options.exclude)
     source = find_model(run.model)
     model = load_model(source, dtype=run.dtype, device=run.device, attn_implementation=run.attn_implementation)
     images = len({sample.image_id for sample in samples})
@@ -96,7 +99,7 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
             samples,
             processor=source.processor,
             prompt=PromptBuilder(source.processor, use_template=run.chat_template),
-            mentions=make_mentions(),
+            mentions=ChairMatcher("original").as_written,
             seed=run.seed,
             batch_size=int(run.batch_size or (32 if run.model is None else 8)),
             max_new_tokens=max_new_tokens,
@@ -110,9 +113,12 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     show(f"written: {out} (patch(model, {str(out)!r}))")
 
 
-def _samples(tasks: Tasks, asks: bool) -> tuple[list[Any], int]:
+def _samples(tasks: Tasks, asks: bool) -> tuple[list[CalibrationSample], int]:
     """Return the samples, and how long captions may get."""
     from vlmfix import CalibrationSample
+
+    from .benchmarks.chair.task import Chair
+    from .benchmarks.pope.task import Pope
 
     if not asks:
         chair = tasks.find(Chair)
@@ -124,39 +130,34 @@ def _samples(tasks: Tasks, asks: bool) -> tuple[list[Any], int]:
         return captions, chair.max_new_tokens
     pope = tasks.find(Pope)
     assert pope is not None
-    paths = {sample.image_id: sample for sample in pope.samples}
-    asked = {q.split for q in pope.asked}
-    wanted = {POPE_SPLIT} & asked or asked  # question files given by the user may have other names
-    questions = {(q.image_id, q.text): q for q in pope.asked if q.split in wanted}
-    return [_question(q, paths[q.image_id], pope.prompt_text(q)) for q in questions.values()], 1
+    paths = {sample.image_id: sample.path for sample in pope.samples}
+    splits = {question.split for question in pope.asked}
+    wanted = {POPE_SPLIT} & splits or splits  # question files given by the user may have other names
+    questions = {(each.image_id, each.text): each for each in pope.asked if each.split in wanted}
+    asked = [
+        CalibrationSample(
+            paths[each.image_id],
+            pope.prompt_text(each),
+            answer=each.label,
+            objects={each.object} if each.label else None,
+            absent=None if each.label else {each.object},
+            image_id=each.image_id,
+        )
+        for each in questions.values()
+    ]
+    return asked, 1
 
 
-def _question(question: PopeQuestion, sample: Sample, text: str) -> Any:
-    from vlmfix import CalibrationSample
-
-    return CalibrationSample(
-        sample.path,
-        text,
-        answer=question.label,
-        objects={question.object} if question.label else None,
-        absent=None if question.label else {question.object},
-        image_id=question.image_id,
-    )
-
-
-def make_mentions() -> Callable[[str], list[tuple[str, str]]]:
-    """Return a function that finds the COCO objects a caption names, by CHAIR's original rules."""
-    return ChairMatcher("original").as_written
-
-
-def check_excluded(used: Sequence[int], files: Sequence[Path]) -> None:
+def _check_excluded(used: Set[int | str | None], files: Sequence[Path]) -> None:
     """Refuse images that an evaluation uses.
 
     Raises:
         DataError: An image is listed, or a file cannot be read.
     """
+    from .data.records import read_ids
+
     for path in files:
-        both = sorted(set(read_ids(path, "--exclude")) & set(used))
+        both = sorted(number for number in read_ids(path, "--exclude") if number in used)
         if both:
             raise DataError(
                 f"{len(both)} of the images are in --exclude {path} (first: {both[0]}), so methods would be evaluated "

@@ -779,9 +779,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_command_finds_words_where_chair_does() -> None:
-    from vlmfix.evals.calibrate import make_mentions
+    from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 
-    found = make_mentions()
+    found = ChairMatcher("original").as_written
     text = "Two dogs, a dining table and a man's hot dog."
     assert found(text) == [("dogs", "dog"), ("table", "dining table"), ("man", "person"), ("hot", "hot dog")]
     assert found("The seat of the toilet and a dog.") == []
