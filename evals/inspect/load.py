@@ -21,7 +21,7 @@ from ..testbed.scenes import SPLITS, image_id, make_scene
 from ..testbed.vocabulary import SCENES
 from .case import Case
 from .look import Inspection, inspect_picture
-from .run import InspectOptions
+from .options import InspectOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

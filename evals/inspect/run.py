@@ -1,36 +1,15 @@
-"""``vlmfix inspect``: its options, and the verb that writes the page."""
+"""``vlmfix inspect``: the verb that writes the page."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vlmfix.errors import DataError
 
-from ..flags import IMAGES, MODEL, OUTPUT, add_verb, option
-from ..options import TESTBED_SPLITS, Options
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions(Options):
-    """The options of ``vlmfix inspect``."""
-
-    image: Path | None = option("picture (default: a scene of the testbed)", group=IMAGES, metavar="FILE")
-    scene: int | None = option("scene of the testbed, from 0 (default: 350)", group=IMAGES, metavar="N", at_least=0)
-    split: str = option(
-        "split of the testbed that the scene is from", group=IMAGES, default="heldout", choices=TESTBED_SPLITS
-    )
-    objects: tuple[str, ...] | None = option(
-        "COCO objects that are in the picture, if you know them", group=IMAGES, metavar="NAME"
-    )
-    methods: tuple[str, ...] = option(
-        "compare with a method or recipe file", group=MODEL, name="--method", default=(), metavar="NAME"
-    )
-    out: Path = option("the page", group=OUTPUT, default=Path("inspect.html"), metavar="FILE")
-
+from ..flags import add_verb
+from .options import InspectOptions
 
 _ABOUT = """\
 Write a page that shows what an answer about a picture rests on, before and after a patch.

@@ -19,9 +19,9 @@ from vlmfix.cli import main
 from vlmfix.evals import testbed
 from vlmfix.evals.inspect.load import inspect_command
 from vlmfix.evals.inspect.look import Inspection, Word
+from vlmfix.evals.inspect.options import InspectOptions
 from vlmfix.evals.inspect.page import inspection_page, summary, verdict
 from vlmfix.evals.inspect.picture import grid_of
-from vlmfix.evals.inspect.run import InspectOptions
 from vlmfix.evals.inspect.words import layer_groups, word_spans
 from vlmfix.probes.evidence import DOUBT_THRESHOLD
 
