@@ -83,7 +83,10 @@ class Prefix:
         cache = DynamicCache(config=self._anatomy.text_config)
         for layer, (keys, values) in enumerate(self.layers):
             chosen = index.to(keys.device)
-            cache.update(keys.index_select(0, chosen), values.index_select(0, chosen), layer)
+            # Filled with nothing first: what a cache takes, it copies once more.
+            cache.update(keys[:0, :, :0], values[:0, :, :0], layer)
+            cache.layers[layer].keys = keys.index_select(0, chosen)
+            cache.layers[layer].values = values.index_select(0, chosen)
         patch = find_patch(self._anatomy.model)
         if patch is not None:
             setattr(cache, STATE_ATTRIBUTE, self._state(patch.methods, index))

@@ -100,7 +100,9 @@ class Prefixes:
             inputs = encode(self._generator.processor, [prompts[n] for n in firsts], shown, model)
             start = _now(model)
             prefix = vlmfix.shared_prefix(model, inputs)
-            kept = self._kept[key] = _Read(prefix, shown, (_now(model) - start) / len(shown))
+            kept = _Read(prefix, shown, (_now(model) - start) / len(shown))
+            # Beside the one that methods share, no more than that of the method at hand.
+            self._kept = {other: read for other, read in self._kept.items() if other is None} | {key: kept}
         return kept
 
     def _difference(self, prefix: Any, prompts: Sequence[str], images: Sequence[Any], rows: Sequence[int]) -> float:
