@@ -11,7 +11,7 @@ from vlmfix.errors import DataError, MethodError
 from vlmfix.files import read_json
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
-from vlmfix.methods.registry import make_method, method_from_dict, method_names, recipe_entry
+from vlmfix.methods.registry import make_method, method_from_dict, recipe_entry
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy, AttentionKind
@@ -64,12 +64,10 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
         spec = spec.method
     if spec is None:
         chosen = default_recipe(anatomy)
-    elif isinstance(spec, str) and spec in method_names():
-        return (make_method(spec, parameters),)
     elif isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith(".json")):
         chosen = load_recipe(spec)
     elif isinstance(spec, str):
-        chosen = (make_method(spec, parameters),)
+        return (make_method(spec, parameters),)
     elif isinstance(spec, Method):
         chosen = (spec,)
     elif isinstance(spec, Mapping):

@@ -15,7 +15,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
@@ -45,10 +45,10 @@ def list_methods() -> dict[str, type[Method]]:
 
     What another package offers and cannot be used is left out with a warning that names the package.
     """
-    found = {}
-    for name in method_names():
+    found, offered = {}, _offered()
+    for name in sorted({*_own_modules(), *offered}):
         try:
-            found[name] = method_class(name)
+            found[name] = _class_of(name, offered.get(name, []))
         except MethodError as error:
             warnings.warn(f"{error}", stacklevel=2)
     return found
@@ -60,13 +60,18 @@ def method_class(name: str) -> type[Method]:
     Raises:
         MethodError: There is no such method, several packages offer one of that name, or it cannot be used.
     """
-    module, offered = _own_modules().get(name), _offered().get(name, [])
+    return _class_of(name, _offered().get(name, []))
+
+
+def _class_of(name: str, offered: Sequence[EntryPoint]) -> type[Method]:
+    """Return a method's class: ours, or the one that another package offers."""
+    module = _own_modules().get(name)
     packages = " and ".join(sorted(_package(each) for each in offered))
     if module is not None:
         if offered:
             warnings.warn(
                 f"A method named {name!r} comes with {packages} too. That of vlmfix is used.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return _class_in(module, name)
     if not offered:
