@@ -128,9 +128,12 @@ class TellingPrefill:
             length = embeds.shape[1]
         elif cache is not None and length <= cache.get_seq_length():
             length += int(cache.get_seq_length())
-        told = {**model_kwargs, PROMPT_END_KWARG: length}
         stock = getattr(type(self.model), PREFILL)
-        return stock(self.model, input_ids, generation_config, told, *args, **kwargs)
+        model_kwargs[PROMPT_END_KWARG] = length  # in place, as the method itself (of 5.0) keeps positions there
+        try:
+            return stock(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        finally:
+            del model_kwargs[PROMPT_END_KWARG]
 
 
 def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -16,7 +16,7 @@ from vlmfix.decoding.base import AnswerToken
 
 ONE = collate([RAGGED[0]])
 TEXT = collate([RAGGED[2]])
-STRONG = [vlmfix.M3ID(lam=0.3, alpha=1.0), vlmfix.FLB(gamma=2.0, lam=1.0, beta=0.0)]
+STRONG = [vlmfix.M3ID(lam=0.15, alpha=1.0), vlmfix.FLB(gamma=2.0, lam=1.0, beta=0.0)]
 EACH = pytest.mark.parametrize("method", STRONG, ids=lambda method: method.name)
 
 
