@@ -73,8 +73,8 @@ class FastTokenizer:
             if word in self._undecided or word.rpartition("-")[2] in self._undecided:
                 return self._sentences(text)  # type: ignore[no-any-return]
         starts = [0, *(end.end() for end in ends)]
-        sentences = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-        return sentences if sentences[-1].strip() else sentences[:-1]
+        sentences = [text[a:b].rstrip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        return sentences if sentences[-1] else sentences[:-1]
 
 
 class FastTagger:
@@ -242,7 +242,43 @@ def punkt_tokens(what: str = "CHAIR's punkt tokenizer") -> Words:
         sentences = nltk.tokenize.PunktTokenizer("english")
     except LookupError as error:
         raise DataError(f"nltk does not find the data punkt_tab: {_NLTK_DATA_HINT}") from error
-    return FastTokenizer(sentences, nltk.tokenize.NLTKWordTokenizer())
+    sentences._lang_vars = _official_punctuation(nltk.tokenize.punkt.PunktLanguageVars)
+    return FastTokenizer(sentences, _official_words(nltk.tokenize.NLTKWordTokenizer))
+
+
+def _official_punctuation(base: Any) -> Any:
+    """The punctuation that Punkt knew when the official counts were made (nltk 3.8.1): no curly quotes.
+
+    Args:
+        base: nltk's ``PunktLanguageVars``.
+    """
+
+    class Punctuation(base):  # type: ignore[misc]
+        re_boundary_realignment = re.compile(r"""["')\]}]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
+
+        @property
+        def _re_non_word_chars(self) -> str:
+            ends = re.escape("".join(set(self.sent_end_chars) - {"."}))
+            return rf"""(?:[)";}}\]\*:@'({{\[{ends}])"""
+
+    return Punctuation()
+
+
+def _official_words(base: Any) -> Any:
+    """The word tokenizer of nltk 3.8.1, with which the official counts were made, of any later version.
+
+    Later versions part words at en and em dashes ("people—two" is one word in the official counts), and read
+    apostrophes at a word's beginning and runs of blanks otherwise.
+
+    Args:
+        base: nltk's ``NLTKWordTokenizer``.
+    """
+    tokenizer = base()
+    apostrophe = (re.compile(r"(?i)(\')(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"\1 \2")
+    tokenizer.STARTING_QUOTES = [*base.STARTING_QUOTES[:-1], apostrophe]
+    tokenizer.PUNCTUATION = [rule for rule in base.PUNCTUATION if not rule[0].search("—")]
+    tokenizer.ENDING_QUOTES = [rule for rule in base.ENDING_QUOTES if not rule[0].search("  ")]
+    return tokenizer
 
 
 def perceptron_tagger(what: str = "CHAIR's nltk mode") -> Any:

@@ -25,8 +25,8 @@ WORDS = {
 """What each word says. All of them go by Holm-corrected 95 % intervals."""
 
 FALSE_WORDS = (
-    "all that decides a word is corrected as one family (Holm): at most 5 % of runs say better, worse, mixed or loops "
-    "of methods that equal their controls"
+    "all that decides a word is one family (Holm), so that at most 5 % of runs say better, worse, mixed or loops of "
+    "methods that equal their controls"
 )
 
 

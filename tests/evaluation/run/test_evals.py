@@ -28,7 +28,7 @@ from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, UnsupportedModelError, VlmfixError
 from vlmfix.evals import evaluate as runner
 from vlmfix.evals import tables
-from vlmfix.evals.benchmarks import columns, object_questions
+from vlmfix.evals.benchmarks import columns, object_choice
 from vlmfix.evals.benchmarks import yes_no as pope
 from vlmfix.evals.benchmarks.chair import task as chair_task
 from vlmfix.evals.benchmarks.chair import text_quality
@@ -565,7 +565,7 @@ def test_model_without_template_needs_a_whole_prompt(home: Path, words: Any, tmp
 def test_prompts(home: Path) -> None:
     source = models.find_model(home / "m")
     build = PromptBuilder(source.processor)
-    question = object_questions.PROMPT.replace("{question}", "Is there a dog in the image?")
+    question = object_choice.PROMPT.replace("{question}", "Is there a dog in the image?")
     assert build(chair_task.PROMPT) == "USER: <image>\nPlease describe this image in detail. ASSISTANT:"
     assert build(question) == (
         "USER: <image>\nIs there a dog in the image?\nAnswer the question using a single word or phrase. ASSISTANT:"
@@ -869,7 +869,9 @@ var             50.0       20.0      72.0     81.8       12.3        80.0     84
 
 - none: paired difference in points; 95 %: its interval over 2000 resamples of the images
 *: the interval excludes 0; = none: no answer changed
-verdict: better: beats a control that needs no method (early stop, yes bias) and loses to neither
+verdict: better: beats a control that needs no method (early stop, yes bias) and loses to neither; all that decides a
+  word is one family (Holm), so that at most 5 % of runs say better, worse, mixed or loops of methods that equal their
+  controls
 vhr is vhr alpha=1.3
 
 method  control     matched            metric     method  control  difference       95 %  verdict
@@ -878,7 +880,8 @@ vhr     early stop  recall 72.0, 72.1  CHAIR_i ↓    17.0     19.0       -2.0* 
 early stop: none's own captions, ended as soon as the end token comes within a fixed margin, chosen so that recall is
   the method's. yes bias: a constant added to none's yes-minus-no logit, chosen so that the share of yes is the
   method's. every head and other heads: the same factor on all heads, and on those the method leaves alone. A method
-  that does not beat its control only moves along the trade-off.
+  that does not beat its control only moves along the trade-off. Early stop and yes bias are matched again in every
+  resample, so that the intervals cover that choice.
 
 front  method  CHAIR_i ↓  - none       95 %  recall ↑  - none     95 %  seconds ↓  quartiles  dominated by
 *      vhr          17.0    -3.1  -6.2,+0.4      72.0     0.0  0.0,0.0     x 1.17
