@@ -13,7 +13,7 @@ from vlmfix.cli import VERBS, command_parser, main
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.calibrate import CalibrateOptions
 from vlmfix.evals.flags import MODEL, OUTPUT, add_verb, check_options, option, typed_values
-from vlmfix.evals.inspect.run import InspectOptions
+from vlmfix.evals.inspect.options import InspectOptions
 from vlmfix.evals.options import EvalOptions, Options
 from vlmfix.evals.tune.command import TuneOptions
 
