@@ -1,4 +1,4 @@
-"""One picture and one prompt, looked at from all sides; ``inspection_page`` shows it."""
+"""One answer about a picture, looked at with every probe: what the page shows."""
 
 from __future__ import annotations
 
@@ -193,12 +193,8 @@ def _look(case: Case, inputs: Any, label: str, note: str, tokens: Answers | None
     sinks = probes.sinks(case.model, inputs)
     asked = case.ask_for([mention.name for mention in mentions])
     assert looks.maps is not None
-    words = tuple(
-        _word(
-            span, looks, rests, divergence, case, {m.token: (m.name, q) for m, q in zip(mentions, asked, strict=True)}
-        )
-        for span in spans
-    )
+    objects = {mention.token: (mention.name, yes) for mention, yes in zip(mentions, asked, strict=True)}
+    words = tuple(_word(span, looks, rests, divergence, case, objects) for span in spans)
     return Version(
         label=label,
         note=note,
@@ -243,8 +239,8 @@ def _summary(case: Case, inputs: Any, sinks: Any) -> SinkSummary:
     received = sinks.received[0].mean((0, 1))  # [tokens]
     often = (sinks.attention_sinks[0].float().mean(1) >= 0.5).sum(0)
     hidden = sinks.hidden_sinks[0].sum(0)
-    told = sinks.is_token[0].nonzero()[:, 0].tolist()[: -MIN_ROWS + 1]  # the mean of a few rows says little
-    order = sorted(told, key=lambda at: -float(received[at]))[:SHOWN_SINKS]
+    seen = sinks.is_token[0].nonzero()[:, 0].tolist()[: -MIN_ROWS + 1]  # the mean of a few rows says little
+    order = sorted(seen, key=lambda at: -float(received[at]))[:SHOWN_SINKS]
     image = sinks.is_image[0]
     place = (image.cumsum(0) - 1).tolist()
     ids = inputs["input_ids"][0].tolist()

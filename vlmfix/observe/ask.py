@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from vlmfix.engine.calls import parameter_names
 from vlmfix.engine.status import describe
 from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
@@ -80,7 +80,7 @@ def answer(
         max_new_tokens: Limit of every answer; with ``answers``, their length counts.
         answers: Ids to give instead of the model's own choice.
         logits: Whether to keep the logits of every step.
-        processors: Logits processors, behind the model's own.
+        processors: Logits processors that act after the model's own.
 
     Returns:
         What was answered.
@@ -117,22 +117,24 @@ def answer(
 
 
 def next_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options: Any) -> torch.Tensor:
-    """Read a batch in one forward without a cache; return what the last rows predict: fp32 ``[batch, rows, vocab]``.
+    """Read a batch in one forward, without a cache, and return the logits of its last rows.
 
     Args:
         model: A Hugging Face model, patched or not.
         inputs: What ``model.forward`` takes; left-padded.
-        rows: How many.
+        rows: How many rows.
         **options: Further arguments of the forward.
+
+    Returns:
+        fp32 ``[batch, rows, vocab]``.
     """
-    takes = inspect.signature(type(model).forward).parameters
-    keep = {"logits_to_keep": rows} if "logits_to_keep" in takes else {}
+    keep = {"logits_to_keep": rows} if "logits_to_keep" in parameter_names(model) else {}
     logits: torch.Tensor = model(**inputs, **{"use_cache": False, **keep, **options}).logits[:, -rows:]
     return logits.float()
 
 
 def stock_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options: Any) -> torch.Tensor:
-    """The same of the stock model, also while a patch is on it, which stays as it is."""
+    """Return the same for the stock model; a patch that is on it stays there and does nothing."""
     stock = {} if find_patch(model) is None else {FORWARD_KWARG: None}
     with left_as_found(model):
         return next_logits(model, inputs, rows, **stock, **options)

@@ -1,4 +1,4 @@
-"""What is learned from: pictures with questions whose answers, or objects, are known."""
+"""Samples to learn from: images and questions whose right answer, or whose objects, are known."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CalibrationSample:
         """Return the picture.
 
         Raises:
-            DataError: The file is missing or no image.
+            DataError: The file is missing or is not an image.
         """
         if not isinstance(self.image, (str, Path)):
             return self.image
@@ -68,7 +68,7 @@ def choose(data: Iterable[CalibrationSample], limit: int | None, seed: int) -> l
     """Return the samples of a calibration: all, or ``limit`` of them drawn by ``seed``, in their order.
 
     Raises:
-        DataError: There are none, or one is no ``CalibrationSample``.
+        DataError: There are none, or one is not a ``CalibrationSample``.
     """
     samples = list(data)
     for sample in samples:

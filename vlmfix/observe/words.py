@@ -1,4 +1,4 @@
-"""From words to tokens: where a caption names an object, and which tokens answer yes or no."""
+"""Words and tokens: where a caption names an object, and which tokens mean yes and no."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Mention(NamedTuple):
 def locate_mentions(tokenizer: Any, ids: Sequence[int], found: Sequence[tuple[str, str]]) -> tuple[list[Mention], int]:
     """Find the tokens that object words begin with.
 
-    A word counts where it stands alone (not inside another word, not in a hyphenated one), each at most once, from left
-    to right. A token that holds other visible characters before the word predicts more than the word: no mention.
+    A word counts where it stands alone, not inside another word or a hyphenated one. Each counts at most once, from
+    left to right. A word whose token holds other visible characters before it is left out: that token predicts more.
 
     Args:
         tokenizer: The tokenizer.
@@ -77,14 +77,14 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def token_ends(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
-    """Return where each token ends in the decoded text, by decoding one token more at a time.
+    """Return where each token ends in the decoded text, by decoding one more token at a time.
 
-    Tokenizers' own offsets belong to a text that is encoded, and encoding a caption again need not give its tokens.
+    A tokenizer's own offsets are those of a text that it encodes, and encoding a caption again may give other tokens.
     """
     ends: list[int] = []
     for count in range(1, len(ids) + 1):
         part = decode(tokenizer, ids[:count])
-        # A decoder may write the end of a text (a space, half a character) otherwise than its middle.
+        # A decoder may write the end of a text (a space, half a character) differently from its middle.
         same = next(
             (i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a.lower() != b.lower()),
             min(len(part), len(text)),

@@ -85,35 +85,32 @@ def attention_to_image(
     answered = subject.answer(inputs, watch, max_new_tokens=max_new_tokens, answers=answers)
     batch, steps, heads = len(answered.tokens), answered.steps, subject.anatomy.num_heads
     behind = answered.behind[..., None, None]
-    columns = prompt_tokens(subject.anatomy, inputs).behind.cpu()
-    if log.mass:
-        mass = log.on_image(wanted)[:, :steps]
-        where = stack_by_layer(log.maps[:steps], wanted) if maps else torch.zeros(0)
-        rows = torch.stack([_rows(log, at, columns) for at in wanted], dim=2) if prompt else torch.zeros(0)
-    else:  # no image in the whole batch: nothing was shown
-        mass = torch.zeros(batch, steps, len(wanted), heads)
-        where = torch.zeros(batch, steps, len(wanted), 0)
-        rows, columns = torch.zeros(batch, 0, len(wanted), heads), columns[:, :0]
+    is_shown = bool(log.mass)  # nothing is, without any image in the whole batch
+    mass = log.on_image(wanted)[:, :steps] if is_shown else torch.zeros(batch, steps, len(wanted), heads)
+    weights, rows, columns = None, None, torch.zeros(0)
+    if maps:
+        weights = stack_by_layer(log.maps[:steps], wanted) if is_shown else mass[..., :0]
+        weights = weights.masked_fill(behind, float("nan"))
+    if prompt:
+        own = prompt_tokens(subject.anatomy, inputs).behind.cpu() & is_shown
+        columns = own.any(0).nonzero()[:, 0]
+        rows = torch.zeros(batch, 0, len(wanted), heads)
+        if is_shown:
+            rows = torch.stack([_rows(log, at, columns) for at in wanted], dim=2)
+            rows = rows.masked_fill(~own[:, columns, None, None], float("nan"))
     return ImageAttention(
         wanted,
         subject.patch,
         mass=mass.masked_fill(behind, float("nan")),
-        maps=where.masked_fill(behind, float("nan")) if maps else None,
-        prompt=rows if prompt else None,
-        prompt_rows=tuple(columns.any(0).nonzero()[:, 0].tolist()) if prompt else (),
+        maps=weights,
+        prompt=rows,
+        prompt_rows=tuple(columns.tolist()),
         num_image_tokens=log.num_image_tokens or (0,) * batch,
         tokens=answered.tokens,
     )
 
 
-def _rows(log: AttentionLog, layer: int, behind: torch.Tensor) -> torch.Tensor:
-    """Return the mass on the image in the prompt's rows behind any image, ``[batch, rows, num_heads]``.
-
-    Args:
-        log: What was seen.
-        layer: In which layer.
-        behind: Which rows are those of a sample, bool ``[batch, length]``; the others are NaN.
-    """
+def _rows(log: AttentionLog, layer: int, columns: torch.Tensor) -> torch.Tensor:
+    """Return the mass on the image in some rows of the prompt, ``[batch, rows, num_heads]``."""
     first, seen = log.rows_on_image(layer)
-    columns = behind.any(0).nonzero()[:, 0]
-    return seen.transpose(1, 2)[:, columns - first].masked_fill(~behind[:, columns, None], float("nan"))
+    return seen.transpose(1, 2)[:, columns - first]

@@ -1,4 +1,4 @@
-"""What every probe returns: a frozen result that knows how to write and to draw itself."""
+"""What every probe returns: a frozen result that can be written as JSON and drawn."""
 
 from __future__ import annotations
 
@@ -71,5 +71,5 @@ def heat_map(ax: Any, values: Any, layers: tuple[int, ...], *, xlabel: str, labe
 
 
 def in_words(patch: str | None) -> str:
-    """Say under which patch a figure was made."""
+    """Return what to write under a figure: the patch it was made with."""
     return "stock model" if patch is None else patch

@@ -1,4 +1,4 @@
-"""Attention sinks and hidden-state sinks of a prompt, text and visual."""
+"""Sinks of a prompt: tokens that draw attention, and tokens whose hidden state marks them as sinks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sinks(ProbeResult):
             layer, over the sink dimensions (VAR, arXiv 2503.03321). 0 for padding and where there are no dimensions.
         hidden_sinks: Bool, same shape: ``phi >= hidden_threshold``.
         is_image: Bool ``[batch, tokens]``: visual tokens; the others are text.
-        is_token: Bool ``[batch, tokens]``: tokens that are no padding.
+        is_token: Bool ``[batch, tokens]``: tokens that are not padding.
         sink_dims: The dimensions.
         attention_threshold: See ``attention_sinks``.
         hidden_threshold: See ``hidden_sinks``.
@@ -63,7 +63,7 @@ class Sinks(ProbeResult):
         }
 
     def plot(self, ax: Any = None, *, sample: int = 0, kind: str = "attention", **options: Any) -> Any:
-        """Draw, by layer and token, the attention received (mean over heads) or ``kind="hidden"`` phi."""
+        """Draw, by layer and token, the attention received (mean over heads), or phi with ``kind="hidden"``."""
         if kind not in ("attention", "hidden"):
             raise MethodError(f"kind must be 'attention' or 'hidden', got {kind!r}.")
         values = self.received[sample].mean(1) if kind == "attention" else self.values[sample]
@@ -140,15 +140,15 @@ def sinks(
         model: The model, patched or not.
         inputs: What ``model.generate`` takes, left-padded. A sample without an image has no figures (all 0).
         layers: Layers to look at, see ``LayerSpec``. Default: all.
-        attention_threshold: A head's attention sink gets more than this over the number of tokens.
-        hidden_threshold: tau; no token of a model narrower than tau squared can reach it.
+        attention_threshold: An attention sink of a head receives more than this, divided by the number of tokens.
+        hidden_threshold: tau. No token of a model narrower than tau squared can reach it.
         sink_dims: Hidden dimensions that mark sinks. Default: those known for the language model, else found by
             ``vlmfix.find_sink_dims``.
         min_rows: Tokens seen by fewer rows are no attention sinks: their mean says little.
 
     Raises:
         UnsupportedFeatureError: See ``look_at``; or a layer adds terms to its scores that cannot be written out.
-        MethodError: A threshold or dimension out of range, or ``layers`` this model has not.
+        MethodError: A threshold or dimension out of range, or ``layers`` that this model does not have.
     """
     if attention_threshold <= 0 or hidden_threshold <= 0 or min_rows < 1:
         raise MethodError(
