@@ -105,6 +105,9 @@ class Patch:
         self.layer_hooks = make_layer_hooks(self.sites)
         self._handles: list[Any] = []
         self._stand_ins = StandIns()
+        # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
+        models = (anatomy.model, anatomy.language_model)
+        self._prefills = {each: TellingPrefill(each) for each in models if hasattr(type(each), PREFILL)}
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
@@ -171,8 +174,8 @@ class Patch:
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
             self._stand_ins.put(each, PAGED, REFUSE_PAGES)
-            if hasattr(type(each), PREFILL):
-                self._stand_ins.put(each, PREFILL, TellingPrefill(each))
+            if each in self._prefills:
+                self._stand_ins.put(each, PREFILL, self._prefills[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         if self.branches is not None or self.early_head.mixing:
             self._stand_ins.put(language_model, "forward", ForwardWithHooks(self, language_model))
