@@ -86,6 +86,11 @@ class DecodingMethod(Method):
         self.require(self.layers is None, "layers", "left out: the method acts on logits, not in layers")
 
     @property
+    def is_identity(self) -> bool:
+        """Whether a parameter switches the method off, or nothing is contrasted and nothing cut."""
+        return super().is_identity or not (self.uses_branch or bool(getattr(self, "beta", 0)))
+
+    @property
     def uses_branch(self) -> bool:
         """Whether the other branch is needed at all."""
         return True
@@ -94,8 +99,8 @@ class DecodingMethod(Method):
         """Check that the other branch can be run in this model.
 
         Raises:
-            MethodError: The model predicts no next token, an encoder reads the prompt, or ``generate`` hands merged
-                embeddings to a model inside.
+            MethodError: The model predicts no next token, an encoder reads the prompt, ``generate`` hands merged
+                embeddings to a model inside, or an edit of the other branch means nothing there.
         """
         check_next_token(self, anatomy)
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model:
@@ -104,6 +109,7 @@ class DecodingMethod(Method):
                 "forward that gives the logits, so no second branch can be run beside it. Choose a method that edits "
                 "attention; vlmfix.list_methods() lists them."
             )
+        self.branch_edit(anatomy)
         return self
 
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
@@ -162,11 +168,6 @@ class Contrast(DecodingMethod):
 
     alpha: float = strength(1.0)
     beta: float = plausibility(0.1)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether ``alpha`` and ``beta`` are 0."""
-        return self.alpha == 0 and self.beta == 0
 
     @property
     def uses_branch(self) -> bool:

@@ -66,24 +66,9 @@ class Edited(DecodingMethod):
         return self.edit
 
     @property
-    def is_identity(self) -> bool:
-        """Whether nothing is contrasted and nothing cut."""
-        return not self.uses_branch and self.beta == 0
-
-    @property
     def uses_branch(self) -> bool:
         """Whether the branches differ, and their difference counts."""
         return self.alpha != 0 and not self._edit.is_identity
-
-    def bind(self, anatomy: Anatomy) -> Edited:
-        """Check that both branches can be run in this model.
-
-        Raises:
-            MethodError: No second branch can be run, or the edit means nothing there.
-        """
-        super().bind(anatomy)
-        self.branch_edit(anatomy)
-        return self
 
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
         """Return the edit, bound to the model."""

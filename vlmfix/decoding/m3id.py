@@ -46,11 +46,6 @@ class M3ID(WithoutImage):
     beta: float = plausibility(0.0, "The paper's formula cuts nothing.")
 
     @property
-    def is_identity(self) -> bool:
-        """Whether nothing is contrasted and nothing cut."""
-        return not self.uses_branch and self.beta == 0
-
-    @property
     def uses_branch(self) -> bool:
         """Whether any step can be contrasted."""
         return self.lam != 0 and self.alpha != 0

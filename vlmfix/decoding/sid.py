@@ -89,16 +89,6 @@ class SID(Contrast):
         "has 576 (100 for POPE).",
     )
 
-    def bind(self, anatomy: Anatomy) -> SID:
-        """Check that both branches can be run in this model.
-
-        Raises:
-            MethodError: No second branch can be run, or image tokens are not among the keys of its attention.
-        """
-        super().bind(anatomy)
-        self.branch_edit(anatomy)
-        return self
-
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
         """Return the edit of the second branch, bound to the model."""
         return placed(LeastSeenImage(self.keep), anatomy)
