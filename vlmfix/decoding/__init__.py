@@ -8,6 +8,7 @@ under an attention method (``edited``, ``sid``), or nothing (``flb``). What they
 - ``two_branches``: what happens before and after a forward of the model, in its hooks.
 - ``other_prompt``, ``other_image``: the arguments of the forward that reads the other prompt.
 - ``branch``: what is kept of the other branch, and its part of a step. ``caches``: both caches in one.
+- ``outputs``: what a forward returns.
 - ``branch_edits``: an attention method in the other branch.
 
 ``opera`` takes the place of ``generate``: ``beam_search`` is plain, ``opera_search`` looks ahead and goes back.

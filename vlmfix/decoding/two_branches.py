@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.decoding.base import AnswerToken, DecodingMethod
-from vlmfix.decoding.branch import WATCHED, Branch, PairedForward, by_row
+from vlmfix.decoding.branch import WATCHED, Branch, PairedForward
 from vlmfix.decoding.branch_edits import BranchEdits
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
+from vlmfix.decoding.outputs import cache_of, logits_of, next_token_rows, own_part, with_logits
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
 from vlmfix.engine.image_free import positions_kept
 from vlmfix.errors import UnsupportedFeatureError
@@ -217,8 +218,8 @@ class TwoBranches:
         if pending is None:
             return output
         forward.pending = None
-        logits = _logits_of(output)
-        samples, last = torch.arange(len(logits), device=logits.device), _next_token_rows(forward, logits)
+        logits = logits_of(output)
+        samples, last = torch.arange(len(logits), device=logits.device), next_token_rows(forward, logits)
         own = logits[samples, last].float()
         is_cut = forward.is_prefill and logits.shape[1] != forward.q_len
         if is_cut and bool((forward.has_image & ~forward.valid_mask[:, -1]).any()):
@@ -230,7 +231,7 @@ class TwoBranches:
         if pending.step is not None:
             other, _ = self._run(pending.step, branch.cache, None, use_cache=True)
         elif forward.is_prefill:
-            own_cache = _cache_of(output, pending.inputs)
+            own_cache = cache_of(output, pending.inputs)
             if pending.prompt is not None:
                 other, branch = self._read_prompt(pending.prompt, pending.cache, own_cache, forward)
             else:
@@ -240,27 +241,21 @@ class TwoBranches:
             forward.state.branch = None if own_cache is None else branch
         result = self._combined(own, other, branch, forward)
         if logits.shape[1] == 1:
-            return _with_logits(output, result[:, None])
+            return with_logits(output, result[:, None])
         logits = logits.clone()  # rounded to the model's dtype, beside the rows of other tokens
         logits[samples, last] = result.to(logits.dtype)
-        return _with_logits(output, logits)
+        return with_logits(output, logits)
 
     def _finish_pair(self, forward: PairedForward, output: Any) -> Any:
         branch, pair = forward.branch, forward.branch.pair
         assert pair is not None
         pair.show(forward.cache)
         batch = len(branch.active)
-        logits = _logits_of(output)[:, -1].float()
+        logits = logits_of(output)[:, -1].float()
         result = self._combined(logits[:batch], logits[batch:], branch, forward.own)[:, None]
 
-        def own_part(value: Any) -> Any:
-            return forward.cache if value is pair.cache else by_row(value, 2 * batch, lambda rows: rows[:batch], dims=2)
-
-        if isinstance(output, dict):
-            output = type(output)(**{name: own_part(value) for name, value in output.items()})
-        else:
-            output = tuple(own_part(value) for value in output)
-        return _with_logits(output, result)
+        output = own_part(output, batch, pair.cache, forward.cache)
+        return with_logits(output, result)
 
     def _combined(self, own: torch.Tensor, other: torch.Tensor, branch: Branch, forward: EditedForward) -> torch.Tensor:
         """Combine fp32 logits ``[batch, vocab]`` of both branches, in the rows that are contrasted."""
@@ -330,28 +325,3 @@ class TwoBranches:
         if self._edits is not None or any(method.edits_blocks and not method.is_identity for method in forward.methods):
             return False
         return bool(self._anatomy.text_config._attn_implementation != "flex_attention")
-
-
-def _next_token_rows(forward: EditedForward, logits: torch.Tensor) -> torch.Tensor:
-    """Return which row of the logits predicts each sample's next token, int64 ``[batch]``."""
-    rows = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-    return forward.at_last_position(rows) if forward.is_prefill and logits.shape[1] == forward.q_len else rows[:, -1]
-
-
-def _logits_of(output: Any) -> torch.Tensor:
-    """Return the logits ``[batch, tokens, vocab]``."""
-    logits: torch.Tensor = output["logits"] if isinstance(output, dict) else output[0]
-    return logits
-
-
-def _with_logits(output: Any, logits: torch.Tensor) -> Any:
-    if isinstance(output, dict):
-        output["logits"] = logits
-        return output
-    return (logits, *output[1:])
-
-
-def _cache_of(output: Any, inputs: dict[str, Any]) -> Any:
-    """Return the cache a forward has filled, if any."""
-    parts = tuple(output.values()) if isinstance(output, dict) else output
-    return next((part for part in parts if hasattr(part, "get_seq_length")), inputs.get("past_key_values"))
