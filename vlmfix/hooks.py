@@ -33,15 +33,20 @@ from vlmfix.engine.stand_ins import (
     REFUSE_DRAFTS,
     REFUSE_PAGES,
     ForwardWithHooks,
+    GenerateByCall,
     StandIns,
     TellingPrefill,
 )
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
+from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
+from vlmfix.model.uncopied import Uncopied
 
 if TYPE_CHECKING:
-    from vlmfix.methods.base import Method
+    from collections.abc import Callable
+
     from vlmfix.model.anatomy import Anatomy
 
 
@@ -83,11 +88,21 @@ class Patch:
     Some models are called from inside: ``generate`` of BLIP-2 calls the language model, and a user may call
     ``model.model``. So the same two hooks are on every module that may be the outermost one; those further in find the
     forward that was already made.
+
+    Args:
+        anatomy: The model.
+        methods: The bound methods, in the order of the path.
+        choose: Returns a model with the same weights under other methods, for a single call of ``generate``.
+
+    Attributes:
+        variants: Models that ``choose`` made, by their methods.
     """
 
-    def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...]) -> None:
+    def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...], choose: Callable[[nn.Module, Any], Any]) -> None:
         self.anatomy = anatomy
         self.methods = methods
+        self.choose = choose
+        self.variants: Uncopied[str, Any] = Uncopied()
         self.counters = Counters(len(methods))
         self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods)
@@ -184,6 +199,8 @@ class Patch:
                 self._stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
             self._stand_ins.put(language_model, DRAFTS, REFUSE_DRAFTS)
+        if model.can_generate():
+            self._stand_ins.put(model, "generate", GenerateByCall(model, model.generate, self.choose))
 
     # Hooks on the model.
 
@@ -195,6 +212,11 @@ class Patch:
         if told:
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
         if FORWARD_KWARG in kwargs:
+            if isinstance(kwargs[FORWARD_KWARG], (str, list, dict, Method)):
+                raise UnsupportedFeatureError(
+                    "A forward takes vlmfix=None, for the stock model. Methods for one call are named in "
+                    "model.generate(..., vlmfix=...); for forwards, use 'with vlmfix.patched(model, ...)'."
+                )
             if module is self.anatomy.inner and isinstance(kwargs[FORWARD_KWARG], EditedForward):
                 kwargs[FORWARD_KWARG].hold_past()
             return (args, kwargs) if told else None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmfix.engine.status import Status, describe
-from vlmfix.errors import MethodError
+from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.hooks import PATCH_ATTRIBUTE, Context, Patch
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
 from vlmfix.model.anatomy import analyse, unwrap
 from vlmfix.recipes import check_placement, layers_with, resolve_methods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("vlmfix")
 
@@ -45,6 +50,10 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
             means nothing in this model.
 
     Patching a patched model replaces the first patch. ``unpatch`` restores the stock model bit for bit.
+
+    On a patched model a single call may choose for itself, in any thread: ``model.generate(..., vlmfix=None)`` is the
+    stock model's, and ``model.generate(..., vlmfix="vhr")`` that of other methods, given as ``method`` is here.
+    ``status`` counts the patch's own forwards only.
     """
     anatomy = analyse(model)
     wanted = resolve_methods(method, parameters, anatomy)
@@ -55,7 +64,7 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
         for each in wanted:
             check_placement(each, anatomy)
         bound = tuple(each.bind(anatomy) for each in wanted)
-        new = Patch(anatomy, bound)
+        new = Patch(anatomy, bound, _variant)
         if not new.sites and not new.block_hooks and not any(each.replaces_logits for each in bound):
             raise MethodError(
                 f"{describe(bound)} touches no attention layer of this model (the attention it acts in is in layers "
@@ -68,6 +77,38 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
         raise
     logger.info("%s", new.status())
     return model
+
+
+_MAKING_VARIANT = threading.Lock()
+
+
+def _variant(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
+    """Return a model with the same weights under other methods, for a single call; made once.
+
+    All its modules, configs and hooks are its own, so that it neither sees nor changes the patch on ``model``. Its
+    parameters and buffers are those of ``model``, the same objects.
+
+    Raises:
+        MethodError: As by ``patch``.
+        UnsupportedFeatureError: The model cannot be copied without its weights.
+    """
+    patch_on_model = find_patch(model)
+    assert patch_on_model is not None
+    key = describe(resolve_methods(method, {}, patch_on_model.anatomy))
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    made_of = (model.training, *tensors)  # dtype, device or adapters may have changed since
+    with _MAKING_VARIANT:
+        known, variant = patch_on_model.variants.get(key, (None, None))
+        if known != made_of:
+            if {"cpu", "disk"} & set(map(str, (getattr(model, "hf_device_map", None) or {}).values())):
+                raise UnsupportedFeatureError(
+                    "Weights of this model are offloaded, so that no second model can share them. Choose methods with "
+                    "'with vlmfix.patched(model, ...)', in one thread at a time."
+                )
+            variant = patch(copy.deepcopy(model, tensors), method)  # what is in the memo is not copied
+            patch_on_model.variants[key] = (made_of, variant)
+    variant.generation_config = model.generation_config
+    return variant
 
 
 def unpatch(model: ModelT) -> ModelT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
@@ -134,6 +135,32 @@ class TellingPrefill:
             return stock(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             del model_kwargs[PROMPT_END_KWARG]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateByCall:
+    """Stands in for a model's ``generate``: ``generate(..., vlmfix="vhr")`` chooses methods for that call alone.
+
+    Attributes:
+        model: The model.
+        stock: What generates without it.
+        choose: Returns a model with the same weights under other methods.
+    """
+
+    model: nn.Module
+    stock: Any
+    choose: Callable[[nn.Module, Any], Any]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the model's own ``generate``."""
+        return inspect.signature(self.stock)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the methods of the patch, with none (``vlmfix=None``), or with those that are named."""
+        if kwargs.get(FORWARD_KWARG) is None:
+            return self.stock(*args, **kwargs)
+        return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
 
 
 def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -20,6 +20,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.views import Block
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.model.blocks import BlockKind, ResidualBlocks, find_blocks
+from vlmfix.model.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from vlmfix.engine.plan import Numbered, PatchedSite
@@ -68,7 +69,7 @@ class BlockHooks:
         self.blocks = blocks
         self.methods = methods
         self.early = early
-        self._attached: dict[int, weakref.ref[EditedForward]] = {}
+        self._attached: Uncopied[int, weakref.ref[EditedForward]] = Uncopied()
         self._traced: EditedForward | None = None
 
     def attach(self) -> list[Any]:

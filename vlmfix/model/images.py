@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,8 +109,8 @@ class ImageFinder:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._features: dict[int, deque[torch.Tensor]] = {}
-        self._encoded: dict[int, deque[Encoded]] = {}
+        self._features: Uncopied[int, deque[torch.Tensor]] = Uncopied()
+        self._encoded: Uncopied[int, deque[Encoded]] = Uncopied()
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""

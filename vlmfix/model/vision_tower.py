@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
+from vlmfix.model.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
@@ -38,8 +39,8 @@ class VisionRecorder:
                 f"layers {', '.join(map(str, layers))}. Choose another, such as vlmfix.patch(model, 'pai')."
             )
         self._modules = {layer: attention[layer] for layer in layers}
-        self._projected: dict[tuple[int, int, str], torch.Tensor] = {}
-        self._seen: dict[int, dict[int, torch.Tensor]] = {}
+        self._projected: Uncopied[tuple[int, int, str], torch.Tensor] = Uncopied()
+        self._seen: Uncopied[int, dict[int, torch.Tensor]] = Uncopied()
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""

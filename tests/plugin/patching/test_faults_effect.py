@@ -12,18 +12,21 @@ from method_parameters import parameters_of
 from torch import nn
 
 import vlmfix
-from vlmfix.methods.base import Edited
 from vlmfix.methods.registry import method_class, method_names
-from vlmfix.methods.views import Layer
+from vlmfix.methods.views import EditedRows, Layer
 
 ONE = collate([RAGGED[0]])
-NAMES = [name for name in method_names() if name != "none" and not method_class(name).searches]
+NAMES = [
+    name
+    for name in method_names()
+    if name != "none" and not method_class(name).searches and not getattr(method_class(name), "is_gated", False)
+]
 
 
 class Idle(vlmfix.PAI):
     """Says that it edits, and edits nothing."""
 
-    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> Edited:
+    def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         return scores, torch.ones(scores.shape[:3], dtype=torch.bool)
 
 
