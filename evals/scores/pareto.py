@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..benchmarks.base import EARLY_STOP
 from ..benchmarks.columns import benchmarks_of, value_in
 from ..benchmarks.registry import benchmark_class
 from ..stats.figures import Figure
@@ -28,9 +29,6 @@ SECONDS_TIE = 0.05
 
 FEWEST_BATCHES = 4
 """With fewer nothing is known about times."""
-
-
-EARLY_STOP = "early stop"
 
 
 LEGEND = (

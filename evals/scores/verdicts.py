@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..benchmarks.base import EARLY_STOP, YES_BIAS
 from ..benchmarks.columns import changed_methods
 from ..tables import is_certain
 from .differences import broken_text
 
-FREE_CONTROLS = {"early stop": "ending captions earlier", "yes bias": "shifting the yes/no threshold"}
+FREE_CONTROLS = {EARLY_STOP: "ending captions earlier", YES_BIAS: "shifting the yes/no threshold"}
 """The controls that need no method, and what each does."""
 
 

@@ -38,7 +38,7 @@ from .objects import (
     Similarity,
     caption_counts,
     compared,
-    lemma_vocabulary,
+    known_lemmas,
     tagged_nouns,
 )
 
@@ -245,12 +245,7 @@ def score_responses(
     captions = [item for item in items if item.task == "generative"]
     questions = [item for item in items if item.task != "generative"]
     if captions and nouns is None:
-        beyond = sorted(data.vocabulary - lemma_vocabulary())
-        if beyond:
-            raise DataError(
-                f"relation.json has words that AMBER's release does not have (first: {beyond[0]!r}), and their lemmas "
-                "are unknown: pass nouns=, a function from a response to its lemmatised nouns"
-            )
+        known_lemmas(data)
         nouns = tagged_nouns()
     same = None if similarity is None else compared(similarity, threshold)
     rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []

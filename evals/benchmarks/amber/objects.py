@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.errors import DataError, UnsupportedFeatureError
 
 from ..nltk_words import perceptron_tagger, punkt_tokens
 from .data import AmberData, AmberItem
@@ -34,6 +34,19 @@ def _lemmas() -> tuple[frozenset[str], Mapping[str, str]]:
 def lemma_vocabulary() -> frozenset[str]:
     """The words that the lemmas of :func:`tagged_nouns` are exact for: the vocabulary of AMBER's release."""
     return _lemmas()[0]
+
+
+def known_lemmas(data: AmberData) -> None:
+    """Refuse annotations whose words the lemmas of :func:`tagged_nouns` do not cover.
+
+    Raises:
+        DataError: There is such a word.
+    """
+    if beyond := sorted(data.vocabulary - lemma_vocabulary()):
+        raise DataError(
+            f"relation.json has words that AMBER's release does not have (first: {beyond[0]!r}), and their lemmas "
+            "are unknown: pass nouns=, a function from a response to its lemmatised nouns"
+        )
 
 
 def tagged_nouns() -> Nouns:

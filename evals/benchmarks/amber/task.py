@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from ..choice import RunData, answer_limit
 from ..yes_no import parse_answer
 from .data import AmberData, AmberItem, load_amber, read_json
 from .figures import AmberTable, score_responses
-from .objects import spacy_similarity, tagged_nouns
+from .objects import Nouns, known_lemmas, spacy_similarity, tagged_nouns
 
 #: Of the questions; the descriptions are asked for as AMBER does. It names no prompt that makes a model answer with one
 #: word (its authors compare the logits of Yes and No), so this is VLMEvalKit's.
@@ -122,14 +123,15 @@ class Amber(Benchmark):
         kept = set(choose((q.image for q in queries), options.limit, options.seed))
         queries = [q for q in queries if q.image in kept]
         annotations = replace(annotations, items={q.item.id: q.item for q in queries})
-        if any(q.item.task == "generative" for q in queries):
-            tagged_nouns()  # A missing tagger is found here, not after the last description.
         if options.spacy is not None:
-            spacy_similarity(options.spacy)  # Likewise a missing model.
+            spacy_similarity(options.spacy)  # A missing model is found here, not after the last answer.
         prompt = options.prompt_of.get(cls.name, PROMPT)
         long = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
         limits = (long, answer_limit(options))
         made = cls(tuple(queries), annotations, (), prompt, limits, options.spacy)
+        if made._described:
+            known_lemmas(annotations)
+            made._nouns  # noqa: B018  Likewise a missing tagger.
         return replace(made, samples=distinct([made.sample(query) for query in queries]))
 
     def settings(self) -> dict[str, Any]:
@@ -159,12 +161,22 @@ class Amber(Benchmark):
         text = self.prompt.replace("{question}", query.text)
         return Sample(self.name, number, query.path, text, self.max_new_tokens[1])
 
+    @property
+    def _described(self) -> bool:
+        return any(query.item.task == "generative" for query in self.queries)
+
+    @cached_property
+    def _nouns(self) -> Nouns:
+        """Tags each different description once: the early stop scores the same ones again and again."""
+        return cache(tagged_nouns())
+
     def score(self, answers: Answers) -> AmberTable:
         """One row per description and per question, in the order of the items."""
         keys = {q.item.id: self.sample(q).key for q in self.queries}
         return score_responses(
             self.data,
             self.responses(answers),
+            nouns=self._nouns if self._described else None,
             similarity=None if self.spacy is None else spacy_similarity(self.spacy),
             similarity_name=self.spacy,
             image_ids={q.item.id: image_number(self.name, q.image) for q in self.queries},

@@ -175,10 +175,9 @@ def test_dimensions_without_a_question_are_no_part_of_a_group(data):
 
 def test_descriptions_are_ended_where_their_cover_is_the_methods(data, monkeypatch):
     """By hand: item 1 loses "person" and the invented dog at a bias of 1, item 2 everything at 3."""
-    monkeypatch.setattr("vlmfix.evals.benchmarks.amber.figures.tagged_nouns", lambda: words)
+    monkeypatch.setattr("vlmfix.evals.benchmarks.amber.task.tagged_nouns", lambda: words)
     queries = tuple(AmberQuery(data.items[i], f"AMBER_{i}.jpg", Path("x.jpg"), "Describe.") for i in (1, 2))
     kept = dataclasses.replace(data, items={i: data.items[i] for i in (1, 2)})
-    monkeypatch.setattr("vlmfix.evals.benchmarks.amber.figures.lemma_vocabulary", lambda: kept.vocabulary)
     task = Amber(queries, kept, (), "{question}", (9, 9))
     task = dataclasses.replace(task, samples=tuple(map(task.sample, queries)))
 
