@@ -25,7 +25,7 @@ CAPTION, OBJECT, ANSWER, END, CHAT = range(1, 6)
 """Kinds of labels: filler words and object words of captions, first tokens of answers, ends, ordinary chat."""
 
 LENGTHS: tuple[tuple[Length, float], ...] = (("brief", 0.2), ("medium", 0.5), ("long", 0.3))
-BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.03, 0.08, 0.12
+BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.03, 0.08, 0.04
 
 
 class Encoder:

@@ -71,6 +71,7 @@ _PREPOSITIONS = dict.fromkeys(("street", "beach", "farm", "sports field", "snowy
     ("station", "market", "picnic"), "at"
 )
 _NUMBERS = ("zero", "one", "two", "three")
+_FAVOURITE_SHARE = 0.6
 _SWAP, _COLOUR_SHARE, _SIZE_SHARE = 0.1, 0.2, 0.15
 _LONG_WORDS = (60, 105)
 
@@ -97,11 +98,14 @@ def caption(kind: int, things: Sequence[Thing], length: Length, rng: random.Rand
         if rng.random() < _SWAP:
             order[i], order[i + 1] = order[i + 1], order[i]
     if length == "brief":
-        template = rng.choice(patterns.BRIEF if rng.random() < 0.5 else patterns.OPENINGS)
+        template = _favourite(
+            patterns.BRIEF if rng.random() < 0.5 else patterns.OPENINGS, f"{kind} {order[0].name}", rng
+        )
         return _naming(template, order[: rng.choice((1, 2, 2, 3))], rng, place)
     step = 2 if length == "medium" else 1
     size = rng.choice((1, 2, 2, 3))
-    sentences = [_naming(rng.choice(patterns.OPENINGS), order[:size], rng, place)]
+    opening = _favourite(patterns.OPENINGS, f"{kind} {order[0].name}", rng)
+    sentences = [_naming(opening, order[:size], rng, place)]
     named, rest = order[:size], order[size:]
     details = _Details(rng)
     goal = rng.randint(*_LONG_WORDS) if length == "long" else 0
@@ -109,7 +113,7 @@ def caption(kind: int, things: Sequence[Thing], length: Length, rng: random.Rand
         if length == "long" or rng.random() < 0.1:
             sentences += details.about(named)
         size = step + (rng.random() < 0.4)
-        sentences.append(_naming(rng.choice(patterns.MORE), rest[:size], rng, place))
+        sentences.append(_naming(_favourite(patterns.MORE, rest[0].name, rng), rest[:size], rng, place))
         details.latest = rest[0].name if size == 1 else None
         named, rest = named + rest[:size], rest[size:]
     while _words(sentences) < goal and (more := details.about(named)):
@@ -124,6 +128,16 @@ def _place(kind: int) -> dict[str, str]:
     """The place of a scene as the patterns want it."""
     name = SCENES[kind].name
     return {"place": with_article(name), "in_place": f"{_PREPOSITIONS.get(name, 'in')} {with_article(name)}"}
+
+
+def _favourite(choices: Sequence[str], subject: str, rng: random.Random) -> str:
+    """A pattern; more often than not one of three that belong to the subject.
+
+    If all patterns were equally likely for everything, the most probable caption would always sound the same.
+    """
+    if rng.random() < _FAVOURITE_SHARE:
+        return rng.choice(random.Random(subject).sample(choices, 3))
+    return rng.choice(choices)
 
 
 def _words(sentences: Sequence[str]) -> int:
@@ -211,7 +225,7 @@ class _Details:
 
     def _say(self, choices: Sequence[str], thing: Thing, **words: str) -> str:
         """A random pattern filled in; "it" instead of the name where the sentence before was about the same thing."""
-        pattern = self.rng.choice(choices)
+        pattern = _favourite(choices, thing.name, self.rng)
         pronoun = thing.name == self.latest and pattern.startswith("{it} ") and self.rng.random() < 0.6
         return pattern.format(it="it" if pronoun else _definite(thing), **words)
 
