@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Reader:
         self.model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=dtype).eval()
         self.prompt = PromptBuilder(self.processor)
         self.batch_size = batch_size
+        self._answered: dict[tuple[bytes, str], tuple[str, float]] = {}
 
     def batches(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Iterator[Any]:
         """Model inputs, ``batch_size`` rows at a time."""
@@ -64,17 +66,22 @@ class Reader:
         answers = [ids for inputs in batches for ids in answer(self.model, inputs, max_new_tokens).words]
         return [decode(self.processor.tokenizer, ids) for ids in answers]
 
-    @torch.inference_mode()
     def answers(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[str], list[float]]:
-        """The most probable first word of each answer, and its yes-minus-no logit (of all spellings together)."""
+        """The most probable first word of each answer, and its yes-minus-no logit (of all spellings together).
+
+        A question about a picture is asked once: the splits of POPE share theirs, and the blank images are one.
+        """
+        keys = [(sha256(image.tobytes()).digest(), text) for image, text in zip(images, texts, strict=True)]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._answered}
         yes_no = need_yes_no_tokens(self.processor.tokenizer)
-        words: list[str] = []
-        scores: list[float] = []
-        for inputs in self.batches(images, texts):
+        found: list[tuple[str, float]] = []
+        for inputs in self.batches(list(new.values()), [text for _, text in new]):
             logits = next_logits(self.model, inputs)[:, -1]
-            words += [self.processor.tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
-            scores += yes_no.log_odds(logits).tolist()
-        return words, scores
+            words = [self.processor.tokenizer.decode([token]) for token in logits.argmax(-1).tolist()]
+            found += zip(words, yes_no.log_odds(logits).tolist(), strict=True)
+        self._answered.update(zip(new, found, strict=True))
+        pairs = [self._answered[key] for key in keys]
+        return [word for word, _ in pairs], [score for _, score in pairs]
 
     @torch.inference_mode()
     def internals(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, Any]:
