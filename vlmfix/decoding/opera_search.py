@@ -139,7 +139,6 @@ class Step:
 
     Attributes:
         beams: The beams.
-        logits: Of their next token, fp32 ``[beams, vocab]``.
         sums: Logarithms of the column products, fp32 ``[beams, generated]``.
         peaks: The column of the maximum per beam, the commonest among its candidates: int64 ``[beams]``. It stays what
             it was when a token was first chosen here, also after a return.
@@ -148,7 +147,6 @@ class Step:
     """
 
     beams: Beams
-    logits: torch.Tensor
     sums: torch.Tensor
     peaks: torch.Tensor | None = None
     chosen: tuple[tuple[int, int], ...] = ()
@@ -160,6 +158,7 @@ class Search:
 
     Attributes:
         steps: Every step so far. A return drops those behind it, and with them what they remembered.
+        logits: Of the beams' next token, fp32 ``[beams, vocab]``.
         num_candidates: Tokens looked ahead at, for the choices that were made from them.
         num_steps: Forwards of the beams.
     """
@@ -187,8 +186,8 @@ class Search:
         self.image = state.image_mask[0]
         self.recorder = RowRecorder()
         self.cache = self._prompt_of_beams()
-        logits = output.logits[:, -1].float().expand(num_beams, -1)
-        self.steps = [Step(Beams.of(input_ids, num_beams), logits, logits.new_zeros(num_beams, 0))]
+        self.logits = output.logits[:, -1].float().expand(num_beams, -1)
+        self.steps = [Step(Beams.of(input_ids, num_beams), self.logits.new_zeros(num_beams, 0))]
         self.visits: Counter[int] = Counter()
         self.last_knot = self.num_candidates = self.num_steps = 0
 
@@ -217,9 +216,9 @@ class Search:
         while True:
             step = self.steps[-1]
             if step.rejected:
-                log_probs = self.method.choose_again(step.logits, step.rejected)
+                log_probs = self.method.choose_again(self.logits, step.rejected)
             else:
-                candidates = step.logits.topk(self.method.num_attn_candidates, dim=-1).indices
+                candidates = self.logits.topk(self.method.num_attn_candidates, dim=-1).indices
                 log_probs, step.peaks = self._look_ahead(step, candidates)
                 if self._goes_back():
                     continue
@@ -231,7 +230,8 @@ class Search:
             self.num_steps += 1
             self.cache.reorder_cache(origins)
             look = self._forward(beams.ids, self.cache)
-            self.steps.append(Step(beams, look.logits, self.method.columns(look.to_answer, step.sums[origins])))
+            self.logits = look.logits
+            self.steps.append(Step(beams, self.method.columns(look.to_answer, step.sums[origins])))
 
     def _look_ahead(self, step: Step, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the penalised log-probabilities, and per beam the commonest column of the maximum."""
@@ -242,7 +242,7 @@ class Search:
             images.append(look.to_prompt[:, self.image].sum(-1))
         largest = torch.stack(columns, 1).max(-1)
         looks, length = torch.stack(images, 1), step.beams.num_generated + 1
-        log_probs = self.method.penalise(step.logits, candidates, largest.values, looks, length)
+        log_probs = self.method.penalise(self.logits, candidates, largest.values, looks, length)
         return log_probs, largest.indices.mode(-1).values
 
     def _goes_back(self) -> bool:
@@ -265,7 +265,7 @@ class Search:
         step.rejected, step.chosen = (*step.rejected, *step.chosen), ()
         del self.steps[position + 1 :]
         self.cache = self._prompt_of_beams()
-        step.logits = self._forward(step.beams.ids, self.cache).logits
+        self.logits = self._forward(step.beams.ids, self.cache).logits
 
     def _prompt_of_beams(self) -> Any:
         """Return the prompt's cache, repeated for every beam."""

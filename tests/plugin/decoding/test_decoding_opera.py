@@ -68,7 +68,7 @@ def test_the_way_back_agrees_with_the_formula(tiny: Any, mode: str, monkeypatch:
         for end in range(1, position + 1):
             look = self._forward(step.beams.ids[:, : self.prompt_length + end], fresh)
             sums = self.method.columns(look.to_answer, sums)
-        torch.testing.assert_close(step.logits, look.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(self.logits, look.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(step.sums, sums, atol=1e-4, rtol=1e-4)
         for mine, other in zip(self.cache.layers, fresh.layers, strict=True):
             torch.testing.assert_close(mine.keys, other.keys, atol=1e-5, rtol=1e-5)
