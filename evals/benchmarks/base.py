@@ -49,6 +49,8 @@ class Benchmark(ABC):
         scoring: Settings that decide how answers are scored, not what they are: a judge, a word similarity.
         row_by_row: Whether every figure counts rows one by one. Otherwise what belongs to several rows of an image is
             counted, and runs are compared on whole images only.
+        rows_are: What a row of its table is, in the plural.
+        side_names: Names of the further tables that :meth:`side_tables` gives.
         samples: Everything it asks, each different question once.
     """
 
@@ -59,6 +61,8 @@ class Benchmark(ABC):
     matched_on: ClassVar[Mapping[str, str]] = MappingProxyType({})
     scoring: ClassVar[tuple[str, ...]] = ()
     row_by_row: ClassVar[bool] = False
+    rows_are: ClassVar[str] = "questions"
+    side_names: ClassVar[tuple[str, ...]] = ()
     samples: tuple[Sample, ...]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -134,7 +138,21 @@ class Benchmark(ABC):
         }
 
     def side_tables(self, answers: Answers) -> Mapping[str, Table]:
-        """Further tables of a method's answers that ``counts.json`` keeps, by name."""
+        """Further tables of a method's answers that ``counts.json`` keeps, by their :attr:`side_names`."""
+        return {}
+
+    @classmethod
+    def text_differences(cls, own: Mapping[str, Table], other: Mapping[str, Table], seed: int) -> dict[str, Any]:
+        """Paired differences that say whether a method breaks texts, from its side tables and the baseline's.
+
+        Args:
+            own: The method's, by name.
+            other: The baseline's.
+            seed: Seed of the bootstrap.
+
+        Returns:
+            ``looping``, ``truncation`` and others -> interval; empty where nothing is known of texts.
+        """
         return {}
 
     def about(self) -> str:

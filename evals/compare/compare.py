@@ -15,7 +15,6 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from ..benchmarks.chair.text_quality import text_differences
 from ..benchmarks.registry import benchmark_class, benchmark_names
 from ..benchmarks.yes_no import MCC, paired_answers, question_rows
 from ..flags import verb_parser
@@ -257,9 +256,9 @@ def _judge(
         if row.entry["role"] == "method":
             baseline = next(other for other in rows if other.run == row.run)
             judged["differences"] = _differences(row, baseline, seed)
-            if "text" in row.tables and {"repetition", "looping", "truncated"} <= row.tables["text"].columns.keys():
-                found = text_differences(row.tables["text"], baseline.tables["text"], seed)
-                judged["chair"]["text_quality"] = {"differences": found}
+            for name in row.benchmarks:
+                found = benchmark_class(name).text_differences(row.tables, baseline.tables, seed)
+                judged[name]["text_quality"] = {"differences": found}
         own.append(judged)
     correct_rows([row for row in own if "differences" in row])
     correct_controls(controls, own)

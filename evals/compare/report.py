@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..benchmarks.registry import benchmark_class
 from ..data.write import write_json, write_text
 from ..report.rows import answers_table, controls_table
 from ..report.summary import legend, main_table, markdown_main, summarise
@@ -98,7 +99,7 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for benchmark, part in found["shared"].items():
         sizes = part["rows_of_runs"]
-        what = "captions" if benchmark == "chair" else "questions"
+        what = benchmark_class(benchmark).rows_are
         told = f"{benchmark.upper()} on {part['rows']} {what} about {part['images']} images"
         if any(size != part["rows"] for size in sizes.values()):
             told += f", those that all runs share ({', '.join(f'{name} has {n}' for name, n in sizes.items())})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from ..benchmarks.registry import benchmark_class
+from ..benchmarks.registry import benchmark_class, benchmark_names
 from ..run.provenance import setting_differences
 from ..scores.counts import BenchmarkCounts, RunCounts
 from ..stats.table import Key
@@ -20,10 +20,6 @@ _ROWS = ("image_ids", "ground_truth", "questions", "items")
 
 #: Settings that change the answers without changing what is asked or how it is scored.
 _LENGTHS = ("max_new_tokens",)
-
-
-#: Benchmark whose conditions those of another follow.
-_FOLLOWS = {"text": "chair"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,12 @@ def _look_up(settings: Any, name: str) -> Any:
     return settings
 
 
+def _owner(name: str, runs: Mapping[str, RunCounts]) -> str:
+    """The benchmark that a part of ``counts.json`` belongs to: itself, or the one whose side table it is."""
+    known = [each for each in next(iter(runs.values())).benchmarks if each in benchmark_names()]
+    return next((each for each in known if name in benchmark_class(each).side_names), name)
+
+
 def obstacle(benchmark: str, runs: Mapping[str, RunCounts], *, across_prompts: bool) -> str | None:
     """Why a benchmark of several runs cannot be compared, or None.
 
@@ -87,7 +89,7 @@ def obstacle(benchmark: str, runs: Mapping[str, RunCounts], *, across_prompts: b
         runs: Those that have it.
         across_prompts: Whether different prompts are no reason.
     """
-    named = _FOLLOWS.get(benchmark, benchmark)
+    named = _owner(benchmark, runs)
     sections = {name: run.results["settings"].get(named, {}) for name, run in runs.items()}
     parsers = {name: run.results["methods"][0].get(named, {}).get("parser") for name, run in runs.items()}
     keys = dict.fromkeys(key for section in sections.values() for key in section if key not in (*_ROWS, *_LENGTHS))
@@ -127,7 +129,7 @@ def share(benchmark: str, runs: Mapping[str, RunCounts]) -> Shared:
     conflicting = len(set.intersection(*by_key)) - len(kept)
     if conflicting > 0:
         notes.append(f"{conflicting} rows have one id but another image file or ground truth in the runs: left out")
-    if not benchmark_class(_FOLLOWS.get(benchmark, benchmark)).row_by_row:
+    if not benchmark_class(_owner(benchmark, runs)).row_by_row:
         whole = _whole_images(kept, found)
         if len(whole) < len(kept):
             notes.append(

@@ -44,6 +44,8 @@ class Chair(Benchmark):
     figures = ChairTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"early stop": "recall"}
     row_by_row: ClassVar[bool] = True
+    rows_are: ClassVar[str] = "captions"
+    side_names: ClassVar[tuple[str, ...]] = ("text",)
 
     samples: tuple[Sample, ...]
     truth: Mapping[int, frozenset[str]]
@@ -85,6 +87,11 @@ class Chair(Benchmark):
     def side_tables(self, answers: Answers) -> Mapping[str, Table]:
         """Text quality, as ``text``."""
         return {"text": self.text_table(answers)}
+
+    @classmethod
+    def text_differences(cls, own: Mapping[str, Table], other: Mapping[str, Table], seed: int) -> dict[str, Any]:
+        """Of repetition, loops and truncated captions."""
+        return text_differences(own["text"], other["text"], seed) if "text" in own else {}
 
     def about(self) -> str:
         """Mode, captions and their limit."""

@@ -202,7 +202,7 @@ def text_differences(table: Table, baseline: Table, seed: int) -> dict[str, Any]
     return {
         figure.name: interval_dict(figure.statistic.difference(table, baseline, seed=seed))
         for figure in TextTable.FIGURES
-        if figure.name != "unfinished"
+        if figure.name != "unfinished" and figure.statistic.is_defined(table)
     }
 
 
