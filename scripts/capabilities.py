@@ -5,6 +5,7 @@ Every cell is the outcome of running the family's tiny random model: nothing is 
     python scripts/capabilities.py                     # writes tests/families/FAMILIES.md
     python scripts/capabilities.py --check             # fails with a diff if the file is not what is measured
     python scripts/capabilities.py --families llava,gemma3 --print
+    python scripts/capabilities.py --update llava,gemma3   # measures these, and what the file lacks; keeps the rest
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import argparse
 import difflib
 import multiprocessing
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -48,6 +50,16 @@ LEGEND = {
 }
 """What the columns of the machinery mean."""
 
+TYPES = """
+## Every model type
+
+What transformers maps to images and text, type by type. *measured*: a tiny model of the type is a row above. *refused*:
+`vlmfix.patch` says so to a model of the type, in these words. *unbuilt*: neither is known.
+
+| model type | class in transformers | | families, or the reason |
+|---|---|---|---|"""
+"""The head of the table of types."""
+
 INTRODUCTION = f"""# Families
 
 Written by `scripts/capabilities.py`; do not edit. Every cell was measured on a tiny random model of the family
@@ -63,8 +75,8 @@ weights of image tokens in every layer.
 """
 
 
-def measure_row(name: str) -> Row:
-    """Measure one family; runs in its own process."""
+def measure_row(name: str, columns: Sequence[str] | None = None) -> Row:
+    """Measure one family, or some columns of it; runs in its own process."""
     import warnings
 
     import torch
@@ -76,15 +88,49 @@ def measure_row(name: str) -> Row:
     from families import by_name
     from families.capability import measure_family
 
-    return {column: (cell.mark, cell.note) for column, cell in measure_family(by_name(name)).items()}
+    return {column: (cell.mark, cell.note) for column, cell in measure_family(by_name(name), columns).items()}
 
 
-def measure_all(names: Sequence[str], jobs: int) -> dict[str, Row]:
-    """Measure families, a row each, on several processes."""
+def measure_all(names: Sequence[str], jobs: int, known: dict[str, Row] | None = None) -> dict[str, Row]:
+    """Measure families, a row each, on several processes.
+
+    Args:
+        names: The families.
+        jobs: How many processes.
+        known: Cells that need not be measured again.
+    """
+    from families.capability import MACHINERY, method_columns
+
+    columns = (*MACHINERY, *method_columns())
+    rows = {name: (known or {}).get(name, {}) for name in names}
+    lacking = {name: missing for name in names if (missing := [each for each in columns if each not in rows[name]])}
     if jobs <= 1:
-        return {name: measure_row(name) for name in names}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(names, pool.map(measure_row, names), strict=True))
+        found: Iterable[Row] = map(measure_row, lacking, lacking.values())
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(measure_row, lacking, lacking.values()))
+    rows |= {name: rows[name] | row for name, row in zip(lacking, found, strict=True)}
+    return rows
+
+
+def read(text: str) -> dict[str, Row]:
+    """Read the cells of a matrix that ``render`` wrote."""
+    from families import FAMILIES
+
+    names = {family.title: family.name for family in FAMILIES}
+    notes = {number: _plain(note) for number, note in re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)}
+    rows: dict[str, Row] = {}
+    columns: list[str] = []
+    for line in text.partition("\n## Notes\n")[0].splitlines():
+        title, *cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if title == "family":
+            columns = cells
+        elif title in names and len(cells) == len(columns):
+            row = rows.setdefault(names[title], {})
+            for column, cell in zip(columns, cells, strict=True):
+                mark, _, number = cell.removesuffix("]").partition(" [")
+                row[column] = (mark, notes.get(number, ""))
+    return rows
 
 
 class Notes:
@@ -120,7 +166,15 @@ def render(rows: dict[str, Row]) -> str:
     for name in rows:
         family = by_name(name)
         parts.append(f"| {family.title} | {family.architecture} | {_escaped(family.notes)} |")
+    parts += [TYPES, *types_table()]
     return "\n".join(parts) + "\n"
+
+
+def types_table() -> list[str]:
+    """Return a line of the table per model type of transformers."""
+    from families.model_types import rows
+
+    return [f"| {row.model_type} | {row.architecture} | {row.standing} | {_escaped(row.says)} |" for row in rows()]
 
 
 def _table(rows: dict[str, Row], titles: dict[str, str], columns: Sequence[str], notes: Notes) -> list[str]:
@@ -132,6 +186,10 @@ def _table(rows: dict[str, Row], titles: dict[str, str], columns: Sequence[str],
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "\\<")
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\|", "|").replace("\\<", "<")
 
 
 def versions() -> str:
@@ -158,6 +216,11 @@ def main() -> int:
     )
     parser.add_argument("--print", action="store_true", help="print the matrix instead of writing it")
     parser.add_argument("--families", default="", metavar="A,B", help="only these (implies --print)")
+    parser.add_argument(
+        "--update",
+        metavar="A,B",
+        help="measure these and the cells that tests/families/FAMILIES.md lacks, and keep its other cells",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: cores)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -171,7 +234,12 @@ def main() -> int:
         parser.error(error.args[0])
     if wanted and options.check:
         parser.error("--check compares the whole matrix; leave --families out")
-    text = render(measure_all(names, options.jobs))
+    committed = OUTPUT.read_text(encoding="utf-8") if OUTPUT.exists() else ""
+    known = {}
+    if options.update is not None:
+        again = options.update.split(",")
+        known = {name: row for name, row in read(committed).items() if name not in again}
+    text = render(measure_all(names, options.jobs, known))
     if options.print or wanted:
         print(text, end="")
         return 0
@@ -179,7 +247,7 @@ def main() -> int:
         OUTPUT.write_text(text, encoding="utf-8")
         print(f"wrote {OUTPUT.relative_to(ROOT)}: {len(names)} families")
         return 0
-    changes = difference(OUTPUT.read_text(encoding="utf-8") if OUTPUT.exists() else "", text)
+    changes = difference(committed, text)
     if changes:
         print("\n".join(changes))
         print(

@@ -397,10 +397,10 @@ def measure(trial: Trial, column: str) -> Cell:
         return Cell("error", brief(error))
 
 
-def measure_family(family: Family) -> dict[str, Cell]:
-    """Measure a row of the matrix."""
+def measure_family(family: Family, columns: Sequence[str] | None = None) -> dict[str, Cell]:
+    """Measure a row of the matrix, or some columns of it."""
     reason = family.unavailable()
-    columns = (*MACHINERY, *method_columns())
+    columns = (*MACHINERY, *method_columns()) if columns is None else columns
     if reason is not None:
         return dict.fromkeys(columns, Cell("absent", reason))
     try:
