@@ -20,7 +20,7 @@ LARGEST_GAP = 9999.0
 
 
 class StepRecorder(LogitsProcessor):  # type: ignore[misc]
-    """A logits processor that changes nothing and keeps two figures of every row.
+    """A logits processor that changes nothing and records two figures of every row.
 
     It runs behind the model's own logits processors, so it sees what greedy decoding takes the maximum of.
     """
@@ -33,7 +33,7 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
         self._score: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Record from ``scores`` [B, V] (float) and hand it back untouched."""
+        """Record from ``scores`` [B, V] (float) and return it unchanged."""
         if self._end_ids:
             self._gaps.append(scores.amax(-1).float() - scores[:, self._end_ids].amax(-1).float())
         if self._words is not None and self._score is None:
@@ -41,7 +41,7 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
         return scores
 
     def gaps(self) -> list[list[float]]:
-        """End-token gaps, one list of steps per row (all rows as long as the longest)."""
+        """Return the end-token gaps, one list of steps per row (all rows as long as the longest)."""
         if not self._gaps:
             return []
         gaps = torch.stack(self._gaps, dim=1)
@@ -49,7 +49,7 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
         return [[round(value, 5) for value in row] for row in gaps.tolist()]
 
     def scores(self) -> list[float | None]:
-        """Yes-minus-no of the first step, one per row; None where it is not finite."""
+        """Return yes minus no of the first step, one per row; None where it is not finite."""
         if self._score is None:
             return []
         return [round(value, 5) if abs(value) < float("inf") else None for value in self._score.tolist()]

@@ -126,7 +126,7 @@ def _prepare_processor(location: str, processor: Any) -> None:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's weights, configuration and generation settings."""
+    """Return the SHA-256 of the names and contents of a folder's weights, configuration and generation settings."""
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
     if not files:
         raise UnsupportedModelError(f"no weights in {folder}: expected *.safetensors or *.bin beside config.json")
@@ -138,7 +138,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def processor_digest(processor: Any) -> str:
-    """SHA-256 over what the processor turns text and images into: vocabulary, template and image settings."""
+    """Return the SHA-256 of what the processor turns text and images into: vocabulary, template and image settings."""
     tokenizer = processor.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
@@ -151,7 +151,7 @@ def processor_digest(processor: Any) -> str:
 
 
 def resolve_device(device: str | None) -> str:
-    """The device to use: what was asked for, else CUDA where there is one, else the CPU.
+    """Return the device to use: the one asked for, else CUDA if there is one, else the CPU.
 
     Raises:
         VlmfixError: CUDA was asked for and is not there.
@@ -164,9 +164,9 @@ def resolve_device(device: str | None) -> str:
 
 
 def resolve_dtype(dtype: str | None, device: str, config: Any) -> str:
-    """The name of the floating-point type to load the weights in.
+    """Return the name of the floating-point type to load the weights in.
 
-    Without a wish it is float32 on the CPU and the checkpoint's own type elsewhere.
+    Unless one is asked for, it is float32 on the CPU and the checkpoint's own type elsewhere.
     """
     if dtype not in (None, *DTYPES):
         raise VlmfixError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -249,7 +249,7 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def placement(model: Any) -> str:
-    """Where a model lies, for a reader: the name of its device, or of all that hold a part of it."""
+    """Return the name of a model's device, or the names of all devices that hold a part of it."""
     devices = dict.fromkeys((getattr(model, "hf_device_map", None) or {"": model.device}).values())
     found = [torch.device("cpu" if each == "disk" else each) for each in devices]
     names = [torch.cuda.get_device_name(each) if each.type == "cuda" else str(each) for each in found]

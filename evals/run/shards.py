@@ -35,7 +35,7 @@ class Shard:
 
     @classmethod
     def here(cls) -> Shard:
-        """Read the place from the environment; without one, the only process."""
+        """Read the place from the environment; without one, this is the only process."""
         world = _from_environment("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
         if world == 1:
             return cls()
@@ -45,11 +45,11 @@ class Shard:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reports."""
+        """Whether this is the process that reports."""
         return self.rank == 0
 
     def device(self, device: str) -> str:
-        """The device of this process: with several GPUs on a machine, its own.
+        """Return the device of this process; on a machine with several GPUs, its own one.
 
         Raises:
             VlmfixError: Every process would take all devices.
@@ -62,19 +62,19 @@ class Shard:
         return f"cuda:{self.local_rank}" if self.world > 1 and device == "cuda" else device
 
     def owns(self, batch: int) -> bool:
-        """Whether this process answers a batch, by its number."""
+        """Return whether this process answers the batch of a number."""
         return batch % self.world == self.rank
 
     def part(self, folder: Path) -> Path:
-        """The file this process writes to while others write to theirs."""
+        """Return the file this process writes to while others write to theirs."""
         return folder / f"answers.part-{self.rank}.jsonl"
 
     def others(self, folder: Path) -> list[Path]:
-        """The files of the other processes."""
+        """Return the files of the other processes."""
         return [folder / f"answers.part-{rank}.jsonl" for rank in range(self.world) if rank != self.rank]
 
     def wait(self) -> None:
-        """Wait until every process has come here, for days if need be: shares take different times."""
+        """Wait for every process to arrive here, for days if need be, because shares take different times."""
         if self.world > 1:
             from accelerate import PartialState
 
@@ -89,7 +89,7 @@ class Shard:
 
 
 def _from_environment(*names: str, default: int | None = None) -> int:
-    """The first of these variables that is set (torch's name, then those of MPI's implementations).
+    """Return the first of these variables that is set (torch's name, then those of MPI's implementations).
 
     Raises:
         VlmfixError: None is, and there is no default.

@@ -27,7 +27,7 @@ class Goal:
     guards: Mapping[str, float]
 
     def loss(self, baseline: Goal) -> float:
-        """The largest fall of a guard below the baseline's, negative if all of them rose."""
+        """Return the largest fall of a guard below the baseline's, negative if all of them rose."""
         return max(baseline.guards[name] - value for name, value in self.guards.items())
 
 
@@ -58,12 +58,12 @@ def _known(value: float | None) -> float:
 
 
 def admitted(goal: Goal, baseline: Goal, margin: float) -> bool:
-    """Whether no guard falls by more than ``margin`` (a share) below the baseline's."""
+    """Return whether no guard falls by more than ``margin`` (a share) below the baseline's."""
     return goal.loss(baseline) <= margin + TOLERANCE
 
 
 def choose(goals: Sequence[Goal], baseline: Goal, margin: float) -> int | None:
-    """The index of the admitted setting with the least hallucination, the first of equals; None if none is better."""
+    """Return the index of the admitted setting with the least hallucination, the first of equals; None if none helps."""
     best = None
     for index, goal in enumerate(goals):
         least = baseline.hallucination if best is None else goals[best].hallucination

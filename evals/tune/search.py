@@ -28,7 +28,7 @@ _DIGITS = 3
 
 
 def space_of(method: Method, fixed: Collection[str], ranges: Collection[str]) -> dict[str, Range | Choice]:
-    """What is searched: the method's declared space, less what is fixed, with the user's ranges instead of its own.
+    """Return what is searched: the method's declared space without what is fixed, the user's ranges before its own.
 
     Args:
         method: Where the search starts.
@@ -98,7 +98,7 @@ class Search:
         self._outcomes: dict[str, tuple[float, float]] = {}
 
     def settings(self, budget: int) -> Iterator[Method]:
-        """Different settings, at most ``budget``; :meth:`tell` the outcome of each before asking for the next.
+        """Yield different settings, at most ``budget``; :meth:`tell` the outcome of each before asking for the next.
 
         Fewer come when the space has no more, as far as ``10 * budget`` suggestions show.
 
@@ -119,7 +119,7 @@ class Search:
                 self._say(*known)
 
     def tell(self, method: Method, goal: Goal, baseline: Goal, margin: float) -> None:
-        """Say what came of the setting that was suggested last."""
+        """Tell the optimiser what came of the setting it suggested last."""
         outcome = goal.hallucination, goal.loss(baseline) - margin
         self._outcomes[_key(method)] = outcome
         if self._trial is not None:

@@ -26,7 +26,7 @@ CONFIRM_IMAGES = 500
 def make_splits(
     options: EvalOptions, confirm: int | None, confirm_ids: Path | None, folder: Path
 ) -> tuple[EvalOptions, EvalOptions]:
-    """The options of the run that chooses, and of the one that confirms.
+    """Return the options of the run that chooses, and those of the one that confirms.
 
     Without data both are splits of the testbed. In a COCO folder the images are those of two files of ids, or drawn by
     seed and kept as ``calibration_ids.json`` and ``heldout_ids.json`` in ``folder``.
