@@ -63,7 +63,7 @@ def admitted(goal: Goal, baseline: Goal, margin: float) -> bool:
 
 
 def choose(goals: Sequence[Goal], baseline: Goal, margin: float) -> int | None:
-    """Return the index of the admitted setting with the least hallucination, the first of equals; None if none helps."""
+    """Return the index of the admitted setting with the least hallucination, the first of equals; None if none is."""
     best = None
     for index, goal in enumerate(goals):
         least = baseline.hallucination if best is None else goals[best].hallucination
