@@ -16,6 +16,7 @@ import pytest
 from vlmfix.cli import main
 from vlmfix.evals import testbed
 from vlmfix.evals.run import models
+from vlmfix.evals.run.answer_log import AnswerLog
 
 WORDS = "eval --method pai --set alpha=0.6 --no-controls --limit 6 --batch-size 4 --max-new-tokens 24"
 KILLS = 20
@@ -43,7 +44,13 @@ class Life:
         self.ended_well = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
 
     def _live(self, writer: int, calls: int | None) -> None:
-        count = 0
+        count, begun = 0, 0
+        append = AnswerLog.append
+
+        def note_first(log: AnswerLog, records: Any) -> None:
+            nonlocal begun
+            begun = begun or count
+            append(log, records)
 
         def die_in_time(frame: Any, event: str, argument: Any) -> None:
             nonlocal count
@@ -54,10 +61,11 @@ class Life:
         code = 1
         try:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            AnswerLog.append = note_first  # type: ignore[method-assign]  # in this process alone
             sys.setprofile(die_in_time)
             code = main(self.words)
             sys.setprofile(None)
-            os.write(writer, str(count).encode())
+            os.write(writer, f"{begun} {count}".encode())
         except BaseException:
             os.write(writer, traceback.format_exc().encode())
         finally:
@@ -89,11 +97,13 @@ def test_killed_at_20_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("vlmfix.evals.run.answering.load_model", lambda *_, **__: model)
     whole = Life(tmp_path / "whole", None)
     assert whole.ended_well, whole.told
-    total = int(whole.told)
+    begun, total = map(int, whole.told.split())
     rng = random.Random(4)
     folder, kills, answers = tmp_path / "killed", 0, []
     while kills < KILLS:
-        life = Life(folder, rng.randrange(total // 2))
+        # Half of them fall around the next answers, the others anywhere.
+        near = kills < KILLS // 2
+        life = Life(folder, rng.randrange(begun * 9 // 10, begun * 5 // 4) if near else rng.randrange(total // 2))
         assert life.was_killed or life.ended_well, life.told
         kills += life.was_killed
         log = folder / "answers.jsonl"
