@@ -13,8 +13,9 @@ from pathlib import Path
 
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.benchmarks.chair.figures import score_captions
+from vlmfix.evals.benchmarks.chair.files import read_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ChairMode, objects_by_word
-from vlmfix.evals.score_files.chair import read_captions
+from vlmfix.evals.data.answers import AnswerFile
 
 SENTENCES = (
     "The image features a {} standing next to a {}, and several other people are walking nearby.",
@@ -41,7 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=Path, metavar="FILE", help="captions of your own")
     options = parser.parse_args()
-    captions = made_up() if options.captions is None else dict(read_captions(options.captions).texts)
+    captions = (
+        made_up()
+        if options.captions is None
+        else {i: given.text for i, given in read_captions(AnswerFile(options.captions)).items()}
+    )
     mean = sum(len(text.split()) for text in captions.values()) / len(captions)
     print(f"{len(captions)} captions, {mean:.0f} words on average, one thread")
     modes: tuple[ChairMode, ...] = ("original", "nltk")

@@ -1,12 +1,14 @@
 """Text and JSON files that people hand in: every error names the file, the line and the remedy.
 
-Text is UTF-8 (with or without a byte-order mark), plain or gzipped.
+Text is UTF-8 (with or without a byte-order mark), plain or packed with gzip, bzip2 or xz.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,28 @@ _MARKS = (
     (b"\xfe\xff", "UTF-16"),
 )
 
+_PACKED = (
+    (b"\x1f\x8b", "gzip", gzip.decompress),
+    (b"BZh", "bzip2", bz2.decompress),
+    (b"\xfd7zXZ\x00", "xz", lzma.decompress),
+)
+
+# What is recognised by its first bytes and not read as text, with what to do about it.
+_NO_TEXT = (
+    (b"\x80", "pickle", "write its content as JSON (VLMEvalKit: run it with PRED_FORMAT=tsv)"),
+    (b"PK\x03\x04", "zip archive", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstd file", "unpack it with `zstd -d`"),
+    (b"7z\xbc\xaf", "7z archive", "unpack it"),
+    (b"PAR1", "parquet file", "write its content as JSON"),
+    (b"ARROW1", "arrow file", "write its content as JSON"),
+    (b"%PDF", "PDF", "write its content as JSON"),
+    (b"\x89PNG", "picture", "check the path"),
+    (b"\xff\xd8\xff", "picture", "check the path"),
+)
+
 
 def read_text(path: Path, *, what: str = "file", remedy: str = "check the path") -> str:
-    """The text of a file, unpacked if it is gzipped.
+    """The text of a file, unpacked if it is packed.
 
     Args:
         path: The file.
@@ -32,6 +53,11 @@ def read_text(path: Path, *, what: str = "file", remedy: str = "check the path")
     Raises:
         DataError: It is missing, a folder, unreadable, damaged, or no UTF-8; the message names file, line and remedy.
     """
+    return as_text(read_bytes(path, what=what, remedy=remedy), path, what=what)
+
+
+def read_bytes(path: Path, *, what: str = "file", remedy: str = "check the path") -> bytes:
+    """The bytes of a file, unpacked if it is packed; arguments and errors as of :func:`read_text`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -40,13 +66,25 @@ def read_text(path: Path, *, what: str = "file", remedy: str = "check the path")
         raise DataError(f"{path} is a folder, expected a {what}: give the file in it") from error
     except OSError as error:
         raise DataError(f"cannot read {what} {path} ({error.strerror or error}): {remedy}") from error
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{what} {path} is a damaged gzip file ({error}): {remedy}") from error
-    if data[:1] == b"\x80" or data[:4] == b"PK\x03\x04":
-        kind, advice = ("pickle", "write its content as JSON") if data[:1] == b"\x80" else ("zip archive", "unpack it")
+    for start, name, unpack in _PACKED:
+        if data.startswith(start):
+            try:
+                return unpack(data)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(f"{what} {path} is a damaged {name} file ({error}): {remedy}") from error
+    return data
+
+
+def as_text(data: bytes, path: Path, *, what: str = "file") -> str:
+    """The bytes of a file as text.
+
+    Raises:
+        DataError: They are something else, or no UTF-8; the message names file, line and remedy.
+    """
+    found = [(kind, advice) for start, kind, advice in _NO_TEXT if data.startswith(start)]
+    if data[257:262] == b"ustar":
+        found.append(("tar archive", "unpack it"))
+    for kind, advice in found:
         raise DataError(f"{what} {path} is a {kind}, which is not read: {advice}")
     return _decoded(data, path, what)
 

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import VlmfixError
 
+from ..data.answers import FileAnswers
 from ..data.samples import Answer, Answers, Sample
 from ..data.write import write_text
 from ..options import EvalOptions
@@ -51,6 +52,7 @@ class Benchmark(ABC):
             counted, and runs are compared on whole images only.
         rows_are: What a row of its table is, in the plural.
         side_names: Names of the further tables that :meth:`side_tables` gives.
+        file_flag: Flag under which ``vlmfix score`` takes the file too, such as ``"--captions"``.
         samples: Everything it asks, each different question once.
     """
 
@@ -63,6 +65,7 @@ class Benchmark(ABC):
     row_by_row: ClassVar[bool] = False
     rows_are: ClassVar[str] = "questions"
     side_names: ClassVar[tuple[str, ...]] = ()
+    file_flag: ClassVar[str] = ""
     samples: tuple[Sample, ...]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -220,7 +223,7 @@ class Benchmark(ABC):
 
     @classmethod  # noqa: B027
     def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """Add what ``vlmfix score NAME`` needs to know beside the file of answers (``FILE``, ``--out``)."""
+        """Add what ``vlmfix score NAME`` needs to know beside the file of answers (``FILE``, ``--out``, ...)."""
 
     @classmethod
     def reads_files(cls) -> bool:
@@ -231,6 +234,9 @@ class Benchmark(ABC):
     def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
         """Read a file of answers, whoever generated them: what was asked, and the answers to it.
 
+        :class:`~vlmfix.evals.data.answers.AnswerFile` finds the answers in it; its ``notes`` and ``facts`` are told if
+        the answers are given as :class:`~vlmfix.evals.data.answers.FileAnswers`.
+
         Args:
             path: The file.
             options: As typed, with what :meth:`add_score_arguments` added.
@@ -239,6 +245,49 @@ class Benchmark(ABC):
             VlmfixError: The benchmark scores no files, or the file cannot be read; the message says what to do.
         """
         raise VlmfixError(f"vlmfix score knows no file format of {cls.name}; evaluate it with vlmfix eval")
+
+    def report_file(
+        self, own: ScoredFile, other: ScoredFile | None, seed: int
+    ) -> tuple[dict[str, Any] | None, str] | None:
+        """What ``vlmfix score`` writes and shows of a file, if that is more than the declared figures.
+
+        Args:
+            own: The file, with its table.
+            other: A baseline to compare with, if there is one.
+            seed: Of the bootstrap.
+
+        Returns:
+            The part of the JSON file (None if there is nothing to write) and the text; or None for the declared figures
+            alone. A part without ``baseline`` is compared with one by the declared figures.
+        """
+        return None
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """A file of answers, scored.
+
+    Attributes:
+        path: The file.
+        task: What was asked.
+        answers: The answers.
+        table: Their table; None if they cannot be scored without something else, such as a judge.
+    """
+
+    path: Path
+    task: Any
+    answers: Answers
+    table: Any
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was found out about the file, for JSON."""
+        return self.answers.file.facts if isinstance(self.answers, FileAnswers) else {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the reader of the figures must know about it."""
+        return self.answers.file.notes if isinstance(self.answers, FileAnswers) else []
 
 
 def effort(samples: Sequence[Sample], answers: Answers, baseline: Answers) -> dict[str, Any]:

@@ -114,6 +114,11 @@ def is_unparsed(text: str, parser: Parser = "official") -> bool:
     return prediction is None or (prediction and _YES.search(lowered) is None)
 
 
+def readings(text: str) -> set[bool | None]:
+    """What the parsers make of an answer, ``vcd`` apart, which looks at the label; None where one finds nothing."""
+    return {None if is_unparsed(text, p) else parse_answer(text, p) for p in PARSERS if p != "vcd"}
+
+
 def _yes(table: Any) -> NDArray[np.bool_]:
     return np.asarray(table.prediction == 1)
 

@@ -1,28 +1,21 @@
-"""The ``vlmfix score`` verb. Nothing heavy is imported before it runs."""
+"""The ``vlmfix score`` verb: answers in files, whoever generated them, scored as those of a run; no model is loaded."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import DataError, VlmfixError
 
 from ..flags import verb_parser
 
-#: Named here as well as in ``metrics.pope``, whose import takes too long for ``--help``.
-POPE_PARSERS = ("official", "official_raw", "opera", "vcd", "lmms", "vlmeval")
+if TYPE_CHECKING:
+    from ..benchmarks.base import Benchmark, ScoredFile
 
-
-_CHAIR_EPILOG = """\
---ground-truth takes a COCO folder (instances_val2014.json, captions_val2014.json, also below annotations/), or JSON:
-  {"mode": "nltk", "objects": {"139": ["book", "chair"], ...}}    or {"139": [...]}, or lines of image_id, objects
-  {"categories": [...], "objects": {"139": [14, 15], ...}}        places in the list of categories
-nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
-  python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng
-"""
-
+SEED = 0
+"""Of the bootstrap."""
 
 _ABOUT = """\
 Score captions or answers in a file, whoever generated them, without a model. Each benchmark has its own --help.
@@ -32,134 +25,60 @@ Score captions or answers in a file, whoever generated them, without a model. Ea
   vlmfix score amber responses.jsonl --data AMBER_DIR
 """
 
+_EPILOG = """\
+FILE may be JSON lines, a JSON list, CSV, TSV, xlsx, parquet or arrow, also packed (gz, bz2, xz), and what the APIs and
+evaluation tools write. The model's text is found by its key and held against the truth and the question beside it.
+"""
+
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
-    """Add the verb to a command line's subparsers; import nothing heavy."""
+    """Add the verb to a command line's subparsers, with every benchmark that reads files."""
+    from ..benchmarks.registry import benchmark_class, benchmark_names
+
     parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    chair = _add_chair(kinds)
-    pope = _add_pope(kinds)
-    amber = kinds.add_parser("amber", allow_abbrev=False, help="responses against AMBER's annotations")
-    amber.add_argument("file", type=Path, metavar="FILE", help="JSON lines with id and response (or answer, text)")
-    amber.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with annotations.json, relation.json and safe_words.txt",
-    )
-    amber.add_argument(
-        "--spacy",
-        metavar="MODEL",
-        help="word similarity, officially en_core_web_lg (default: none, exact words only)",
-    )
-    amber.set_defaults(score=_score_amber)
-    hallusion = kinds.add_parser("hallusionbench", allow_abbrev=False, help="answers to HallusionBench, judged or not")
-    hallusion.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with judge (0, 1 or 2) or answer, in the order of the questions or with their ids",
-    )
-    hallusion.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
-    hallusion.set_defaults(score=_score_hallusionbench)
-    mmhal = kinds.add_parser("mmhal", allow_abbrev=False, help="judged answers to MMHal-Bench, or requests to a judge")
-    mmhal.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with rating or judgement; with model_answer only, the requests to a judge are written",
-    )
-    mmhal.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
-    mmhal.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
-    mmhal.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
-    mmhal.set_defaults(score=_score_mmhal)
-    mme = kinds.add_parser("mme", allow_abbrev=False, help="answers to the hallucination subset of MME")
-    mme.add_argument(
-        "file",
-        type=Path,
-        metavar="FILE",
-        help="results folder of the official tool, or JSON lines with task, image, question, label and answer",
-    )
-    mme.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
-    mme.set_defaults(score=_score_mme)
-    for kind in (amber, hallusion, mmhal, mme):
-        kind.add_argument(
-            "--subset", action="store_true", help="score what is answered, such as the files of a run with --limit"
-        )
-    for kind in (chair, pope, amber, hallusion, mmhal, mme):
-        kind.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
-    from .declared import add_declared
-
-    add_declared(kinds)
+    for name in benchmark_names():
+        try:
+            kind = benchmark_class(name)
+        except VlmfixError as error:  # Another package's fault is told to those who want its benchmark.
+            broken = kinds.add_parser(name, help=f"not available: {error}", add_help=False, prefix_chars="\0")
+            broken.add_argument("words", nargs="*")
+            broken.set_defaults(score=_refuse(error))
+            continue
+        if kind.reads_files():
+            _add_benchmark(kinds, kind)
     return parser
 
 
-def _add_chair(kinds: Any) -> Any:
-    chair = kinds.add_parser(
-        "chair",
-        allow_abbrev=False,
-        help="captions against COCO annotations",
-        epilog=_CHAIR_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add_benchmark(kinds: Any, kind: type[Benchmark]) -> None:
+    parser = kinds.add_parser(kind.name, allow_abbrev=False, help=kind.summary, epilog=_EPILOG)
+    flag = kind.file_flag
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="answers, whoever generated them")
+    if flag:
+        parser.add_argument(flag, dest="named_file", type=Path, metavar="FILE", help="the same")
+    kind.add_score_arguments(parser)
+    parser.add_argument("--text-key", metavar="KEY", help="key of the model's text, if nothing else tells it")
+    parser.add_argument(
+        "--thinking",
+        choices=("strip", "keep"),
+        default="strip",
+        help="what is done with thinking (<think>...</think>) before an answer (default: strip)",
     )
-    _add_file(chair, "--captions", "JSON lines with image_id and caption (or text, answer, response, ...)")
-    chair.add_argument(
-        "--ground-truth",
-        "--data",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="COCO folder with the annotations, or a file of objects per image",
+    parser.add_argument(
+        "--subset", action="store_true", help="score what is answered, such as the files of a run with --limit"
     )
-    chair.add_argument(
-        "--mode",
-        "--chair-mode",
-        choices=("original", "nltk", "mixed"),
-        default="original",
-        help="word matching of captions and ground truth; mixed: captions nltk, ground truth original, as in OPERA's "
-        "table (default: original)",
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="answers to the same questions, to compare with (paired)"
     )
-    _add_comparison(chair, "captions of the same images")
-    chair.set_defaults(score=_score_chair)
-    return chair
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
+    parser.set_defaults(score=score, benchmark=kind.name, file_flag=flag)
 
 
-def _add_pope(kinds: Any) -> Any:
-    pope = kinds.add_parser("pope", allow_abbrev=False, help="answers against POPE question files")
-    _add_file(pope, "--answers", "JSON lines with answer (or text, ...), and question_id or the order of the questions")
-    pope.add_argument(
-        "--questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="POPE question files (default: labels beside the answers)",
-    )
-    pope.add_argument("--parser", choices=POPE_PARSERS, default="official", help="reads yes or no (default: official)")
-    pope.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
-    pope.add_argument("--by-order", action="store_true", help="answers are in the order of the questions, ids or not")
-    _add_comparison(pope, "answers to the same questions")
-    pope.set_defaults(score=_score_pope)
-    return pope
+def _refuse(error: VlmfixError) -> Callable[[argparse.Namespace], str]:
+    def refuse(options: argparse.Namespace) -> str:
+        raise error
 
-
-def _add_file(parser: Any, flag: str, text: str) -> None:
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help=f"the same as {flag} FILE")
-    parser.add_argument(flag, dest="named_file", type=Path, metavar="FILE", help=text)
-
-
-def _add_comparison(parser: Any, text: str) -> None:
-    parser.add_argument("--text-key", metavar="KEY", help="key of the model's text, if it has no usual name")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help=f"{text}, to compare with (paired)")
-
-
-def _file(options: argparse.Namespace, flag: str) -> Path:
-    given = [path for path in (options.file, options.named_file) if path is not None]
-    if len(given) != 1:
-        raise VlmfixError(f"expected one file to score, found {len(given)}; type {flag} FILE")
-    path: Path = given[0]
-    return path
+    return refuse
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
@@ -167,62 +86,97 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     show(options.score(options))
 
 
-def _score_chair(options: argparse.Namespace) -> str:
-    from .chair import score_chair_file
+def score(options: argparse.Namespace) -> str:
+    """Score as typed.
 
-    return score_chair_file(
-        _file(options, "--captions"),
-        options.ground_truth,
-        mode=options.mode,
-        text_key=options.text_key,
-        baseline=options.baseline,
-        out=options.out,
-    )
+    Returns:
+        What was scored and how, what the reader must know about it, and the table of figures.
 
+    Raises:
+        VlmfixError: A file cannot be read or scored, or the two files do not answer the same questions.
+    """
+    from ..benchmarks.registry import benchmark_class
+    from ..data.write import SCHEMA_VERSION, write_json
 
-def _score_pope(options: argparse.Namespace) -> str:
-    from .pope import score_pope_file
-
-    return score_pope_file(
-        _file(options, "--answers"),
-        options.questions,
-        parser=options.parser,
-        text_key=options.text_key,
-        scores=options.scores,
-        by_order=options.by_order,
-        baseline=options.baseline,
-        out=options.out,
-    )
-
-
-def _score_amber(options: argparse.Namespace) -> str:
-    from .benchmarks import score_amber_file
-
-    return score_amber_file(
-        options.file, options.data, spacy_model=options.spacy, subset=options.subset, out=options.out
-    )
+    kind = benchmark_class(options.benchmark)
+    own = _scored(kind, _file(options), options)
+    other = None if options.baseline is None else _scored(kind, options.baseline, options)
+    result, text = own.task.report_file(own, other, SEED) or _declared(kind, own)
+    if other is not None and result is not None and "baseline" not in result:
+        result["baseline"], table = _compared(kind, own, other)
+        text += "\n" + table
+    if options.out is not None and result is not None:
+        head = {"schema_version": SCHEMA_VERSION, "file": str(own.path), "benchmark": kind.name}
+        write_json(options.out, {**head, **own.facts, **result})
+    first, *rest = text.split("\n")
+    notes = own.notes + ([] if other is None else [f"{other.path}: {note}" for note in other.notes])
+    return "\n".join([first, *notes, *rest])
 
 
-def _score_hallusionbench(options: argparse.Namespace) -> str:
-    from .benchmarks import score_hallusionbench_file
-
-    return score_hallusionbench_file(options.file, options.questions, subset=options.subset, out=options.out)
-
-
-def _score_mmhal(options: argparse.Namespace) -> str:
-    from .benchmarks import score_mmhal_file
-
-    return score_mmhal_file(
-        options.file,
-        options.questions,
-        judge=options.judge,
-        requests=options.requests,
-        subset=options.subset,
-        out=options.out,
-    )
+def _file(options: argparse.Namespace) -> Path:
+    given = [path for path in (options.file, getattr(options, "named_file", None)) if path is not None]
+    if len(given) != 1:
+        raise VlmfixError(
+            f"expected one file to score, found {len(given)}; type {options.file_flag} FILE".replace("  ", " ")
+        )
+    path: Path = given[0]
+    return path
 
 
-def _score_mme(options: argparse.Namespace) -> str:
-    from .benchmarks import score_mme_file
+def _scored(kind: type[Benchmark], path: Path, options: argparse.Namespace) -> ScoredFile:
+    from ..benchmarks.base import ScoredFile
 
-    return score_mme_file(options.file, parser=options.parser, subset=options.subset, out=options.out)
+    try:
+        task, answers = kind.from_files(path, options)
+        return ScoredFile(path, task, answers, task.score(answers))
+    except DataError as error:  # Of two files, the reader must know which one is meant.
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
+
+
+def _declared(kind: type[Benchmark], own: ScoredFile) -> tuple[dict[str, Any], str]:
+    """The figures that a benchmark declares, and its counts."""
+    from ..stats.intervals import finite
+    from ..tables import plain_table
+
+    if own.table is None:
+        raise DataError(f"{own.path} cannot be scored: {own.task.about()}")
+    result: dict[str, Any] = {"counts": own.task.counts(own.table), "summary": _summary(kind, own)}
+    if parts := own.task.breakdown(own.table):
+        result["breakdown"] = {name: finite(figures) for name, figures in parts.items()}
+    shown = [figure for figure in kind.figures if figure.name in result["summary"]]
+    table = plain_table([["", *(figure.heading for figure in shown)], ["", *_cells(shown, result["summary"])]])
+    counts = ", ".join(f"{name} {count}" for name, count in result["counts"].items() if isinstance(count, int))
+    return result, f"{own.task.about()}, {own.path}\n{table}\n{counts}"
+
+
+def _compared(kind: type[Benchmark], own: ScoredFile, other: ScoredFile) -> tuple[dict[str, Any], str]:
+    """A baseline's figures and the differences to it, by the figures that a benchmark declares."""
+    from ..stats.intervals import CONFIDENCE
+    from ..tables import difference_cell, interval_cell, plain_table
+
+    if own.table is None or other.table is None or own.table.keys != other.table.keys:
+        raise DataError(f"{other.path} and {own.path} do not answer the same questions")
+    found = kind.differences(own.table, other.table, SEED)
+    summary, ours = _summary(kind, other), _summary(kind, own)
+    shown = [figure for figure in kind.figures if figure.name in ours]
+    rows = [["", *(figure.heading for figure in shown)], ["file", *_cells(shown, ours)]]
+    rows.append(["baseline", *_cells(shown, summary)])
+    for title, cell in (("difference", difference_cell), ("95 %", interval_cell)):
+        rows.append([title, *(cell(found.get(figure.key), percent=figure.percent) for figure in shown)])
+    part = {"file": str(other.path), **other.facts, "counts": other.task.counts(other.table), "summary": summary}
+    return {**part, "differences": found, "confidence": CONFIDENCE}, plain_table(rows)
+
+
+def _summary(kind: type[Benchmark], scored: ScoredFile) -> dict[str, Any]:
+    from ..stats.intervals import finite
+    from ..stats.table import summary
+
+    return finite(summary(scored.table, kind.figures))
+
+
+def _cells(shown: Sequence[Any], summary: Mapping[str, Any]) -> list[str]:
+    from ..tables import number
+
+    return [number(summary.get(figure.name), percent=figure.percent) for figure in shown]

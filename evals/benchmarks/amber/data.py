@@ -136,6 +136,32 @@ def _is_words(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
+QUERY_FILES = ("query_all.json", "query/query_all.json")
+
+
+def read_queries(path: Path) -> dict[int, tuple[str, str]]:
+    """What is asked of each item: its id to the image and the query.
+
+    Raises:
+        DataError: the file is missing or broken.
+    """
+    rows = read_json(path)
+    try:
+        return {int(row["id"]): (str(row["image"]), str(row["query"])) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: expected a JSON list of objects with id, image and query ({error!r})") from error
+
+
+def load_texts(folder: Path) -> dict[int, tuple[str, str]]:
+    """The query and the image of each item, where the folder has them; empty where it has none.
+
+    Raises:
+        DataError: the file of queries is broken.
+    """
+    paths = [folder / name for name in QUERY_FILES if (folder / name).is_file() or _packed(folder / name).is_file()]
+    return {i: (query, image) for i, (image, query) in read_queries(paths[0]).items()} if paths else {}
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file, or of the one with ``.gz`` behind its name.
 

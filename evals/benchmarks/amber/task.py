@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -21,7 +22,7 @@ from ...options import EvalOptions
 from ..base import Benchmark, distinct, write_list
 from ..choice import RunData, answer_limit
 from ..yes_no import parse_answer
-from .data import AmberData, AmberItem, load_amber, read_json
+from .data import QUERY_FILES, AmberData, AmberItem, load_amber, read_queries
 from .figures import AmberTable, score_responses
 from .objects import Nouns, known_lemmas, spacy_similarity, tagged_nouns
 
@@ -47,13 +48,13 @@ class AmberQuery:
     Attributes:
         item: Its annotation.
         image: File name of the image.
-        path: Its file.
+        path: Its file; None where only answers are scored.
         text: The query.
     """
 
     item: AmberItem
     image: str
-    path: Path
+    path: Path | None
     text: str
 
 
@@ -72,12 +73,8 @@ def load_queries(where: str) -> tuple[AmberData, list[AmberQuery]]:
     folder = Path(where)
     root = find_file(folder, ["annotations.json", "data/annotations.json"], "annotations").parent
     data = load_amber(root)
-    path = find_file(root, ["query_all.json", "query/query_all.json"], "queries")
-    rows = read_json(path)
-    try:
-        asked = {int(row["id"]): (str(row["image"]), str(row["query"])) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected a JSON list of objects with id, image and query ({error!r})") from error
+    path = find_file(root, QUERY_FILES, "queries")
+    asked = read_queries(path)
     lacking = [i for i in data.items if i not in asked]
     if lacking:
         raise DataError(f"{path} has no query for item {lacking[0]} of annotations.json: take both from one release")
@@ -133,6 +130,20 @@ class Amber(Benchmark):
             known_lemmas(annotations)
             made._nouns  # noqa: B018  Likewise a missing tagger.
         return replace(made, samples=distinct([made.sample(query) for query in queries]))
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """What stands in the files beside the answers, and how they are read."""
+        from .files import add_arguments
+
+        add_arguments(parser)
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
+        """Read a file; see ``files.py``."""
+        from .files import read_amber
+
+        return read_amber(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limits, similarity and a digest of the items."""

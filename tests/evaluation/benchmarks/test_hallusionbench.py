@@ -227,7 +227,10 @@ def test_score_without_a_judge(tmp_path, capsys):
         ([{"answer": "Yes"}] * 6 + [{"answer": None}], "line 7: 'answer' is null"),
         ([{"judge": 1, "same": 1}] * 6 + [{"judge": 1}], "line 7: expected 'same'"),
         ([entry(q, judge=1) for q in QUESTIONS[:6]], "answers 6 of 7 questions"),
-        ([entry(QUESTIONS[0], judge=1)] * 2, "line 2: question VD/chart/0/0/0 is answered already"),
+        (
+            [entry(QUESTIONS[0], judge=1), entry(QUESTIONS[0], judge=2)],
+            "line 2: question VD/chart/0/0/0 is answered already",
+        ),
         ([entry(question("VD", 9), judge=1)], "line 1: the question file has no question VD/chart/0/9/0"),
         ([entry(QUESTIONS[0], judge=1), {"judge": 1}], "line 2: expected category"),
         (["x"], "line 1: expected a JSON object"),

@@ -173,7 +173,7 @@ def test_judgements_come_back(tmp_path, capsys):
         ([{"rating": 1}] * 15 + [{"judgement": "rating: 1"}], "line 1: expected one of judgement"),
         ([entry(item) for item in ITEMS], "every answer is empty"),
         ([{"index": i, "rating": 1} for i in range(15)], "answers 15 of 16 questions"),
-        ([{"index": 0, "rating": 1}] * 2, "line 2: question 0 is answered already"),
+        ([{"index": 0, "rating": 1}, {"index": 0, "rating": 2}], "line 2: question 0 is answered already"),
         ([{"index": 16, "rating": 1}], "line 1: the question file has no question 16"),
     ],
 )

@@ -1,0 +1,284 @@
+"""What a model answered, out of a file that anybody wrote: the one reader of answer files."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmfix.errors import DataError
+
+from .formats import unify
+from .matching import Asked, Row, match, once
+from .model_text import MODEL_KEYS, TRUTH_KEYS, WORDS, Reading, TextChoice, word
+from .records import read_rows, text_of
+from .samples import Answer, Sample
+from .thinking import without_thinking
+
+_REASON_KEYS = ("finish_reason", "stop_reason", "finishReason", "done_reason")
+_ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed"})
+_CUT_OFF = frozenset({"length", "max_tokens", "model_length", "incomplete", "max_length", "max_new_tokens"})
+_UNANSWERED = frozenset({"content_filter", "safety", "error", "refusal"})
+
+Thinking = Literal["strip", "keep"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """One answer of a file.
+
+    Attributes:
+        row: Where it stands.
+        text: The model's text.
+        cut_off: Whether the limit of tokens ended it; None if the file does not say.
+    """
+
+    row: Row
+    text: str
+    cut_off: bool | None = None
+
+    def answer(self, score: float | None = None) -> Answer:
+        """It as an answer of a run.
+
+        Args:
+            score: Its yes-minus-no logit, if there is one.
+        """
+        return Answer(self.text, (), bool(self.cut_off), (), score, 0.0)
+
+
+@dataclass
+class AnswerFile:
+    """A file of answers, and what is found out about it.
+
+    Attributes:
+        path: The file.
+        text_key: The key of the model's text, if the user says.
+        thinking: What to do with thinking before an answer: leave it out, or keep it.
+        usual: The names of the model's text that messages name first.
+        doubts: Why the answers should not be scored, to be said if nothing else is wrong.
+        notes: What the reader of the figures must know, one line each.
+        facts: The same for JSON.
+    """
+
+    path: Path
+    text_key: str | None = None
+    thinking: Thinking = "strip"
+    usual: tuple[str, ...] = ()
+    doubts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=lambda: {"repeated_lines": 0})
+
+    @classmethod
+    def of(cls, path: Path, options: Namespace) -> AnswerFile:
+        """A file as the options say it is to be read, none of which needs to be there."""
+        return cls(path, getattr(options, "text_key", None), getattr(options, "thinking", "strip"))
+
+    def rows(self, what: str = "answer file") -> list[Row]:
+        """The rows, in one form whatever tool wrote them, without those that hold no answer.
+
+        Raises:
+            DataError: The file cannot be read, or no row holds an answer.
+        """
+        everything = [Row(where, fields) for where, fields in read_rows(self.path, what=what)]
+        rows, _ = unify(everything)
+        rows = [row for row in rows if not _UNANSWERED & _reasons(row)]
+        if unanswered := len(everything) - len(rows):
+            if not rows:
+                raise DataError(f"{self.path}: none of the {unanswered} rows holds an answer (errors, or filtered)")
+            self.facts["unanswered"] = unanswered
+            self.notes.append(f"{unanswered} rows hold no answer (errors, or filtered)")
+        return rows
+
+    def matched(
+        self, rows: Sequence[Row], asked: Sequence[Asked], *, remedy: str, subset: bool = False, **how: Any
+    ) -> dict[int, Row]:
+        """The row that answers each question, by index and in the order of the questions.
+
+        Args:
+            rows: Of this file.
+            asked: The questions.
+            remedy: What to do if one has no answer.
+            subset: Whether questions may lack an answer.
+            how: As of :func:`vlmfix.evals.data.matching.match`.
+
+        Raises:
+            DataError: As of :func:`vlmfix.evals.data.matching.match`; a question has several answers, or none; or a
+                label beside an answer is not the question's.
+        """
+        pairs = match(rows, asked, doubts=self.doubts, **how)
+        for index, row in pairs:
+            _check_label(row, asked[index])
+        found, repeated = once(pairs, asked)
+        self.repeats(repeated)
+        lacking = [question for i, question in enumerate(asked) if i not in found]
+        if lacking and not subset:
+            raise DataError(
+                f"{self.path} answers {len(found)} of {len(asked)} questions; the first without an answer is "
+                f"{lacking[0].name}: {remedy}"
+            )
+        return dict(sorted(found.items()))
+
+    def repeats(self, count: int) -> None:
+        """Note how many rows repeat an earlier one."""
+        self.facts["repeated_lines"] = count
+        if count:
+            self.notes.append(f"{count} lines repeat an earlier one word for word: counted once")
+
+    def given(
+        self,
+        rows: Sequence[Row],
+        questions: Sequence[str] = (),
+        truths: Sequence[frozenset[str]] = (),
+        reads: Reading | None = None,
+    ) -> list[Given]:
+        """The model's text of each row.
+
+        Args:
+            rows: Of this file.
+            questions: The question of each row, if they are known.
+            truths: The spellings of each row's right answer, if they are known.
+            reads: What parsers make of a yes/no answer.
+
+        Raises:
+            DataError: No field is the model's text for sure; or what is, holds no text, the truth, or the question.
+        """
+        choice = TextChoice(rows, questions, truths or [frozenset()] * len(rows), reads, self.usual)
+        keys, notes = choice.keys(self.text_key)
+        self.notes += notes
+        if keys:
+            self.facts["text_key"] = keys[0] if len(set(keys)) == 1 else sorted(set(keys))
+        found, traces = [], []
+        for row, key in zip(rows, keys, strict=True):
+            text = text_of(row.fields, row.where, [key])
+            if not isinstance(row.fields[key], str):
+                raise DataError(f"{row.where}: expected text in {key!r}, found {text}; write it as a string")
+            thought, cut_off = without_thinking(text), _cut_off(row)
+            traces += [thought] if thought.traced else []
+            if self.thinking == "strip" and thought.traced:
+                text, cut_off = thought.answer, True if thought.unfinished else cut_off
+            found.append(Given(row, text, cut_off))
+        if traces:
+            unfinished = sum(trace.unfinished for trace in traces)
+            self.facts["thinking"] = {"answers": len(traces), "unfinished": unfinished, "how": self.thinking}
+            done = "kept as part of the answer" if self.thinking == "keep" else "left out"
+            never = f"; in {unfinished} it never ends" if unfinished else ""
+            self.notes.append(f"{len(traces)} of {len(rows)} answers begin with thinking, which is {done}{never}")
+        return found
+
+
+class FileAnswers(dict[tuple[str, int, str], Answer]):
+    """Answers by ``Sample.key``, with the file that they are from.
+
+    Attributes:
+        file: The file, with what the reader of the figures must know.
+
+    Raises:
+        DataError: There is a doubt which questions are answered.
+    """
+
+    def __init__(self, file: AnswerFile, samples: Iterable[Sample], answers: Iterable[Answer]):
+        for doubt in file.doubts:
+            raise DataError(doubt)
+        super().__init__({sample.key: answer for sample, answer in zip(samples, answers, strict=True)})
+        self.file = file
+
+
+def yes_no(label: bool) -> frozenset[str]:
+    """The spellings of a label."""
+    return frozenset(spelling for spelling, value in WORDS.items() if value == label)
+
+
+def label_of(row: Row, remedy: str = "every line needs one") -> tuple[str, bool]:
+    """The label of a row that brings its own: under the names that only the truth has, if they agree.
+
+    ``answer`` is taken for the label only beside a field that only a model's text has.
+
+    Returns:
+        The key, and the label.
+
+    Raises:
+        DataError: There is none, or it is neither yes nor no.
+    """
+    keys = [key for key in TRUTH_KEYS if key in row.fields]
+    if not keys and "answer" in row.fields and any(key in row.fields for key in MODEL_KEYS):
+        keys = ["answer"]
+    values = {WORDS.get(word(row.fields[key])) for key in keys}
+    label = next(iter(values)) if len(values) == 1 else None
+    if label is None:
+        found = str(row.fields.get(keys[0] if keys else "label"))[:40]
+        raise DataError(f"{row.where}: expected the label yes or no, found {found!r}; {remedy}")
+    return keys[0], label
+
+
+def _check_label(row: Row, asked: Asked) -> None:
+    """Refuse a row whose label is not the question's.
+
+    Raises:
+        DataError: It is not, or it is no label.
+    """
+    binary = asked.truth and asked.truth <= WORDS.keys()
+    for key in TRUTH_KEYS:
+        value = row.fields.get(key)
+        if value in (None, "") or not asked.truth or isinstance(value, list | dict):
+            continue
+        if binary and word(value) not in WORDS:
+            if key == "label":
+                raise DataError(f"{row.where}: expected the label yes or no, found {str(value)[:40]!r}")
+            continue
+        if word(value) not in asked.truth:
+            right = ("yes" if "yes" in asked.truth else "no") if binary else repr(min(asked.truth)[:60])
+            raise DataError(
+                f"{row.where}: the {key} is {str(value)[:60]!r}, and that of {asked.name} is {right}: the answers "
+                "belong to other questions, to another release of them, or are in another order"
+            )
+
+
+def _reasons(row: Row) -> set[str]:
+    return {str(row.fields[key]).lower() for key in _REASON_KEYS if row.fields.get(key) is not None}
+
+
+def _cut_off(row: Row) -> bool | None:
+    """Whether the limit of tokens ended an answer.
+
+    Raises:
+        DataError: What the row says is unknown, or contradicts itself.
+    """
+    flag: Any = row.fields.get("truncated")
+    if isinstance(flag, str) and flag.lower() in ("true", "false"):  # Out of a table.
+        flag = flag.lower() == "true"
+    if flag is not None and not isinstance(flag, bool):
+        raise DataError(f"{row.where}: expected true or false in 'truncated', found {str(flag)[:40]!r}")
+    said = {flag} - {None}
+    for reason in sorted(_reasons(row)):
+        if reason not in _ENDED | _CUT_OFF:
+            known = ", ".join(sorted(_ENDED | _CUT_OFF))
+            raise DataError(
+                f"{row.where}: unknown finish reason {reason!r}; expected one of {known}, or 'truncated' true or false"
+            )
+        said.add(reason in _CUT_OFF)
+    if len(said) > 1:
+        raise DataError(f"{row.where}: 'truncated' and the finish reason contradict each other")
+    return next(iter(said), None)
+
+
+def once_each(rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """The rows without those that repeat an earlier one word for word, and how many these are."""
+    kept = {repr(sorted(row.fields.items(), key=lambda item: item[0])): row for row in reversed(rows)}
+    return list(reversed(kept.values())), len(rows) - len(kept)
+
+
+def cut_off_flags(given: Mapping[Any, Given]) -> dict[Any, bool] | None:
+    """Whether each answer was cut off; None if the file does not say.
+
+    Raises:
+        DataError: It says so of some answers only.
+    """
+    known = {key: each.cut_off for key, each in given.items() if each.cut_off is not None}
+    if known and len(known) < len(given):
+        lacking = next(each for each in given.values() if each.cut_off is None)
+        raise DataError(
+            f"{lacking.row.where}: expected 'truncated' or 'finish_reason' as on other lines: give it on all, or none"
+        )
+    return known or None
