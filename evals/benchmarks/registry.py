@@ -58,12 +58,7 @@ def benchmark_class(name: str) -> type[Benchmark]:
     from .base import Benchmark
 
     if (_HERE / name / "task.py").is_file():
-        module = importlib.import_module(f".{name}.task", __package__)
-        return next(
-            value
-            for value in vars(module).values()
-            if isinstance(value, type) and issubclass(value, Benchmark) and getattr(value, "name", None) == name
-        )
+        return _defined_in(f".{name}.task", name)
     entry = _foreign().get(name)
     if entry is None:
         raise VlmfixError(f"unknown --benchmark {name!r}; choose from {', '.join(benchmark_names())}")
@@ -77,6 +72,30 @@ def benchmark_class(name: str) -> type[Benchmark]:
             f"with name = {name!r}"
         )
     return found
+
+
+def _defined_in(module: str, name: str) -> type[Benchmark]:
+    """The benchmark of a name that a module defines."""
+    from .base import Benchmark
+
+    found = importlib.import_module(module, __package__)
+    return next(
+        value
+        for value in vars(found).values()
+        if isinstance(value, type)
+        and issubclass(value, Benchmark)
+        and value.__module__ == found.__name__
+        and value.name == name
+    )
+
+
+def file_class(name: str) -> type[Benchmark]:
+    """The benchmark of a name as files answer it: what ``files.py`` in its folder defines, else the benchmark itself.
+
+    Raises:
+        VlmfixError: As of :func:`benchmark_class`.
+    """
+    return _defined_in(f".{name}.files", name) if (_HERE / name / "files.py").is_file() else benchmark_class(name)
 
 
 @dataclass(frozen=True)

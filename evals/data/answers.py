@@ -65,7 +65,7 @@ class AnswerFile:
     path: Path
     text_key: str | None = None
     thinking: Thinking = "strip"
-    usual: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ("caption", "text", "answer", "response")
     doubts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=lambda: {"repeated_lines": 0})

@@ -92,8 +92,7 @@ class TextChoice:
         self._refuse_questions(keys)
         self._refuse_unread(keys, given is not None)
         notes = self._refuse_truth(keys, given is not None)
-        self._refuse_unparsed(keys)
-        return keys, notes
+        return keys, [*notes, *self._refuse_unparsed(keys, given is not None)]
 
     def _chosen(self) -> list[str]:
         names = (*self.usual, *(k for k in (*MODEL_KEYS, *UNSURE_KEYS) if k not in self.usual))
@@ -218,13 +217,17 @@ class TextChoice:
             return False
         return any(word(v) != word(text) for v, text in zip(values, texts, strict=True))
 
-    def _refuse_unparsed(self, keys: Sequence[str]) -> None:
+    def _refuse_unparsed(self, keys: Sequence[str], given: bool) -> list[str]:
+        """Refuse answers none of which says yes or no, unless the user says that they are the model's."""
         texts = [row.fields[k] for row, k in zip(self.rows, keys, strict=True)]
         if self.reads is None or not all(isinstance(text, str) for text in texts):
-            return
+            return []
         if all(set(self.reads(without_thinking(text).answer)) == {None} for text in texts):
             shown = ", ".join(repr(text[:40]) for text in texts[:3])
+            if given:
+                return [f"no answer says yes or no (the first are {shown})"]
             raise DataError(
                 f"{self.rows[0].where}: no answer under {keys[0]!r} says yes or no (the first are {shown}); if another "
                 f"key of {', '.join(self.rows[0].fields)} holds the model's text, say which with --text-key KEY"
             )
+        return []

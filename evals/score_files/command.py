@@ -33,13 +33,13 @@ evaluation tools write. The model's text is found by its key and held against th
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers, with every benchmark that reads files."""
-    from ..benchmarks.registry import benchmark_class, benchmark_names
+    from ..benchmarks.registry import benchmark_names, file_class
 
     parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     for name in benchmark_names():
         try:
-            kind = benchmark_class(name)
+            kind = file_class(name)
         except VlmfixError as error:  # Another package's fault is told to those who want its benchmark.
             broken = kinds.add_parser(name, help=f"not available: {error}", add_help=False, prefix_chars="\0")
             broken.add_argument("words", nargs="*")
@@ -95,10 +95,10 @@ def score(options: argparse.Namespace) -> str:
     Raises:
         VlmfixError: A file cannot be read or scored, or the two files do not answer the same questions.
     """
-    from ..benchmarks.registry import benchmark_class
+    from ..benchmarks.registry import file_class
     from ..data.write import SCHEMA_VERSION, write_json
 
-    kind = benchmark_class(options.benchmark)
+    kind = file_class(options.benchmark)
     own = _scored(kind, _file(options), options)
     other = None if options.baseline is None else _scored(kind, options.baseline, options)
     result, text = own.task.report_file(own, other, SEED) or _declared(kind, own)

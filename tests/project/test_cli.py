@@ -183,15 +183,16 @@ def test_score_equals_the_evaluation(tmp_path: Path) -> None:
     lengths = [summary.pop("length_tokens") for summary in (again["summary"], row["chair"]["summary"])]
     assert lengths[1] is None and again["summary"] == row["chair"]["summary"]
 
+    from vlmfix.evals.benchmarks.pope.task import Pope
     from vlmfix.evals.benchmarks.registry import make_tasks
     from vlmfix.evals.options import EvalOptions
 
-    task = make_tasks(EvalOptions(model=str(model), data=data)).pope
+    task = make_tasks(EvalOptions(model=str(model), data=data)).find(Pope)
     assert task is not None
     texts = {(a["image_id"], a["question"]): a["text"] for a in answers if a["benchmark"] == "pope"}
     files, given = [], []
     for split in ("random", "popular", "adversarial"):
-        questions = [q for q in task.questions if q.split == split]
+        questions = [q for q in task.asked if q.split == split]
         rows = [
             {"question_id": q.question_id, "image": q.image, "text": q.text, "label": "yes" if q.label else "no"}
             for q in questions
@@ -202,12 +203,15 @@ def test_score_equals_the_evaluation(tmp_path: Path) -> None:
             for q in questions
         ]
     path = write_lines(tmp_path / "answers.jsonl", given)
-    assert main(["score", "pope", str(path), "--questions", *files, "--out", str(tmp_path / "pope.json")]) == 0
+    garbled = ("--text-key", "answer")  # The model has random weights, and says neither yes nor no.
+    assert (
+        main(["score", "pope", str(path), "--questions", *files, "--out", str(tmp_path / "pope.json"), *garbled]) == 0
+    )
     again = json.loads((tmp_path / "pope.json").read_text())
     for split in ("random", "popular", "adversarial"):
         assert again["splits"][split]["counts"] == row["pope"][split]["counts"]
         own = out / "official" / "none" / f"pope_{split}.jsonl"
-        assert main(["score", "pope", str(own), "--out", str(tmp_path / "own.json")]) == 0
+        assert main(["score", "pope", str(own), "--out", str(tmp_path / "own.json"), *garbled]) == 0
         assert (
             json.loads((tmp_path / "own.json").read_text())["splits"]["all"]["counts"] == row["pope"][split]["counts"]
         )
@@ -228,7 +232,9 @@ def score_pope(folder: Path, answers: list[Any], *more: str) -> int:
 
 def test_score_pope_by_order_and_by_id(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"n": 3, "TP": 1, "FP": 0, "TN": 1, "FN": 1, "unparsed": 0}
-    assert score_pope(tmp_path, [{"text": "Yes"}, {"text": "No"}, {"text": "no."}]) == 0
+    in_order = [{"text": "Yes"}, {"text": "No"}, {"text": "no."}]
+    assert score_pope(tmp_path, in_order) == 2 and "type --by-order" in capsys.readouterr().err
+    assert score_pope(tmp_path, in_order, "--by-order") == 0
     assert json.loads((tmp_path / "o.json").read_text())["splits"]["random"]["counts"] == expected
     by_id = [{"question_id": i, "answer": text} for i, text in ((3, "no."), (1, "Yes"), (2, "No"))]
     assert score_pope(tmp_path, by_id) == 0

@@ -22,22 +22,6 @@ from .objects import spacy_similarity
 from .task import Amber, AmberQuery
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what scoring needs to know beside the responses."""
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder with annotations.json, relation.json and safe_words.txt",
-    )
-    parser.add_argument(
-        "--spacy",
-        metavar="MODEL",
-        help="word similarity, officially en_core_web_lg (default: none, exact words only)",
-    )
-
-
 @dataclass(frozen=True)
 class AmberFile(Amber):
     """AMBER as a file answers it.
@@ -47,6 +31,27 @@ class AmberFile(Amber):
     """
 
     parts: Parts = field(default_factory=dict)
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the responses."""
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder with annotations.json, relation.json and safe_words.txt",
+        )
+        parser.add_argument(
+            "--spacy",
+            metavar="MODEL",
+            help="word similarity, officially en_core_web_lg (default: none, exact words only)",
+        )
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Amber, FileAnswers]:
+        """See :func:`read_amber`."""
+        return read_amber(path, options)
 
     def responses(self, answers: Answers) -> dict[int, str]:
         """Responses by item id, as they are."""

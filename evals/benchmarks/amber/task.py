@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -130,20 +129,6 @@ class Amber(Benchmark):
             known_lemmas(annotations)
             made._nouns  # noqa: B018  Likewise a missing tagger.
         return replace(made, samples=distinct([made.sample(query) for query in queries]))
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_amber
-
-        return read_amber(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limits, similarity and a digest of the items."""

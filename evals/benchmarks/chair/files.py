@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,27 +51,6 @@ nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what scoring needs to know beside the captions."""
-    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--ground-truth",
-        "--data",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="COCO folder with the annotations, or a file of objects per image",
-    )
-    parser.add_argument(
-        "--mode",
-        "--chair-mode",
-        choices=MODES,
-        default="original",
-        help="word matching of captions and ground truth; mixed: captions nltk, ground truth original, as in OPERA's "
-        "table (default: original)",
-    )
-
-
 @dataclass(frozen=True)
 class ChairFile(Chair):
     """CHAIR of a file's captions.
@@ -83,10 +62,38 @@ class ChairFile(Chair):
         cut_off: Image id to whether the token limit ended its caption; None if the file does not say.
     """
 
+    file_flag: ClassVar[str] = "--captions"
+
     mode: ScoringMode
     source: GroundTruth
     counter: ChairMatcher | None
     cut_off: Mapping[int, bool] | None
+
+    @classmethod
+    def add_score_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add what scoring needs to know beside the captions."""
+        parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
+        parser.add_argument(
+            "--ground-truth",
+            "--data",
+            type=Path,
+            required=True,
+            metavar="PATH",
+            help="COCO folder with the annotations, or a file of objects per image",
+        )
+        parser.add_argument(
+            "--mode",
+            "--chair-mode",
+            choices=MODES,
+            default="original",
+            help="word matching of captions and ground truth; mixed: captions nltk, ground truth original, as in "
+            "OPERA's table (default: original)",
+        )
+
+    @classmethod
+    def from_files(cls, path: Path, options: argparse.Namespace) -> tuple[Chair, FileAnswers]:
+        """See :func:`read_chair`."""
+        return read_chair(path, options)
 
     def score(self, answers: Answers) -> ChairTable:
         """Count the objects of every caption, and its tokens."""
@@ -167,7 +174,6 @@ def read_captions(file: AnswerFile) -> dict[int, Given]:
     Raises:
         DataError: A line has no image id or no text, or an image has two different captions.
     """
-    file.usual = ("caption", "text", "answer", "response")
     rows = file.rows("caption file")
     found: dict[int, Given] = {}
     repeated = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,6 @@ class Chair(Benchmark):
     title: ClassVar[str] = "CHAIR"
     summary: ClassVar[str] = "objects that captions name and that are not in the image"
     figures = ChairTable.FIGURES
-    file_flag: ClassVar[str] = "--captions"
     matched_on: ClassVar[Mapping[str, str]] = {"early stop": "recall"}
     row_by_row: ClassVar[bool] = True
     rows_are: ClassVar[str] = "captions"
@@ -62,20 +60,6 @@ class Chair(Benchmark):
         limit = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
         samples = tuple(Sample(cls.name, i, data.coco.image(i).path, prompt, limit, "gaps") for i in ids)
         return cls(samples, ground_truth(data.coco, ids, matcher), matcher, limit)
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_chair
-
-        return read_chair(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, matcher mode, length limit, image ids and a digest of the ground truth."""

@@ -30,11 +30,6 @@ from .task import HallusionBench
 _JUDGE_KEYS = ("judge", "gpt4v_output_gpt_check", "correctness")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what scoring needs to know beside the answers."""
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
-
-
 @dataclass(frozen=True)
 class HallusionFile(HallusionBench):
     """HallusionBench as a file answers it.
@@ -50,6 +45,16 @@ class HallusionFile(HallusionBench):
     codes: tuple[int, ...] | None = None
     same: tuple[bool, ...] | None = None
     judge: str = ""
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the answers."""
+        parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[HallusionBench, FileAnswers]:
+        """See :func:`read_hallusionbench`."""
+        return read_hallusionbench(path, options)
 
     def score(self, answers: Answers) -> HallusionTable:
         """One row per question, by the judge's codes if there are any."""

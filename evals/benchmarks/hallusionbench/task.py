@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,20 +106,6 @@ class HallusionBench(Benchmark):
             for q, path in rows
         )
         return cls(tuple(q for q, _ in rows), each, distinct(each), prompt, limit)
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_hallusionbench
-
-        return read_hallusionbench(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit and a digest of the questions."""

@@ -26,11 +26,6 @@ from .figures import IMAGES_PER_TASK, PARSERS, MmeTable, parse_answer
 from .task import Mme, MmeQuestion
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what scoring needs to know beside the answers."""
-    parser.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
-
-
 @dataclass(frozen=True)
 class MmeFile(Mme):
     """MME as a file answers it.
@@ -42,6 +37,16 @@ class MmeFile(Mme):
 
     path: Path = Path()
     subset: bool = False
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the answers."""
+        parser.add_argument("--parser", default="official", help="rule that reads yes or no: official or lmms")
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Mme, FileAnswers]:
+        """See :func:`read_mme`."""
+        return read_mme(path, options)
 
     def report_file(self, own: ScoredFile, other: ScoredFile | None, seed: int) -> tuple[dict[str, Any], str]:
         """One row per task, and the total of all four."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,20 +151,6 @@ class Mme(Benchmark):
             for q in asked
         )
         return cls(asked, each, distinct(each), prompt, limit)
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_mme
-
-        return read_mme(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit and a digest of the questions."""

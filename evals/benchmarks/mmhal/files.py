@@ -32,13 +32,6 @@ from .task import Mmhal
 _JUDGEMENT_KEYS = ("judgement", "judgment", "evaluation")
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what scoring needs to know beside the answers."""
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
-    parser.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
-    parser.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
-
-
 @dataclass(frozen=True)
 class MmhalFile(Mmhal):
     """MMHal-Bench as a file answers it.
@@ -56,6 +49,18 @@ class MmhalFile(Mmhal):
     requests: Path
     ratings: tuple[int, ...] = ()
     judgements: tuple[str, ...] = ()
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the answers."""
+        parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
+        parser.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
+        parser.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Mmhal, FileAnswers]:
+        """See :func:`read_mmhal`."""
+        return read_mmhal(path, options)
 
     def score(self, answers: Answers) -> MmhalTable | None:
         """One row per question, or None if nobody judged the answers."""

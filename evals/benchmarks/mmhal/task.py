@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,20 +161,6 @@ class Mmhal(Benchmark):
         )
         picked, sources = tuple(items[i] for i in chosen), tuple(rows[i] for i in chosen)
         return cls(picked, sources, each, distinct(each), prompt, limit, Judge.of(options))
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_mmhal
-
-        return read_mmhal(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit, judge and a digest of the questions."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmfix.errors import DataError
 
@@ -33,23 +33,32 @@ _FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio", "mcc")
 _REMEDY = "answer it, leave its question file out, or type --subset to score what is answered"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add what scoring needs to know beside the answers."""
-    parser.add_argument(
-        "--questions",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="POPE question files (default: labels beside the answers)",
-    )
-    parser.add_argument("--parser", choices=PARSERS, default="official", help="reads yes or no (default: official)")
-    parser.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
-    parser.add_argument("--by-order", action="store_true", help="answers are in the order of the questions, ids or not")
-
-
 class PopeFile(Pope):
     """POPE as a file answers it: each split has answers of its own, even to questions that splits share."""
+
+    file_flag: ClassVar[str] = "--answers"
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the answers."""
+        parser.add_argument(
+            "--questions",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help="POPE question files (default: labels beside the answers)",
+        )
+        parser.add_argument("--parser", choices=PARSERS, default="official", help="reads yes or no (default: official)")
+        parser.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
+        parser.add_argument(
+            "--by-order", action="store_true", help="answers are in the order of the questions, ids or not"
+        )
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Pope, FileAnswers]:
+        """See :func:`read_pope`."""
+        return read_pope(path, options)
 
     def prompt_text(self, question: PopeQuestion) -> str:
         """What tells a question's answer from all others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ class Pope(Benchmark):
     title: ClassVar[str] = "POPE"
     summary: ClassVar[str] = "yes/no questions whether an object is in the image"
     figures = YesNoTable.FIGURES
-    file_flag: ClassVar[str] = "--answers"
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
     row_by_row: ClassVar[bool] = True
 
@@ -64,20 +62,6 @@ class Pope(Benchmark):
     def prompt_text(self, question: PopeQuestion) -> str:
         """What the model is asked of a question."""
         return self.prompt.replace("{question}", question.text)
-
-    @classmethod
-    def add_score_arguments(cls, parser: ArgumentParser) -> None:
-        """What stands in the files beside the answers, and how they are read."""
-        from .files import add_arguments
-
-        add_arguments(parser)
-
-    @classmethod
-    def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
-        """Read a file; see ``files.py``."""
-        from .files import read_pope
-
-        return read_pope(path, options)
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit, image ids and a digest of the questions."""
