@@ -7,7 +7,7 @@ result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ def _with_edits(forward: Forward, site: PatchedSite, call: AttentionCall) -> tup
     if not forward.is_prefill and any(method.edits_decode for method, _ in edits):
         # The base kernel would compute the same rows a second time.
         if heads is None:
-            attn_weights, edited = _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)
+            attn_weights, edited, _ = _edited_weights(forward, call, 0, forward.q_len, edits, observe=True)
         else:
             head_index = _head_index(forward, site, call)[0]
             attn_weights, edited = _with_edited_heads(forward, call, heads, head_index, edits)
@@ -110,7 +110,7 @@ def _with_edited_heads(
     mine = allowed if allowed is None or allowed.shape[1] == 1 else allowed.index_select(1, head_index)
     edits = [(method, layer.at(part)) for method, layer in edits]
     own = (scores.index_select(1, head_index), mine)
-    some_weights, some_edited = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
+    some_weights, some_edited, _ = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
     attn_weights = masked_softmax(scores, allowed)
     edited = None
     if some_edited is not None and is_measured(forward):
@@ -148,20 +148,35 @@ def _over_base(
     if not ranges:
         return base.head_outputs, base.weights
     chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
+    # A method sees all rows before it edits any: in one chunk on the way, of several chunks beforehand.
     observe_first = len(chunks) > 1 and bool(observed)
     if observe_first and not forward.is_over:
         for number, (method, layer) in enumerate(edits):
             if _observes(method, layer):
                 for start, stop in chunks:
-                    show = (method, layer.at(part, forward.rows(method.observed_rows).part(start, stop)))
                     with torch.no_grad():
-                        _edited_weights(forward, part, start, stop, edits[:number], show_to=show)
+                        seen = _edited_weights(forward, part, start, stop, edits[:number], counts=False)
+                        _show(method, layer, part, start, stop, seen.weights, seen.allowed)
     for start, stop in chunks:
-        attn_weights, edited = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
-        if edited is not None:
-            new_heads = weighted_values(part, attn_weights)
-            base.write(start, new_heads, attn_weights, edited, [layer.index for _, layer in edits], part.head_index)
+        new = _edited_weights(forward, part, start, stop, edits, observe=not observe_first)
+        if new.edited is not None:
+            new_heads, numbers = weighted_values(part, new.weights), [layer.index for _, layer in edits]
+            base.write(start, new_heads, new.weights, new.edited, numbers, part.head_index)
     return base.head_outputs, base.weights
+
+
+class _Rows(NamedTuple):
+    """Rows that were written out.
+
+    Attributes:
+        weights: fp32 ``[batch, num_heads, rows, keys]``.
+        edited: Which rows some method edited, bool ``[batch, num_heads, rows]``; ``None`` without any method.
+        allowed: The keys each row sees, bool, broadcastable to ``weights``; ``None`` for all.
+    """
+
+    weights: torch.Tensor
+    edited: torch.Tensor | None
+    allowed: torch.Tensor | None
 
 
 def _edited_weights(
@@ -172,9 +187,9 @@ def _edited_weights(
     edits: Edits,
     *,
     observe: bool = False,
-    show_to: tuple[Method, Layer] | None = None,
+    counts: bool = True,
     written: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> _Rows:
     """Write out the weights of some rows, edited.
 
     Args:
@@ -184,26 +199,19 @@ def _edited_weights(
         stop: End of the rows.
         edits: The methods to apply.
         observe: Whether methods see the weights in between.
-        show_to: A method that sees the result; nothing is counted then.
+        counts: Whether edited rows are counted.
         written: The scores, where they are known, as by ``explicit_scores``.
-
-    Returns:
-        fp32 ``[batch, num_heads, rows, keys]``, and which rows some method edited, ``[batch, num_heads, rows]``
-        (``None`` without any method).
     """
     scores, allowed = explicit_scores(call, start, stop) if written is None else written
     states, is_softmaxed = scores, False
-    device = scores.device
-    every_key = forward.once(("every key", device), lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device))
     selected: torch.Tensor | None = None
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:
             states, is_softmaxed = masked_softmax(states, allowed), True
         if observe and _observes(method, layer) and not forward.is_over:
             with torch.no_grad():
-                seen = layer.at(call, forward.rows(method.observed_rows).part(start, stop))
                 observed = states if is_softmaxed else masked_softmax(states, allowed)
-                method.observe(observed, every_key if allowed is None else allowed, seen)
+                _show(method, layer, call, start, stop, observed, allowed)
         rows = _rows(forward, method).part(start, stop)
         here = layer.at(call, rows)
         # A prompt's only edit may overwrite rows outside its mask, because nothing reads them; otherwise keep a copy.
@@ -211,7 +219,7 @@ def _edited_weights(
         if method.edits_weights:
             states, edited = method.edit_weights(states, here)
         else:
-            states, edited = method.edit_scores(states, every_key if allowed is None else allowed, here)
+            states, edited = method.edit_scores(states, _all_if_none(forward, allowed, states), here)
         if rows.mask is not None:
             mask = rows.mask[:, None].to(edited.device)
             edited = edited & mask
@@ -220,11 +228,33 @@ def _edited_weights(
         if method.hides_keys:
             shown = states > torch.finfo(states.dtype).min / 2
             allowed = shown if allowed is None else allowed & shown
-        if show_to is None:
+        if counts:
             here.count(edited.sum() if forward.is_prefill else edited)
         selected = edited if selected is None else selected | edited
-    attn_weights = states if is_softmaxed else masked_softmax(states, allowed)
-    if show_to is not None:
-        method, layer = show_to
-        method.observe(attn_weights, every_key if allowed is None else allowed, layer)
-    return attn_weights, selected
+    return _Rows(states if is_softmaxed else masked_softmax(states, allowed), selected, allowed)
+
+
+def _show(
+    method: Method,
+    layer: Layer,
+    call: AttentionCall,
+    start: int,
+    stop: int,
+    attn_weights: torch.Tensor,
+    allowed: torch.Tensor | None,
+) -> None:
+    """Show a method the weights of the rows ``start..stop - 1`` before it edits any."""
+    forward = layer.forward
+    seen = layer.at(call, forward.rows(method.observed_rows).part(start, stop))
+    method.observe(attn_weights, _all_if_none(forward, allowed, attn_weights), seen)
+
+
+def _all_if_none(forward: Forward, allowed: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Return the keys each row sees; an all-true mask where that is ``None``."""
+    if allowed is not None:
+        return allowed
+    device = like.device
+    every: torch.Tensor = forward.once(
+        ("every key", device), lambda: torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    )
+    return every

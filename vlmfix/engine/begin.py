@@ -149,8 +149,8 @@ class ForwardBeginner:
         past, known = self._continued(cache, known)
         if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
             raise UnsupportedFeatureError(
-                f"{self._needs_cache[0]} edits a prompt otherwise than the tokens generated behind it, and without a "
-                "cache every new token makes all of them a prompt. Leave use_cache on."
+                f"{self._needs_cache[0]} edits a prompt and the tokens generated behind it in different ways, and "
+                "without a cache every new token makes all of them a prompt. Leave use_cache on."
             )
         image_mask = self.images.find(inputs, past=past, is_inside=self._is_inside(module), must_know=self._acts)
         prompt_len = image_mask.shape[1] - drafted

@@ -210,7 +210,7 @@ def encoded_text_only_heads(
 
 
 def _lengths(keep: torch.Tensor) -> list[int]:
-    """How many tokens of each prompt are kept."""
+    """Return how many tokens of each prompt are kept."""
     lengths: list[int] = keep.sum(1).tolist()
     if min(lengths) == 0:
         raise UnsupportedFeatureError(

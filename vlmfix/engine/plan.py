@@ -74,7 +74,7 @@ def acts_in_attention(method: Method) -> bool:
 
 
 def _written_heads(methods: Sequence[Method], layer_idx: int) -> tuple[int, ...] | None:
-    """Which heads the methods of a layer need together; whether each acts in a forward makes no difference."""
+    """Return which heads the methods of a layer need together, whether or not each of them acts in a forward."""
     heads: set[int] = set()
     for method in methods:
         if method.edits_scores or method.edits_weights:

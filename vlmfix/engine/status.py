@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Counters:
-    """What a patch did so far, added up on the device it happens on, without waiting for it.
+    """Counts what a patch did so far, on the device where it happens, without waiting for it.
 
     Everything is a tensor: a Python number that changes in every forward would make compiled code compile again.
     """

@@ -205,7 +205,7 @@ def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Block
     """Place the hooks on the layers in which one of the bound methods edits a block or reads the output.
 
     Raises:
-        UnsupportedModelError: A method edits blocks, and the model's layers are built otherwise than those known.
+        UnsupportedModelError: A method edits blocks, and the model's layers are built differently from those known.
     """
     acting = [
         (n, each) for n, each in enumerate(methods) if (each.edits_blocks or each.early_layers) and not each.is_identity

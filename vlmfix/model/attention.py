@@ -199,7 +199,7 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
 
 
 def visible_keys(call: AttentionCall, start: int, stop: int) -> torch.Tensor | None:
-    """Say which keys some query rows see, apart from pairs opened by methods.
+    """Return which keys some query rows see, apart from pairs opened by methods.
 
     Returns:
         Bool ``[batch or 1, num_heads or 1, stop - start, keys]``, where ``keys`` may be fewer than the call has: no row

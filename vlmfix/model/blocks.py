@@ -82,7 +82,7 @@ def find_blocks(anatomy: Anatomy) -> tuple[ResidualBlocks, ...]:
         anatomy: The model.
 
     Raises:
-        UnsupportedModelError: A layer is built otherwise than those known; the message names what is in it.
+        UnsupportedModelError: A layer is built differently from those known; the message names what is in it.
     """
     return tuple(_blocks_of(anatomy, index, layer) for index, layer in enumerate(anatomy.decoder_layers))
 

@@ -241,7 +241,7 @@ class ImageFinder:
 
 
 def rows_among(embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Say which vectors ``[batch, length, size]`` equal one of ``[n, size]``: bool ``[batch, length]``."""
+    """Return which vectors ``[batch, length, size]`` equal one of ``[n, size]``: bool ``[batch, length]``."""
     features = features.to(embeds.device, embeds.dtype)
     mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     for row, tokens in enumerate(embeds):
@@ -262,7 +262,7 @@ def blank_images(inputs: dict[str, Any], length: int) -> dict[str, Any]:
 
 
 def first_looks(inputs: dict[str, Any], past: int) -> torch.Tensor:
-    """Tell images that no token stands for by the rows at which other images come into view."""
+    """Find images that no token stands for, by the rows at which other images come into view."""
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     looks = inputs.get("image_attention_mask")
     if looks is None:
