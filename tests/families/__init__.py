@@ -6,7 +6,7 @@ what a family offers: ``build()``, ``single()``, ``ragged()``, ``text()``, ``col
 
 from __future__ import annotations
 
-from families import cross, gemma, llava, masks, projector, qwen, special
+from families import cross, documents, gemma, grids, llava, masks, projector, qwen, special
 from families.base import Family
 from families.weights import strengthen
 
@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Family", "by_name", "strengthen"]
 
 _MODULES = (
     *(llava, projector, cross, special),
-    *(qwen, gemma, masks),
+    *(qwen, grids, gemma, masks, documents),
 )
 _ALL = {each.name: each for module in _MODULES for each in module.FAMILIES}
 _ORDER = """
@@ -24,6 +24,8 @@ blip2_opt blip2_t5 instructblip instructblipvideo idefics idefics2 idefics3 smol
 qwen2_vl qwen2_5_vl qwen2_5_vl_sliding qwen3_vl qwen3_vl_moe qwen3_5 glm4v glm4v_moe kimi_k25 video_llama_3 qwen2_5_omni
 ernie4_5_vl_moe paligemma paligemma2 gemma3 gemma3n gemma4 mllama llama4 phi4_multimodal molmo2 minicpmv4_6
 chameleon fuyu florence2
+glm46v glmga glm_ocr qwen3_5_moe qwen3_omni_moe paddleocr_vl exaone4_5 hyperclovax_vision_v2
+lighton_ocr qianfan_ocr pp_chart2table shieldgemma2 deepseek_vl_hybrid minicpmv4_7 minicpm_ocr
 """.split()
 FAMILIES: tuple[Family, ...] = tuple(_ALL[name] for name in _ORDER)
 assert len(FAMILIES) == len(_ALL)

@@ -45,11 +45,13 @@ GLM_IDS = {
 }
 
 
-def _mrope(**changes: Any) -> dict[str, Any]:
+def mrope(**changes: Any) -> dict[str, Any]:
+    """Rotary parameters of three axes, and changes of the text config."""
     return {**rope(mrope_section=[1, 1, 2]), **changes}
 
 
-def _tower(**changes: Any) -> dict[str, Any]:
+def qwen_tower(**changes: Any) -> dict[str, Any]:
+    """A tiny tower of Qwen-VL: patches of 4 pixels, merged two by two."""
     common = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
     return {**common, "out_hidden_size": 32, **changes}
 
@@ -59,7 +61,7 @@ def qwen2_vl() -> Any:
     from transformers import Qwen2VLConfig
 
     return Qwen2VLConfig(
-        text_config=text("qwen2_vl_text", **_mrope()),
+        text_config=text("qwen2_vl_text", **mrope()),
         vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
         **IDS,
     )
@@ -69,8 +71,8 @@ def _qwen2_5_vl(**changes: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     return Qwen2_5_VLConfig(
-        text_config=text("qwen2_5_vl_text", **_mrope(**changes)),
-        vision_config=_tower(fullatt_block_indexes=[1], window_size=16),
+        text_config=text("qwen2_5_vl_text", **mrope(**changes)),
+        vision_config=qwen_tower(fullatt_block_indexes=[1], window_size=16),
         **IDS,
     )
 
@@ -109,7 +111,9 @@ DEEP = {
 def qwen3_vl() -> Any:
     from transformers import Qwen3VLConfig
 
-    return Qwen3VLConfig(text_config=text("qwen3_vl_text", head_dim=8, **_mrope()), vision_config=_tower(**DEEP), **IDS)
+    return Qwen3VLConfig(
+        text_config=text("qwen3_vl_text", head_dim=8, **mrope()), vision_config=qwen_tower(**DEEP), **IDS
+    )
 
 
 @family(
@@ -124,7 +128,7 @@ def qwen3_vl_moe() -> Any:
 
     experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
     return Qwen3VLMoeConfig(
-        text_config=text("qwen3_vl_moe_text", head_dim=8, **experts, **_mrope()), vision_config=_tower(**DEEP), **IDS
+        text_config=text("qwen3_vl_moe_text", head_dim=8, **experts, **mrope()), vision_config=qwen_tower(**DEEP), **IDS
     )
 
 
@@ -154,7 +158,7 @@ def qwen3_5_text() -> dict[str, Any]:
 def qwen3_5() -> Any:
     from transformers import Qwen3_5Config
 
-    return Qwen3_5Config(text_config=qwen3_5_text(), vision_config=_tower(num_position_embeddings=16), **IDS)
+    return Qwen3_5Config(text_config=qwen3_5_text(), vision_config=qwen_tower(num_position_embeddings=16), **IDS)
 
 
 GLM_TOWER = {"image_size": 16}
@@ -164,7 +168,7 @@ GLM_TOWER = {"image_size": 16}
 def glm4v() -> Any:
     from transformers import Glm4vConfig
 
-    return Glm4vConfig(text_config=text("glm4v_text", **_mrope()), vision_config=_tower(**GLM_TOWER), **GLM_IDS)
+    return Glm4vConfig(text_config=text("glm4v_text", **mrope()), vision_config=qwen_tower(**GLM_TOWER), **GLM_IDS)
 
 
 @family("glm4v_moe", "glm4v_moe", "Glm4vMoeForConditionalGeneration", **QWEN, notes="mixture of experts")
@@ -174,7 +178,7 @@ def glm4v_moe() -> Any:
     experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
     return Glm4vMoeConfig(
         text_config=text("glm4v_moe_text", **experts, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)),
-        vision_config=_tower(**GLM_TOWER),
+        vision_config=qwen_tower(**GLM_TOWER),
         **GLM_IDS,
     )
 
@@ -244,8 +248,8 @@ def qwen2_5_omni() -> Any:
     from transformers import Qwen2_5OmniThinkerConfig
 
     return Qwen2_5OmniThinkerConfig(
-        text_config=text("qwen2_5_omni_text", **_mrope()),
-        vision_config=_tower(fullatt_block_indexes=[1], window_size=16),
+        text_config=text("qwen2_5_omni_text", **mrope()),
+        vision_config=qwen_tower(fullatt_block_indexes=[1], window_size=16),
         audio_config={
             "d_model": 16,
             "encoder_layers": 1,
@@ -287,7 +291,7 @@ def _ernie_types() -> Annotator:
 def ernie4_5_vl_moe() -> Any:
     from transformers import Ernie4_5_VLMoeConfig
 
-    tower = _tower(temporal_merge_size=2)
+    tower = qwen_tower(temporal_merge_size=2)
     del tower["out_hidden_size"]
     return Ernie4_5_VLMoeConfig(
         text_config=text(
@@ -297,7 +301,7 @@ def ernie4_5_vl_moe() -> Any:
             moe_k=2,
             moe_num_shared_experts=1,
             mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
-            **_mrope(),
+            **mrope(),
         ),
         vision_config=tower,
         **GLM_IDS,
