@@ -56,7 +56,7 @@ class Prefix:
 
         Args:
             inputs: The processor's output for the whole prompts: ``input_ids`` ``[prompts, length]`` and
-                ``attention_mask``. Images are not needed.
+                ``attention_mask``. Pictures are not read again: they must be those of the prefix.
             rows: Which row of the prefix each prompt continues. By default the only one, or row ``i`` for prompt ``i``.
 
         Returns:
@@ -64,8 +64,8 @@ class Prefix:
             prompt's shorter continuation lies padding.
 
         Raises:
-            UnsupportedFeatureError: A prompt begins otherwise or ends with the prefix, or a method of the patch on the
-                model cannot go on from here.
+            UnsupportedFeatureError: A prompt begins otherwise, ends with the prefix or shows a further image, or a
+                method of the patch on the model cannot go on from here.
         """
         ids, mask = _ids_and_mask(inputs)
         ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
@@ -104,7 +104,15 @@ class Prefix:
                 f"A prompt of {len(tokens)} tokens does not continue row {row} of this prefix, whose {len(known)} "
                 "tokens must come first, with at least two behind them."
             )
+        if bool(self._is_image(tokens[len(known) :]).any()):
+            raise UnsupportedFeatureError(
+                "A prompt shows a further image behind this prefix, which is read without pictures. Read a prefix that "
+                "goes up to its last image."
+            )
         return tokens[len(known) :]
+
+    def _is_image(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.isin(ids, torch.tensor(self._anatomy.image_token_ids, device=ids.device))
 
     def _state(self, methods: tuple[Method, ...], rows: torch.Tensor) -> SequenceState:
         """Return what is known about the tokens of the prefix, for the methods that go on from here."""
@@ -120,11 +128,10 @@ class Prefix:
                 )
             own = self.methods.index(method)
             learned |= {(index, site): _rows_of(v, rows) for (n, site), v in self.learned.items() if n == own}
-        ids = torch.tensor(self._anatomy.image_token_ids, device=self.input_ids.device)
         valid = self.attention_mask[rows].bool()
         return SequenceState(
             methods,
-            torch.isin(self.input_ids[rows], ids) & valid,
+            self._is_image(self.input_ids[rows]) & valid,
             valid,
             self.input_ids[rows],
             any_image=True,

@@ -126,6 +126,12 @@ def test_prompts_that_begin_otherwise_are_refused(model: Any) -> None:
     short = {name: value[:, : prefix.input_ids.shape[1] + 1] for name, value in first.items() if name != "pixel_values"}
     with pytest.raises(UnsupportedFeatureError, match="at least two behind"):
         prefix.continued({name: value[1:] for name, value in short.items()}, [1])
+    family = by_name("llava")
+    two = family.collate(
+        [dataclasses.replace(each, ids=(*each.ids, *family.block, 5, 6)) for each in (family.single(),)]
+    )
+    with pytest.raises(UnsupportedFeatureError, match="a further image"):
+        vlmfix.shared_prefix(model, family.collate([family.single()])).continued(two)
     text = {name: whole[name][:, -3:] for name in ("input_ids", "attention_mask")}
     with pytest.raises(UnsupportedFeatureError, match="no image token"):
         vlmfix.shared_prefix(model, text)
