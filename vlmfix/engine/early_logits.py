@@ -79,6 +79,8 @@ class EarlyHead:
         if rows.start >= rows.stop:
             return logits
         num_rows = rows.stop - rows.start
+        # Logits exist for the rows that were asked for, by number from the end or by position. Early states exist for
+        # the rows that predict new tokens. What both have is mixed.
         if isinstance(wanted, torch.Tensor):
             place = wanted.to(logits.device) - rows.start
             inside = (place >= 0) & (place < num_rows)
@@ -124,6 +126,7 @@ def _behind_head(anatomy: Anatomy, head: nn.Module) -> tuple[float | None, float
 
     A composite model may leave out what the language model's config names, so its forward is asked by name.
     """
+    # Some configs carry a factor that the code of their model does not apply, so the code that calls the head decides.
     owners = [module for module in anatomy.model.modules() if any(child is head for child in module.children())]
     codes = [inspect.unwrap(type(owner).forward).__code__ for owner in owners]
     names = {name for code in codes for name in (*code.co_names, *code.co_consts) if isinstance(name, str)}

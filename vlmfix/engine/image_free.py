@@ -88,6 +88,7 @@ def text_only_inputs(
     if without and is_known and input_ids is not None:
         keep = keep & ~torch.isin(input_ids, torch.tensor(without, device=input_ids.device))
     lengths = _lengths(keep)
+    # A stable sort moves what is left out to the left and keeps the rest in its order: left padding.
     order = keep.to(torch.int8).argsort(dim=1, stable=True)[:, -max(lengths) :]
     attention_mask = keep.gather(1, order)
     text: dict[str, Any] = blank_images(inputs, max(lengths))
@@ -99,6 +100,7 @@ def text_only_inputs(
     token_types = inputs.get("token_type_ids")
     if isinstance(token_types, torch.Tensor) and token_types.shape == keep.shape:  # PaliGemma: who sees whom
         text["token_type_ids"] = token_types.gather(1, order)
+    # Without padding the model is called without a mask, as a text alone would be.
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
@@ -150,6 +152,7 @@ def _leave_out_copies(text: dict[str, Any]) -> torch.Tensor | None:
     ids = text.get("input_ids")
     if ids is None or not text.keys() <= {"input_ids", *_OF_TOKENS}:
         return None
+    # Texts are the same if all that is given per token is: ids, mask, positions, types.
     numbers: dict[tuple[int, ...], int] = {}
     rows = torch.cat([value.long() for value in text.values()], dim=1).tolist()
     copies = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]

@@ -45,6 +45,7 @@ def make_sites(anatomy: Anatomy, methods: Sequence[Method], others: Sequence[Met
         here = [(number, method) for number, method in enumerate(methods) if _is_at(method, site)]
         if not here and not any(_is_at(method, site) for method in others):
             continue
+        # A method that is switched off still marks its layers as patched, and does nothing there.
         active = [(number, method) for number, method in here if not method.is_identity]
         yield PatchedSite(
             **{field.name: getattr(site, field.name) for field in dataclasses.fields(site)},

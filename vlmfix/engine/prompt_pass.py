@@ -81,6 +81,7 @@ def _read_prompt(
     model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StreamRecorder | None
 ) -> torch.Tensor:
     """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
+    # An empty cache need not be copied; the pass then runs without one.
     cache = inputs.get("past_key_values")
     if not forward.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
         cache = None

@@ -37,6 +37,7 @@ class Counters:
         else:
             totals[self.DECODE_STEPS].add_(1)
         for index, counts in enumerate(forward.edited):
+            # Counts come as tensors of every layer. Those of one shape are stacked, so that few operations are added.
             alike: dict[tuple[torch.device, torch.dtype, torch.Size], list[torch.Tensor]] = {}
             for count in counts:
                 alike.setdefault((count.device, count.dtype, count.shape), []).append(count)

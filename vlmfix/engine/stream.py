@@ -107,6 +107,7 @@ class BlockHooks:
         if torch.compiler.is_compiling():  # one thread at a time traces, and compiled code keeps nothing
             self._traced = edited
         elif edited is not None:
+            # Weak, so that a forward that failed half-way leaves nothing behind.
             self._attached[threading.get_ident()] = weakref.ref(edited)
         else:
             self._attached.pop(threading.get_ident(), None)
@@ -141,7 +142,7 @@ class BlockHooks:
         if forward is None:
             return None
         states = output[0] if isinstance(output, tuple) else output
-        every = states.reshape(-1, forward.q_len, states.shape[-1])
+        every = states.reshape(-1, forward.q_len, states.shape[-1])  # some MLPs return rows of all samples in one
         batch = forward.state.image_mask.shape[0]
         rows = every[:batch]  # the other branch of a contrast comes behind
         for index, method in self.methods:

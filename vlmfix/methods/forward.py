@@ -165,6 +165,7 @@ class Forward:
         elif kind == "all":
             start, mask = 0, (valid & has_image)[:, past:]
         else:
+            # Rows behind a sample's last image: no image token follows (a cumulative sum from the end is 0).
             start = min(self._first_rows[kind], self.prompt_len)
             behind = valid & has_image & (image.flip(1).cumsum(1).flip(1) == 0)
             if kind == "last":

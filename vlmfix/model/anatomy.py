@@ -178,6 +178,7 @@ def analyse(model: object) -> Anatomy:
             f"{kind} is split by tensor parallelism, so that no device sees all heads of a layer, which most methods "
             "need. Load it with device_map='auto' instead of tp_plan."
         )
+    # The model without its head: the image-free pass runs it, and users may call it.
     inner = getattr(language_model, language_model.base_model_prefix or "model", language_model)
     inner = inner if isinstance(inner, nn.Module) else language_model  # LLaVA of transformers 4: no prefix
     _check_keywords(language_model, inner)
@@ -260,6 +261,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         and "Attention" in type(module).__name__
         and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
+    # Cross-attention is told by the module's name. Where there is any, the rest looks at text, or at the answer.
     across = {name for name, _ in found if re.search("cross|enc", name.rpartition(".")[2], re.IGNORECASE)}
     for index, (name, module) in enumerate(found):
         kind: AttentionKind = "joint"

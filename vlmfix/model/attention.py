@@ -177,6 +177,7 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     if _computes_in_half(query):  # unscaled scores overflow where those of fused kernels do not
         power = 2.0 ** math.floor(math.log2(scaling))  # exact, unlike the scaling itself
         query, scaling = query * power, scaling / power
+    # Query heads that share a key head become rows of one product, so that no key is repeated.
     scores = _grouped(query, key.shape[1]) @ key.transpose(-1, -2)
     scores = _ungrouped(scores, stop - start).float()
     scores = scores * scaling if scores.requires_grad else scores.mul_(scaling)
@@ -187,11 +188,13 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     if position_bias is not None:
         scores = scores + position_bias[:, :, start:stop, : scores.shape[-1]]
     if allowed is not None and allowed.dtype != torch.bool:
+        # An additive mask hides keys by its lowest value, and may add a bias to others (ALiBi).
         bias, allowed = allowed, allowed > torch.finfo(allowed.dtype).min / 2
         scores = scores + bias.masked_fill(~allowed, 0.0)
     for opening in call.openings:
         pairs = opening.pairs(start, stop)[..., : scores.shape[-1]]
         if allowed is not None:
+            # Hidden keys were scored like others, so that an opened pair has its true score.
             newly = pairs & ~allowed
             scores = scores + opening.bias * newly
             allowed = allowed | pairs
@@ -301,6 +304,7 @@ def _keys_and_mask(call: AttentionCall, start: int, stop: int) -> tuple[torch.Te
         # As in transformers' sdpa: causal from the first key on (a longer static cache is still empty behind them).
         rows = torch.arange(start, stop, device=key.device)[:, None]
         return key[:, :, :q_len], (torch.arange(q_len, device=key.device) <= rows)[None, None]
+    # Below, queries are the last ``q_len`` of the keys: flash kernels and block masks count them so.
     rows = torch.arange(start, stop, device=key.device)[:, None] + num_keys - q_len
     columns = torch.arange(num_keys, device=key.device)
     if mask is not None and not isinstance(mask, torch.Tensor):

@@ -245,6 +245,7 @@ def rows_among(embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     features = features.to(embeds.device, embeds.dtype)
     mask = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     for row, tokens in enumerate(embeds):
+        # A few components decide nearly always, so that no [length, n, size] is made.
         alike = (tokens[:, None, :LEADING] == features[None, :, :LEADING]).all(-1)
         token, feature = alike.nonzero(as_tuple=True)
         mask[row, token[(tokens[token] == features[feature]).all(-1)]] = True
@@ -272,6 +273,8 @@ def first_looks(inputs: dict[str, Any], past: int) -> torch.Tensor:
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         sees = sees & of_new_tokens(attention_mask, past, q_len)[..., None].bool()
+    # An image comes into view at the row that sees it and whose predecessor did not. Of a further turn, the first row
+    # counts as continued.
     before = torch.cat([sees[:, :1] if past else torch.zeros_like(sees[:, :1]), sees[:, :-1]], dim=1)
     comes_into_view: torch.Tensor = (sees & ~before).any(-1)
     return comes_into_view
@@ -291,5 +294,6 @@ def _are_words(embeds: torch.Tensor, embedding: Any) -> bool:
     scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
     table = embedding.weight[:, :LEADING].detach() * scale
     rows = embeds[..., :LEADING].detach().reshape(-1, LEADING).to(table)
+    # If no row is new to the table, the number of distinct rows stays the same.
     known = torch.unique(table, dim=0)
     return len(torch.unique(torch.cat([known, rows]), dim=0)) == len(known)
