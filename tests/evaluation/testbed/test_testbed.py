@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
 from vlmfix.evals.benchmarks.object_questions import build_questions
-from vlmfix.evals.benchmarks.yes_no import score_answers
+from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.testbed import MODEL_DIR, PROMPTS, SPLITS, default_cache_dir, prepare
 from vlmfix.evals.testbed.captions import detailed_caption, questions
@@ -353,7 +353,7 @@ def pope(reader, folder: Path, split, blank: bool = False):
         for q in asked
     ]
     words, scores = reader.answers(shown, [q.text for q in asked])
-    return score_answers(asked, words, scores=scores)
+    return score_labels([q.label for q in asked], words, image_ids=[q.image_id for q in asked], scores=scores)
 
 
 def test_it_sees(reader, folder: Path) -> None:
