@@ -6,6 +6,7 @@ from vlmfix.calibration.calibrate import calibrate as calibrate
 from vlmfix.decoding.edited import Edited as Edited
 from vlmfix.decoding.flb import FLB as FLB
 from vlmfix.decoding.guidance import Guidance as Guidance
+from vlmfix.decoding.icd import ICD as ICD
 from vlmfix.decoding.ifg import IFG as IFG
 from vlmfix.decoding.lqcd import LQCD as LQCD
 from vlmfix.decoding.m3id import M3ID as M3ID

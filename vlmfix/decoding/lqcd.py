@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmfix.decoding.base import Contrast, OtherTokens, strength
+from vlmfix.decoding.base import OtherTokens, strength
 from vlmfix.decoding.leading_questions import check_patterns, leading_characters, question_end
-from vlmfix.errors import MethodError
+from vlmfix.decoding.words import ReadsWords, place_behind_images
 from vlmfix.methods.parameters import parameter
-from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
-class LQCD(Contrast):
+class LQCD(ReadsWords):
     """Contrast the answer to a neutral question with that to a leading one: ``(1 + alpha) l_n - alpha l_l``.
 
     The image is the same in both branches. The text behind the last image is taken for the question. Where it leads
@@ -53,12 +51,6 @@ class LQCD(Contrast):
         help="How many tokens of the chat template stand behind the question. Default: as many as there are behind the "
         "last question mark, or behind the last full stop where there is none.",
     )
-    tokenizer: str | None = parameter(
-        None,
-        expected="a folder or a hub id",
-        help="Folder or hub id of the model's tokenizer. Default: the model's own. Not needed with a hint of token "
-        "ids, ``behind``, and ``neutralise=False``.",
-    )
 
     def validate(self) -> None:
         """Check the hint and the patterns."""
@@ -80,40 +72,13 @@ class LQCD(Contrast):
         return True
 
     @property
-    def _needs_words(self) -> bool:
+    def needs_words(self) -> bool:
+        """Not for a hint of token ids at a given place."""
         return self.neutralise or self.behind is None or isinstance(self.hint, str)
-
-    def bind(self, anatomy: Anatomy) -> LQCD:
-        """Check the model, and load its tokenizer.
-
-        Raises:
-            MethodError: No second branch can be run, or the tokenizer cannot be found.
-        """
-        super().bind(anatomy)
-        bound = dataclasses.replace(self)
-        if self._needs_words and not self.is_identity:
-            object.__setattr__(bound, "_words", self._load(anatomy))
-        return bound
-
-    def _load(self, anatomy: Anatomy) -> Any:
-        from transformers import AutoTokenizer
-
-        where = self.tokenizer or anatomy.model.name_or_path
-        try:
-            if not where:
-                raise OSError("the model does not say where it was loaded from")
-            return AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise MethodError(
-                f"lqcd reads the words of the question and finds no tokenizer for them ({reason}). Name it: "
-                "vlmfix.patch(model, 'lqcd', tokenizer='FOLDER_OR_HUB_ID')."
-            ) from error
 
     def other_tokens(self, ids: Sequence[int], is_image: Sequence[bool]) -> OtherTokens | None:
         """Make a leading question neutral, or a neutral one leading."""
-        start = max((place for place, image in enumerate(is_image) if image), default=-1) + 1
-        words = getattr(self, "_words", None)
+        start, words = place_behind_images(is_image), self.words
         spans = [] if words is None else _character_spans(words, ids[start:])
         text = "" if words is None else _decode(words, ids[start:])
         leading = leading_characters(text, self.patterns)
@@ -130,11 +95,7 @@ class LQCD(Contrast):
             if stop is None:
                 return None
             end = start + next(place for place, span in enumerate(spans) if span[1] >= stop) + 1
-        hint = self.hint
-        if isinstance(hint, str):
-            assert words is not None
-            hint = tuple(words.encode(f" {hint}", add_special_tokens=False))
-        return OtherTokens((*ids[:end], *hint, *ids[end:]), (*range(end), *[-1] * len(hint), *range(end, len(ids))))
+        return self.inserted(ids, end, self.hint)
 
 
 def _decode(words: Any, ids: Sequence[int]) -> str:

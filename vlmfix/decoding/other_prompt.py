@@ -158,7 +158,7 @@ class _Layout:
     Attributes:
         ids: int64 ``[batch, length]``.
         columns: Where each token is among the new tokens of the model's own branch: int64 ``[batch, length]``. A token
-            that is new stands for text, like the last one.
+            that is new is of the kind of the one it stands before: text. At the end, of that of the last one.
         is_old: Whether a token is one of those, bool ``[batch, length]``.
         is_token: Whether it is no padding, bool ``[batch, length]``.
         padding: Columns before each prompt, int64 ``[batch, 1]``.
@@ -180,7 +180,8 @@ class _Layout:
         self.padding, self.common = (torch.tensor(each, device=device)[:, None] for each in (padding, common))
         self.starts = valid.int().argmax(1, keepdim=True)
         self.is_old = sources >= 0
-        self.columns = torch.where(self.is_old, sources + self.starts, valid.shape[1] - 1)
+        following = torch.where(self.is_old, sources + self.starts, valid.shape[1] - 1)
+        self.columns = following.flip(1).cummin(1).values.flip(1)
         self.is_token = torch.arange(length, device=device) >= self.padding
 
     def pick(self, value: torch.Tensor) -> torch.Tensor:

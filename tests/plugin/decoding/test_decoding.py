@@ -144,8 +144,8 @@ def test_forwards_and_tokens_read(tiny: Any, name: str) -> None:
     (first, second), steps = seen[:2], seen[2:]
     assert first == (1, length)
     assert second[0] == 1
-    other = {"guidance": length - 9, "m3id": length - 9, "lqcd": length + 3}.get(name, length)
-    shared = {"lqcd": length - 1}.get(name, 4)
+    other = {"guidance": length - 9, "m3id": length - 9, "lqcd": length + 3, "icd": length + 3}.get(name, length)
+    shared = {"lqcd": length - 1, "icd": 4 + 9}.get(name, 4)
     assert second[1] == other - shared, "the beginning is read once"
     assert steps == [(2, 1)] * 3
 
@@ -371,7 +371,7 @@ def test_a_pipeline_and_a_streamer(tiny: Any, name: str, processor_folder: Any) 
     from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
     from transformers.generation.streamers import BaseStreamer
 
-    if name == "lqcd":
+    if name in ("lqcd", "icd"):  # a few words more do not change the answer of this model
         pytest.skip("see test_decoding_lqcd")
 
     class Streamer(BaseStreamer):

@@ -162,3 +162,26 @@ def test_decoding_without_a_cache_is_refused(tiny: Any) -> None:
 def test_wrong_parameters(wrong: dict[str, Any]) -> None:
     with pytest.raises(vlmfix.MethodError, match=next(iter(wrong))):
         vlmfix.LQCD(**wrong)
+
+
+# ICD writes words too.
+
+
+def test_icd_writes_its_words_behind_the_image(build: Any, processor_folder: Any) -> None:
+    from transformers import AutoTokenizer
+
+    model = build()
+    words = AutoTokenizer.from_pretrained(processor_folder)
+    text = "there is a dog"
+    vlmfix.patch(model, vlmfix.ICD(disturbance=text, tokenizer=str(processor_folder)))
+    (bound,) = vlmfix.status(model).methods
+    ids, is_image = [1, 9, 9, 5, 6], [False, True, True, False, False]
+    disturbed = words.encode(f" {text}", add_special_tokens=False)
+    found = bound.other_tokens(ids, is_image)
+    assert found.ids == (1, 9, 9, *disturbed, 5, 6) and not found.is_swapped
+    assert found.sources == (0, 1, 2, *[-1] * len(disturbed), 3, 4)
+    assert bound.other_tokens([5, 6], [False, False]).ids == (5, 6), "a further turn is disturbed already"
+    with pytest.raises(vlmfix.MethodError, match="icd reads or writes words"):
+        vlmfix.patch(model, vlmfix.ICD(disturbance=text))
+    with pytest.raises(vlmfix.MethodError, match="disturbance"):
+        vlmfix.ICD(disturbance="")
