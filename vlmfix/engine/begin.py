@@ -14,6 +14,7 @@ from vlmfix.engine.calls import (
     num_drafted,
     packed_rows,
     parameter_names,
+    refuse_export,
     tokens_of,
 )
 from vlmfix.engine.forwards import EditedForward
@@ -82,11 +83,7 @@ class ForwardBeginner:
         Raises:
             UnsupportedFeatureError: The call is one that the methods are not defined for.
         """
-        if _is_exporting():
-            raise UnsupportedFeatureError(
-                "A patch looks at every prompt anew (where its image is, which heads to edit), which an exported graph "
-                "cannot do. Export the stock model: vlmfix.unpatch(model)."
-            )
+        refuse_export()
         cache = inputs.get("past_key_values")
         state = state_of(cache)
         if self.anatomy.encoder is not None:
@@ -96,9 +93,11 @@ class ForwardBeginner:
             return None
         batch, q_len = tokens.shape[:2]
         drafted = num_drafted(inputs) if self._acts else 0
-        is_draft = q_len - drafted <= 1 and not brings_pictures(inputs)
+        # Behind a known prompt, a single token goes on with the answer, and so do several that are a draft but for the
+        # token before it. Only generate can tell when a single token is the rest of a prompt.
+        goes_on = q_len == 1 or (q_len - drafted <= 1 and not brings_pictures(inputs))
         is_rest = prompt_end is not None and state is not None and not state.is_answered
-        if state is not None and (q_len == 1 or is_draft) and not is_rest and not is_empty(cache):
+        if state is not None and goes_on and not is_rest and not is_empty(cache):
             if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
                 check_batch(state, batch)
             return self._begin_decode(module, cache, state, inputs.get("input_ids"), q_len)
@@ -310,12 +309,6 @@ class ForwardBeginner:
     def _head(self, module: nn.Module) -> PreTrainedModel:
         """Return the model with the head of the language model that a module's arguments are for."""
         return self.anatomy.language_model if self._is_inside(module) else self.anatomy.model
-
-
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing the model; older versions of torch do not tell."""
-    is_exporting = getattr(torch.compiler, "is_exporting", None)
-    return is_exporting is not None and bool(is_exporting())
 
 
 def _check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, goes_on: bool) -> None:

@@ -120,3 +120,13 @@ def check_batch(known: SequenceState, batch: int) -> None:
             f"The cache was filled with a batch of {known.image_mask.shape[0]} sequences and is now used with {batch}. "
             "Expand the inputs before the first forward (generate does), or start with an empty cache."
         )
+
+
+def refuse_export() -> None:
+    """Refuse to be traced by ``torch.export``; older versions of torch do not tell."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    if is_exporting is not None and is_exporting():
+        raise UnsupportedFeatureError(
+            "A patch looks at every prompt anew (where its image is, which heads to edit), which an exported graph "
+            "cannot do. Export the stock model: vlmfix.unpatch(model)."
+        )
