@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,14 @@ class Counters:
         self._size = self.NUM_FORWARD_COUNTS + num_methods
         self._totals: dict[torch.device, torch.Tensor] = {}
         self._moved: list[dict[torch.device, torch.Tensor]] = [{} for _ in range(num_methods)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counters:
+        """Copy what has been counted; other threads may go on counting, so the items are taken at once."""
+        copied = Counters(len(self._moved))
+        copied._totals = {device: totals.clone() for device, totals in list(self._totals.items())}
+        copied._moved = [dict(list(by_device.items())) for by_device in self._moved]
+        memo[id(self)] = copied
+        return copied
 
     def add(self, forward: Forward) -> None:
         """Add a finished forward."""
