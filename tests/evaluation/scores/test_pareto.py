@@ -177,5 +177,6 @@ def test_better_figures_of_captions_that_loop_are_no_merit(figure: str) -> None:
 
 def test_the_legend_explains_the_words_in_use() -> None:
     text = verdict_legend(word for word in ("better", "", "trade-off", "better"))
-    assert text.startswith("better: beats") and "trade-off: differs" in text and "loops" not in text
+    assert text.startswith("better: beats") and "trade-off: differs" in text and "loops:" not in text
+    assert "at most 5 % of runs" in text
     assert verdict_legend([""]) == ""
