@@ -209,6 +209,8 @@ def test_every_picture_argument_is_replaced(method: Any) -> None:
 @pytest.mark.parametrize("method", [*CONTRASTS, vlmfix.OPERA(num_beams=2)], ids=lambda method: method.name)
 def test_calls_of_the_stock_model_beside_calls_of_the_method(tiny: Any, method: Any) -> None:
     """Several ways of ``generate(..., vlmfix=None)``, each in a thread, and the method in two others."""
+    if method.name == "opera" and not hasattr(tiny, "_prefill"):
+        pytest.skip("refused: generate has no prefill of its own")
 
     def answer(number: int, **options: Any) -> torch.Tensor:
         return tiny.generate(**collate([RAGGED[number]]), max_new_tokens=6, do_sample=False, **options)
