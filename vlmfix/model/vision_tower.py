@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,12 +48,13 @@ class VisionRecorder:
         handles = []
         for layer, module in self._modules.items():
             for name in ("q_proj", "k_proj"):
-                hook = _ProjectionHook(self, layer, name)
-                handles.append(getattr(module, name).register_forward_hook(hook.after))
+                # A partial of a bound method follows ``copy.deepcopy(model)``.
+                hook = functools.partial(self.after_projection, layer, name)
+                handles.append(getattr(module, name).register_forward_hook(hook))
         return handles
 
     @torch.no_grad()
-    def record(self, layer: int, name: str, states: torch.Tensor) -> None:
+    def after_projection(self, layer: int, name: str, module: nn.Module, args: Any, states: torch.Tensor) -> None:
         """Take the queries or keys ``[images, 1 + patches, width]`` of a layer."""
         thread = threading.get_ident()
         self._projected[thread, layer, name] = states[:, :1] if name == "q_proj" else states
@@ -60,8 +62,7 @@ class VisionRecorder:
         key = self._projected.get((thread, layer, "k_proj"))
         if query is None or key is None:
             return
-        module = self._modules[layer]
-        num_heads = module.num_heads
+        num_heads = self._modules[layer].num_heads
         query, key = (each.view(*each.shape[:2], num_heads, -1).transpose(1, 2).float() for each in (query, key))
         row = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
         self._seen.setdefault(thread, {})[layer] = row[:, :, 0, 1:].sum(1)
@@ -81,19 +82,6 @@ class VisionRecorder:
                 "prompt (were image features passed in?). Pass pixel_values."
             )
         return seen
-
-
-class _ProjectionHook:
-    """A hook as a bound method: it follows ``copy.deepcopy(model)``."""
-
-    def __init__(self, recorder: VisionRecorder, layer: int, name: str) -> None:
-        self.recorder = recorder
-        self.layer = layer
-        self.name = name
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Show the projection's output to the recorder."""
-        self.recorder.record(self.layer, self.name, output)
 
 
 def _class_token_attention(model: nn.Module) -> list[Any]:
