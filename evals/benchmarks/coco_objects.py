@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 
 from vlmfix.errors import DataError
 
-from .nltk_words import FastTagger, Words, perceptron_tagger, punkt_tokens
+from .nltk_data import perceptron_tagger, punkt_tokens
+from .nltk_words import FastTagger, Words
 
 ChairMode = Literal["original", "nltk"]
 

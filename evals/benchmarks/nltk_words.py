@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmfix.errors import DataError, UnsupportedFeatureError
-
 Words = Callable[[str], list[str]]
 """From a text to its words."""
 
@@ -209,89 +207,3 @@ def _normal(word: str) -> str:
     if word.isdigit() and len(word) == 4:
         return "!YEAR"
     return "!DIGITS" if word[:1].isdigit() else word.lower()
-
-
-_NLTK_DATA_HINT = (
-    "type `python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng`, or set NLTK_DATA to a folder that "
-    "holds tokenizers/punkt_tab and taggers/averaged_perceptron_tagger_eng"
-)
-
-
-def _nltk(what: str) -> Any:
-    try:
-        import nltk
-    except ImportError as error:
-        raise UnsupportedFeatureError(
-            f"{what} needs the nltk package, which is not installed: type `pip install 'vlmfix[nltk]'`"
-        ) from error
-    return nltk
-
-
-def punkt_tokens(what: str = "CHAIR's punkt tokenizer") -> Words:
-    """The official tokeniser: Punkt sentences, then Treebank words (nltk ``word_tokenize``).
-
-    Args:
-        what: Whose tokenizer it is, for messages.
-
-    Raises:
-        UnsupportedFeatureError: nltk is not installed.
-        DataError: the Punkt tables are not found; the message says how to get them.
-    """
-    nltk = _nltk(what)
-    try:
-        sentences = nltk.tokenize.PunktTokenizer("english")
-    except LookupError as error:
-        raise DataError(f"nltk does not find the data punkt_tab: {_NLTK_DATA_HINT}") from error
-    sentences._lang_vars = _official_punctuation(nltk.tokenize.punkt.PunktLanguageVars)
-    return FastTokenizer(sentences, _official_words(nltk.tokenize.NLTKWordTokenizer))
-
-
-def _official_punctuation(base: Any) -> Any:
-    """The punctuation that Punkt knew when the official counts were made (nltk 3.8.1): no curly quotes.
-
-    Args:
-        base: nltk's ``PunktLanguageVars``.
-    """
-
-    class Punctuation(base):  # type: ignore[misc]
-        re_boundary_realignment = re.compile(r"""["')\]}]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
-
-        @property
-        def _re_non_word_chars(self) -> str:
-            ends = re.escape("".join(set(self.sent_end_chars) - {"."}))
-            return rf"""(?:[)";}}\]\*:@'({{\[{ends}])"""
-
-    return Punctuation()
-
-
-def _official_words(base: Any) -> Any:
-    """The word tokenizer of nltk 3.8.1, with which the official counts were made, of any later version.
-
-    Later versions part words at en and em dashes ("people—two" is one word in the official counts), and read
-    apostrophes at a word's beginning and runs of blanks otherwise.
-
-    Args:
-        base: nltk's ``NLTKWordTokenizer``.
-    """
-    tokenizer = base()
-    apostrophe = (re.compile(r"(?i)(\')(?!re|ve|ll|m|t|s|d|n)(\w)\b"), r"\1 \2")
-    tokenizer.STARTING_QUOTES = [*base.STARTING_QUOTES[:-1], apostrophe]
-    tokenizer.PUNCTUATION = [rule for rule in base.PUNCTUATION if not rule[0].search("—")]
-    tokenizer.ENDING_QUOTES = [rule for rule in base.ENDING_QUOTES if not rule[0].search("  ")]
-    return tokenizer
-
-
-def perceptron_tagger(what: str = "CHAIR's nltk mode") -> Any:
-    """Nltk's ``PerceptronTagger`` with its weights.
-
-    Args:
-        what: Whose tagger it is, for messages.
-
-    Raises:
-        UnsupportedFeatureError: nltk is not installed.
-        DataError: the tagger's weights are not found; the message says how to get them.
-    """
-    try:
-        return _nltk(what).tag.PerceptronTagger()
-    except LookupError as error:
-        raise DataError(f"nltk does not find the data averaged_perceptron_tagger_eng: {_NLTK_DATA_HINT}") from error

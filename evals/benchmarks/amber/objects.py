@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 
-from ..nltk_words import perceptron_tagger, punkt_tokens
+from ..nltk_data import perceptron_tagger, punkt_tokens
 from .data import AmberData, AmberItem
 
 Similarity = Callable[[str, str], float]

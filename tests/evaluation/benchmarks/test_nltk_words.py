@@ -3,11 +3,13 @@
 import gzip
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from shared_data import DATA, needs_data
 
+from vlmfix.evals.benchmarks.nltk_data import punkt_tokens
 from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer
 
 nltk = pytest.importorskip("nltk")
@@ -64,6 +66,15 @@ def test_tokens_with_small_tables() -> None:
     assert sentences.tokenize("a dog. the cat") == ["a dog. the cat"]
     assert sentences.tokenize("a cat. the dog") == ["a cat.", "the dog"]
     compare_tokens(sentences, ["see the red-brown. dog", "a dog. the cat", "a cat. the dog", *random_texts(3000)])
+
+
+@needs_data("nltk_data")
+def test_tokens_are_those_of_the_official_scripts_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dashes without spaces, quotes and broken contractions: what nltk 3.8.1 said, whatever nltk is installed."""
+    monkeypatch.setattr(nltk.data, "path", [str(DATA / "nltk_data")])
+    tokenize = punkt_tokens()
+    for text, tokens in json.loads((Path(__file__).parent / "tokens_of_nltk_3_8_1.json").read_text()):
+        assert tokenize(text) == tokens, text
 
 
 class Counting:
