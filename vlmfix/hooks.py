@@ -20,7 +20,7 @@ from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.opera_search import GenerateWithOpera
 from vlmfix.decoding.other_image import OTHER_IMAGES_KWARG
 from vlmfix.decoding.two_branches import DRAFTS, TwoBranches
-from vlmfix.engine.attention_function import ATTENTION_NAME
+from vlmfix.engine.attention_function import ATTENTION_NAME, NameOfBoth
 from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
 from vlmfix.engine.early_logits import EarlyHead
@@ -180,7 +180,9 @@ class Patch:
         for site in self.sites:
             config = copy.copy(site.config)
             # The setter of ``_attn_implementation`` would check the name and set it in the vision tower too.
-            config.__dict__["_attn_implementation_internal"] = ATTENTION_NAME
+            config.__dict__["_attn_implementation_internal"] = (
+                NameOfBoth(site.config) if site.selects_keys else ATTENTION_NAME
+            )
             site.module.__dict__[SITE_ATTRIBUTE] = site
             site.module.config = config  # type: ignore[assignment]
 

@@ -6,7 +6,7 @@ what a family offers: ``build()``, ``single()``, ``ragged()``, ``text()``, ``col
 
 from __future__ import annotations
 
-from families import cross, documents, gemma, grids, llava, masks, projector, qwen, special
+from families import cross, documents, gemma, grids, llava, masks, projector, qwen, sparse, special
 from families.base import Family
 from families.weights import strengthen
 
@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Family", "by_name", "strengthen"]
 
 _MODULES = (
     *(llava, projector, cross, special),
-    *(qwen, grids, gemma, masks, documents),
+    *(qwen, grids, gemma, masks, documents, sparse),
 )
 _ALL = {each.name: each for module in _MODULES for each in module.FAMILIES}
 _ORDER = """
@@ -26,6 +26,7 @@ ernie4_5_vl_moe paligemma paligemma2 gemma3 gemma3n gemma4 mllama llama4 phi4_mu
 chameleon fuyu florence2
 glm46v glmga glm_ocr qwen3_5_moe qwen3_omni_moe paddleocr_vl exaone4_5 hyperclovax_vision_v2
 lighton_ocr qianfan_ocr pp_chart2table shieldgemma2 deepseek_vl_hybrid minicpmv4_7 minicpm_ocr
+mistral_large4 minimax_m3_vl glm5_next dots3_note qwen4_exp
 """.split()
 FAMILIES: tuple[Family, ...] = tuple(_ALL[name] for name in _ORDER)
 assert len(FAMILIES) == len(_ALL)

@@ -132,7 +132,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
         name: shallow(name)
         for name in (
             *("blip", "git", "kosmos-2", "kosmos-2.5", "evolla", "mistral4", "pi0", "pix2struct", "pp_formulanet"),
-            *("udop", "dots3_note", "glm5_next", "minimax_m3_vl", "mistral_large4"),
+            "udop",
         )
     },
     "vision-encoder-decoder": _captioner,
@@ -146,7 +146,7 @@ UNBUILT: dict[str, str] = dict.fromkeys(
     gemma4_unified granite4_vision granite_docling hunyuan_vl
     inkling2 inkling_mm_model lfm3_vl
     muse_glimmer muse_spark nemotron_h_omni
-    qwen4_exp step3p7 t5gemma2 unlimited_ocr
+    step3p7 t5gemma2 unlimited_ocr
     """.split(),
     _LATER,
 )

@@ -31,7 +31,7 @@ BROKEN = {
 """Families that some versions of transformers have, but cannot run or cannot let be patched."""
 SLIDING = {
     *("llava_mistral", "llava_gemma2", "aya_vision", "cohere2_vision", "qwen2_5_vl_sliding", "paligemma2"),
-    *("gemma3", "gemma3n", "gemma4", "llama4", "exaone4_5", "shieldgemma2"),
+    *("gemma3", "gemma3n", "gemma4", "llama4", "exaone4_5", "shieldgemma2", "dots3_note"),
 }
 """The families with layers that see a window (or a chunk) of keys."""
 

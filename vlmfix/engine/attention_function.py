@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import SITE_ATTRIBUTE
+from vlmfix.model.anatomy import SITE_ATTRIBUTE, check_selection
 from vlmfix.model.attention import AttentionCall
 
 if TYPE_CHECKING:
@@ -19,6 +19,38 @@ if TYPE_CHECKING:
 
 ATTENTION_NAME = "vlmfix"
 """The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
+
+
+class NameOfBoth(str):
+    """The name for a module that asks it what mask its kernel takes.
+
+    A sparse indexer folds the keys it selects into the mask of kernels called ``"eager"`` and ``"sdpa"``. It hands them
+    to other kernels beside the mask. So this name leads to vlmfix's attention function, and equals the stock kernel's
+    name as well.
+
+    Attributes:
+        config: The config that names the stock kernel, also if that is changed while the model is patched.
+    """
+
+    config: Any
+
+    def __new__(cls, config: Any) -> NameOfBoth:
+        """Name the attention function of a module with this config."""
+        name = super().__new__(cls, ATTENTION_NAME)
+        name.config = config
+        return name
+
+    def __getnewargs__(self) -> tuple[Any]:  # type: ignore[override]
+        """Let a deep copy hold its own copy of the config."""
+        return (self.config,)
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == (self.config._attn_implementation or "eager")
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 _MISSING = object()
@@ -49,7 +81,8 @@ def vlmfix_attention(
         Head outputs ``[batch, q_len, num_heads, value_dim]`` and the weights where the base kernel returns them.
 
     Raises:
-        UnsupportedFeatureError: The call did not come through the patched model's forward, or uses a paged cache.
+        UnsupportedFeatureError: The call did not come through the patched model's forward, uses a paged cache, or
+            selects keys out of sight of the mask.
     """
     site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
     call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
@@ -61,6 +94,8 @@ def vlmfix_attention(
             "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
             "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
         )
+    if site.selects_keys:
+        check_selection(site)
     if kwargs.get("cache") is not None:
         raise UnsupportedFeatureError(
             "Continuous batching (a paged cache) packs several prompts into one row, which vlmfix does not support. "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmfix.errors import UnsupportedModelError
+from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
 FORWARD_KWARG = "vlmfix"
 """The keyword argument that carries the ``Forward`` to the attention function; ``None`` asks for the stock model."""
@@ -31,6 +31,10 @@ tokens is ``"encoder"``, and self-attention over the answer ``"answer"``."""
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
 """What attention modules call the projection of their head outputs."""
+
+
+MASKED_KERNELS = ("eager", "sdpa")
+"""The attention functions to which sparse indexers hand the keys they select in the mask."""
 
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
@@ -74,6 +78,11 @@ class AttentionSite:
     def implementation(self) -> str:
         """The name of the attention function the unpatched module would call now."""
         return self.config._attn_implementation or "eager"
+
+    @property
+    def selects_keys(self) -> bool:
+        """Whether a sparse indexer chooses the keys that each row sees."""
+        return hasattr(self.module, "indexer")
 
 
 @dataclass(frozen=True)
@@ -168,11 +177,9 @@ def analyse(model: object) -> Anatomy:
             "models and encoder-decoders of older versions do not). Use the architecture's implementation in "
             "transformers, if there is one, and the latest transformers: pip install -U transformers."
         )
-    if any(hasattr(site.module, "indexer") for site in sites):
-        raise UnsupportedModelError(
-            f"{kind} selects keys with a sparse indexer that depends on the attention implementation's name; "
-            "patching would silently drop that selection."
-        )
+    for site in sites:
+        if site.selects_keys:
+            check_selection(site, UnsupportedModelError)
     if (getattr(hf_model, "_tp_size", None) or 1) > 1:
         raise UnsupportedModelError(
             f"{kind} is split by tensor parallelism, so that no device sees all heads of a layer, which most methods "
@@ -198,6 +205,21 @@ def analyse(model: object) -> Anatomy:
         encoder=encoder,
         projector=projector,
     )
+
+
+def check_selection(site: AttentionSite, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
+    """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask.
+
+    Args:
+        site: A site that selects keys.
+        kind: The error to raise.
+    """
+    if site.implementation not in MASKED_KERNELS:
+        raise kind(
+            f"{site.name} selects keys with a sparse indexer, and hands them to the attention function "
+            f"{site.implementation!r} outside the mask, where vlmfix cannot see them. Choose another one: "
+            "model.set_attn_implementation('sdpa')."
+        )
 
 
 def _check_keywords(*models: nn.Module) -> None:

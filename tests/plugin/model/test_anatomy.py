@@ -115,8 +115,9 @@ def test_a_text_model_with_an_encoder_is_refused_with_the_reason() -> None:
         vlmfix.patch(model)
 
 
-def test_a_sparse_indexer_is_refused(tiny: Any) -> None:
+def test_a_sparse_indexer_whose_selection_is_not_in_the_mask_is_refused(tiny: Any) -> None:
     tiny.model.language_model.layers[1].self_attn.indexer = nn.Identity()
+    tiny.set_attn_implementation({"text_config": "flex_attention"})
     with pytest.raises(vlmfix.UnsupportedModelError, match="indexer"):
         vlmfix.patch(tiny)
 
