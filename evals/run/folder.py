@@ -12,7 +12,7 @@ from vlmfix.files import read_json
 
 from ..data.write import write_json
 from .plan import EvalRun
-from .provenance import differing_settings
+from .settings import differing_settings
 
 ANSWERS = "answers.jsonl"
 

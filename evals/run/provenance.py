@@ -1,11 +1,11 @@
-"""Where answers come from: versions, the machine, and in which settings two runs differ."""
+"""Where answers come from: versions and the machine."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,34 +59,3 @@ def run_name(model: str, settings: Mapping[str, Any]) -> str:
     """Return the default name of a run folder: the model's name and the first eight digits of the settings' digest."""
     stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name) or "model"
     return f"{stem}-{digest(settings)[:8]}"
-
-
-def differing_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return one line per setting in which two runs differ, nested names joined by dots."""
-    return [
-        f"{name}: {_clip(old_value)} in the folder, {_clip(new_value)} now"
-        for name, old_value, new_value in setting_differences(old, new)
-    ]
-
-
-def setting_differences(old: Any, new: Any, name: str = "") -> Iterable[tuple[str, Any, Any]]:
-    """Yield dotted name, old and new value of every setting in which two runs differ; ``"nothing"`` for none."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted({*old, *new}):
-            yield from setting_differences(
-                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}" if name else key
-            )
-    elif _is_list(old) and _is_list(new) and len(old) == len(new):
-        for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from setting_differences(a, b, f"{name}[{index}]")
-    elif old != new:
-        yield name, old, new
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _clip(value: Any) -> str:
-    text = f"{len(value)} entries" if _is_list(value) and len(value) > 4 else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

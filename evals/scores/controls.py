@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +13,14 @@ from ..benchmarks.base import EARLY_STOP, YES_BIAS, Benchmark
 from ..benchmarks.registry import benchmark_class
 from ..benchmarks.yes_no import question_rows
 from ..data.samples import Answers
-from ..run.methods import MethodSpec
 from ..stats.figures import Figure, SumStatistic
 from ..stats.intervals import RESAMPLES, Interval, finite, interval_dict
 from ..stats.table import Table
 from .bias_curves import BiasCurve, EarlyStop, YesBias
 from .early_stop import stopped_versions
+
+if TYPE_CHECKING:
+    from ..run.methods import MethodSpec
 
 #: Benchmark -> method label -> table.
 Tables = Mapping[str, Mapping[str, Any]]

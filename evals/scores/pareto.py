@@ -5,7 +5,7 @@ ratios of counts and compared exactly. Seconds are a row's time as a multiple of
 rows differ where their ranges between the quartiles over batches do not touch and their medians differ by more than
 five percent; otherwise, and with fewer than four batches, they count as equal. Rows that changed no answer are the
 baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
-:mod:`vlmfix.evals.benchmarks.chair.early_stop`) takes part with every point of its curve, at the seconds of ``none``:
+:mod:`vlmfix.evals.scores.early_stop`) takes part with every point of its curve, at the seconds of ``none``:
 what a bias on the end token gives for nothing dominates too.
 
 All of it goes by point estimates: a row may be on the front by chance. The intervals stand beside it.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..benchmarks.registry import Tasks
 from ..data.samples import Answers
-from ..run.methods import MethodSpec
 from ..stats.intervals import CONFIDENCE, RESAMPLES
 from .controls import ControlTables, Curves, control_lines, curve_points, run_curves
 from .counts import count_run
 from .differences import correct_controls, correct_rows
+
+if TYPE_CHECKING:
+    from ..run.methods import MethodSpec
 
 
 def score_run(

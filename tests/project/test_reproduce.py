@@ -159,12 +159,12 @@ def write_run(
     parts = {}
     if chair is not None:
         tables = {name: score_captions(captions, TRUTH, ChairMatcher()) for name, captions in chair.items()}
-        parts["chair"] = counts.benchmark_counts(tables, counts.Rows())
+        parts["chair"] = counts.benchmark_counts(tables)
     if pope is not None:
         labels, ids = [True, False] * 20, [i // 4 for i in range(40)]
         splits = ["random"] * 10 + ["popular"] * 30
-        answered = {name: score_labels(labels, texts, image_ids=ids) for name, texts in pope.items()}
-        parts["pope"] = counts.benchmark_counts(answered, counts.Rows(splits, [str(i) for i in range(40)]))
+        answered = {name: score_labels(labels, texts, image_ids=ids, splits=splits) for name, texts in pope.items()}
+        parts["pope"] = counts.benchmark_counts(answered)
     counts.write_counts(folder / counts.COUNTS, "d", {}, parts)
     return folder
 
