@@ -142,10 +142,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 _LATER = "no tiny model of it has been made yet: nothing is known of it"
 UNBUILT: dict[str, str] = dict.fromkeys(
     """
-    cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 diffusion_gemma emu3
-    gemma4_unified granite4_vision granite_docling hunyuan_vl
-    inkling2 inkling_mm_model lfm3_vl
-    muse_glimmer muse_spark nemotron_h_omni
+    cohere_compass deepseek_ocr2 diffusion_gemma emu3
+    granite4_vision granite_docling hunyuan_vl
+    inkling2 inkling_mm_model
+    nemotron_h_omni
     step3p7 t5gemma2 unlimited_ocr
     """.split(),
     _LATER,
