@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 import vlmfix
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import VlmfixError, how_to_install
 
 
 class Verb(NamedTuple):
@@ -25,7 +25,7 @@ class Verb(NamedTuple):
         module: Where it lives. ``add_<verb>(verbs)`` adds its parser without importing anything heavy, and
             ``run(options, show=...)`` runs it.
         help: One line for the list of verbs.
-        needs_evaluation: Whether it needs what ``pip install 'vlmfix[eval]'`` installs.
+        needs_evaluation: Whether it needs the packages of the extra ``eval``.
     """
 
     module: str
@@ -117,7 +117,7 @@ def _run(verb: Verb, options: argparse.Namespace) -> None:
     """
     missing = [name for name in EVALUATION_PACKAGES if importlib.util.find_spec(name) is None]
     if verb.needs_evaluation and missing:
-        raise VlmfixError(f"this needs {', '.join(missing)}; type: pip install 'vlmfix[eval]'")
+        raise VlmfixError(f"this needs {', '.join(missing)}; type: {how_to_install('eval')}")
     import_module(verb.module).run(options, show=_show)
 
 

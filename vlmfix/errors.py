@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def how_to_install(extra: str) -> str:
+    """What to type for the packages of an extra of ``pyproject.toml``, wherever vlmfix came from."""
+    return f"pip install 'vlmfix[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+
+
 class VlmfixError(Exception):
     """Base class of every error vlmfix raises on purpose."""
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import DataError, UnsupportedFeatureError
+from vlmfix.errors import DataError, UnsupportedFeatureError, how_to_install
 
 from .nltk_words import FastTokenizer, Words
 
@@ -22,7 +22,7 @@ def _nltk(what: str) -> Any:
         import nltk
     except ImportError as error:
         raise UnsupportedFeatureError(
-            f"{what} needs the nltk package, which is not installed: type `pip install 'vlmfix[nltk]'`"
+            f"{what} needs the nltk package, which is not installed: type {how_to_install('nltk')}"
         ) from error
     return nltk
 

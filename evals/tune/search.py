@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.errors import MethodError, VlmfixError
+from vlmfix.errors import MethodError, VlmfixError, how_to_install
 from vlmfix.methods.parameters import Choice, Range, Space
 from vlmfix.methods.registry import method_from_dict
 
@@ -90,7 +90,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise VlmfixError("this needs optuna; type: pip install 'vlmfix[tune]'") from error
+            raise VlmfixError(f"this needs optuna; type: {how_to_install('tune')}") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._start, self.space = start.to_dict(), space
         self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5))

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vlmfix.errors import how_to_install
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def setuptools_table() -> Any:
+def project_file() -> Any:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def setuptools_table() -> Any:
+    return project_file()["tool"]["setuptools"]
 
 
 def files() -> list[tuple[str, Path]]:
@@ -53,3 +65,139 @@ def test_the_plugin_does_not_need_the_evaluation() -> None:
         if path.name != "cli.py":
             imports = r"^\s*(from|import) vlmfix\.evals|^\s*from vlmfix import .*\bevals\b|import_module\(.*evals"
             assert re.search(imports, path.read_text(encoding="utf-8"), re.MULTILINE) is None, path
+
+
+def copy_of_the_sources(folder: Path) -> Path:
+    """What is under version control or would be, and no build's leftovers: a build writes beside the sources."""
+    left_out = ("__pycache__", "*.egg-info", "build", "dist", "runs", ".git", ".venv", ".*_cache", ".device")
+    return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out)))
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_the_source_distribution_is_whole_and_builds_a_wheel(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools 77")
+    sources = copy_of_the_sources(tmp_path / "sources")
+    held = contents(sources)
+
+    def build(folder: Path, kind: str) -> Path:
+        code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(tmp_path)!r}))"
+        path = os.pathsep.join([str(Path(setuptools.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return tmp_path / done.stdout.splitlines()[-1]
+
+    archive = build(sources, "sdist")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert held - contents(unpacked) == set()
+    for script in ("scripts/demo", "scripts/test", "scripts/reproduce", ".ci/run"):
+        assert os.access(unpacked / script, os.X_OK), script
+    with zipfile.ZipFile(build(unpacked, "wheel")) as wheel:
+        installed = set(wheel.namelist())
+        (metadata,) = (wheel.read(name).decode() for name in installed if name.endswith(".dist-info/METADATA"))
+    sources_of_packages = {each for each in held if each.startswith("vlmfix/")}
+    sources_of_packages |= {f"vlmfix/{each}" for each in held if each.startswith("evals/")}
+    assert {each for each in installed if ".dist-info/" not in each} == sources_of_packages
+    assert "Author: vlmfix contributors" in metadata and "License-Expression: Apache-2.0" in metadata
+    assert "Project-URL" not in metadata and "Home-page" not in metadata
+
+
+def test_every_folder_goes_into_the_source_distribution() -> None:
+    grafted = set(re.findall(r"^graft (\S+)$", (ROOT / "MANIFEST.in").read_text(encoding="utf-8"), re.MULTILINE))
+    needed = {".ci", ".github", "evals", "scripts", "tests", "vlmfix"}
+    assert grafted == needed and all((ROOT / each).is_dir() for each in needed)
+
+
+def test_versions_of_python_are_the_same_everywhere() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    script = (ROOT / "scripts" / "environment.sh").read_text(encoding="utf-8")
+    (accepted,) = re.findall(r"^  (3\.[\d |.]+)\) ;;$", script, re.MULTILINE)
+    assert accepted.split(" | ") == declared
+    span = f"Python {declared[0]} to {declared[-1]}"
+    assert span in script and span in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def fake_python(path: Path, version: str) -> Path:
+    """An interpreter that knows its version, makes a .venv with itself and notes what pip is to install."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        f'if [ "$1" = -c ]; then echo {version}; fi\n'
+        'if [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch .venv/bin/activate; fi\n'
+        'if [ "$2" = pip ]; then echo "$@" >> pip.txt; fi\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def environment(folder: Path, extra: str, python: Path | str | None) -> subprocess.CompletedProcess[str]:
+    """``scripts/environment.sh`` in a folder, as ``scripts/demo`` and ``scripts/test`` source it."""
+    (folder / "scripts").mkdir(exist_ok=True)
+    for name in ("pyproject.toml", "scripts/constraints.txt", "scripts/environment.sh"):
+        if not (folder / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    asked = {} if python is None else {"PYTHON": str(python)}
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; . scripts/environment.sh {extra}; echo 'ready'"],
+        cwd=folder,
+        env={"PATH": f"{folder / 'path'}:/usr/bin:/bin", **asked},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) -> None:
+    for script, extra in (("demo", "eval"), ("test", "dev"), ("test_versions", "dev"), ("../.ci/run", "dev")):
+        assert f"\n. scripts/environment.sh {extra}\n" in (ROOT / "scripts" / script).read_text(encoding="utf-8")
+    fake_python(tmp_path / "path" / "python3", "3.12")
+
+    def installed() -> list[str]:
+        return [line.split()[-1] for line in (tmp_path / "pip.txt").read_text().splitlines()]
+
+    first = environment(tmp_path, "eval", None)
+    assert first.returncode == 0 and "making .venv with Python 3.12" in first.stdout, first.stderr
+    assert "installing vlmfix[eval]" in first.stdout and installed() == [".[eval]"]
+    again = environment(tmp_path, "eval", None)
+    assert again.stdout == "using .venv (Python 3.12)\nready\n" and installed() == [".[eval]"]
+    assert environment(tmp_path, "dev", None).returncode == 0 and installed() == [".[eval]", ".[dev]"]
+    (tmp_path / ".venv" / "installed-eval").unlink()
+    assert "using .venv" in environment(tmp_path, "eval", None).stdout, "what developers have serves the demo"
+    (tmp_path / "scripts" / "constraints.txt").write_text("torch==0\n")
+    assert environment(tmp_path, "eval", None).returncode == 0 and installed()[2:] == [".[eval]"]
+
+
+def test_a_python_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    for version in ("3.9", "3.14"):
+        done = environment(tmp_path, "eval", fake_python(tmp_path / "other", version))
+        assert done.returncode == 1 and f"Python 3.10 to 3.13; this is {version}" in done.stderr
+    done = environment(tmp_path, "eval", "no-such-python")
+    assert done.returncode == 1 and "no Python answers to 'no-such-python'" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+    assert environment(tmp_path, "eval", fake_python(tmp_path / "good", "3.11")).returncode == 0
+    done = environment(tmp_path, "eval", fake_python(tmp_path / "newer", "3.13"))
+    assert done.returncode == 1 and ".venv has Python 3.11" in done.stderr and "is 3.13" in done.stderr
+
+
+def test_what_is_said_to_type_works_in_a_checkout_too() -> None:
+    extras = set(project_file()["project"]["optional-dependencies"])
+    for path in [*(ROOT / "vlmfix").rglob("*.py"), *(ROOT / "evals").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if path.name != "errors.py":
+            assert "pip install 'vlmfix" not in text, f"{path}: how_to_install says it"
+        assert set(re.findall(r"how_to_install\(['\"](\w+)['\"]\)", text)) <= extras, path
+    assert how_to_install("nltk") == "pip install 'vlmfix[nltk]' (in a checkout: pip install -e '.[nltk]')"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for extra in re.findall(r"pip install 'vlmfix\[(\w+)\]'", readme):
+        assert extra in extras and f"pip install -e '.[{extra}]'" in readme

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import VlmfixError, how_to_install
 from vlmfix.methods.measured import plain
 
 
@@ -53,7 +53,7 @@ def new_axis(ax: Any, **figure: Any) -> Any:
     try:
         pyplot = import_module("matplotlib.pyplot")
     except ImportError as error:
-        raise VlmfixError("plot() needs matplotlib; type: pip install 'vlmfix[plot]'") from error
+        raise VlmfixError(f"plot() needs matplotlib; type: {how_to_install('plot')}") from error
     return pyplot.subplots(layout="constrained", **figure)[1]
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmfix.errors import DataError, UnsupportedFeatureError
+from vlmfix.errors import DataError, UnsupportedFeatureError, how_to_install
 
 from ...data.answers import AnswerFile, FileAnswers, Given, cut_off_flags
 from ...data.records import image_id_of
@@ -40,15 +40,14 @@ _LEGEND = (
     "four words;\nloops: captions with more than half of them repeated; unfinished: without final punctuation"
 )
 
-_TOKENS_NEED = "which needs nltk: pip install 'vlmfix[nltk]' && python -m nltk.downloader punkt_tab"
+_TOKENS_NEED = f"which needs nltk: {how_to_install('nltk')}, then python -m nltk.downloader punkt_tab"
 
 _EPILOG = """\
 --ground-truth takes a COCO folder (instances_val2014.json, captions_val2014.json, also below annotations/), or JSON:
   {"mode": "nltk", "objects": {"139": ["book", "chair"], ...}}    or {"139": [...]}, or lines of image_id, objects
   {"categories": [...], "objects": {"139": [14, 15], ...}}        places in the list of categories
-nltk and mixed need nltk and its data: pip install 'vlmfix[nltk]' &&
-  python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng
-"""
+nltk and mixed need nltk and its data:
+""" + (f"  {how_to_install('nltk')}\n  python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng\n")
 
 
 @dataclass(frozen=True)
