@@ -142,11 +142,11 @@ REFUSED: dict[str, Callable[[], Any]] = {
 _LATER = "no tiny model of it has been made yet: nothing is known of it"
 UNBUILT: dict[str, str] = dict.fromkeys(
     """
-    cohere_compass deepseek_ocr2 diffusion_gemma emu3
-    granite4_vision granite_docling hunyuan_vl
+    diffusion_gemma 
+    
     inkling2 inkling_mm_model
     nemotron_h_omni
-    step3p7 t5gemma2 unlimited_ocr
+    t5gemma2 
     """.split(),
     _LATER,
 )
