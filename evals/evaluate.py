@@ -45,6 +45,7 @@ def evaluate(
         EvalInterrupted: Ctrl-C; likewise.
     """
     # Imported here, so that the verb's --help does not wait for torch.
+    from .data.thinking import without_traces
     from .data.write import write_json, write_text
     from .report.html import html_report
     from .report.text import brief_report, markdown_report, text_report
@@ -67,7 +68,8 @@ def evaluate(
     for note in run.notes:
         show(f"note: {note}")
     answers = answer_run(run, shard, show, before=lambda: _expected(run))
-    results = _scored(run, answers)
+    answers, thinking = without_traces(answers, options.thinking)
+    results = _scored(run, answers, thinking)
     counts = results.pop("counts")
     write_counts(run.folder / COUNTS, results["settings_digest"], image_digests(run.tasks), counts)
     export_answers(run, answers)
@@ -96,20 +98,29 @@ def _expected(run: EvalRun) -> str:
     return planned_lines(images, questions, methods=len(run.methods) - 1) if len(run.methods) > 1 else ""
 
 
-def _scored(run: EvalRun, answers: Mapping[str, Answers]) -> dict[str, Any]:
-    """The content of ``results.json``, and the ``counts`` of every image."""
+def _scored(run: EvalRun, answers: Mapping[str, Answers], thinking: Sequence[str]) -> dict[str, Any]:
+    """The content of ``results.json``, and the ``counts`` of every image.
+
+    Args:
+        run: What was asked.
+        answers: Method to its answers, without the thinking before them.
+        thinking: What the reader must know about that.
+    """
+    from .data.thinking import without_thinking
     from .data.write import SCHEMA_VERSION, digest
     from .run.batches import halved_batches
     from .run.folder import last_batch_size, read_config
     from .scores.score_run import score_run
 
     def decode(tokens: Sequence[int]) -> str:
-        return str(run.source.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        text = str(run.source.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return text if options.thinking == "keep" else without_thinking(text).answer
 
     options = run.options
     resolved = read_config(run.folder)["resolved"] or {}
     halved = halved_batches(answers)
     notes = [*run.notes, *dict.fromkeys(note for part in resolved.values() for note in part["notes"])]
+    notes += thinking
     notes += [
         f"memory was too small for batches of {run.batch_size}: {each['answers']} answers of {each['method']} to "
         f"{each['benchmark']} came in smaller ones, down to {each['rows']}"

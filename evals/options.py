@@ -200,6 +200,12 @@ class EvalOptions(BenchmarkOptions):
     judge_name: str | None = option(
         "name of the judge in the report (default: the command)", group=SCORING, metavar="NAME"
     )
+    thinking: str = option(
+        "what is done with thinking (<think>...</think>) before an answer",
+        group=SCORING,
+        default="strip",
+        choices=("strip", "keep"),
+    )
     spacy: str | None = option(
         "word similarity of AMBER, officially en_core_web_lg (default: exact words)", group=SCORING, metavar="MODEL"
     )

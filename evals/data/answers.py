@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vlmfix.errors import DataError
 
@@ -15,14 +15,12 @@ from .matching import Asked, Row, match, once
 from .model_text import MODEL_KEYS, TRUTH_KEYS, WORDS, Reading, TextChoice, word
 from .records import read_rows, text_of
 from .samples import Answer, Sample
-from .thinking import without_thinking
+from .thinking import Thinking, told, without_thinking
 
 _REASON_KEYS = ("finish_reason", "stop_reason", "finishReason", "done_reason")
 _ENDED = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence", "completed"})
 _CUT_OFF = frozenset({"length", "max_tokens", "model_length", "incomplete", "max_length", "max_new_tokens"})
 _UNANSWERED = frozenset({"content_filter", "safety", "error", "refusal"})
-
-Thinking = Literal["strip", "keep"]
 
 
 @dataclass(frozen=True)
@@ -162,9 +160,7 @@ class AnswerFile:
         if traces:
             unfinished = sum(trace.unfinished for trace in traces)
             self.facts["thinking"] = {"answers": len(traces), "unfinished": unfinished, "how": self.thinking}
-            done = "kept as part of the answer" if self.thinking == "keep" else "left out"
-            never = f"; in {unfinished} it never ends" if unfinished else ""
-            self.notes.append(f"{len(traces)} of {len(rows)} answers begin with thinking, which is {done}{never}")
+            self.notes.append(told(len(traces), len(rows), unfinished, self.thinking))
         return found
 
 

@@ -186,8 +186,10 @@ def check_question(row: Row, asked: Asked, pairs: Iterable[tuple[int, Row]], all
     """
     texts, image = row.texts, row.image
     wrong = None
-    if asked.text and texts and not any(is_asked(text, asked.text) for text in texts.values()):
-        key, text = next(iter(texts.items()))
+    others = {key: text for key, text in texts.items() if not is_asked(text, asked.text)} if asked.text else {}
+    # Beside the question there may be an instruction, but no other question.
+    if others and (len(others) == len(texts) or any(text.strip().endswith("?") for text in others.values())):
+        key, text = next(iter(others.items()))
         wrong = f"{key!r} is {text[:80]!r}, and {asked.name} is {asked.text[:80]!r}"
     elif asked.image and image is not None and image != image_name(asked.image):
         wrong = f"the image is {image!r}, and that of {asked.name} is {asked.image!r}"

@@ -7,7 +7,14 @@ weighs would count as named.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from .samples import Answers
+
+Thinking = Literal["strip", "keep"]
+"""What is done with the thinking before an answer."""
 
 _TAGS = ("think", "thinking", "thought", "reasoning", "analysis", "seed:think", "THINK", "Thought", "Thinking")
 
@@ -58,3 +65,33 @@ def without_thinking(text: str) -> Thought:
     if wrapped := _WRAPPED.fullmatch(rest):
         rest = next(group for group in wrapped.groups() if group is not None)
     return Thought(rest.strip(), True, False)
+
+
+def without_traces(answers: Mapping[str, Answers], how: str = "strip") -> tuple[dict[str, Answers], list[str]]:
+    """Take the traces off the answers of a run.
+
+    Args:
+        answers: Method to its answers.
+        how: ``"strip"``, or ``"keep"`` to leave them and only count.
+
+    Returns:
+        The answers, and what the reader of the figures must know: how many answers of each method begin with thinking.
+    """
+    found: dict[str, Answers] = {}
+    notes = []
+    for label, given in answers.items():
+        thoughts = {key: without_thinking(answer.text) for key, answer in given.items()}
+        traced = [thought for thought in thoughts.values() if thought.traced]
+        if traced:
+            notes.append(f"{label}: {told(len(traced), len(given), sum(t.unfinished for t in traced), how)}")
+        if traced and how == "strip":
+            given = {key: replace(answer, text=thoughts[key].answer) for key, answer in given.items()}
+        found[label] = given
+    return found, notes
+
+
+def told(traced: int, total: int, unfinished: int, how: str) -> str:
+    """Say how many answers begin with thinking, and what is done with it."""
+    done = "kept as part of the answer" if how == "keep" else "left out"
+    never = f"; in {unfinished} it never ends" if unfinished else ""
+    return f"{traced} of {total} answers begin with thinking, which is {done} (--thinking){never}"

@@ -13,6 +13,7 @@ from vlmfix.errors import DataError, VlmfixError
 from vlmfix.methods.registry import make_method, method_from_dict
 
 from ..benchmarks.columns import figure_of, value_in
+from ..data.thinking import without_traces
 from ..data.write import write_json
 from ..evaluate import evaluate
 from ..flags import IMAGES, MODEL, OUTPUT, SCORING, add_verb, option
@@ -220,7 +221,8 @@ def _try_settings(
             if not loaded:
                 loaded.append(load_run_model(run))
             generate_answers(plan, log, missing, model=loaded[0])
-        scores = score_run(run.tasks, run.methods[-1:], plan.answers(log), decode=str, controls=False)
+        answers, _ = without_traces(plan.answers(log))
+        scores = score_run(run.tasks, run.methods[-1:], answers, decode=str, controls=False)
         return goal_of(scores["methods"][0])
 
     check_folder(base, any_methods=True)
