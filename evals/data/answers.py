@@ -11,7 +11,7 @@ from typing import Any
 from vlmfix.errors import DataError
 
 from .formats import unify
-from .matching import Asked, Row, match, once
+from .matching import Asked, Row, match
 from .model_text import MODEL_KEYS, TRUTH_KEYS, WORDS, Reading, TextChoice, word
 from .records import read_rows, text_of
 from .samples import Answer, Sample
@@ -257,6 +257,28 @@ def _cut_off(row: Row) -> bool | None:
     if len(said) > 1:
         raise DataError(f"{row.where}: 'truncated' and the finish reason contradict each other")
     return next(iter(said), None)
+
+
+def once(pairs: Sequence[tuple[int, Row]], asked: Sequence[Asked]) -> tuple[dict[int, Row], int]:
+    """One row per question.
+
+    Returns:
+        Index of the question to its row; and how many rows repeat an earlier one word for word.
+
+    Raises:
+        DataError: Two different rows answer one question.
+    """
+    found: dict[int, Row] = {}
+    repeated: set[int] = set()
+    for index, row in pairs:
+        first = found.setdefault(index, row)
+        if first is not row and dict(first.fields) != dict(row.fields):
+            raise DataError(
+                f"{row.where}: {asked[index].name} is answered already, on {first.where}: leave one of the lines"
+            )
+        if first is not row:
+            repeated.add(id(row))
+    return found, len(repeated)
 
 
 def once_each(rows: Sequence[Row]) -> tuple[list[Row], int]:

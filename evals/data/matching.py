@@ -327,25 +327,3 @@ class _Questions:
             i is not None and row.texts and any(is_asked(t, self.asked[i].text) for t in row.texts.values())
             for i, (_, row) in zip(indices, rows, strict=True)
         )
-
-
-def once(pairs: Sequence[tuple[int, Row]], asked: Sequence[Asked]) -> tuple[dict[int, Row], int]:
-    """One row per question.
-
-    Returns:
-        Index of the question to its row; and how many rows repeat an earlier one word for word.
-
-    Raises:
-        DataError: Two different rows answer one question.
-    """
-    found: dict[int, Row] = {}
-    repeated: set[int] = set()
-    for index, row in pairs:
-        first = found.setdefault(index, row)
-        if first is not row and dict(first.fields) != dict(row.fields):
-            raise DataError(
-                f"{row.where}: {asked[index].name} is answered already, on {first.where}: leave one of the lines"
-            )
-        if first is not row:
-            repeated.add(id(row))
-    return found, len(repeated)

@@ -476,9 +476,10 @@ def fuzz(folder: Path, trials: int, seed: int) -> tuple[int, int]:
         path = folder / "fuzzed.json"
         path.write_bytes(_bytes(data, rng) if in_bytes else data)
         found = outcome(folder, path)
-        if harm:
+        told = all("image" in row and {"question", "prompt", "text"} & row.keys() for row in made)
+        if harm and not (told and found == ALL_NO):  # Image and question decide, whatever the ids say.
             assert found is None, f"scored as {found}:\n{path.read_bytes()[:2000]!r}"
-        else:
+        elif not harm:
             harmless += 1
             refused += found is None
             assert found in (None, ALL_NO), f"scored as {found}:\n{path.read_bytes()[:2000]!r}"
