@@ -46,6 +46,7 @@ VERBS = {
     ),
     "compare": Verb("vlmfix.evals.compare.report", "paired differences between the methods of several runs"),
     "plot": Verb("vlmfix.evals.report.plots", "the plots of a run as PNG"),
+    "reproduce": Verb("vlmfix.evals.reproduce.command", "published tables: commands, and expected beside measured"),
 }
 
 

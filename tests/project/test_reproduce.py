@@ -1,13 +1,11 @@
-"""``scripts/reproduce``: its commands are those of this package, its figures have a source, and what it compares."""
+"""``vlmfix reproduce``: its commands are those of this package, its figures have a source, and what it compares."""
 
-import importlib
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,44 +16,33 @@ from shared_data import DATA, needs_data
 from vlmfix.calibration.calibrate import SEARCHES
 from vlmfix.cli import command_parser
 from vlmfix.cli import main as vlmfix_main
+from vlmfix.errors import VlmfixError
 from vlmfix.evals.benchmarks.chair.figures import score_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.columns import figure_of
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.reproduce.check import measured
+from vlmfix.evals.reproduce.command import command, run_commands
+from vlmfix.evals.reproduce.table import LABELS
+from vlmfix.evals.reproduce.tables import TABLES
 from vlmfix.evals.run.methods import plan_methods
 from vlmfix.evals.scores import counts
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-NAMES = ("published_table", "published_tables", "published_check", "published_cli")
 
-
-@pytest.fixture(scope="module")
-def published() -> Iterator[SimpleNamespace]:
-    """The script's modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS / "reproduction"))
-        modules: dict[str, ModuleType] = {
-            name.removeprefix("published_"): importlib.import_module(name) for name in NAMES
-        }
-        yield SimpleNamespace(**modules)
-        for name in NAMES:
-            sys.modules.pop(name, None)
-
-
-def commands(published: Any, folder: Path) -> list[tuple[str, Any, list[str]]]:
+def commands(folder: Path) -> list[tuple[str, Any, list[str]]]:
     """Every command with its placeholders filled in, and the recipes that earlier commands of its table write."""
     options = SimpleNamespace(model=None, out=str(folder), data="coco", train="train", pope="pope", captions="captions")
     found = []
-    for name, table in published.tables.TABLES.items():
+    for name, table in TABLES.items():
         for words in table.commands:
-            found.append((name, table, published.cli.command(words, table, options)))
+            found.append((name, table, command(words, table, options)))
     return found
 
 
-def test_every_command_is_one_of_this_package(published: Any, tmp_path: Path) -> None:
+def test_every_command_is_one_of_this_package(tmp_path: Path) -> None:
     checked = {"eval": 0, "score": 0, "calibrate": 0}
-    for name, table, words in commands(published, tmp_path):
+    for name, table, words in commands(tmp_path):
         assert words[0] == "vlmfix" and not any("{" in word.replace("{question}", "") for word in words), name
         options = command_parser().parse_args(words[1:])
         checked[words[1]] += 1
@@ -76,11 +63,11 @@ def test_every_command_is_one_of_this_package(published: Any, tmp_path: Path) ->
     assert all(checked.values())
 
 
-def test_every_figure_has_a_source_and_is_one_we_measure(published: Any) -> None:
-    for name, table in published.tables.TABLES.items():
-        assert table.source and table.label in published.table.LABELS, name
+def test_every_figure_has_a_source_and_is_one_we_measure() -> None:
+    for name, table in TABLES.items():
+        assert table.source and table.label in LABELS, name
         for row in table.rows:
-            assert row.label is None or row.label in published.table.LABELS
+            assert row.label is None or row.label in LABELS
             assert row.figures and set(row.spread) <= set(row.figures), name
             for key, value in row.figures.items():
                 figure = key.partition(".")[2]
@@ -93,30 +80,30 @@ def test_every_figure_has_a_source_and_is_one_we_measure(published: Any) -> None
             assert table.captions or table.questions, name
 
 
-def test_listing_and_description(published: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_listing_and_description(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [str(SCRIPTS / "reproduce")],
+        [str(Path(__file__).resolve().parents[2] / "scripts" / "reproduce")],
         capture_output=True,
         text=True,
         env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0 and "We have run none of the evaluations" in done.stdout
-    for name in published.tables.TABLES:
+    for name in TABLES:
         assert name in done.stdout
-        assert published.cli.main([name]) == 0
+        assert vlmfix_main(["reproduce", name]) == 0
         text = capsys.readouterr().out
         assert "source: " in text and "vlmfix " in text
-        assert ("An estimate, not measured" in text) == (published.tables.TABLES[name].model is not None)
-    assert published.cli.main(["vhr-llava15-chair", "--data", "here", "--model", "there", "--out", "o"]) == 0
+        assert ("An estimate, not measured" in text) == (TABLES[name].model is not None)
+    assert vlmfix_main(["reproduce", "vhr-llava15-chair", "--data", "here", "--model", "there", "--out", "o"]) == 0
     text = capsys.readouterr().out
     assert "--model there --data here" in text and "--out o/vhr-llava15-chair-seed4" in text
     assert "33.32 ± 1.31" in text and "read in the paper" in text
     with pytest.raises(SystemExit):
-        published.cli.main(["vhr-llava16"])
+        vlmfix_main(["reproduce", "vhr-llava16"])
 
 
 def test_nothing_runs_before_everything_is_there(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[list[str]] = []
 
@@ -125,24 +112,25 @@ def test_nothing_runs_before_everything_is_there(
         return SimpleNamespace(returncode=3 if len(started) == 2 else 0)
 
     monkeypatch.setattr(subprocess, "run", start)
-    assert published.cli.main(["vhr-llava15-pope", "--model", str(tmp_path / "none"), "--run"]) == 2
+    assert vlmfix_main(["reproduce", "vhr-llava15-pope", "--model", str(tmp_path / "none"), "--run"]) == 2
     message = capsys.readouterr().err
     for part in ("--data DIR", "--pope DIR", f"the checkpoint {tmp_path / 'none'}"):
         assert part in message
     data = build_coco_folder(tmp_path / "c", num_images=2)
     model = build_tiny_llava(tmp_path / "m")
     words = ["vhr-llava15-pope", "--model", str(model), "--data", str(data), "--run", "--pope"]
-    assert published.cli.main([*words, str(tmp_path / "absent")]) == 2
+    assert vlmfix_main(["reproduce", *words, str(tmp_path / "absent")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
-    assert published.cli.main([*words, str(tmp_path)]) == 2
+    assert vlmfix_main(["reproduce", *words, str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "there is no coco_pope_popular.json" in message and "--data" not in message and "checkpoint" not in message
     assert not started
     for split in ("random", "popular", "adversarial"):
         (tmp_path / f"coco_pope_{split}.json").write_text("{}")
-    assert published.cli.main([*words, str(tmp_path)]) == 0
+    assert vlmfix_main(["reproduce", *words, str(tmp_path)]) == 0
     assert started[0][:4] == [sys.executable, "-m", "vlmfix", "eval"] and len(started) == 1
-    assert published.cli.run([["vlmfix", "methods"]] * 3, needs_gpu=False) == 1
+    with pytest.raises(VlmfixError, match="the command above ended with status 3"):
+        run_commands([["vlmfix", "methods"]] * 3, needs_gpu=False, show=str)
     assert len(started) == 2, "nothing runs behind a command that failed"
 
 
@@ -169,14 +157,14 @@ def write_run(
     return folder
 
 
-def test_check_of_one_run(published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     captions = {
         "none": {i: "A dog and a car." if i % 4 else "A dog." for i in TRUTH},
         "vhr": {i: "A dog." for i in TRUTH},
         "eah": {i: "A dog and a bus." for i in TRUTH},
     }
     folder = write_run(tmp_path / "r", chair=captions)
-    assert published.cli.main(["vhr-llava15-chair", "--check", str(folder)]) == 0
+    assert vlmfix_main(["reproduce", "vhr-llava15-chair", "--check", str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
     line = next(line for line in out if line.startswith("vhr ") and "chair.chair_s" in line)
     assert "33.32 ± 1.31" in line and " 50.0 [" in line  # every second image has no dog
@@ -186,37 +174,37 @@ def test_check_of_one_run(published: Any, tmp_path: Path, capsys: pytest.Capture
     assert "83.06" in line and " 4.2 [" in line and line.endswith("outside")
 
 
-def test_check_of_several_runs_and_of_none(published: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_several_runs_and_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in range(5):
         texts = {i: "A dog." if i % 2 or i > 2 * seed else "A cup." for i in TRUTH}
         write_run(tmp_path / f"vhr-llava15-chair-seed{seed}", chair={"none": texts, "vhr": texts, "eah": texts})
-    assert published.cli.main(["vhr-llava15-chair", "--out", str(tmp_path), "--check"]) == 0
+    assert vlmfix_main(["reproduce", "vhr-llava15-chair", "--out", str(tmp_path), "--check"]) == 0
     rates = [100 * (19 - seed) / 40 for seed in range(5)]
     expected = f"{np.mean(rates):.1f} ± {np.std(rates, ddof=1):.1f}"
     assert expected in capsys.readouterr().out
-    assert published.cli.main(["vhr-llava15-chair", "--check", str(tmp_path / "absent")]) == 2
+    assert vlmfix_main(["reproduce", "vhr-llava15-chair", "--check", str(tmp_path / "absent")]) == 2
     assert "no such run folder" in capsys.readouterr().err
     folder = write_run(tmp_path / "r", chair={"none": dict.fromkeys(TRUTH, "A dog.")})
-    assert published.cli.main(["vhr-llava15-chair", "--check", str(folder)]) == 2
+    assert vlmfix_main(["reproduce", "vhr-llava15-chair", "--check", str(folder)]) == 2
     assert "has no method 'vhr'" in capsys.readouterr().err
 
 
-def test_mean_f1_of_the_splits(published: Any, tmp_path: Path) -> None:
+def test_mean_f1_of_the_splits(tmp_path: Path) -> None:
     answers = {"none": ["Yes"] * 40, "vhr": ["Yes", "No"] * 10 + ["Yes"] * 20}
     folder = write_run(tmp_path / "r", pope=answers)
-    table = published.tables.TABLES["vhr-llava15-pope"]
-    found = published.check.measured(table, [folder], "pope.mean_f1", "vhr")
+    table = TABLES["vhr-llava15-pope"]
+    found = measured(table, [folder], "pope.mean_f1", "vhr")
     popular = 2 * 15 / (25 + 15)  # of 30 questions 15 are yes, and 25 answers
     assert found.value == pytest.approx(100 * (1 + popular) / 2)
     assert found.low < found.value < found.high
-    assert published.check.measured(table, [folder], "pope.mean_f1", "none").value == pytest.approx(100 * 2 / 3)
-    difference = published.check.measured(table, [folder], "pope.mean_f1", "vhr", "none")
+    assert measured(table, [folder], "pope.mean_f1", "none").value == pytest.approx(100 * 2 / 3)
+    difference = measured(table, [folder], "pope.mean_f1", "vhr", "none")
     assert difference.value == pytest.approx(100 * ((1 + popular) / 2 - 2 / 3)) and not math.isnan(difference.low)
 
 
 @needs_data("chair_captions/opera", "chair_gt", "nltk_data")
 def test_the_released_captions_give_the_printed_table(
-    published: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk.data, "path", [str(DATA / "nltk_data")])
@@ -233,8 +221,8 @@ def test_the_released_captions_give_the_printed_table(
         "--out",
         str(tmp_path / "out"),
     ]
-    assert published.cli.main([*words, "--run"]) == 0
+    assert vlmfix_main(["reproduce", *words, "--run"]) == 0
     capsys.readouterr()
-    assert published.cli.main([*words, "--check"]) == 0
+    assert vlmfix_main(["reproduce", *words, "--check"]) == 0
     out = capsys.readouterr().out
     assert out.count("  same") == 6 and "differs" not in out

@@ -1,30 +1,35 @@
-"""Published tables: list them, print the commands of one, run them, and put expected beside measured.
-
-See ``scripts/reproduce --help``; the tables are in ``published_tables.py``.
-"""
+"""Published tables: list them, print the commands of one, run them, and put expected beside measured."""
 
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
-from published_check import check
-from published_table import LABELS, SECONDS_PER_PREFILL, SECONDS_PER_STEP, Row, Table
-from published_tables import TABLES
+from vlmfix.errors import DataError, VlmfixError
 
-EPILOG = """\
+from ..flags import verb_parser
+from .check import check
+from .table import LABELS, SECONDS_PER_PREFILL, SECONDS_PER_STEP, Row, Table
+from .tables import TABLES
+
+logger = logging.getLogger(__name__)
+
+_ABOUT = """\
+Published tables that this package can meet: commands, expected figures with their source, GPU time (estimated).
+
 examples:
-  scripts/reproduce                                        the list
-  scripts/reproduce vhr-llava15-chair                      commands, expected figures, sources
-  scripts/reproduce vhr-llava15-chair --data COCO --run    runs them, after a look at what is missing
-  scripts/reproduce vhr-llava15-chair --check runs/vhr-llava15-chair-seed0
-  scripts/reproduce vhr-llava15-chair --check              all its runs in --out
+  vlmfix reproduce                                        the list
+  vlmfix reproduce vhr-llava15-chair                      commands, expected figures, sources
+  vlmfix reproduce vhr-llava15-chair --data COCO --run    runs them, after a look at what is missing
+  vlmfix reproduce vhr-llava15-chair --check runs/vhr-llava15-chair-seed0
+  vlmfix reproduce vhr-llava15-chair --check              all its runs in --out
 
 We have run none of the evaluations: nothing printed as published was measured by us.
 """
@@ -37,52 +42,47 @@ PLACES = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if all went well, 1 if a command failed, 2 if something is missing or wrong."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/reproduce",
-        description="Published tables that this package can meet.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", choices=list(TABLES), help="a table (default: list them)")
+def add_reproduce(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser = verb_parser(verbs, "reproduce", _ABOUT, "[TABLE] [OPTIONS]")
+    parser.add_argument("name", nargs="?", metavar="TABLE", choices=list(TABLES), help="a table (default: list them)")
     parser.add_argument("--run", action="store_true", help="run the commands (a killed run goes on where it was)")
     parser.add_argument("--check", nargs="*", type=Path, metavar="RUN", help="compare runs (default: those in --out)")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint (default: the hub's)")
     parser.add_argument("--out", default="runs", metavar="DIR", help="where runs go (default: runs)")
     for name, text in PLACES.items():
         parser.add_argument(f"--{name}", metavar="DIR", help=text)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """List the tables, describe one, run its commands, or compare what they gave.
+
+    Raises:
+        VlmfixError: Something that the commands need is missing, one of them failed, or there is no such run.
+    """
     if options.name is None:
-        print(listing())
-        return 0
+        show(listing())
+        return
     table = TABLES[options.name]
-    places = {name: getattr(options, name) for name in PLACES}
     filled = [command(words, table, options) for words in table.commands]
     if options.check is not None:
-        from vlmfix.errors import VlmfixError
-
-        try:
-            print(check(table, options.check or [Path(options.out) / run for run in table.runs]))
-        except VlmfixError as error:
-            print(f"scripts/reproduce: {error}", file=sys.stderr)
-            return 2
-        return 0
-    print(description(options.name, table, filled))
-    if not options.run:
-        return 0
-    lacking = missing(table, places, options.model or table.model)
-    if lacking:
-        print("\nnot run; missing:\n" + "\n".join(f"  - {each}" for each in lacking), file=sys.stderr)
-        return 2
-    return run(filled, needs_gpu=table.model is not None)
+        show(check(table, options.check or [Path(options.out) / each for each in table.runs]))
+        return
+    show(description(options.name, table, filled))
+    if options.run:
+        places = {name: getattr(options, name) for name in PLACES}
+        lacking = missing(table, places, options.model or table.model)
+        if lacking:
+            raise VlmfixError("not run; missing:\n" + "\n".join(f"  - {each}" for each in lacking))
+        run_commands(filled, needs_gpu=table.model is not None, show=show)
 
 
 def listing() -> str:
     """One line per table."""
     width = max(map(len, TABLES))
     lines = [f"{name.ljust(width)}  {table.title} ({table.label})" for name, table in TABLES.items()]
-    return "\n".join([*lines, "", "We have run none of the evaluations. Type: scripts/reproduce NAME"])
+    return "\n".join([*lines, "", "We have run none of the evaluations. Type: vlmfix reproduce TABLE"])
 
 
 def command(words: Sequence[str], table: Table, options: argparse.Namespace) -> list[str]:
@@ -153,10 +153,8 @@ def missing(table: Table, places: Mapping[str, str | None], model: str | None) -
             lacking.append(f"--{name} DIR ({PLACES[name]})")
         else:
             lacking += _lacking_files(name, Path(place), table)
-    from vlmfix.errors import VlmfixError
-
     if any(word in ("nltk", "mixed") for words in table.commands for word in words):
-        from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
+        from ..benchmarks.coco_objects import ChairMatcher
 
         try:
             ChairMatcher("nltk")
@@ -176,8 +174,7 @@ def _lacking_files(name: str, folder: Path, table: Table) -> list[str]:
         words = {word for words in table.commands for word in words if word.startswith(f"{{{name}}}")}
         wanted = sorted(Path(word).name for word in words)
         return [f"--{name} {folder}: there is no {file} in it" for file in wanted if not (folder / file).is_file()]
-    from vlmfix.errors import DataError
-    from vlmfix.evals.data.coco import CocoData
+    from ..data.coco import CocoData
 
     try:
         data = CocoData.load(folder)
@@ -199,23 +196,18 @@ def _lacking_model(model: str) -> list[str]:
     return []
 
 
-def run(commands: Sequence[Sequence[str]], *, needs_gpu: bool) -> int:
-    """Run the commands one after the other, until one fails."""
+def run_commands(commands: Sequence[Sequence[str]], *, needs_gpu: bool, show: Callable[[str], None]) -> None:
+    """Run the commands one after the other, until one fails.
+
+    Raises:
+        VlmfixError: One failed.
+    """
     import torch
 
     if needs_gpu and not torch.cuda.is_available():
-        print("note: no GPU here; a 7B model on a CPU takes days, and the estimate does not hold", file=sys.stderr)
+        logger.warning("no GPU here; a 7B model on a CPU takes days, and the estimate does not hold")
     for words in commands:
-        print("\n$ " + shlex.join(words), flush=True)
+        show("\n$ " + shlex.join(words))
         status = subprocess.run([sys.executable, "-m", *words]).returncode
         if status:
-            print(f"scripts/reproduce: stopped, the command above ended with status {status}", file=sys.stderr)
-            return 1
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # The reader of our output (head, less) has gone: not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise VlmfixError(f"stopped, the command above ended with status {status}")

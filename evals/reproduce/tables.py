@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from published_table import (
+from .table import (
     BLIP,
     CHAIR_MODE,
     CHAIR_SETTING,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from published_table import LABELS, Row, Table
+from .table import LABELS, Row, Table
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def check(table: Table, runs: Sequence[Path]) -> str:
         table: The published table.
         runs: Run folders of ``vlmfix eval``, or one folder of results of ``vlmfix score``.
     """
-    from vlmfix.evals.tables import plain_table
+    from ..tables import plain_table
 
     several = len(runs) > 1
     rows = [["", "figure", "published", "measured", "" if several else "published is"]]
@@ -90,9 +90,9 @@ def _measured(table: Table, folder: Path, key: str, method: str, baseline: str |
         value = read_json(path, what="result of vlmfix score", remedy="run the commands first, with --run")
         return Measured(value["summary"][key.partition(".")[2]] * _scale(key))
 
-    from vlmfix.evals.benchmarks.columns import figure_of
-    from vlmfix.evals.scores.counts import load_run
-    from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
+    from ..benchmarks.columns import figure_of
+    from ..scores.counts import load_run
+    from ..stats.bootstrap import bootstrap, paired_bootstrap
 
     benchmark, _, name = key.partition(".")
     tables: Mapping[str, Any] = load_run(folder).benchmarks[benchmark].methods
@@ -116,7 +116,7 @@ def mean_f1() -> Any:
     """The mean of the splits' F1, as LLaVA's script prints it."""
     import numpy as np
 
-    from vlmfix.evals.stats.figures import SumStatistic
+    from ..stats.figures import SumStatistic
 
     def columns(table: Any) -> Any:
         yes = table.prediction == 1

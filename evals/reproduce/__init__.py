@@ -1,0 +1,1 @@
+"""``vlmfix reproduce``: published tables, the commands that give them, and expected beside measured."""
