@@ -82,7 +82,7 @@ def test_every_figure_has_a_source_and_is_one_we_measure() -> None:
 
 def test_listing_and_description(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run(
-        [str(Path(__file__).resolve().parents[2] / "scripts" / "reproduce")],
+        [str(Path(__file__).resolve().parents[3] / "scripts" / "reproduce")],
         capture_output=True,
         text=True,
         env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
