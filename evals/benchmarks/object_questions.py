@@ -29,7 +29,8 @@ SPLITS: tuple[PopeSplit, ...] = get_args(PopeSplit)
 _QUESTION = re.compile(r"\s*Is there an? (?P<object>.+?) in the im(?:an|a)ge\?", re.IGNORECASE)
 
 
-_IMAGE_ID = re.compile(r"(\d+)\.\w+$")
+# GQA names some of its images "n123.jpg"; a number is never cut out of any other name.
+_IMAGE_ID = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_|n)?(\d+)\.\w+", re.ASCII)
 
 
 _REMEDY = (
@@ -117,7 +118,7 @@ def _question(row: Mapping[str, Any], split: str, where: str) -> PopeQuestion:
         )
     number, image, text, label = (str(row[name]) for name in fields)
     label = label.strip().lower()
-    asked, image_number = _QUESTION.match(text), _IMAGE_ID.search(image)
+    asked, image_number = _QUESTION.match(text), _IMAGE_ID.fullmatch(image)
     if asked is None:
         raise DataError(f"{where}: expected 'Is there a ... in the image?', found {text!r}")
     if image_number is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,15 @@ def _defined_in(module: str, name: str) -> type[Benchmark]:
         and value.__module__ == found.__name__
         and value.name == name
     )
+
+
+def names_of_files() -> dict[str, str]:
+    """The benchmarks that files may answer and a line on each, read without importing any."""
+    found = {name: f"of another package ({entry.value})" for name, entry in _foreign().items()}
+    for path in _HERE.glob("*/files.py"):
+        line = re.search(r'summary: ClassVar\[str\] = "(.*)"', path.with_name("task.py").read_text(encoding="utf-8"))
+        found[path.parent.name] = line[1] if line else ""
+    return dict(sorted(found.items()))
 
 
 def file_class(name: str) -> type[Benchmark]:

@@ -33,26 +33,43 @@ evaluation tools write. The model's text is found by its key and held against th
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers, with every benchmark that reads files."""
-    from ..benchmarks.registry import benchmark_names, file_class
+    from ..benchmarks.registry import names_of_files
 
     parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
-    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    for name in benchmark_names():
-        try:
-            kind = file_class(name)
-        except VlmfixError as error:  # Another package's fault is told to those who want its benchmark.
-            broken = kinds.add_parser(name, help=f"not available: {error}", add_help=False, prefix_chars="\0")
-            broken.add_argument("words", nargs="*")
-            broken.set_defaults(score=_refuse(error))
-            continue
-        if kind.reads_files():
-            _add_benchmark(kinds, kind)
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=_BenchmarkParser)
+    for name, summary in names_of_files().items():
+        kinds.add_parser(name, allow_abbrev=False, epilog=_EPILOG, help=summary.replace("%", "%%")).name = name
     return parser
 
 
-def _add_benchmark(kinds: Any, kind: type[Benchmark]) -> None:
-    parser = kinds.add_parser(kind.name, allow_abbrev=False, help=kind.summary, epilog=_EPILOG)
+class _BenchmarkParser(argparse.ArgumentParser):
+    """The parser of one benchmark, whose arguments are asked for, and its module imported, when it is typed."""
+
+    name = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as any parser does, once the benchmark has said what it takes."""
+        from ..benchmarks.registry import file_class
+
+        name, self.name = self.name, ""
+        try:
+            if name:
+                _add_benchmark(self, file_class(name))
+        except VlmfixError as error:  # Another package's fault, told as any error of a run.
+            return argparse.Namespace(score=_refuse(error)), []
+        return super().parse_known_args(args, namespace)
+
+
+def _refuse(error: VlmfixError) -> Callable[[argparse.Namespace], str]:
+    def refuse(options: argparse.Namespace) -> str:
+        raise error
+
+    return refuse
+
+
+def _add_benchmark(parser: argparse.ArgumentParser, kind: type[Benchmark]) -> None:
     flag = kind.file_flag
+    parser.description = kind.summary
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="answers, whoever generated them")
     if flag:
         parser.add_argument(flag, dest="named_file", type=Path, metavar="FILE", help="the same")
@@ -72,13 +89,6 @@ def _add_benchmark(kinds: Any, kind: type[Benchmark]) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures and integer counts as JSON")
     parser.set_defaults(score=score, benchmark=kind.name, file_flag=flag)
-
-
-def _refuse(error: VlmfixError) -> Callable[[argparse.Namespace], str]:
-    def refuse(options: argparse.Namespace) -> str:
-        raise error
-
-    return refuse
 
 
 def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
