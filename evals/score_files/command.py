@@ -43,18 +43,30 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
 
 
 class _BenchmarkParser(argparse.ArgumentParser):
-    """The parser of one benchmark, whose arguments are asked for, and its module imported, when it is typed."""
+    """The parser of one benchmark, whose module is imported when somebody wants to know its arguments."""
 
     name = ""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as any parser does, once the benchmark has said what it takes."""
+    @property
+    def _actions(self) -> list[argparse.Action]:  # type: ignore[override]
+        self._fill()
+        return self._own
+
+    @_actions.setter
+    def _actions(self, actions: list[argparse.Action]) -> None:
+        self._own = actions
+
+    def _fill(self) -> None:
         from ..benchmarks.registry import file_class
 
         name, self.name = self.name, ""
+        if name:
+            _add_benchmark(self, file_class(name))
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as any parser does."""
         try:
-            if name:
-                _add_benchmark(self, file_class(name))
+            self._fill()
         except VlmfixError as error:  # Another package's fault, told as any error of a run.
             return argparse.Namespace(score=_refuse(error)), []
         return super().parse_known_args(args, namespace)
