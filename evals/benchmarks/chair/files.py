@@ -40,7 +40,7 @@ _LEGEND = (
     "four words;\nloops: captions with more than half of them repeated; unfinished: without final punctuation"
 )
 
-_TOKENS_NEED = f"which needs nltk: {how_to_install('nltk')}, then python -m nltk.downloader punkt_tab"
+_TOKENS_NEED = f"which needs nltk: {how_to_install('nltk')},\nthen python -m nltk.downloader punkt_tab"
 
 _EPILOG = """\
 --ground-truth takes a COCO folder (instances_val2014.json, captions_val2014.json, also below annotations/), or JSON:
