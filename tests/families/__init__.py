@@ -6,7 +6,21 @@ what a family offers: ``build()``, ``single()``, ``ragged()``, ``text()``, ``col
 
 from __future__ import annotations
 
-from families import cross, documents, gemma, grids, layers, llava, masks, projector, qwen, sparse, special, tiles
+from families import (
+    biased,
+    cross,
+    documents,
+    gemma,
+    grids,
+    layers,
+    llava,
+    masks,
+    projector,
+    qwen,
+    sparse,
+    special,
+    tiles,
+)
 from families.base import Family
 from families.weights import strengthen
 
@@ -14,7 +28,7 @@ __all__ = ["FAMILIES", "Family", "by_name", "strengthen"]
 
 _MODULES = (
     *(llava, projector, cross, special),
-    *(qwen, grids, gemma, masks, documents, sparse, layers, tiles),
+    *(qwen, grids, gemma, masks, documents, sparse, layers, tiles, biased),
 )
 _ALL = {each.name: each for module in _MODULES for each in module.FAMILIES}
 _ORDER = """
@@ -30,6 +44,7 @@ mistral_large4 minimax_m3_vl glm5_next dots3_note qwen4_exp
 cosmos3_omni cosmos3_edge muse_glimmer muse_spark lfm3_vl gemma4_unified
 cohere_compass hunyuan_vl step3p7 granite_docling granite4_vision emu3
 unlimited_ocr deepseek_ocr2
+inkling inkling2 nemotron_h_omni
 """.split()
 FAMILIES: tuple[Family, ...] = tuple(_ALL[name] for name in _ORDER)
 assert len(FAMILIES) == len(_ALL)

@@ -33,7 +33,7 @@ SLIDING = {
     *("llava_mistral", "llava_gemma2", "aya_vision", "cohere2_vision", "qwen2_5_vl_sliding", "paligemma2"),
     *("gemma3", "gemma3n", "gemma4", "llama4", "exaone4_5", "shieldgemma2", "dots3_note"),
     *("muse_glimmer", "muse_spark", "lfm3_vl", "gemma4_unified"),
-    *("cohere_compass", "step3p7", "unlimited_ocr"),
+    *("cohere_compass", "step3p7", "unlimited_ocr", "inkling"),
 }
 """The families with layers that see a window (or a chunk) of keys."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
@@ -176,6 +176,16 @@ def analyse(model: object) -> Anatomy:
             f"No text attention found in {kind} that goes through transformers' attention interface (remote-code "
             "models and encoder-decoders of older versions do not). Use the architecture's implementation in "
             "transformers, if there is one, and the latest transformers: pip install -U transformers."
+        )
+    if getattr(config, "is_encoder_decoder", False) and all(site.kind == "joint" for site in sites):
+        raise UnsupportedModelError(
+            f"{kind} attends to the prompt that its encoder has read and to the answer in one softmax, so its keys are "
+            "not in the order of a prompt; vlmfix does not know where the image is among them."
+        )
+    if hf_model.can_generate() and not isinstance(hf_model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{kind} does not generate its answer token by token. vlmfix patches autoregressive models: a prompt "
+            "is read once, and each step adds a token."
         )
     for site in sites:
         if site.selects_keys:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import AttentionSite
 
 
+SINKS = ("s_aux", "sinks")
+"""What models call learned terms of the softmax that belong to no key (gpt-oss, Inkling 2)."""
+
+
 CHUNK_ELEMENTS = 2**24
 """Most attention weights written out at a time (64 MiB in fp32)."""
 
@@ -165,9 +169,9 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
         UnsupportedFeatureError: The layer adds terms to its scores that are not written out here.
     """
     kwargs = call.kwargs
-    if kwargs.get("s_aux") is not None:
+    if any(kwargs.get(name) is not None for name in SINKS):
         raise UnsupportedFeatureError(
-            f"{call.site.name} has learned sinks (s_aux) in its softmax, which methods that edit attention scores or "
+            f"{call.site.name} has learned sinks in its softmax, which methods that edit attention scores or "
             "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
         )
     key, allowed = _keys_and_mask(call, start, stop)
@@ -244,7 +248,7 @@ def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor
     The additive mask of all their keys is written out; the attention weights are only where the layer caps its scores
     or has a position bias.
     """
-    has_more = any(call.kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
+    has_more = any(call.kwargs.get(name) is not None for name in ("position_bias", *SINKS))
     if has_more or _softcap(call) is not None:
         return weighted_values(call, masked_softmax(*explicit_scores(call, start, stop)))
     key, allowed = _keys_and_mask(call, start, stop)
