@@ -177,6 +177,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
     shared["attention_mask"] = mask
     if "position_ids" in inspect.signature(anatomy.model.forward).parameters:
         shared["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)  # as generate counts them
+        _check_positions(anatomy, shared)
     device = input_device(anatomy.model)
     shared = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in shared.items()}
     cache = DynamicCache(config=anatomy.text_config)
@@ -208,6 +209,23 @@ def _check_model(anatomy: Anatomy) -> None:
         raise UnsupportedFeatureError(
             f"{name} counts positions by the grid of its images and remembers them for the last prompt only, so that "
             "prompts cannot share a prefix."
+        )
+
+
+def _check_positions(anatomy: Anatomy, prompt: Mapping[str, Any]) -> None:
+    """Refuse a model that drops the positions it is given: it counts padding, and a prefix has other padding."""
+    places = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
+    prepared = anatomy.model.prepare_inputs_for_generation(
+        prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        position_ids=prompt["position_ids"],
+        cache_position=places,
+        is_first_iteration=True,
+    )
+    if prepared.get("position_ids") is None:
+        raise UnsupportedFeatureError(
+            f"{type(anatomy.model).__name__} counts the padding of a prompt as positions, so that prompts cannot share "
+            "a prefix."
         )
 
 
