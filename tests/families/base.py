@@ -84,6 +84,9 @@ class Family:
         missing = [name for name in self.requires if importlib.util.find_spec(name) is None]
         if missing:
             return f"needs {', '.join(missing)}"
+        needed = tuple(int(part) for part in (self.needs_transformers or "0").split("."))
+        if tuple(int(part) for part in transformers.__version__.split(".")[: len(needed)]) < needed:
+            return f"needs transformers {self.needs_transformers}"
         if not hasattr(transformers, self.architecture):
             return f"transformers {transformers.__version__} has no {self.architecture}"
         return None
