@@ -169,9 +169,10 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
         UnsupportedFeatureError: The layer adds terms to its scores that are not written out here.
     """
     kwargs = call.kwargs
-    if any(kwargs.get(name) is not None for name in SINKS):
+    sinks = [name for name in SINKS if kwargs.get(name) is not None]
+    if sinks:
         raise UnsupportedFeatureError(
-            f"{call.site.name} has learned sinks in its softmax, which methods that edit attention scores or "
+            f"{call.site.name} has learned sinks ({sinks[0]}) in its softmax, which methods that edit attention scores or "
             "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
         )
     key, allowed = _keys_and_mask(call, start, stop)
