@@ -172,8 +172,8 @@ def explicit_scores(call: AttentionCall, start: int, stop: int) -> tuple[torch.T
     sinks = [name for name in SINKS if kwargs.get(name) is not None]
     if sinks:
         raise UnsupportedFeatureError(
-            f"{call.site.name} has learned sinks ({sinks[0]}) in its softmax, which methods that edit attention scores or "
-            "weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
+            f"{call.site.name} has learned sinks ({sinks[0]}) in its softmax, which methods that edit attention scores "
+            "or weights do not support. Choose a method that edits head outputs, such as vlmfix.patch(model, 'vhr')."
         )
     key, allowed = _keys_and_mask(call, start, stop)
     query = call.query[:, :, start:stop]
