@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.engine.attend import attend
+from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import SHARED, SequenceState
 from vlmfix.methods.views import Forward, Layer
 
@@ -79,9 +80,17 @@ class EditedForward(Forward):
         """Let methods learn from the residual stream that enters a decoder layer in a prompt."""
         if not self.is_prefill:
             return
-        hidden_states = (args[0] if args else kwargs["hidden_states"])[..., : self.prompt_len, :]
-        if hidden_states.dim() == 4:  # Gemma 3n keeps several streams, one of which attention reads
-            hidden_states = hidden_states[getattr(site.config, "altup_active_idx", 0)]
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if hidden_states.dim() == 4:
+            stream = getattr(site.config, "altup_active_idx", None)
+            if stream is None and site.readers:
+                names = ", ".join(method.name for _, method in site.readers)
+                raise UnsupportedFeatureError(
+                    f"{site.name} belongs to a model whose layers mix several residual streams, so that no one of them "
+                    f"is what {names} reads. Choose another method, or type vlmfix.unpatch(model)."
+                )
+            hidden_states = hidden_states[stream or 0]  # Gemma 3n keeps several streams, one of which attention reads
+        hidden_states = hidden_states[:, : self.prompt_len]
         for index, method in site.readers:
             layer = Layer(self, site, index)
             layer.learned = method.learn(hidden_states, layer)
