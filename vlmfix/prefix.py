@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicLayer
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, state_of
-from vlmfix.model.anatomy import analyse, input_device
+from vlmfix.model.anatomy import analyse
+from vlmfix.model.devices import input_device
 from vlmfix.patching import find_patch
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor
 
-from vlmfix.model.anatomy import input_device
+from vlmfix.model.devices import input_device
 from vlmfix.observe.ask import answer, end_token_ids
 from vlmfix.observe.words import YesNo, yes_no_tokens
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlmfix.errors import UnsupportedModelError, VlmfixError
-from vlmfix.model.anatomy import input_device
+from vlmfix.model.devices import input_device
 
 from .. import testbed
 from ..data.write import file_digest

@@ -18,7 +18,7 @@ from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.base import Method
 from vlmfix.methods.views import Layer
-from vlmfix.model.anatomy import input_device
+from vlmfix.model.devices import input_device
 from vlmfix.observe.samples import CalibrationSample
 
 logger = logging.getLogger("vlmfix")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import OUTPUT_PROJECTIONS, Anatomy, states_device
+from vlmfix.model.anatomy import OUTPUT_PROJECTIONS, Anatomy
 from vlmfix.model.blocks import final_norm
+from vlmfix.model.devices import states_device
 
 
 class StreamLog:

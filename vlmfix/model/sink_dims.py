@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vlmfix.errors import MethodError
-from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE, Anatomy, analyse, states_device
+from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE, Anatomy, analyse
+from vlmfix.model.devices import states_device
 
 logger = logging.getLogger("vlmfix")
 

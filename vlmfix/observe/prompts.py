@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlmfix.errors import DataError, VlmfixError
-from vlmfix.model.anatomy import input_device
+from vlmfix.model.devices import input_device
 
 
 class PromptBuilder:
