@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import SITE_ATTRIBUTE, check_selection
+from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import AttentionCall
+from vlmfix.model.refusals import check_selection
 
 if TYPE_CHECKING:
     import torch

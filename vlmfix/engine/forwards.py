@@ -80,17 +80,16 @@ class EditedForward(Forward):
         """Let methods learn from the residual stream that enters a decoder layer in a prompt."""
         if not self.is_prefill:
             return
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        if hidden_states.dim() == 4:
+        hidden_states = (args[0] if args else kwargs["hidden_states"])[..., : self.prompt_len, :]
+        if hidden_states.dim() == 4 and site.readers:  # Gemma 3n keeps several streams, one of which attention reads
             stream = getattr(site.config, "altup_active_idx", None)
-            if stream is None and site.readers:
-                names = ", ".join(method.name for _, method in site.readers)
+            if stream is None:
                 raise UnsupportedFeatureError(
-                    f"{site.name} belongs to a model whose layers mix several residual streams, so that no one of them "
-                    f"is what {names} reads. Choose another method, or type vlmfix.unpatch(model)."
+                    f"The decoder layer of {site.name} keeps several residual streams and mixes them before its "
+                    f"attention, so {site.readers[0][1].name} cannot look for sinks in what the attention reads. "
+                    "Choose a method without sinks, such as vlmfix.patch(model, 'pai')."
                 )
-            hidden_states = hidden_states[stream or 0]  # Gemma 3n keeps several streams, one of which attention reads
-        hidden_states = hidden_states[:, : self.prompt_len]
+            hidden_states = hidden_states[stream]
         for index, method in site.readers:
             layer = Layer(self, site, index)
             layer.learned = method.learn(hidden_states, layer)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
-from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
+from vlmfix.errors import UnsupportedModelError
+from vlmfix.model.refusals import check_supported
 
 FORWARD_KWARG = "vlmfix"
 """The keyword argument that carries the ``Forward`` to the attention function; ``None`` asks for the stock model."""
@@ -30,10 +31,6 @@ tokens is ``"encoder"``, and self-attention over the answer ``"answer"``."""
 
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "o")
 """What attention modules call the projection of their head outputs."""
-
-
-MASKED_KERNELS = ("eager", "sdpa")
-"""The attention functions to which sparse indexers hand the keys they select in the mask."""
 
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "image_patch_id", "video_token_id", "video_token_index")
@@ -176,25 +173,7 @@ def analyse(model: object) -> Anatomy:
             "models and encoder-decoders of older versions do not). Use the architecture's implementation in "
             "transformers, if there is one, and the latest transformers: pip install -U transformers."
         )
-    if getattr(config, "is_encoder_decoder", False) and all(site.kind == "joint" for site in sites):
-        raise UnsupportedModelError(
-            f"{kind} attends to the prompt that its encoder has read and to the answer in one softmax, so its keys are "
-            "not in the order of a prompt; vlmfix does not know where the image is among them."
-        )
-    if hf_model.can_generate() and not isinstance(hf_model, GenerationMixin):
-        raise UnsupportedModelError(
-            f"{kind} does not generate its answer token by token. vlmfix patches autoregressive models: a prompt "
-            "is read once, and each step adds a token."
-        )
-    for site in sites:
-        if site.selects_keys:
-            check_selection(site, UnsupportedModelError)
-    if (getattr(hf_model, "_tp_size", None) or 1) > 1:
-        raise UnsupportedModelError(
-            f"{kind} is split by tensor parallelism, so that no device sees all heads of a layer, which most methods "
-            "need. Load it with device_map='auto' instead of tp_plan."
-        )
-    # The model without its head: the image-free pass runs it, and users may call it.
+    check_supported(hf_model, kind, sites)
     inner = getattr(language_model, language_model.base_model_prefix or "model", language_model)
     inner = inner if isinstance(inner, nn.Module) else language_model  # LLaVA of transformers 4: no prefix
     _check_keywords(language_model, inner)
@@ -214,21 +193,6 @@ def analyse(model: object) -> Anatomy:
         encoder=encoder,
         projector=projector,
     )
-
-
-def check_selection(site: AttentionSite, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
-    """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask.
-
-    Args:
-        site: A site that selects keys.
-        kind: The error to raise.
-    """
-    if site.implementation not in MASKED_KERNELS:
-        raise kind(
-            f"{site.name} selects keys with a sparse indexer, and hands them to the attention function "
-            f"{site.implementation!r} outside the mask, where vlmfix cannot see them. Choose another one: "
-            "model.set_attn_implementation('sdpa')."
-        )
 
 
 def _check_keywords(*models: nn.Module) -> None:

@@ -1,0 +1,65 @@
+"""What cannot be patched although its attention can be found, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from transformers import GenerationMixin, PreTrainedModel
+
+from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
+
+if TYPE_CHECKING:
+    from vlmfix.model.anatomy import AttentionSite
+
+
+MASKED_KERNELS = ("eager", "sdpa")
+"""The attention functions to which sparse indexers hand the keys they select in the mask."""
+
+
+def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[AttentionSite]) -> None:
+    """Refuse a model whose attention, or whose way to an answer, is none that methods are defined for.
+
+    Args:
+        model: The model.
+        kind: What to call it.
+        sites: Its text attention modules.
+
+    Raises:
+        UnsupportedModelError: It merges encoder and answer in one softmax, does not generate token by token, selects
+            keys out of sight of the mask, or is split by tensor parallelism.
+    """
+    if getattr(model.config, "is_encoder_decoder", False) and all(site.kind == "joint" for site in sites):
+        raise UnsupportedModelError(
+            f"{kind} attends to the prompt that its encoder has read and to the answer in one softmax, so its keys are "
+            "not in the order of a prompt; vlmfix does not know where the image is among them."
+        )
+    if model.can_generate() and not isinstance(model, GenerationMixin):
+        raise UnsupportedModelError(
+            f"{kind} does not generate its answer token by token. vlmfix patches autoregressive models: a prompt "
+            "is read once, and each step adds a token."
+        )
+    for site in sites:
+        if site.selects_keys:
+            check_selection(site, UnsupportedModelError)
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise UnsupportedModelError(
+            f"{kind} is split by tensor parallelism, so that no device sees all heads of a layer, which most methods "
+            "need. Load it with device_map='auto' instead of tp_plan."
+        )
+    # The model without its head: the image-free pass runs it, and users may call it.
+
+
+def check_selection(site: AttentionSite, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
+    """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask.
+
+    Args:
+        site: A site that selects keys.
+        kind: The error to raise.
+    """
+    if site.implementation not in MASKED_KERNELS:
+        raise kind(
+            f"{site.name} selects keys with a sparse indexer, and hands them to the attention function "
+            f"{site.implementation!r} outside the mask, where vlmfix cannot see them. Choose another one: "
+            "model.set_attn_implementation('sdpa')."
+        )
