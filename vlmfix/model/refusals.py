@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from transformers import GenerationMixin, PreTrainedModel
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
-if TYPE_CHECKING:
-    from vlmfix.model.anatomy import AttentionSite
-
-
 MASKED_KERNELS = ("eager", "sdpa")
 """The attention functions to which sparse indexers hand the keys they select in the mask."""
 
 
-def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[AttentionSite]) -> None:
+class Site(Protocol):
+    """What is asked of a text attention module (``vlmfix.model.anatomy.AttentionSite``)."""
+
+    @property
+    def name(self) -> str:
+        """Its path in the model."""
+
+    @property
+    def kind(self) -> str:
+        """What it looks at."""
+
+    @property
+    def implementation(self) -> str:
+        """The name of the stock attention function."""
+
+    @property
+    def selects_keys(self) -> bool:
+        """Whether a sparse indexer chooses its keys."""
+
+
+def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[Site]) -> None:
     """Refuse a model whose attention, or whose way to an answer, is none that methods are defined for.
 
     Args:
@@ -50,7 +66,7 @@ def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[Attention
     # The model without its head: the image-free pass runs it, and users may call it.
 
 
-def check_selection(site: AttentionSite, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
+def check_selection(site: Site, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
     """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask.
 
     Args:
