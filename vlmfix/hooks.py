@@ -123,6 +123,8 @@ class Patch:
         # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
         models = (anatomy.model, anatomy.language_model)
         self._prefills = {each: TellingPrefill(each) for each in models if hasattr(type(each), PREFILL)}
+        self._forward = ForwardWithHooks(self, anatomy.language_model)
+        self._generate: GenerateByCall | None = None
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
@@ -195,14 +197,16 @@ class Patch:
                 self._stand_ins.put(each, PREFILL, self._prefills[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         if self.branches is not None or self.early_head.mixing:
-            self._stand_ins.put(language_model, "forward", ForwardWithHooks(self, language_model))
+            self._stand_ins.put(language_model, "forward", self._forward)
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
                 self._stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
             self._stand_ins.put(language_model, DRAFTS, REFUSE_DRAFTS)
         if model.can_generate():
-            self._stand_ins.put(model, "generate", GenerateByCall(model, model.generate, self.choose))
+            if self._generate is None or self._generate.stock != model.generate:
+                self._generate = GenerateByCall(model, model.generate, self.choose)
+            self._stand_ins.put(model, "generate", self._generate)
 
     # Hooks on the model.
 
