@@ -92,6 +92,12 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
     mixers = [name for name in _MIXERS if name in parts]
     mlps = [name for name in _MLPS if name in parts]
     unknown = sorted(set(parts) - _KNOWN)
+    factor = getattr(layer, "residual_multiplier", 1.0)
+    if factor != 1.0:  # Granite
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} of {type(anatomy.model).__name__} multiplies what its blocks add to the residual "
+            f"stream by {factor:g}, which methods on block outputs do not know. Choose one that edits attention."
+        )
     if len(mixers) != 1 or len(mlps) != 1 or unknown:
         found = f"and also {', '.join(unknown)}" if unknown else f"found {', '.join(parts)}"
         raise UnsupportedModelError(

@@ -37,7 +37,10 @@ METHODS = pytest.mark.parametrize(
     "method", [IRI, VISTA, STEERING, MIXING], ids=["iri", "vista", "vista steering", "vista mixing"]
 )
 ONE = collate([RAGGED[1]])
-NOT_ADDITIVE = {"blip2_t5", "florence2", "gemma3n", "mllama"}
+NOT_ADDITIVE = {
+    *("blip2_t5", "florence2", "gemma3n", "glm5_next", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"),
+    *("inkling", "inkling2", "lfm3_vl", "mllama", "muse_spark", "nemotron_h_omni", "qwen4_exp"),
+}
 """Encoder-decoders, several streams, gated cross-attention."""
 
 
