@@ -69,10 +69,9 @@ class Bench:
         self.folder = folder
 
     def tidy(self, value: Any) -> Any:
-        """Normalise a value, without this bench's folders."""
-        return normalised(
-            value, {str(self.folder): "<folder>", sys.executable: "python", str(REPOSITORY): "<repository>"}
-        )
+        """Normalise a value, without the folders of this machine."""
+        folders = {str(self.folder): "<folder>", str(SHARED): "<shared>", str(REPOSITORY): "<repository>"}
+        return normalised(value, {**folders, sys.executable: "python"})
 
     @cached_property
     def coco(self) -> Path:

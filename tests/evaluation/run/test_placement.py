@@ -17,7 +17,7 @@ from vlmfix.cli import main
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.run import models
 from vlmfix.evals.run.shards import Shard
-from vlmfix.model import anatomy as devices
+from vlmfix.model import devices
 
 
 @pytest.fixture
