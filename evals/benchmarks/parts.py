@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from vlmfix.errors import DataError
 
 from ..data.matching import id_text
+
+
+def add_by_order(parser: ArgumentParser) -> None:
+    """Add the flag without which order is never taken for identity."""
+    parser.add_argument("--by-order", action="store_true", help="answers are in the order of the questions, ids or not")
+
 
 Parts = Mapping[str, tuple[int, int]]
 """Name of a part of a benchmark -> how many of its items are answered, and how many there are."""

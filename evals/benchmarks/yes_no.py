@@ -6,6 +6,7 @@ The figures are POPE's (Li et al. 2023, arXiv:2305.10355). The positive class is
     with FN' = |label yes| - TP
 
 An answer that a parser leaves open is wrong: it is in n and in the positives, and in no cell of the confusion matrix.
+Only the parser ``repope`` leaves such answers out of all figures, as its official script does.
 
 The columns that tables with yes/no answers share, each [n]:
 
@@ -16,6 +17,7 @@ The columns that tables with yes/no answers share, each [n]:
     score       float  logit of yes minus logit of no; present only if every row has one
     margin      float  the same where some rows are no questions (NaN there)
     questions   bool   which rows are yes/no questions; without it, all
+    counted     bool   which rows figures are made of; without it, all (the parser repope leaves open answers out)
 """
 
 from __future__ import annotations
@@ -36,14 +38,11 @@ from ..stats.intervals import FloatArray, interval_dict
 from ..stats.table import Key, Table
 from ..stats.tests import mcnemar
 
-Parser = Literal["official", "official_raw", "opera", "vcd", "lmms", "vlmeval"]
-
+Parser = Literal["official", "official_raw", "opera", "vcd", "lmms", "vlmeval", "repope"]
 
 PARSERS: tuple[Parser, ...] = get_args(Parser)
 
-
 _YES = re.compile(r"\byes\b")
-
 
 _PUNCTUATION = re.compile(r"[^\w\s']")
 
@@ -67,12 +66,17 @@ def _vlmeval(text: str) -> bool | None:
     return ("yes" in words) if ("yes" in words) != ("no" in words) else None
 
 
+def _repope(text: str) -> bool | None:
+    return True if "yes" in text.lower() else False if "no" in text.lower() else None
+
+
 _RULES: Mapping[str, Callable[[str], bool | None]] = {
     "official": lambda text: _official(text.strip()),
     "official_raw": _official,
     "opera": _opera,
     "lmms": _lmms,
     "vlmeval": _vlmeval,
+    "repope": _repope,
 }
 
 
@@ -85,7 +89,8 @@ def parse_answer(text: str, parser: Parser = "official", *, label: bool | None =
             has the word "No", "not" or "no", else yes. ``official_raw`` is the same without ``strip()``. ``opera``
             (OPERA, PAI): the whole text, also "NO" and words in n't. ``vcd`` looks for "yes" in answers to positives
             and for "no" in answers to negatives, so it needs the ``label``. ``lmms`` (lmms-eval): the whole answer must
-            be yes or no. ``vlmeval`` (VLMEvalKit without judge): one of the words, not both.
+            be yes or no. ``vlmeval`` (VLMEvalKit without judge): one of the words, not both. ``repope``
+            (YanNeu/RePOPE): yes if "yes" is anywhere in the text, else no if "no" is, within words too.
         label: The right answer, read by ``vcd`` only.
 
     Raises:
@@ -103,20 +108,25 @@ def parse_answer(text: str, parser: Parser = "official", *, label: bool | None =
 def is_unparsed(text: str, parser: Parser = "official") -> bool:
     """Whether the parser found nothing to go by.
 
-    ``lmms`` and ``vlmeval`` leave such an answer open. The others always decide: ``official``, ``official_raw`` and
-    ``opera`` take it as yes, so an answer counts as unparsed if it is read as yes without the word yes in it ("NO" and
-    "none" in the official rule); ``vcd`` takes it as wrong, so unparsed means neither "yes" nor "no" is in it.
+    ``lmms``, ``vlmeval`` and ``repope`` leave such an answer open. The others always decide: ``official``,
+    ``official_raw`` and ``opera`` take it as yes, so an answer counts as unparsed if it is read as yes without the word
+    yes in it ("NO" and "none" in the official rule); ``vcd`` takes it as wrong, so unparsed means neither "yes" nor
+    "no" is in it.
     """
     lowered = text.lower()
     if parser == "vcd":
         return "yes" not in lowered and "no" not in lowered
     prediction = parse_answer(text, parser)
-    return prediction is None or (prediction and _YES.search(lowered) is None)
+    return prediction is None or (prediction and parser != "repope" and _YES.search(lowered) is None)
 
 
-def readings(text: str) -> set[bool | None]:
-    """What the parsers make of an answer, ``vcd`` apart, which looks at the label; None where one finds nothing."""
-    return {None if is_unparsed(text, p) else parse_answer(text, p) for p in PARSERS if p != "vcd"}
+def readings(text: str, parser: Parser = "official") -> set[bool | None]:
+    """What the parsers that look for words make of an answer, and a given one; None where one finds nothing.
+
+    ``vcd`` is no such parser, because it looks at the label, nor is ``repope``, which finds "no" within many words.
+    """
+    asked = {*PARSERS, parser} - {"vcd", *({"repope"} - {parser})}
+    return {None if is_unparsed(text, each) else parse_answer(text, each) for each in asked}
 
 
 def _yes(table: Any) -> NDArray[np.bool_]:
@@ -133,11 +143,19 @@ def _mcc(sums: FloatArray) -> FloatArray:
     return divide(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)), 0.0)
 
 
-ACCURACY = share("correct")
-YES_RATIO = share(_yes)
+def _counted(table: Any) -> NDArray[np.bool_]:
+    return np.asarray(table.columns.get("counted", np.ones(len(table), dtype=np.bool_)))
+
+
+def _positives(table: Any) -> NDArray[np.bool_]:
+    return np.asarray(table.label & _counted(table))
+
+
+ACCURACY = share("correct", _counted)
+YES_RATIO = share(_yes, _counted)
 PRECISION = share(lambda t: _yes(t) & t.label, _yes, empty=0.0)
-RECALL = share(lambda t: _yes(t) & t.label, "label", empty=0.0)
-F1 = share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + t.label, empty=0.0)
+RECALL = share(lambda t: _yes(t) & t.label, _positives, empty=0.0)
+F1 = share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + _positives(t), empty=0.0)
 MCC = SumStatistic(_confusion, _mcc)
 """Matthews correlation; 0 if a margin of the confusion matrix is empty."""
 
@@ -221,9 +239,12 @@ def score_labels(
     _check_lengths(len(labels), answers=answers, image_ids=image_ids, splits=splits, items=items, scores=scores)
     read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
     _check_finite(scores)
+    columns = yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers])
+    if parser == "repope":  # As in its official script, an open answer leaves every denominator.
+        columns["counted"] = ~columns["unparsed"]
     return YesNoTable(
         np.asarray(image_ids, dtype=np.int64),
-        yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers]),
+        columns,
         tuple(splits),
         tuple(items) or tuple(map(str, range(len(labels)))),
         parser=parser,

@@ -78,7 +78,8 @@ def compare_runs(
     Args:
         runs: At least one; they are called A, B, ... in this order.
         against: The row to compare with, such as ``"B:vhr"``; default: the baseline of the first run.
-        methods: Labels of the methods to show; default: all. Baselines are always there.
+        methods: Labels of the methods to show, in every run (``vhr``) or in one (``A:vhr``); default: all. Baselines
+            are always there.
         across_prompts: Compare answers to different prompts too.
         seed: Seed of the bootstrap.
 
@@ -150,11 +151,16 @@ def _shared(runs: Mapping[str, RunCounts], across_prompts: bool) -> tuple[dict[s
 
 
 def _rows(runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: Sequence[str]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
+    known: set[str] = set()
+    labels = []
     for name, run in runs.items():
         for entry in run.results["methods"]:
             label = str(entry["label"])
-            if methods and entry["role"] != "baseline" and label not in methods and entry.get("parent") not in methods:
+            labels.append(f"{name}:{label}")
+            own = {text for each in (label, entry.get("parent")) for text in (each, f"{name}:{each}")}
+            known |= own
+            if methods and entry["role"] != "baseline" and own.isdisjoint(methods):
                 continue
             tables = {b: run.benchmarks[b].methods[label].take(found.rows[name]) for b, found in shared.items()}
             controls = {
@@ -165,9 +171,8 @@ def _rows(runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: 
                 for b, found in shared.items()
             }
             rows.append(Row(f"{name}:{label}", name, entry, tables, controls))
-    unknown = [m for m in methods if all(m not in (row.entry["label"], row.entry.get("parent")) for row in rows)]
-    if unknown:
-        raise DataError(f"no run has a method {unknown[0]!r}; they have {', '.join(row.label for row in rows)}")
+    if unknown := [method for method in methods if method not in known]:
+        raise DataError(f"no run has a method {unknown[0]!r}; they have {', '.join(labels)}")
     return rows
 
 
@@ -282,7 +287,12 @@ def add_compare(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; called A, B, ... in this order")
     parser.add_argument("--against", metavar="ROW", help="row to compare with, such as B:vhr (default: A's baseline)")
     parser.add_argument(
-        "--method", nargs="+", action="extend", default=[], metavar="NAME", help="methods to show (default: all)"
+        "--method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="methods to show, as vhr or A:vhr (default: all)",
     )
     parser.add_argument(
         "--across-prompts", action="store_true", help="compare answers to different prompts too (default: refuse)"

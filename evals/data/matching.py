@@ -131,7 +131,6 @@ def match(
     fields: Sequence[str] = ("question_id",),
     source: str = "the question file",
     by_order: bool = False,
-    order_flag: str | None = None,
     doubts: list[str] | None = None,
 ) -> list[tuple[int, Row]]:
     """Find the question of every row.
@@ -142,7 +141,6 @@ def match(
         fields: The names of the parts of a question's key.
         source: How a message names the question file.
         by_order: Whether the user says that the answers are in the order of the questions.
-        order_flag: What the user types to say so; None if rows that say nothing are taken in order.
         doubts: Takes up why rows should not be taken in order after all, to be said if nothing else is wrong.
 
     Returns:
@@ -164,10 +162,10 @@ def match(
         pairs = questions.by_id(rows, ids)
     else:
         pairs = questions.by_order(rows)
-        if order_flag is not None and doubts is not None and not all(row.texts for row in rows):
+        if doubts is not None and not all(row.texts for row in rows):
             doubts.append(
                 f"{rows[0].where}: nothing says which question is answered: give {' and '.join(fields)}, or the image "
-                f"and the question, on every line; if the answers are in the order of the questions, type {order_flag}"
+                f"and the question, on every line; if the answers are in the order of the questions, type --by-order"
             )
     for index, row in pairs:
         check_question(row, asked[index], pairs, asked)

@@ -64,7 +64,7 @@ def score_files(bench: Bench) -> Any:
         "amber": bench.scores("amber", amber, "--data", own["amber"] / "data", "--subset"),
         "hallusionbench": bench.scores("hallusionbench", figures_file, "--questions", questions, "--subset"),
         "mme": bench.scores("mme", official / "mme", "--subset"),
-        "mmhal": bench.scores("mmhal", data.lines(files / "rated.jsonl", rated), "--questions", template),
+        "mmhal": bench.scores("mmhal", data.lines(files / "rated.jsonl", rated), "--by-order", "--questions", template),
     }
 
 
@@ -98,9 +98,11 @@ def score_shared(bench: Bench) -> Any:
         "chair, mixed": bench.scores("chair", greedy, "--ground-truth", pattern, "--mode", "mixed"),
         "amber": bench.scores("amber", responses, "--data", SHARED / "amber"),
         "hallusionbench": bench.scores(
-            "hallusionbench", data.lines(bench.folder / "judged.jsonl", judged), "--questions", questions
+            "hallusionbench", data.lines(bench.folder / "judged.jsonl", judged), "--by-order", "--questions", questions
         ),
-        "mmhal": bench.scores("mmhal", data.lines(bench.folder / "rated.jsonl", rated), "--questions", template),
+        "mmhal": bench.scores(
+            "mmhal", data.lines(bench.folder / "rated.jsonl", rated), "--by-order", "--questions", template
+        ),
     }
     for name in ("r1-llava1.5-7b", "r2-vcd", "r3-opera"):
         found[f"chair, {name}"] = bench.scores("chair", chair / f"less_is_more/{name}.jsonl", "--ground-truth", pattern)

@@ -1,6 +1,6 @@
 """HallusionBench of answers in a file, judged or not.
 
-Rows find their questions by their key fields, or by order if no row has these. Each has a judge code (``judge``,
+Rows find their questions by their key fields, or by order if asked to. Each has a judge code (``judge``,
 ``gpt4v_output_gpt_check`` or ``correctness``: 0 incorrect, 1 correct, 2 unclear) and perhaps ``same`` (0 or 1); if no
 row is judged, the word yes or no of the model's text is read.
 """
@@ -21,7 +21,7 @@ from ...data.samples import Answer, Answers, Sample
 from ...stats.intervals import finite
 from ...tables import number, plain_table
 from ..base import ScoredFile
-from ..parts import answered, code_of, subset_lines
+from ..parts import add_by_order, answered, code_of, subset_lines
 from ..yes_no import readings
 from .data import KEY_FIELDS, HallusionQuestion, load_hallusionbench
 from .figures import HallusionTable, score_judgements
@@ -50,6 +50,7 @@ class HallusionFile(HallusionBench):
     def add_score_arguments(cls, parser: ArgumentParser) -> None:
         """Add what scoring needs to know beside the answers."""
         parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="HallusionBench.json")
+        add_by_order(parser)
 
     @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[HallusionBench, FileAnswers]:
@@ -91,7 +92,12 @@ def read_hallusionbench(path: Path, options: Namespace) -> tuple[HallusionBench,
     file = AnswerFile.of(path, options)
     asked = [Asked(q.key, q.text, q.image or "", yes_no(q.label)) for q in questions]
     found = file.matched(
-        file.rows(), asked, fields=KEY_FIELDS, subset=options.subset, remedy="--subset scores those that are there"
+        file.rows(),
+        asked,
+        fields=KEY_FIELDS,
+        subset=options.subset,
+        by_order=options.by_order,
+        remedy="--subset scores those that are there",
     )
     picked, rows = tuple(questions[i] for i in found), list(found.values())
     judge = next((key for key in _JUDGE_KEYS if key in rows[0].fields), None)

@@ -1,6 +1,6 @@
 """MMHal-Bench of judged answers in a file, or what a judge is to be asked about the answers in it.
 
-Rows find their questions by ``index`` (from 0), or by ``image_id`` and ``question``, or by order if no row has these.
+Rows find their questions by ``index`` (from 0), or by ``image_id`` and ``question``, or by order if asked to.
 Rows with ``rating`` (0 to 6) or ``judgement`` (text with "Rating: N") are scored. Rows with the model's answer only
 cannot be: the requests to a judge are written instead.
 """
@@ -24,7 +24,7 @@ from ...data.samples import Answer, Answers, Sample
 from ...data.write import write_text
 from ...tables import number, plain_table
 from ..base import ScoredFile
-from ..parts import Parts, answered, code_of, subset_lines
+from ..parts import Parts, add_by_order, answered, code_of, subset_lines
 from .data import TYPES, load_mmhal
 from .figures import MAX_RATING, MmhalTable, judge_prompt, score_judgements, score_ratings
 from .task import Mmhal
@@ -56,6 +56,7 @@ class MmhalFile(Mmhal):
         parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="response_template.json")
         parser.add_argument("--judge", metavar="NAME", help="name of the judge, for the table")
         parser.add_argument("--requests", type=Path, metavar="FILE", help="where requests go (default: beside FILE)")
+        add_by_order(parser)
 
     @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[Mmhal, FileAnswers]:
@@ -130,6 +131,7 @@ def read_mmhal(path: Path, options: Namespace) -> tuple[Mmhal, FileAnswers]:
         asked,
         fields=("index",) if by_index else ("image_id", "question"),
         subset=options.subset,
+        by_order=options.by_order,
         remedy="--subset scores those that are there",
     )
     picked, rows = tuple(items[i] for i in found), list(found.values())

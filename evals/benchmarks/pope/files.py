@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from ...stats.tests import mcnemar
 from ...tables import difference_cell, interval_cell, number, p_cell, plain_table
 from ..base import ScoredFile
 from ..object_questions import PopeQuestion, load_questions
+from ..parts import add_by_order
 from ..yes_no import PARSERS, Parser, YesNoTable, distinct_rows, readings
 from .task import Pope
 
@@ -51,9 +53,7 @@ class PopeFile(Pope):
         )
         parser.add_argument("--parser", choices=PARSERS, default="official", help="reads yes or no (default: official)")
         parser.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
-        parser.add_argument(
-            "--by-order", action="store_true", help="answers are in the order of the questions, ids or not"
-        )
+        add_by_order(parser)
 
     @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[Pope, FileAnswers]:
@@ -86,6 +86,9 @@ class PopeFile(Pope):
             result["baseline"] = self._compared(own, other, seed)
             text += plain_table(self._rows(own, with_auc, other, result["baseline"]))
             text += "\n" + _mcnemar_line(result["baseline"]["mcnemar"])
+        if (left := int(own.table.unparsed.sum())) and "counted" in own.table.columns:
+            accuracy = number(float(own.table.correct.mean()))
+            text += f"\n{left} unparsed answers are in no figure; as wrong ones, the accuracy of all is {accuracy}"
         if len(self.splits) > 1:
             text += f"\nmean F1 of the splits: {number(result['mean_f1_of_splits'])}"
         return result, text
@@ -144,7 +147,9 @@ def read_pope(path: Path, options: Namespace) -> tuple[Pope, FileAnswers]:
     file = AnswerFile.of(path, options)
     rows = file.rows()
     asked, rows = _asked(file, rows, options) if options.questions else _from_labels(file, rows)
-    given = file.given(rows, [q.text for q in asked], [yes_no(q.label) for q in asked], readings)
+    given = file.given(
+        rows, [q.text for q in asked], [yes_no(q.label) for q in asked], partial(readings, parser=options.parser)
+    )
     scores = [None if options.scores is None else number_of(row.fields, row.where, options.scores) for row in rows]
     parser: Parser = options.parser
     task = PopeFile(tuple(asked), (), "{question}", 0, parser)
@@ -168,7 +173,6 @@ def _asked(file: AnswerFile, rows: Sequence[Row], options: Namespace) -> tuple[l
         subset=options.subset,
         source="the question files",
         by_order=options.by_order,
-        order_flag="--by-order",
     )
     if len(found) < len(questions):
         file.notes.append(

@@ -191,15 +191,24 @@ def test_broken_files(tmp_path):
 # The command line.
 
 
-def score(folder: Path, rows: list[Any]) -> int:
+def score(folder: Path, rows: list[Any], *more: str) -> int:
     path, questions = write_lines(folder / "a.jsonl", rows), write_questions(folder)
-    words = ["score", "hallusionbench", str(path), "--questions", str(questions), "--out", str(folder / "o.json")]
+    words = [
+        "score",
+        "hallusionbench",
+        str(path),
+        "--questions",
+        str(questions),
+        "--out",
+        str(folder / "o.json"),
+        *more,
+    ]
     return main(words)
 
 
 def test_score_by_order_and_by_key(tmp_path, capsys):
     codes = [1, 1, 1, 0, 2, 1, 0]
-    assert score(tmp_path, [{"judge": code, "same": 1} for code in codes]) == 0
+    assert score(tmp_path, [{"judge": code, "same": 1} for code in codes], "--by-order") == 0
     first = json.loads((tmp_path / "o.json").read_text())
     assert first["counts"]["pair"]["correct"] == 1 and first["counts"]["pair"]["Mix"] == 1
     rows = [entry(q, gpt4v_output_gpt_check=str(c), same="1") for q, c in zip(QUESTIONS, codes, strict=True)]
@@ -211,7 +220,10 @@ def test_score_by_order_and_by_key(tmp_path, capsys):
 
 
 def test_score_without_a_judge(tmp_path, capsys):
-    assert score(tmp_path, [{"answer": text} for text in ("No", "Yes", "Yes", "No", "Perhaps", "No", "Yes")]) == 0
+    assert (
+        score(tmp_path, [{"answer": text} for text in ("No", "Yes", "Yes", "No", "Perhaps", "No", "Yes")], "--by-order")
+        == 0
+    )
     out = capsys.readouterr().out
     assert "not official" in out and "unparsed: 1 of 7" in out
     assert json.loads((tmp_path / "o.json").read_text())["counts"]["unparsed"] == 1
@@ -226,6 +238,8 @@ def test_score_without_a_judge(tmp_path, capsys):
         ([{"answer": "Yes"}] * 6 + [{"judge": 1}], "line 7 has a judge code and"),
         ([{"answer": "Yes"}] * 6 + [{"answer": None}], "line 7: 'answer' is null"),
         ([{"judge": 1, "same": 1}] * 6 + [{"judge": 1}], "line 7: expected 'same'"),
+        ([{"judge": 1}] * 7, "are in the order of the questions, type --by-order"),
+        ([{"answer": "Yes"}] * 7, "are in the order of the questions, type --by-order"),
         ([entry(q, judge=1) for q in QUESTIONS[:6]], "answers 6 of 7 questions"),
         (
             [entry(QUESTIONS[0], judge=1), entry(QUESTIONS[0], judge=2)],
@@ -266,6 +280,8 @@ def test_official_figures(tmp_path):
     rows = [{"judge": code, "same": int(agrees)} for code, agrees in zip(codes, same, strict=True)]
     answers = write_lines(tmp_path / "a.jsonl", rows)
     out = tmp_path / "o.json"
-    assert main(["score", "hallusionbench", str(answers), "--questions", str(path), "--out", str(out)]) == 0
+    assert (
+        main(["score", "hallusionbench", str(answers), "--by-order", "--questions", str(path), "--out", str(out)]) == 0
+    )
     result = json.loads(out.read_text())
     assert result["counts"] == table.counts() and result["figures"] == table.percentages()

@@ -158,7 +158,7 @@ def test_judgements_come_back(tmp_path, capsys):
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["counts"] == {"n": 16, "rating_sum": 43, "hallucinated": 8, "unparsed": 0}
     assert result["judge"] == "some-model" and result["types_in_order"] == list(TYPES)
-    assert score(tmp_path, [{"rating": i % 7} for i in range(16)]) == 0
+    assert score(tmp_path, [{"rating": i % 7} for i in range(16)], "--by-order") == 0
     assert "--judge NAME" in (out := capsys.readouterr().out)
     assert out.splitlines()[-1].split()[:4] == ["16", "2.69", "50.0", "0.50"]
     assert json.loads((tmp_path / "o.json").read_text())["counts"] == result["counts"]
@@ -171,6 +171,8 @@ def test_judgements_come_back(tmp_path, capsys):
         ([{"rating": 7}] * 16, "line 1: expected 'rating' from 0 to 6, found 7"),
         ([{"rating": 1}] * 15 + [{"model_answer": "x"}], "line 16 has no rating or judgement"),
         ([{"rating": 1}] * 15 + [{"judgement": "rating: 1"}], "line 1: expected one of judgement"),
+        ([{"rating": 1}] * 16, "are in the order of the questions, type --by-order"),
+        ([{"model_answer": f"Answer {i}"} for i in range(16)], "are in the order of the questions, type --by-order"),
         ([entry(item) for item in ITEMS], "every answer is empty"),
         ([{"index": i, "rating": 1} for i in range(15)], "answers 15 of 16 questions"),
         ([{"index": 0, "rating": 1}, {"index": 0, "rating": 2}], "line 2: question 0 is answered already"),
@@ -199,7 +201,7 @@ def test_official_arithmetic(tmp_path):
     assert judged.rating.tolist() == ratings and not judged.unparsed.any()
 
     path, out = write_lines(tmp_path / "a.jsonl", [{"rating": rating} for rating in ratings]), tmp_path / "o.json"
-    assert main(["score", "mmhal", str(path), "--questions", str(template), "--out", str(out)]) == 0
+    assert main(["score", "mmhal", str(path), "--by-order", "--questions", str(template), "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert {name: result[name] for name in expected if name != "command"} == {
         name: value for name, value in expected.items() if name != "command"

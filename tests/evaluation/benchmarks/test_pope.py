@@ -26,28 +26,42 @@ from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.data.samples import Answer
 from vlmfix.evals.stats.figures import auc
 
-# answer: official, official_raw, opera, lmms, vlmeval
+# answer: official, official_raw, opera, lmms, vlmeval, repope
 ANSWERS = {
-    "Yes": (True, True, True, True, True),
-    "yes.": (True, True, True, None, True),
-    "No": (False, False, False, False, False),
-    "NO": (True, True, False, False, False),
-    "no\n": (False, True, True, False, False),
-    " No, there is none.": (False, False, False, None, False),
-    "There is not a dog. Yes.": (False, False, False, None, True),
-    "Yes. But there is no cat.": (True, True, False, None, None),
-    "There isn't one.": (True, True, False, None, None),
-    '"No"': (True, True, True, None, False),
-    "none": (True, True, True, None, None),
-    "I do not know": (False, False, False, None, None),
-    "": (True, True, True, None, None),
+    "Yes": (True, True, True, True, True, True),
+    "yes.": (True, True, True, None, True, True),
+    "No": (False, False, False, False, False, False),
+    "NO": (True, True, False, False, False, False),
+    "no\n": (False, True, True, False, False, False),
+    " No, there is none.": (False, False, False, None, False, False),
+    "There is not a dog. Yes.": (False, False, False, None, True, True),
+    "Yes. But there is no cat.": (True, True, False, None, None, True),
+    "There isn't one.": (True, True, False, None, None, None),
+    '"No"': (True, True, True, None, False, False),
+    "none": (True, True, True, None, None, False),
+    "I do not know": (False, False, False, None, None, False),
+    "": (True, True, True, None, None, None),
 }
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_parsers(answer):
-    parsers = ("official", "official_raw", "opera", "lmms", "vlmeval")
+    parsers = ("official", "official_raw", "opera", "lmms", "vlmeval", "repope")
     assert tuple(parse_answer(answer, parser) for parser in parsers) == ANSWERS[answer]
+
+
+def test_repope_finds_words_within_words_and_leaves_open_answers_out_of_all_figures():
+    assert [parse_answer(text, "repope") for text in ("Yesterday", "EYES", "cannot", "noon", "No, yes", "maybe")] == [
+        *(True, True, False, False, True, None),
+    ]
+    assert not is_unparsed("Eyes", "repope") and is_unparsed("maybe", "repope")
+    labels, answers = [True, True, False], ["yes", "yes", ""]
+    table = score_labels(labels, answers, image_ids=[1, 2, 3], parser="repope")
+    assert table.counts() == {"n": 3, "TP": 2, "FP": 0, "TN": 0, "FN": 0, "unparsed": 1}
+    figures = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+    assert [table.summary()[name] for name in figures] == [1, 1, 1, 1, 1]
+    corrected = score_labels([False, True], ["yes", ""], image_ids=[2, 3], parser="repope").summary()
+    assert [corrected[name] for name in figures] == [0, 0, 0, 0, 1], "no positive is left"
 
 
 def test_vcd_reads_an_answer_by_its_label():

@@ -431,3 +431,21 @@ def test_the_first_910_answers_fit_the_released_questions(tmp_path: Path) -> Non
     answers = DATA / "pope/answers/paint_llava15_random_910.jsonl"
     found = score(tmp_path, "pope", "--answers", answers, "--questions", questions)
     assert found["splits"]["random"]["counts"]["TP"] == 413
+
+
+@needs_data("new/repope_synthetic", "expected_new.json")
+def test_the_official_figures_of_repopes_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = DATA / "new" / "repope_synthetic"
+    expected = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]["POPE"]
+    questions = ("--questions", folder / "coco_pope_random.json")
+    part = score(tmp_path, "pope", folder / "answers.jsonl", *questions, "--parser", "repope")["splits"]["random"]
+    assert part["counts"] == {
+        **{name: expected[name] for name in ("TP", "FP", "TN", "FN")},
+        "n": expected["rows"],
+        "unparsed": expected["none"],
+    }
+    names = {"precision": "Precision", "recall": "Recall", "f1": "F1", "accuracy": "ACC", "yes_ratio": "Yes Ratio"}
+    assert {theirs: part["summary"][ours] for ours, theirs in names.items()} == pytest.approx(
+        {theirs: expected[theirs] for theirs in names.values()}
+    )
+    assert "3 unparsed answers are in no figure" in capsys.readouterr().out

@@ -121,8 +121,11 @@ def test_any_row_can_be_the_reference(tmp_path: Path) -> None:
     assert list(by_label(compared(a, methods=["m"]))) == ["A:none", "A:m"]
     with pytest.raises(DataError, match=r"--against C:m: there is no such row; choose one of A:none, A:m"):
         compared(a, against="C:m")
-    with pytest.raises(DataError, match="no run has a method 'x'"):
-        compared(a, methods=["x"])
+    assert list(by_label(compared(a, methods=["A:m"]))) == ["A:none", "A:m"]
+    assert list(by_label(compared(a, b, methods=["B:m"]))) == ["A:none", "B:none", "B:m"]
+    for unknown in ("x", "B:m"):
+        with pytest.raises(DataError, match=f"no run has a method '{unknown}'; they have A:none, A:m"):
+            compared(a, methods=[unknown])
 
 
 def test_only_shared_images_count(tmp_path: Path) -> None:
