@@ -1,4 +1,4 @@
-"""Start a new method: its file, its naive formula with a test case, and its lines in README and ``__init__.pyi``.
+"""Start a new method: its file, its naive formula with a test case, and its lines in the table of methods and ``__init__.pyi``.
 
     python scripts/new_method.py my_method --place scores
 
@@ -178,7 +178,7 @@ def add_to_public_names(stub: str, name: str) -> str:
 
 
 def add_to_readme(readme: str, name: str, summary: str) -> str:
-    """Return README with one more line at the end of its table of methods."""
+    """Return the room's README with one more line at the end of its table of methods."""
     lines = readme.splitlines(keepends=True)
     last = max(i for i, line in enumerate(lines) if line.startswith("| `") and line.count("|") == 5)
     return "".join([*lines[: last + 1], f"| `{name}` | (paper) | {summary} | (cost) |\n", *lines[last + 1 :]])
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in files:
         if (options.root / path).exists():
             sys.exit(f"{path} exists. Choose another name.")
-    readme, stub = options.root / "README.md", options.root / "vlmfix" / "__init__.pyi"
+    readme, stub = options.root / "vlmfix/methods/README.md", options.root / "vlmfix/__init__.pyi"
     listed = add_to_readme(readme.read_text(encoding="utf-8"), options.name, SUMMARIES[options.place])
     named = add_to_public_names(stub.read_text(encoding="utf-8"), options.name)
     for path, text in files.items():
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"wrote {path}")
     readme.write_text(listed, encoding="utf-8")
     stub.write_text(named, encoding="utf-8")
-    print("added a line to README.md and to vlmfix/__init__.pyi")
+    print("added a line to vlmfix/methods/README.md and to vlmfix/__init__.pyi")
     print(f"now write the formulas, then: scripts/test -k '{options.name} or formula'")
 
 

@@ -6,7 +6,6 @@ import argparse
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,21 @@ from families.tiny_llava import RAGGED, collate, forward
 
 import vlmfix
 from vlmfix.cli import command_parser
-from vlmfix.methods.parameters import parameter
 
 ROOT = Path(__file__).resolve().parents[2]
-README, CONTRIBUTING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", ".github/CONTRIBUTING.md"))
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for folder in ("", ".github", "scripts", "tests", "evals", "vlmfix")
+    for path in sorted((ROOT / folder).rglob("*.md") if folder else ROOT.glob("*.md"))
+}
+METHODS, DECODING = (DOCUMENTS[f"vlmfix/{room}/README.md"] for room in ("methods", "decoding"))
+EVERYTHING = "\n".join(DOCUMENTS.values())
 
 
 def half_heads() -> Any:
-    (source,) = re.findall(r"```python\n(@dataclass.*?)```", README, re.DOTALL)
-    names: dict[str, Any] = {"dataclass": dataclass, "parameter": parameter, "Method": vlmfix.Method}
-    exec(source, names)
+    (source,) = (block for block in re.findall(r"```python\n(.*?)```", METHODS, re.DOTALL) if "HalfHeads" in block)
+    names: dict[str, Any] = {}
+    exec(source.partition("\n\n\nvlmfix.patch")[0], names)
     return names["HalfHeads"]
 
 
@@ -39,12 +43,25 @@ def test_the_method_in_the_readme_runs(tiny: Any) -> None:
         half_heads()(strength="much")
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_files_that_are_named_exist(text: str) -> None:
-    names = re.findall(r"(?:scripts|evals|vlmfix|tests)/[\w./]+\w", text)
-    assert names
-    for name in names:
-        assert (ROOT / name).exists() or "my_method" in name, name
+def test_the_front_page_is_short() -> None:
+    assert len(DOCUMENTS["README.md"].splitlines()) <= 250
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_exist(name: str) -> None:
+    names = re.findall(r"(?<![\w/])(?:scripts|evals|vlmfix|tests)/[\w./]+\w", DOCUMENTS[name])
+    for file in names:
+        assert (ROOT / file).exists() or "my_method" in file, file
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", DOCUMENTS[name]):
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
 
 
 @pytest.mark.parametrize("folder", ["vlmfix", "vlmfix/methods"])
@@ -58,15 +75,15 @@ def test_a_room_tells_of_files_it_has(folder: str) -> None:
 
 
 def test_the_methods_table_is_complete() -> None:
-    listed = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(\w+)` \|", METHODS + DECODING, re.MULTILINE))
     assert set(vlmfix.list_methods()) <= listed
 
 
 def shown_commands() -> list[str]:
     """What README says to type: commands of its blocks, lines joined, and those in its text that have an option."""
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README + CONTRIBUTING, re.DOTALL)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", EVERYTHING, re.DOTALL)).replace("\\\n", " ")
     lines = [line for line in blocks.splitlines() if line.startswith("vlmfix ")]
-    return lines + re.findall(r"`(vlmfix [a-z]+ [^`|]*--[^`|]*)`", README)
+    return lines + re.findall(r"`(vlmfix [a-z]+ [^`|]*--[^`|]*)`", EVERYTHING)
 
 
 @pytest.mark.parametrize("command", shown_commands())
@@ -78,8 +95,8 @@ def test_verbs_the_readme_names_exist() -> None:
     verbs = next(
         action for action in command_parser()._actions if isinstance(action, argparse._SubParsersAction)
     ).choices
-    assert set(re.findall(r"`vlmfix (\w+)", README)) <= set(verbs)
-    (kinds,) = re.findall(r"`vlmfix score ([\w|]+)`", README)
+    assert set(re.findall(r"`vlmfix (\w+)", EVERYTHING)) <= set(verbs)
+    (kinds,) = re.findall(r"`vlmfix score ([\w|]+)`", DOCUMENTS["evals/README.md"])
     scored = next(action for action in verbs["score"]._actions if isinstance(action, argparse._SubParsersAction))
     assert set(kinds.split("|")) == set(scored.choices)
 
@@ -97,6 +114,7 @@ def test_options_the_readme_names_exist() -> None:
     for script in (ROOT / "scripts").rglob("*"):
         if script.is_file() and script.suffix in ("", ".py"):
             known |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", script.read_text(encoding="utf-8")))
-    launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}  # torchrun's and accelerate's own
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}  # torchrun's, accelerate's
+    launchers |= {"--headless", "--window-size", "--screenshot"}  # a browser's
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", EVERYTHING))
     assert len(named) > 30 and named - known <= launchers

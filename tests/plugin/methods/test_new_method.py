@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 LISTS = {
-    "README.md": "| `my_method` |",
+    "vlmfix/methods/README.md": "| `my_method` |",
     "vlmfix/__init__.pyi": "from vlmfix.methods.my_method import MyMethod as MyMethod",
 }
 """The files in which a method has a line."""
@@ -93,9 +93,9 @@ def test_a_new_file_is_a_new_name(root: Path, new_method: Any) -> None:
 
 def test_nothing_is_overwritten(root: Path, new_method: Any) -> None:
     new_method("my_method")
-    readme = (root / "README.md").read_text(encoding="utf-8")
+    readme = (root / "vlmfix/methods/README.md").read_text(encoding="utf-8")
     with pytest.raises(SystemExit, match="exists"):
         new_method("my_method", "--place", "heads")
-    assert (root / "README.md").read_text(encoding="utf-8") == readme
+    assert (root / "vlmfix/methods/README.md").read_text(encoding="utf-8") == readme
     with pytest.raises(SystemExit, match="lower case"):
         new_method("MyMethod")
