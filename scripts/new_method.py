@@ -1,4 +1,4 @@
-"""Start a new method: its file, its naive formula with a test case, and its lines in the table of methods and ``__init__.pyi``.
+"""Start a new method: its file, its naive formula with a test case, its lines in the table and in ``__init__.pyi``.
 
     python scripts/new_method.py my_method --place scores
 
