@@ -24,8 +24,9 @@ from vlmfix.evals.testbed.vocabulary import SCENES, plural
 CAPTION, OBJECT, ANSWER, END, CHAT = range(1, 6)
 """Kinds of labels: filler words and object words of captions, first tokens of answers, ends, ordinary chat."""
 
-LENGTHS: tuple[tuple[Length, float], ...] = (("brief", 0.2), ("medium", 0.5), ("long", 0.3))
-BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.03, 0.08, 0.04
+LENGTHS: tuple[tuple[Length, float], ...] = (("brief", 0.15), ("medium", 0.55), ("long", 0.3))
+BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.05, 0.1, 0.0
+_FACTS = ("two", "three", "several", "left", "right", "top", "bottom", "middle", "center", "upper", "lower")
 
 
 class Encoder:
@@ -37,7 +38,7 @@ class Encoder:
         self.text_prefix = [TURN_START_ID, *self("user\n")]
         self.image_prefix = [*self.text_prefix, *[IMAGE_ID] * (GRID * GRID), *self("\n")]
         self.reply = [TURN_END_ID, *self("\n"), TURN_START_ID, *self("assistant\n")]
-        words = {*NAMES, *map(plural, NAMES), *COLOURS, *(scene.name for scene in SCENES)}
+        words = {*NAMES, *map(plural, NAMES), *COLOURS, *(scene.name for scene in SCENES)} | {*_FACTS, "large", "small"}
         self._object_words = {
             tuple(self(word)): None for name in words for word in (" " + name, name[0].upper() + name[1:])
         }
@@ -49,7 +50,7 @@ class Encoder:
         return self._known[text]
 
     def marks(self, ids: list[int]) -> list[int]:
-        """OBJECT for tokens that name an object, a colour or a place, CAPTION for the others."""
+        """OBJECT for tokens that say what, how many, of which colour and size or where, CAPTION for the others."""
         marks = [CAPTION] * len(ids)
         for start in range(len(ids)):
             for length in range(4, 0, -1):
@@ -124,8 +125,8 @@ def pack(
     if chats and rng.random() < CHAT_RATE:
         text, words = rng.choice(chats)
         packed.add(text, words, [CHAT] * len(words), blind=True)
-    asked = existence_questions(kind, things, rng, 6, TYPICAL_SHARE)
-    asked[2:2] = other_questions(kind, things, rng, 2)
+    asked = other_questions(kind, things, rng, 4) + existence_questions(kind, things, rng, 4, TYPICAL_SHARE)
+    rng.shuffle(asked)
     for question in asked:
         words = [*encoder(question.answer), TURN_END_ID]
         kinds = [ANSWER] + [END] * (len(words) - 1)

@@ -71,9 +71,10 @@ _PREPOSITIONS = dict.fromkeys(("street", "beach", "farm", "sports field", "snowy
     ("station", "market", "picnic"), "at"
 )
 _NUMBERS = ("zero", "one", "two", "three")
-_FAVOURITE_SHARE = 0.6
-_SWAP, _COLOUR_SHARE, _SIZE_SHARE = 0.1, 0.2, 0.15
-_LONG_WORDS = (60, 105)
+_FAVOURITES = (0.5, 0.2, 0.1)
+_SWAP, _EARLY_INTRUDER = 0.1, 0.3
+_COLOUR_SHARE, _SIZE_SHARE, _PLACE_SHARE, _RELATION_SHARE, _COUNT_SHARE = 0.3, 0.15, 0.25, 0.2, 0.3
+_LONG_WORDS = (60, 100)
 
 
 def instruction(length: Length, rng: random.Random) -> str:
@@ -92,51 +93,36 @@ def caption(kind: int, things: Sequence[Thing], length: Length, rng: random.Rand
         rng: Source of every choice.
     """
     assert length in get_args(Length)
-    place = _place(kind)
+    writer = _Writer(kind, rng)
+    order = _told(things, kind, rng)
+    if length == "brief":
+        return writer.brief(order)
+    return writer.medium(order) if length == "medium" else writer.long(order)
+
+
+def _told(things: Sequence[Thing], kind: int, rng: random.Random) -> list[Thing]:
+    """The order in which to name things: a few neighbours swapped, what is unusual for the place earlier at times."""
     order = list(things)
     for i in range(len(order) - 1):
         if rng.random() < _SWAP:
             order[i], order[i + 1] = order[i + 1], order[i]
-    if length == "brief":
-        template = _favourite(
-            patterns.BRIEF if rng.random() < 0.5 else patterns.OPENINGS, f"{kind} {order[0].name}", rng
-        )
-        return _naming(template, order[: rng.choice((1, 2, 2, 3))], rng, place)
-    step = 2 if length == "medium" else 1
-    size = rng.choice((1, 2, 2, 3))
-    opening = _favourite(patterns.OPENINGS, f"{kind} {order[0].name}", rng)
-    sentences = [_naming(opening, order[:size], rng, place)]
-    named, rest = order[:size], order[size:]
-    details = _Details(rng)
-    goal = rng.randint(*_LONG_WORDS) if length == "long" else 0
-    while rest:
-        if length == "long" or rng.random() < 0.1:
-            sentences += details.about(named)
-        size = step + (rng.random() < 0.4)
-        sentences.append(_naming(_favourite(patterns.MORE, rest[0].name, rng), rest[:size], rng, place))
-        details.latest = rest[0].name if size == 1 else None
-        named, rest = named + rest[:size], rest[size:]
-    while _words(sentences) < goal and (more := details.about(named)):
-        sentences += more
-    closings = rng.sample(patterns.CLOSINGS, 6)
-    while closings and (_words(sentences) < goal):
-        sentences.append(_capital(closings.pop().format(**place)))
-    return " ".join(sentences)
-
-
-def _place(kind: int) -> dict[str, str]:
-    """The place of a scene as the patterns want it."""
-    name = SCENES[kind].name
-    return {"place": with_article(name), "in_place": f"{_PREPOSITIONS.get(name, 'in')} {with_article(name)}"}
+    for thing in things:
+        if thing.name not in SCENES[kind].typical and rng.random() < _EARLY_INTRUDER:
+            order.remove(thing)
+            order.insert(rng.randint(0, len(order)), thing)
+    return order
 
 
 def _favourite(choices: Sequence[str], subject: str, rng: random.Random) -> str:
-    """A pattern; more often than not one of three that belong to the subject.
+    """A pattern; more often than not one of three that belong to the subject, and of these mostly the first.
 
     If all patterns were equally likely for everything, the most probable caption would always sound the same.
     """
-    if rng.random() < _FAVOURITE_SHARE:
-        return rng.choice(random.Random(subject).sample(choices, 3))
+    draw = rng.random()
+    for pattern, share in zip(random.Random(subject).sample(choices, len(_FAVOURITES)), _FAVOURITES, strict=True):
+        if draw < share:
+            return pattern
+        draw -= share
     return rng.choice(choices)
 
 
@@ -159,75 +145,144 @@ def _phrase(thing: Thing, rng: random.Random) -> str:
     words += [thing.colour] if thing.colour and rng.random() < _COLOUR_SHARE else []
     if thing.count > 1:
         return f"{_NUMBERS[thing.count] if thing.count < len(_NUMBERS) else 'several'} {plural(thing.name)}"
+    if thing.name == "broccoli":
+        return "some broccoli"  # after "a green" hardly anything else is to be expected
     noun = " ".join([*words, thing.name])
-    if thing.name in PAIRED:
-        return f"a pair of {noun}"
-    return f"some {noun}" if thing.name == "broccoli" else with_article(noun)
+    return f"a pair of {noun}" if thing.name in PAIRED else with_article(noun)
 
 
 def _definite(thing: Thing) -> str:
     return f"the {'pair of ' if thing.name in PAIRED else ''}{thing.name}"
 
 
-def _naming(template: str, things: Sequence[Thing], rng: random.Random, place: dict[str, str]) -> str:
-    phrases = [_phrase(thing, rng) for thing in things]
-    listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-    many = len(things) > 1 or things[0].count > 1
-    text = template.format(
-        objects=listed,
-        **place,
-        first_be="are" if things[0].count > 1 else "is",
-        be="are" if many else "is",
-        s="" if many else "s",
-        es="" if many else "es",
-    )
-    return _capital(text)
+class _Writer:
+    """Sentences of one caption; no pattern is used twice, and no fact is told twice.
 
+    Args:
+        kind: Index of the scene's place.
+        rng: Source of every choice.
+    """
 
-class _Details:
-    """Sentences about objects that were already named, each fact once."""
+    def __init__(self, kind: int, rng: random.Random) -> None:
+        self.kind, self.rng, self.used = kind, rng, set[str]()
+        name = SCENES[kind].name
+        self.place = {"place": with_article(name), "in_place": f"{_PREPOSITIONS.get(name, 'in')} {with_article(name)}"}
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.used: set[tuple[str, str]] = set()
-        self.latest: str | None = None
+    def brief(self, things: Sequence[Thing]) -> str:
+        """One sentence about one to three things."""
+        choices = patterns.BRIEF if self.rng.random() < 0.5 else patterns.OPENINGS
+        return self._naming(choices, things[: self.rng.choice((1, 2, 2, 3))], self._subject(things))
 
-    def about(self, things: Sequence[Thing]) -> list[str]:
-        """One sentence about the latest object that still has something to tell, or none."""
-        for thing in reversed(things):
-            facts = [fact for fact in self._facts(thing, things) if (thing.name, fact[0]) not in self.used]
-            if facts:
-                fact, sentence = self.rng.choice(facts)
-                self.used.add((thing.name, fact))
-                self.latest = thing.name
-                return [_capital(sentence)]
-        return []
+    def medium(self, things: Sequence[Thing]) -> str:
+        """A few sentences that name everything."""
+        size = self.rng.choice((1, 2, 2, 3))
+        sentences = [self._naming(patterns.OPENINGS, things[:size], self._subject(things))]
+        rest = list(things[size:])
+        while rest:
+            size = 1 if self.rng.random() < 0.3 else 2 + (self.rng.random() < 0.4)
+            sentences.append(self._more(rest[:size]))
+            if size == 1 and self.rng.random() < 0.2:
+                sentences += self._details(rest[0], things, 1, clear=True)
+            rest = rest[size:]
+        return " ".join(sentences)
 
-    def _facts(self, thing: Thing, named: Sequence[Thing]) -> list[tuple[str, str]]:
-        """What can be said about a thing, as ``(kind of fact, sentence)``."""
-        if thing.count > 1:
-            if thing.count >= len(_NUMBERS):
-                return []
-            return [("count", self._say(patterns.COUNT, thing, count=_NUMBERS[thing.count], plural=plural(thing.name)))]
-        facts = []
-        if thing.colour:
-            facts.append(("colour", self._say(patterns.COLOUR, thing, colour=thing.colour)))
-        if thing.size:
-            facts.append(("size", self._say(patterns.SIZE, thing, size=thing.size)))
-        facts.append(("place", self._say(patterns.PLACE, thing, where=_where(thing, self.rng))))
-        for other in named:
-            lies = relation(thing, other)
-            if lies is not None:
-                sentence = self._say(patterns.RELATION, thing, other=_definite(other), relation=lies)
-                facts.append((f"relation to {other.name}", sentence))
+    def long(self, things: Sequence[Thing]) -> str:
+        """Everything one after the other, each with its own details, and an end."""
+        size = min(len(things), self.rng.choice((1, 1, 2)))
+        sentences = [self._naming(patterns.OPENINGS, things[:size], self._subject(things))]
+        goal = self.rng.randint(*_LONG_WORDS)
+        named = list(things[:size])
+        for index, thing in enumerate(things):
+            if index >= size:
+                sentences.append(self._more([thing]))
+                named.append(thing)
+            # Whatever is told of an object is told at once, so that a caption never needs to come back to it.
+            share = max(0, goal - _words(sentences)) / (7 * (len(things) - index))
+            clear = index >= size or size == 1
+            sentences += self._details(thing, named, int(share + self.rng.random()), clear)
+        closings = patterns.CLOSINGS
+        if _words(sentences) < goal and self.rng.random() < 0.7:
+            moods = [text for text in closings if not text.startswith("Overall")]
+            sentences.append(_capital(self._pick(moods, self._subject(things)).format(**self.place)))
+        if _words(sentences) < goal or self.rng.random() < 0.3:
+            ends = [text for text in closings if text.startswith("Overall")]
+            sentences.append(_capital(self._pick(ends, self._subject(things)).format(**self.place)))
+        return " ".join(sentences)
+
+    def _subject(self, things: Sequence[Thing]) -> str:
+        """What the sentences about the whole depend on: the place and roughly how much is in it."""
+        return f"{self.kind} {min(len(things) // 3, 2)}"
+
+    def _pick(self, choices: Sequence[str], subject: str) -> str:
+        fresh = [text for text in choices if text not in self.used]
+        for _ in range(4):
+            if (pattern := _favourite(choices, subject, self.rng)) not in self.used:
                 break
-        return facts
+        else:
+            pattern = self.rng.choice(fresh or choices)
+        self.used.add(pattern)
+        return pattern
 
-    def _say(self, choices: Sequence[str], thing: Thing, **words: str) -> str:
-        """A random pattern filled in; "it" instead of the name where the sentence before was about the same thing."""
-        pattern = _favourite(choices, thing.name, self.rng)
-        pronoun = thing.name == self.latest and pattern.startswith("{it} ") and self.rng.random() < 0.6
-        return pattern.format(it="it" if pronoun else _definite(thing), **words)
+    def _more(self, things: Sequence[Thing]) -> str:
+        """A later sentence that names things, one alone now and then with its place in the picture."""
+        thing = things[0]
+        if len(things) == 1 and thing.column and self.rng.random() < _PLACE_SHARE:
+            self.used.add(f"place of {thing.name}")
+            return self._naming(patterns.PLACED, things, thing.name, where=_where(thing, self.rng))
+        return self._naming(patterns.MORE, things, thing.name)
+
+    def _naming(self, choices: Sequence[str], things: Sequence[Thing], subject: str, **words: str) -> str:
+        phrases = [_phrase(thing, self.rng) for thing in things]
+        for thing, phrase in zip(things, phrases, strict=True):
+            self.used |= {
+                f"{fact} of {thing.name}"
+                for fact, word in (("colour", thing.colour), ("size", thing.size))
+                if word and word in phrase.split()
+            }
+        listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+        many = len(things) > 1 or things[0].count > 1
+        text = self._pick(choices, subject).format(
+            objects=listed,
+            **self.place,
+            **words,
+            first_be="are" if things[0].count > 1 else "is",
+            be="are" if many else "is",
+            s="" if many else "s",
+            es="" if many else "es",
+        )
+        return _capital(text)
+
+    def _details(self, thing: Thing, others: Sequence[Thing], count: int, clear: bool) -> list[str]:
+        """At most ``count`` sentences about a thing that was just named, each with another fact.
+
+        ``clear`` says that the sentence before was about this thing alone, so that "it" can begin the first one.
+        """
+        sentences: list[str] = []
+        facts = self._facts(thing, others)
+        for fact in self.rng.sample(sorted(facts), min(count, len(facts))):
+            choices, words = facts[fact]
+            pattern = self._pick(choices, thing.name)
+            pronoun = (clear or bool(sentences)) and pattern.startswith("{it} ") and self.rng.random() < 0.6
+            sentences.append(_capital(pattern.format(it="it" if pronoun else _definite(thing), **words)))
+        return sentences
+
+    def _facts(self, thing: Thing, others: Sequence[Thing]) -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
+        """What was not yet said about a thing: kind of fact to patterns and words."""
+        if thing.count > 1:
+            if thing.count >= len(_NUMBERS) or self.rng.random() > _COUNT_SHARE:
+                return {}
+            return {"count": (patterns.COUNT, {"count": _NUMBERS[thing.count], "plural": plural(thing.name)})}
+        facts: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {}
+        if thing.colour:
+            facts["colour"] = patterns.COLOUR, {"colour": thing.colour}
+        if thing.size:
+            facts["size"] = patterns.SIZE, {"size": thing.size}
+        facts["place"] = patterns.PLACE, {"where": _where(thing, self.rng)}
+        lying = [(other, lies) for other in others if (lies := relation(thing, other)) is not None]
+        if lying and self.rng.random() < _RELATION_SHARE:
+            other, lies = self.rng.choice(lying)
+            facts["relation"] = patterns.RELATION, {"other": _definite(other), "relation": lies}
+        return {fact: words for fact, words in facts.items() if f"{fact} of {thing.name}" not in self.used}
 
 
 def _where(thing: Thing, rng: random.Random) -> str:
@@ -251,11 +306,11 @@ _ACROSS, _DOWN = ("left", "middle", "right"), ("top", "middle", "bottom")
 
 
 def relation(thing: Thing, other: Thing) -> str | None:
-    """How one object lies to another one, or None if that is not clear."""
-    if other is thing or thing.column is None or other.column is None or thing.row is None or other.row is None:
+    """How one object lies to another one, or None unless they are at opposite sides of the picture."""
+    if other.name == thing.name or None in (thing.column, other.column, thing.row, other.row):
         return None
     across = _ACROSS.index(thing.column) - _ACROSS.index(other.column)
     down = _DOWN.index(thing.row) - _DOWN.index(other.row)
-    if across and abs(across) >= abs(down):
+    if abs(across) == 2:
         return "to the left of" if across < 0 else "to the right of"
-    return None if not down else "above" if down < 0 else "below"
+    return None if abs(down) < 2 else "above" if down < 0 else "below"

@@ -2,8 +2,9 @@
 
 Placeholders: ``{place}`` a place with its article ("a kitchen"), ``{in_place}`` the same behind "in", "on" or "at",
 ``{objects}`` one to four noun phrases ("a red car and two dogs"), ``{first_be}`` "is" or "are" for the first of them,
-``{be}`` and the verb endings ``{s}`` and ``{es}`` for all of them, ``{it}`` one object that was named before ("the
-car"), ``{other}`` a second one. No pattern contains a word that CHAIR counts as an object.
+``{be}`` and the verb endings ``{s}`` and ``{es}`` for all of them, ``{where}`` a place in the picture, ``{it}`` one
+object that was named before ("the car"), ``{other}`` a second one. No
+pattern contains a word that CHAIR counts as an object.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "MORE",
     "OPENINGS",
     "PLACE",
+    "PLACED",
     "RELATION",
     "SIZE",
     "all_patterns",
@@ -119,7 +121,6 @@ MORE: tuple[str, ...] = (
     "The image also features {objects}.",
     "The picture also shows {objects}.",
     "The picture also contains {objects}.",
-    "The place also has {objects}.",
     "Also visible {first_be} {objects}.",
     "Also present {first_be} {objects}.",
     "Also in the picture {first_be} {objects}.",
@@ -151,6 +152,26 @@ MORE: tuple[str, ...] = (
 )
 """Later sentences that name further objects."""
 
+PLACED: tuple[str, ...] = (
+    "There {first_be} {objects} {where}.",
+    "{where}, there {first_be} {objects}.",
+    "{objects} {be} {where}.",
+    "{objects} can be seen {where}.",
+    "{objects} {be} visible {where}.",
+    "{objects} {be} located {where}.",
+    "We can see {objects} {where}.",
+    "You can see {objects} {where}.",
+    "The image also shows {objects} {where}.",
+    "The picture has {objects} {where}.",
+    "Also visible {first_be} {objects} {where}.",
+    "{where}, we can see {objects}.",
+    "{where}, one can spot {objects}.",
+    "{objects} stand{s} out {where}.",
+    "{objects} {be} shown {where}.",
+    "Then there {first_be} {objects} {where}.",
+)
+"""Later sentences that name one more object together with its place in the picture."""
+
 COLOUR: tuple[str, ...] = (
     "{it} is {colour}.",
     "{it} is mostly {colour}.",
@@ -162,7 +183,6 @@ COLOUR: tuple[str, ...] = (
     "The color of {it} is {colour}.",
     "We can tell that {it} is {colour}.",
     "{it}, which is {colour}, is easy to spot.",
-    "Notice that {it} is {colour}.",
     "{it} has a {colour} look.",
 )
 """The colour of one object."""
@@ -183,7 +203,6 @@ PLACE: tuple[str, ...] = (
     "We can see {it} {where}.",
     "{where}, one finds {it}.",
     "{where}, we see {it}.",
-    "The position of {it} is {where}.",
 )
 """Where one object is."""
 
@@ -197,7 +216,6 @@ SIZE: tuple[str, ...] = (
     "{it} seems {size} here.",
     "Compared with the other things, {it} is {size}.",
     "In this view, {it} is {size}.",
-    "By its size, {it} counts as {size}.",
 )
 """The size of one object."""
 
@@ -210,8 +228,7 @@ COUNT: tuple[str, ...] = (
     "Altogether, {count} {plural} are visible.",
     "Exactly {count} {plural} are shown.",
     "The picture has {count} {plural} in it.",
-    "All {count} {plural} are easy to see.",
-    "The {count} {plural} are spread over the picture.",
+    "Each of the {count} {plural} is easy to see.",
 )
 """How many of one object there are."""
 
@@ -225,7 +242,6 @@ RELATION: tuple[str, ...] = (
     "{it} is somewhere {relation} {other}.",
     "{relation} {other}, one can spot {it}.",
     "{relation} {other}, we can see {it}.",
-    "Looking {relation} {other}, one finds {it}.",
 )
 """Where one object is, seen from another one."""
 
@@ -266,4 +282,4 @@ CLOSINGS: tuple[str, ...] = (
 
 def all_patterns() -> tuple[str, ...]:
     """Every pattern."""
-    return OPENINGS + BRIEF + MORE + COLOUR + PLACE + SIZE + COUNT + RELATION + CLOSINGS
+    return OPENINGS + BRIEF + MORE + PLACED + COLOUR + PLACE + SIZE + COUNT + RELATION + CLOSINGS

@@ -96,15 +96,15 @@ def existence_questions(
         things: What it shows.
         rng: Source of every choice.
         count: Number of questions, or twice the number of things if that is less.
-        typical_share: Share of the absent objects that are drawn from those typical of the place.
+        typical_share: Share of the absent objects that are typical of the place; the others never are.
     """
     present = [thing.name for thing in things]
     positives = rng.sample(present, min(len(present), count // 2))
-    absent = [name for name in NAMES if name not in present]
     expected = [name for name in SCENES[kind].typical if name not in present]
+    unexpected = [name for name in NAMES if name not in present and name not in expected]
     negatives: list[str] = []
     while len(negatives) < len(positives):
-        name = rng.choice(expected if expected and rng.random() < typical_share else absent)
+        name = rng.choice(expected if expected and rng.random() < typical_share else unexpected)
         if name not in negatives:
             negatives.append(name)
     asked = []
@@ -122,32 +122,35 @@ def existence_questions(
 
 
 def other_questions(kind: int, things: Sequence[Thing], rng: random.Random, count: int) -> list[Question]:
-    """Questions about number, colour and place, at most one of a kind for each object, in random order."""
-    asked = []
+    """Questions about number, colour and place, at most one of a kind for each object, the kinds taking turns."""
+    asked: dict[str, list[Question]] = {name: [] for name in _QUESTIONS}
     for thing in things:
         if thing.name not in PAIRED:
-            asked.append(_ask("count", thing.name, str(thing.count), rng))
+            asked["count"].append(_ask("count", thing.name, str(thing.count), rng))
         if thing.colour:
-            asked.append(_ask("colour", thing.name, thing.colour.capitalize(), rng))
+            asked["colour"].append(_ask("colour", thing.name, thing.colour.capitalize(), rng))
         if thing.column in ("left", "right"):
-            asked.append(_ask("column", thing.name, thing.column.capitalize(), rng))
+            asked["column"].append(_ask("column", thing.name, thing.column.capitalize(), rng))
         if thing.row in ("top", "bottom"):
-            asked.append(_ask("row", thing.name, thing.row.capitalize(), rng))
-        other = rng.choice(things)
-        lies = relation(thing, other)
-        if lies is not None:
+            asked["row"].append(_ask("row", thing.name, thing.row.capitalize(), rng))
+        lying = [(other, lies) for other in things if (lies := relation(thing, other)) is not None]
+        if lying:
+            other, lies = rng.choice(lying)
             true = rng.random() < 0.5
             words = {"relation": lies if true else _OPPOSITE[lies], "other": other.name}
-            asked.append(_ask("relation", thing.name, "Yes" if true else "No", rng, **words))
-    # Counts would crowd out the rest, and nearly all of them are one: keep those of several, and as many others.
-    several = [question for question in asked if question.kind == "count" and question.answer != "1"]
-    single = [question for question in asked if question.kind == "count" and question.answer == "1"]
+            asked["relation"].append(_ask("relation", thing.name, "Yes" if true else "No", rng, **words))
+    # Nearly all counts are one: keep those of several, and half as many others.
+    several = [question for question in asked["count"] if question.answer != "1"]
+    single = [question for question in asked["count"] if question.answer == "1"]
     absent = [name for name in SCENES[kind].typical if name not in {thing.name for thing in things} | PAIRED]
-    if absent and rng.random() < 0.3:
+    if absent and rng.random() < 0.15:
         several.append(_ask("count", rng.choice(absent), "0", rng))
-    counts = several + rng.sample(single, min(len(single), max(1, len(several))))
-    asked = [question for question in asked if question.kind != "count"] + counts
-    return rng.sample(asked, min(count, len(asked)))
+    asked["count"] = several + rng.sample(single, min(len(single), (len(several) + 1) // 2))
+    turns = rng.sample(sorted(asked), len(asked))
+    for questions in asked.values():
+        rng.shuffle(questions)
+    in_turn = [asked[name][turn] for turn in range(len(things)) for name in turns if turn < len(asked[name])]
+    return in_turn[:count]
 
 
 def _ask(kind: str, name: str, answer: str, rng: random.Random, **words: str) -> Question:

@@ -9,9 +9,10 @@ import pytest
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.smol import patterns
-from vlmfix.evals.testbed.smol.captions import INSTRUCTIONS, caption
+from vlmfix.evals.testbed.smol.captions import INSTRUCTIONS, caption, relation
 from vlmfix.evals.testbed.smol.facts import COLOURS, Thing, name_colours, things
 from vlmfix.evals.testbed.smol.questions import existence_questions, other_questions
+from vlmfix.evals.testbed.vocabulary import SCENES
 
 SCENES_SHOWN = [make_scene(image_id("train", index)) for index in range(60)]
 MATCHER = ChairMatcher("original")
@@ -85,8 +86,45 @@ def test_captions_name_nothing_that_is_absent(length: str) -> None:
         else:
             assert named >= present - {"bus"}  # "a bus" is "bu" to CHAIR's original matcher
     lengths = [len(caption(s.kind, things(s), length, rng).split()) for s in SCENES_SHOWN]  # type: ignore[arg-type]
-    low, high = {"brief": (4, 30), "medium": (5, 80), "long": (60, 130)}[length]
+    low, high = {"brief": (4, 30), "medium": (5, 80), "long": (20, 130)}[length]
     assert low <= min(lengths) and max(lengths) <= high
+    if length == "long":  # where little is shown, a caption ends when there is no more to say
+        assert sum(words >= 60 for words in lengths) >= 0.9 * len(lengths)
+
+
+def test_a_caption_says_nothing_twice_and_never_comes_back_to_an_object() -> None:
+    rng = random.Random(2)
+    for scene in SCENES_SHOWN:
+        sentences = caption(scene.kind, things(scene), "long", rng).removesuffix(".").split(". ")
+        assert len(set(sentences)) == len(sentences)
+        nodes = [list(dict.fromkeys(MATCHER.match(sentence).nodes)) for sentence in sentences]
+        brought_up = list(dict.fromkeys(node for named in nodes for node in named))
+        # Relations name a second object, behind the first one's name or behind "It".
+        alone = [
+            brought_up.index(named[0])
+            for sentence, named in zip(sentences, nodes, strict=True)
+            if len(named) == 1 and not re.search(r"(the \w+ of|above|below) the ", sentence)
+        ]
+        assert alone == sorted(alone), sentences
+
+
+def test_no_object_lies_beside_itself_and_relations_are_clear() -> None:
+    rng, left, right = (
+        random.Random(0),
+        Thing("cup", 1, column="left", row="top"),
+        Thing("dog", 1, column="right", row="top"),
+    )
+    assert relation(left, right) == "to the left of" and relation(right, left) == "to the right of"
+    assert relation(left, left) is relation(left, Thing("dog", 1, column="middle", row="top")) is None
+    assert relation(left, Thing("dog", 1, column="middle", row="bottom")) == "above"
+    for scene in SCENES_SHOWN:
+        for question in other_questions(scene.kind, things(scene), rng, 9):
+            assert question.kind != "relation" or question.text.count(question.name) == 1, question
+
+
+def test_the_first_words_depend_on_the_scene() -> None:
+    openings = {caption(kind, (Thing("cup", 1),), "medium", random.Random(0)).split(" a ")[0] for kind in range(16)}
+    assert len(openings) >= 8
 
 
 def test_captions_state_true_facts() -> None:
@@ -118,6 +156,14 @@ def test_existence_questions_are_balanced_and_right() -> None:
         for question in asked:
             assert question.answer.startswith("Yes" if question.name in scene.counts() else "No")
             assert question.name in question.text
+
+
+def test_typical_objects_are_denied_only_as_often_as_asked_for() -> None:
+    scene = next(scene for scene in SCENES_SHOWN if set(SCENES[scene.kind].typical) - set(scene.counts()))
+    for share in (0.0, 1.0):
+        asked = existence_questions(scene.kind, things(scene), random.Random(0), 2, typical_share=share)
+        denied = [question.name for question in asked if question.answer.startswith("No")]
+        assert [name in SCENES[scene.kind].typical for name in denied] == [share == 1.0]
 
 
 def test_other_questions_agree_with_the_scene() -> None:
