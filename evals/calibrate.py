@@ -88,7 +88,7 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
     tasks = make_tasks(run)
     samples, max_new_tokens = _samples(tasks, asks)
     _check_excluded({sample.image_id for sample in samples}, options.exclude)
-    source = find_model(run.model)
+    source = find_model(run.model, yes=run.yes)
     model = load_model(source, dtype=run.dtype, device=run.device, attn_implementation=run.attn_implementation)
     images = len({sample.image_id for sample in samples})
     show(f"{source.name}: {options.method} from {len(samples)} {'questions' if asks else 'prompts'} on {images} images")

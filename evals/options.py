@@ -43,6 +43,9 @@ class Options:
     model: str | None = option(
         "model folder, hub id, or smol (default: tiny, the embedded testbed)", group=MODEL, metavar="PATH_OR_ID"
     )
+    yes: bool = option(
+        "download what the model needs without a question (also VLMFIX_YES=1)", group=MODEL, default=False
+    )
     settings: tuple[str, ...] = option(
         "method parameter: alpha=1.3, or vhr.alpha=1.3 for one method of several",
         group=MODEL,

@@ -38,7 +38,7 @@ def inspect_command(options: InspectOptions) -> Inspection:
     """
     picture, name, objects, scene_words = _picture(options)
     on_testbed = options.model is None
-    source = find_model(options.model)
+    source = find_model(options.model, yes=options.yes)
     recipe = load_recipe(testbed.RECIPE) if on_testbed else None
     specs = _specs(options, recipe)
     model = load_model(

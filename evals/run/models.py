@@ -47,11 +47,12 @@ class ModelSource:
     identity: dict[str, Any]
 
 
-def find_model(location: str | Path | None) -> ModelSource:
+def find_model(location: str | Path | None, *, yes: bool = False) -> ModelSource:
     """Read the configuration and the processor of a model, not its weights.
 
     Args:
         location: Local folder, hub id, or the name of one of the testbed's models; None is its default model.
+        yes: Whether what a model of the testbed needs may be downloaded without a question.
 
     Raises:
         UnsupportedModelError: No such folder, no model in it, not a vision-language model, or no processor.
@@ -62,7 +63,7 @@ def find_model(location: str | Path | None) -> ModelSource:
     text = str(testbed.MODEL_DIR if location is None else location)
     for own in MODELS:
         if text == own and not Path(text).is_dir():
-            text = str(model_folder(own))
+            text = str(model_folder(own, yes=yes))
     folder = Path(text).expanduser()
     local = folder.is_dir()
     if local:

@@ -70,7 +70,7 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
         notes.append(f"method strengths are the testbed's recipe, chosen on {recipe.get('chosen_on', 'unknown data')}")
     elif options.model is None:
         notes.append("the testbed has no recipe file: the methods run at their defaults, not at calibrated strengths")
-    source = find_model(options.model)
+    source = find_model(options.model, yes=options.yes)
     if methods is None:
         names, skipped = expand_all(options.methods, source.config, recipe_entries(recipe))
         methods = plan_methods(replace(options, methods=names), recipe)

@@ -15,8 +15,12 @@ MODELS: tuple[ModelName, ...] = get_args(ModelName)
 """``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use."""
 
 
-def model_folder(name: ModelName) -> Path:
+def model_folder(name: ModelName, *, yes: bool = False) -> Path:
     """The folder of a model for ``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``.
+
+    Args:
+        name: Which model.
+        yes: Whether what it needs may be downloaded without a question.
 
     Raises:
         DataError: No such model, or ``smol`` cannot be assembled; the message says what to do.
@@ -28,18 +32,22 @@ def model_folder(name: ModelName) -> Path:
     if name == "smol":
         from .smol.assemble import assembled
 
-        return assembled()
+        return assembled(yes=yes)
     raise DataError(f"expected one of the models {', '.join(MODELS)}, found {name!r}")
 
 
-def load(name: ModelName = "tiny") -> tuple[Any, Any]:
+def load(name: ModelName = "tiny", *, yes: bool = False) -> tuple[Any, Any]:
     """A model in evaluation mode, in the type of its weights but float32 for ``tiny``, and its processor.
+
+    Args:
+        name: Which model.
+        yes: As for :func:`model_folder`.
 
     Raises:
         DataError: As :func:`model_folder`.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    folder = model_folder(name)
+    folder = model_folder(name, yes=yes)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32" if name == "tiny" else "auto")
     return model.eval(), AutoProcessor.from_pretrained(folder)

