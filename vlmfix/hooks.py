@@ -19,7 +19,7 @@ from vlmfix.decoding.branch import PairedForward
 from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.opera_search import GenerateWithOpera
 from vlmfix.decoding.other_image import OTHER_IMAGES_KWARG
-from vlmfix.decoding.two_branches import DRAFTS, TwoBranches
+from vlmfix.decoding.two_branches import TwoBranches
 from vlmfix.engine.attention_function import ATTENTION_NAME, NameOfBoth
 from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
@@ -27,15 +27,16 @@ from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import make_sites
 from vlmfix.engine.stand_ins import (
+    DRAFTS,
     PAGED,
     PREFILL,
     PROMPT_END_KWARG,
-    REFUSE_DRAFTS,
-    REFUSE_PAGES,
     ForwardWithHooks,
     GenerateByCall,
+    RefuseDrafts,
     StandIns,
     TellingPrefill,
+    refuse_pages,
 )
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
@@ -55,6 +56,9 @@ PATCH_ATTRIBUTE = "_vlmfix_patch"
 
 
 logger = logging.getLogger("vlmfix")
+
+
+_NO_DRAFTS = "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt."
 
 
 _NOT_WHOLE = (
@@ -124,6 +128,7 @@ class Patch:
         models = (anatomy.model, anatomy.language_model)
         self._prefills = {each: TellingPrefill(each) for each in models if hasattr(type(each), PREFILL)}
         self._forward = ForwardWithHooks(self, anatomy.language_model)
+        self._no_drafts = RefuseDrafts(anatomy.language_model, _NO_DRAFTS)
         self._generate: GenerateByCall | None = None
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
@@ -192,7 +197,7 @@ class Patch:
         """Put objects in the place of methods of ``generate`` that go other ways than a forward with hooks."""
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
-            self._stand_ins.put(each, PAGED, REFUSE_PAGES)
+            self._stand_ins.put(each, PAGED, refuse_pages)
             if each in self._prefills:
                 self._stand_ins.put(each, PREFILL, self._prefills[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
@@ -202,7 +207,7 @@ class Patch:
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
                 self._stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
-            self._stand_ins.put(language_model, DRAFTS, REFUSE_DRAFTS)
+            self._stand_ins.put(language_model, DRAFTS, self._no_drafts)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
                 self._generate = GenerateByCall(model, model.generate, self.choose)

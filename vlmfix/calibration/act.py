@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmfix.calibration.search import Contrast, Found, ranked
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Found, Session, ranked
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.act import ACT
 from vlmfix.observe.samples import CalibrationSample

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vlmfix.calibration.search import Contrast, Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Found, Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.adaiat import AdaIAT
 from vlmfix.methods.measured import HeadStatistics

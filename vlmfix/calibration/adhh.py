@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration.search import Contrast, Found, Head, ranked, scaled_count
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Found, Head, Session, ranked, scaled_count
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.base import Method

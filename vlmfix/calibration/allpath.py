@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 import torch
 
 from vlmfix.calibration.logit_lens import LogitLens, StreamLog
-from vlmfix.calibration.search import Contrast, Found, ranked, scaled_count
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Found, Session, ranked, scaled_count
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.allpath import AllPath
 from vlmfix.observe.samples import CalibrationSample
-from vlmfix.observe.tokens import is_image_token
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
-from vlmfix.observe.words import decode, find_word, need_yes_no_tokens, word_tokens
+from vlmfix.observe.words import decode, find_word, is_image_token, need_yes_no_tokens, word_tokens
 
 logger = logging.getLogger("vlmfix")
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from vlmfix.calibration import act, adaiat, adhh, allpath, iri, vaf, var
-from vlmfix.calibration.search import Found
-from vlmfix.calibration.session import Session, open_session
+from vlmfix.calibration.session import Found, Session, open_session
 from vlmfix.errors import MethodError
 from vlmfix.methods.measured import Calibration, plain
 from vlmfix.methods.registry import make_method

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from vlmfix.calibration.search import Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Found, Session
 from vlmfix.errors import DataError
 from vlmfix.methods.iri import IRI
 from vlmfix.methods.measured import LayerRanking, checkpoint_name

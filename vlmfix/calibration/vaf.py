@@ -6,8 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from vlmfix.calibration.search import Contrast, Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Found, Session
 from vlmfix.errors import DataError
 from vlmfix.methods.vaf import VAF
 from vlmfix.observe.samples import CalibrationSample

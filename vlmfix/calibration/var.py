@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmfix.calibration.search import Found
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Found, Session
 from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.var import VAR
 from vlmfix.model.sink_dims import find_sink_dims
 from vlmfix.observe.samples import CalibrationSample
-from vlmfix.observe.tokens import prompt_tokens
+from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.sinks import prompt_sink_values
 
 logger = logging.getLogger("vlmfix")

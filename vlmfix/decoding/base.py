@@ -88,12 +88,17 @@ class DecodingMethod(Method):
     @property
     def is_identity(self) -> bool:
         """Whether a parameter switches the method off, or nothing is contrasted and nothing cut."""
-        return super().is_identity or not (self.uses_branch or bool(getattr(self, "beta", 0)))
+        return super().is_identity or not (self.uses_branch or self.beta)
 
     @property
     def uses_branch(self) -> bool:
         """Whether the other branch is needed at all."""
         return True
+
+    @property
+    def beta(self) -> float:
+        """The plausibility cut; methods that have one declare it as a parameter, see :func:`plausibility`."""
+        return 0.0
 
     def bind(self, anatomy: Anatomy) -> DecodingMethod:
         """Check that the other branch can be run in this model.
@@ -141,16 +146,25 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
+    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float | torch.Tensor:
+        """Return ``w`` of the contrast ``l + w (l - l')``: a number, or fp32 ``[batch, 1]``.
+
+        Args:
+            logits: Of the model's own branch, fp32 ``[batch, vocab]``.
+            token: Which token is chosen. A method that asks must set ``needs_cache``: without a cache, every forward
+                reads a prompt.
+        """
+        raise NotImplementedError
+
     def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
-        """Combine the logits of two branches for the next token.
+        """Contrast the logits of two branches for the next token, and cut implausible ones.
 
         Args:
             logits: Of the model's own branch, fp32 ``[batch, vocab]``; must not be changed in place.
             other: Of the other branch; without one, those of the model's own.
-            token: Which token it is. A method that asks must set ``needs_cache``: without a cache, every forward reads
-                a prompt.
+            token: See :meth:`weight`.
         """
-        raise NotImplementedError
+        return cut(contrast(logits, other, self.weight(logits, token)), logits, self.beta)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict ``{"method": name, **parameters}``."""
@@ -174,9 +188,9 @@ class Contrast(DecodingMethod):
         """Not for the cut alone."""
         return self.alpha != 0
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
-        """Contrast and cut fp32 ``[batch, vocab]``."""
-        return cut(contrast(logits, other, self.alpha), logits, self.beta)
+    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+        """``alpha``."""
+        return self.alpha
 
 
 @dataclass(frozen=True)
@@ -224,10 +238,10 @@ def placed(edit: Method, anatomy: Anatomy) -> Method:
     return edit.bind(anatomy)
 
 
-def contrast(logits: torch.Tensor, other: torch.Tensor, alpha: float) -> torch.Tensor:
-    """``(1 + alpha) l - alpha l'``; where either is infinite, ``l``, so that nothing becomes NaN."""
+def contrast(logits: torch.Tensor, other: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """``l + w (l - l')``; where either is infinite, ``l``, so that nothing becomes NaN."""
     difference = torch.where(logits.isfinite() & other.isfinite(), logits - other, 0.0)
-    return logits + alpha * difference
+    return logits + weight * difference
 
 
 def cut(contrasted: torch.Tensor, logits: torch.Tensor, beta: float) -> torch.Tensor:

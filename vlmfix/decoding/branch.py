@@ -1,7 +1,8 @@
-"""The other branch of a batch of sequences: what is kept of it between forwards, and its part of a step."""
+"""The other branch of a batch of sequences: what is kept of it, its part of a step, and forwards over both."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ import torch.nn.functional as F
 
 from vlmfix.decoding.caches import PairedCache, length_of_layer
 from vlmfix.decoding.other_image import looks_of
+from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.forwards import EditedForward, StockForward
+from vlmfix.engine.plan import PatchedSite, make_sites
 
 if TYPE_CHECKING:
-    from vlmfix.engine.plan import PatchedSite
+    from vlmfix.methods.base import Method
+    from vlmfix.methods.sequence import SequenceState
+    from vlmfix.model.anatomy import Anatomy
     from vlmfix.model.attention import AttentionCall
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -186,6 +191,94 @@ class PairedForward(StockForward):
         own, _ = self.own.attend(site, _rows_of_call(call, slice(rows // 2), call.key.shape[2] - own_keys))
         other, _ = _rows_of_call(call, slice(rows // 2, rows), 0).base()
         return torch.cat([own, other]), None
+
+
+class BranchForward(StockForward):
+    """A forward of the other branch. The patch's sites lead to those of the branch's own method.
+
+    Attributes:
+        edited: The forward as that method sees it.
+        sites: Where the method acts, by the number of the attention module.
+    """
+
+    def __init__(self, edited: EditedForward, sites: dict[int, PatchedSite]) -> None:
+        self.edited = edited
+        self.sites = sites
+
+    def attend(self, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute attention with the edits of the branch's own method."""
+        mine = self.sites.get(site.index)
+        return call.base() if mine is None else self.edited.attend(mine, call._replace(site=mine))
+
+
+class BranchEdits:
+    """Lets a bound attention method act in the forwards of the other branch.
+
+    What the method learns is kept on the branch's cache, apart from what the patch's methods learn on the model's own.
+    """
+
+    def __init__(self, anatomy: Anatomy, method: Method) -> None:
+        self._model = anatomy.model
+        self.methods = (method,)
+        self._sites = {site.index: site for site in make_sites(anatomy, self.methods)}
+        self._beginner = ForwardBeginner(anatomy, self.methods, tuple(self._sites.values()))
+
+    def begin(self, inputs: dict[str, Any]) -> BranchForward:
+        """Make the forward of a call with these arguments."""
+        edited = self._beginner.begin(self._model, inputs)
+        assert edited is not None
+        return BranchForward(edited, self._sites)
+
+    def finish(self, forward: BranchForward, cache: Any) -> None:
+        """Settle what was learned in a forward, and keep it."""
+        forward.edited.finish()
+        if forward.edited.begins and cache is not None:
+            self._beginner.keep(cache, forward.edited.state)
+
+    def keep_text(self, cache: Any, state: SequenceState, length: int) -> None:
+        """Note on a cache what is known of the first ``length`` tokens, which were read before there was an image."""
+        known = dataclasses.replace(state.cropped(length), methods=self.methods, learned={}, constants={}, branch=None)
+        self._beginner.keep(cache, known)
+
+
+# What a forward returns, and the rows of one branch in it.
+
+
+def next_token_rows(forward: EditedForward, logits: torch.Tensor) -> torch.Tensor:
+    """Return which row of the logits predicts each sample's next token, int64 ``[batch]``."""
+    rows = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+    return forward.at_last_position(rows) if forward.is_prefill and logits.shape[1] == forward.q_len else rows[:, -1]
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits ``[batch, tokens, vocab]``."""
+    logits: torch.Tensor = output["logits"] if isinstance(output, dict) else output[0]
+    return logits
+
+
+def with_logits(output: Any, logits: torch.Tensor) -> Any:
+    """Put other logits into an output: into the object itself, or into a new tuple."""
+    if isinstance(output, dict):
+        output["logits"] = logits
+        return output
+    return (logits, *output[1:])
+
+
+def cache_of(output: Any, inputs: dict[str, Any]) -> Any:
+    """Return the cache a forward has filled, if any."""
+    parts = tuple(output.values()) if isinstance(output, dict) else output
+    return next((part for part in parts if hasattr(part, "get_seq_length")), inputs.get("past_key_values"))
+
+
+def own_part(output: Any, batch: int, paired: Any, own: Any) -> Any:
+    """Return the first ``batch`` of twice as many rows, with the cache ``own`` in the place of ``paired``."""
+
+    def part(value: Any) -> Any:
+        return own if value is paired else by_row(value, 2 * batch, lambda rows: rows[:batch], dims=2)
+
+    if isinstance(output, dict):
+        return type(output)(**{name: part(value) for name, value in output.items()})
+    return tuple(part(value) for value in output)
 
 
 def by_row(value: Any, rows: int, pick: Callable[[torch.Tensor], Any], *, dims: int = 1) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmfix.decoding.base import AnswerToken, DecodingMethod, contrast, cut, placed, plausibility, strength
+from vlmfix.decoding.base import AnswerToken, DecodingMethod, placed, plausibility, strength
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import parameter
@@ -74,7 +74,6 @@ class Edited(DecodingMethod):
         """Return the edit, bound to the model."""
         return placed(self._edit, anatomy)
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
-        """Contrast and cut fp32 ``[batch, vocab]``."""
-        alpha = self.alpha if self.mode == "away" else -self.alpha
-        return cut(contrast(logits, other, alpha), logits, self.beta)
+    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+        """``alpha``, away from the edited branch or towards it."""
+        return self.alpha if self.mode == "away" else -self.alpha

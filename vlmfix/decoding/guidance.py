@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmfix.decoding.base import AnswerToken, WithoutImage, contrast, cut, plausibility
+from vlmfix.decoding.base import AnswerToken, WithoutImage, plausibility
 from vlmfix.methods.parameters import Range, parameter
 
 
@@ -33,6 +33,6 @@ class Guidance(WithoutImage):
     )
     beta: float = plausibility(0.1, "Default: the released code's.")
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
-        """Contrast and cut fp32 ``[batch, vocab]``."""
-        return cut(contrast(logits, other, self.gamma - 1), logits, self.beta)
+    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+        """``gamma - 1``."""
+        return self.gamma - 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmfix.decoding.base import AnswerToken, WithoutImage, contrast, cut, plausibility
+from vlmfix.decoding.base import AnswerToken, WithoutImage, plausibility
 from vlmfix.methods.parameters import Range, parameter
 
 LARGEST = 1e4
@@ -50,8 +50,7 @@ class M3ID(WithoutImage):
         """Whether any step can be contrasted."""
         return self.lam != 0 and self.alpha != 0
 
-    def combine(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
-        """Contrast unsure rows and cut fp32 ``[batch, vocab]``."""
-        weight = min(math.expm1(min(self.lam * token.number, 100.0)), LARGEST)
+    def weight(self, logits: torch.Tensor, token: AnswerToken) -> torch.Tensor:
+        """``exp(lam t) - 1`` where the model is unsure, else 0."""
         is_unsure = logits.softmax(-1).amax(-1, keepdim=True) < self.alpha
-        return cut(torch.where(is_unsure, contrast(logits, other, weight), logits), logits, self.beta)
+        return torch.where(is_unsure, min(math.expm1(min(self.lam * token.number, 100.0)), LARGEST), 0.0)

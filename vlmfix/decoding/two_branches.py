@@ -21,14 +21,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmfix.decoding.base import AnswerToken, DecodingMethod
-from vlmfix.decoding.branch import WATCHED, Branch, PairedForward
-from vlmfix.decoding.branch_edits import BranchEdits
+from vlmfix.decoding.branch import (
+    WATCHED,
+    Branch,
+    BranchEdits,
+    PairedForward,
+    cache_of,
+    logits_of,
+    next_token_rows,
+    own_part,
+    with_logits,
+)
 from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
-from vlmfix.decoding.outputs import cache_of, logits_of, next_token_rows, own_part, with_logits
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
-from vlmfix.engine.image_free import positions_kept
+from vlmfix.engine.prompt_pass import positions_kept
+from vlmfix.engine.stand_ins import DRAFTS, RefuseDrafts
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.forward import squared_move
 from vlmfix.model.anatomy import FORWARD_KWARG
@@ -39,24 +48,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.base import Method
     from vlmfix.model.anatomy import Anatomy
 
-DRAFTS = "_get_candidate_generator"
-"""The method of a model that every way into assisted decoding passes."""
-
-
-class RefuseDrafts:
-    """Stands in for a model's ``DRAFTS``, for a method that defines the logits of the next token only."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """Refuse, unless the call asks for the stock model (``vlmfix=None``)."""
-        if model_kwargs.get(FORWARD_KWARG, self) is None:
-            return getattr(type(self.model), DRAFTS)(self.model, *args, model_kwargs=model_kwargs, **kwargs)
-        raise UnsupportedFeatureError(
-            "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only. Leave "
-            "assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
-        )
+_NO_DRAFTS = "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only."
 
 
 @dataclass
@@ -95,7 +87,7 @@ class TwoBranches:
     def stand_ins(self) -> dict[str, Any]:
         """Return the methods of the model that are replaced."""
         model = self._anatomy.model
-        found: dict[str, Any] = {DRAFTS: RefuseDrafts(model)}
+        found: dict[str, Any] = {DRAFTS: RefuseDrafts(model, _NO_DRAFTS)}
         if hasattr(type(model), ENCODES) and self._method.changes_image and self._method.uses_branch:
             found[ENCODES] = EncodeOtherImages(model, self._method)
         return found

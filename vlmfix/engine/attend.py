@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vlmfix.engine.base_output import BaseOutput, is_measured
-from vlmfix.engine.openings import opening_of, write_opened_rows
+from vlmfix.engine.base_output import BaseOutput, is_measured, opening_of, write_opened_rows
 from vlmfix.methods.views import Forward, Layer, Rows
 from vlmfix.model.attention import (
     AttentionCall,

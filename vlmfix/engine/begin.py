@@ -18,8 +18,7 @@ from vlmfix.engine.calls import (
     tokens_of,
 )
 from vlmfix.engine.forwards import EditedForward
-from vlmfix.engine.image_free import encoded_text_only_heads, text_only_heads
-from vlmfix.engine.prompt_pass import begin_methods
+from vlmfix.engine.prompt_pass import begin_methods, encoded_text_only_heads, text_only_heads
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import SequenceState, extend_mask, keep_state, state_of

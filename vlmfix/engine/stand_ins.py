@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -31,16 +30,8 @@ PAGED = "init_continuous_batching"
 attention function."""
 
 
-_NO_PAGES = (
-    "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
-    "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
-)
-
-
-_NO_DRAFTS = (
-    "This model takes no logits_to_keep, by which vlmfix tells drafted tokens from a prompt. Leave assistant_model "
-    "and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
-)
+DRAFTS = "_get_candidate_generator"
+"""The method of a model that every way into assisted decoding passes."""
 
 
 class StandIns:
@@ -163,10 +154,30 @@ class GenerateByCall:
         return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
 
 
-def _refuse(message: str, *args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for a method of a model that cannot be used while it is patched."""
-    raise UnsupportedFeatureError(message)
+def refuse_pages(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for a model's ``PAGED``."""
+    raise UnsupportedFeatureError(
+        "Continuous batching (generate_batch, cache_implementation='paged') packs several prompts into one row, which "
+        "vlmfix does not support. Use model.generate(...) with a padded batch, or vlmfix.unpatch(model) first."
+    )
 
 
-REFUSE_PAGES, REFUSE_DRAFTS = functools.partial(_refuse, _NO_PAGES), functools.partial(_refuse, _NO_DRAFTS)
-"""One object each, so that a patch put on again leaves the model as it found it."""
+@dataclasses.dataclass(frozen=True)
+class RefuseDrafts:
+    """Stands in for a model's ``DRAFTS``.
+
+    Attributes:
+        model: The model.
+        reason: Why drafts cannot be checked.
+    """
+
+    model: nn.Module
+    reason: str
+
+    def __call__(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Refuse, unless the call asks for the stock model (``vlmfix=None``)."""
+        if model_kwargs.get(FORWARD_KWARG, self) is None:
+            return getattr(type(self.model), DRAFTS)(self.model, *args, model_kwargs=model_kwargs, **kwargs)
+        raise UnsupportedFeatureError(
+            f"{self.reason} Leave assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
+        )

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
-from vlmfix.methods.experimental import ExperimentalMethod
 from vlmfix.methods.parameters import Range, parameter
-from vlmfix.methods.scores import log_mass, on_device, take_keys, visible
+from vlmfix.methods.scores import ExperimentalMethod, log_mass, on_device, take_keys, visible
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmfix.methods.experimental import ExperimentalMethod
 from vlmfix.methods.parameters import Range, parameter
-from vlmfix.methods.scores import log_mass, visible
+from vlmfix.methods.scores import ExperimentalMethod, log_mass, visible
 from vlmfix.methods.views import EditedRows, Layer
 
 

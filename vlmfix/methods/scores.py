@@ -1,15 +1,18 @@
-"""Edits of attention scores that several methods share."""
+"""What several methods share: base classes, and edits of scores, weights and heads."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
+from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.methods.parameters import parameter
+from vlmfix.methods.parameters import described, parameter
 from vlmfix.methods.selection import scaled_layers
 from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.model.anatomy import Anatomy
@@ -28,6 +31,51 @@ class RaisesImageScores(Method):
     def prompt_rows(self) -> PromptRows:
         """The last row, unless switched off."""
         return "last" if self.edit_prompt else "none"
+
+
+@dataclass(frozen=True)
+class RaisesGeneratedText(Method):
+    """Base of the methods that raise attention to generated text, in the rows of generated tokens alone."""
+
+    prompt_rows = "none"
+    attention_kinds = ("joint", "text")  # self-attention over prompt and answer: the one is weighed against the other
+    default_layers = scaled_layers(5, 17)  # the scaling to other depths is ours
+
+    alpha: float = parameter(1.0, low=0, off=0, help="Strength.")
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Warn about layers outside the default ones."""
+        scope = self.default_layers(anatomy.num_layers)
+        if set(self.layer_indices) <= set(scope):
+            return ()
+        return (
+            f"{self.name}: layers outside {scope[0]}..{scope[-1]} (5..17 of 32, scaled): wider scopes broke the "
+            "paper's texts",
+        )
+
+
+@dataclass(frozen=True)
+class ExperimentalMethod(Method):
+    """A method that no publication supports in this form: nobody gets one without asking for it."""
+
+    caveat: ClassVar[str] = ""
+    """What it is, for the error message."""
+
+    experimental: bool = dataclasses.field(
+        default=False, kw_only=True, metadata=described("Must be true: says that you know.")
+    )
+
+    def validate(self) -> None:
+        """Raise ``MethodError`` unless ``experimental``."""
+        if not self.experimental:
+            raise MethodError(
+                f"{self.name} is {self.caveat}. To try it all the same: "
+                f"vlmfix.patch(model, {self.name!r}, experimental=True)."
+            )
+
+    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say what it is."""
+        return (f"{self.name} is {self.caveat}",)
 
 
 def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
@@ -133,24 +181,3 @@ def best(values: torch.Tensor, count: int) -> torch.Tensor:
     """
     ranks = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ranks < count
-
-
-@dataclass(frozen=True)
-class RaisesGeneratedText(Method):
-    """Base of the methods that raise attention to generated text, in the rows of generated tokens alone."""
-
-    prompt_rows = "none"
-    attention_kinds = ("joint", "text")  # self-attention over prompt and answer: the one is weighed against the other
-    default_layers = scaled_layers(5, 17)  # the scaling to other depths is ours
-
-    alpha: float = parameter(1.0, low=0, off=0, help="Strength.")
-
-    def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
-        """Warn about layers outside the default ones."""
-        scope = self.default_layers(anatomy.num_layers)
-        if set(self.layer_indices) <= set(scope):
-            return ()
-        return (
-            f"{self.name}: layers outside {scope[0]}..{scope[-1]} (5..17 of 32, scaled): wider scopes broke the "
-            "paper's texts",
-        )

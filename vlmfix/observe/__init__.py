@@ -2,7 +2,7 @@
 
 - ``prompts``: from a question and an image to a model's inputs.
 - ``ask``: the model answers them, greedily or along a given answer; or reads them once and says what comes next.
-- ``tokens``, ``words``: which tokens of a prompt are the image's, which of an answer spell an object, or yes and no.
+- ``words``: which tokens of a prompt are the image's, which of an answer spell an object, or yes and no.
 - ``watch``: what can be recorded: attention weights, head outputs, what enters a layer.
 - ``samples``: images and questions whose answer, or whose objects, are known.
 

@@ -13,7 +13,7 @@ from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.selection import resolve_layers
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.observe.ask import look_at
-from vlmfix.observe.tokens import prompt_tokens
+from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.component_runs import COMPONENTS, Component, Tracer
 from vlmfix.probes.corruption import Corruption, choose_sigma
 from vlmfix.probes.result import ProbeResult, heat_map, new_axis

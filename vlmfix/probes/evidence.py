@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from vlmfix.errors import MethodError
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at, stock_logits
+from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
-from vlmfix.probes.image_free import image_free_inputs
 from vlmfix.probes.knockout import Cut
 from vlmfix.probes.result import ProbeResult, in_words, new_axis
 from vlmfix.probes.spans import find_spans

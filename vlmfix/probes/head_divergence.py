@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from vlmfix.engine.image_free import HeadRecorder, read_text
-from vlmfix.errors import MethodError
+from vlmfix.engine.prompt_pass import HeadRecorder, read_text, text_only_inputs
+from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.methods.sequence import SequenceState
 from vlmfix.methods.vhr import divergent_heads, vision_divergence
 from vlmfix.methods.views import Layer
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
-from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import HeadWatch
-from vlmfix.probes.image_free import image_free_inputs
+from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
 
@@ -144,3 +144,33 @@ def _compare(
         chosen.append(divergent_heads(with_image[:, 0], without[at][:, 0], eps=log.eps))
     divergence = torch.stack(by_layer, dim=2) * has_image[:, None, None, None]
     return divergence, torch.stack(chosen, dim=1) & has_image[:, None, None]
+
+
+def image_free_inputs(subject: Subject, inputs: Mapping[str, Any], answered: Answered) -> dict[str, Any]:
+    """Return the arguments of a forward over prompts without image tokens, followed by all answer tokens but the last.
+
+    Answers that are shorter than others are filled up, so that the last ``steps`` rows predict the answers' tokens.
+
+    Raises:
+        UnsupportedFeatureError: Answers of several tokens behind a prompt that sees itself in both directions.
+    """
+    more = answered.steps - 1
+    if more and subject.model.config.model_type.startswith("paligemma"):
+        raise UnsupportedFeatureError(
+            "PaliGemma's prompt sees itself in both directions, so an answer behind it cannot be read in one forward "
+            "without its image. Use max_new_tokens=1."
+        )
+    rows = [[*each[:more], *[0] * (more - len(each[:more]))] for each in answered.tokens]
+    prompt, tokens = inputs["input_ids"], prompt_tokens(subject.anatomy, inputs)
+    ids = torch.tensor(rows, dtype=prompt.dtype, device=prompt.device).reshape(len(rows), more)
+    is_image = torch.zeros_like(ids, dtype=torch.bool)
+    whole = SequenceState(
+        (),
+        torch.cat([tokens.image, is_image], dim=1),
+        torch.cat([tokens.valid, ~is_image], dim=1),
+        torch.cat([prompt, ids], dim=1),
+        any_image=True,
+    )
+    types = inputs.get("token_type_ids")
+    extra = {} if types is None else {"token_type_ids": torch.cat([types, torch.zeros_like(ids)], dim=1)}
+    return text_only_inputs(subject.anatomy, whole, extra)

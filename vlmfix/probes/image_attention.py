@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vlmfix.observe.ask import Answers, look_at
-from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import AttentionLog, AttentionWatch, stack_by_layer
+from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
 

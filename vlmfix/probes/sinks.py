@@ -14,8 +14,8 @@ from vlmfix.methods.var import sink_values
 from vlmfix.methods.views import Layer
 from vlmfix.model.sink_dims import sink_dims_for
 from vlmfix.observe.ask import Subject, look_at
-from vlmfix.observe.tokens import prompt_tokens
 from vlmfix.observe.watch import AttentionWatch, InputWatch
+from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.result import ProbeResult, heat_map, in_words
 
 

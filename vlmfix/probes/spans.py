@@ -9,8 +9,7 @@ import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import Anatomy
-from vlmfix.observe.tokens import prompt_tokens
-from vlmfix.observe.words import decode, find_word, word_tokens
+from vlmfix.observe.words import decode, find_word, prompt_tokens, word_tokens
 
 Spans = Mapping[str, torch.Tensor]
 """Sets of tokens by name, each bool ``[batch, length]``."""

@@ -23,8 +23,7 @@ import vlmfix
 from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError, probes
 from vlmfix.calibration import adhh
 from vlmfix.calibration.logit_lens import LogitLens, StreamLog, output_projection
-from vlmfix.calibration.search import Contrast, ranked, scaled_count
-from vlmfix.calibration.session import Session
+from vlmfix.calibration.session import Contrast, Session, ranked, scaled_count
 from vlmfix.cli import main
 from vlmfix.model.anatomy import analyse
 from vlmfix.observe.watch import AttentionLog, AttentionWatch

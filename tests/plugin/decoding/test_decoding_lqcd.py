@@ -10,7 +10,7 @@ import torch
 from families.tiny_llava import collate, generate, sample
 
 import vlmfix
-from vlmfix.decoding.leading_questions import neutral
+from vlmfix.decoding.lqcd import neutral
 
 NEUTRAL = (
     "Is there a dog in the image?",

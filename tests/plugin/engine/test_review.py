@@ -200,6 +200,7 @@ def test_drafts_are_refused_where_they_look_like_a_further_turn(name: str) -> No
     vlmfix.patch(model, "iat", layers=":")
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="logits_to_keep"):
         model.generate(**inputs, **options, prompt_lookup_num_tokens=3)
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3, vlmfix=None), stock)
     vlmfix.patch(model, "none")
     assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=3), stock)
     vlmfix.unpatch(model)

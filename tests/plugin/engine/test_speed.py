@@ -14,7 +14,7 @@ from families.tiny_llava import RAGGED, Sample, collate, forward, generate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmfix
-from vlmfix.engine.image_free import HeadRecorder
+from vlmfix.engine.prompt_pass import HeadRecorder
 
 VIEWS = {
     *("view", "_unsafe_view", "reshape", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "expand"),

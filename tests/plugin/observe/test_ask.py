@@ -12,7 +12,7 @@ import vlmfix
 from vlmfix.errors import MethodError
 from vlmfix.model.anatomy import analyse
 from vlmfix.observe.ask import Subject, answer, next_logits, stock_logits
-from vlmfix.observe.tokens import prompt_tokens
+from vlmfix.observe.words import prompt_tokens
 
 
 def test_an_answer_is_what_generate_says_up_to_its_end_token(tiny: Any) -> None:
