@@ -1,0 +1,43 @@
+"""``vlmfix info`` says of each method what ``patch`` does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from families import by_name
+from transformers import AutoModelForImageTextToText
+
+import vlmfix
+from vlmfix.cli import main
+from vlmfix.info import verdict
+from vlmfix.model.anatomy import analyse
+
+
+def test_a_model_is_described(processor_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(processor_folder)]) == 0
+    shown = capsys.readouterr().out
+    model = AutoModelForImageTextToText.from_pretrained(processor_folder)
+    size = sum(parameter.numel() for parameter in model.parameters()) * 4
+    assert f"{size / 1e9:.3g} GB of weights at 32 bits" in shown
+    # Keys and values of 3 layers, 2 heads of 8 dimensions, 4 bytes each.
+    assert f"{2 * 3 * 2 * 8 * 4 / 1e3:.0f} kB of keys and values per token" in shown
+    listed = {line.split()[0] for line in shown.splitlines() if line[2:3].isalpha() and line.startswith("  ")}
+    assert set(vlmfix.list_methods()) <= listed
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "florence2"])
+def test_what_is_said_of_a_method_is_what_patch_does(family: str) -> None:
+    model = by_name(family).build()
+    words = set()
+    for name in vlmfix.list_methods():
+        word, text = verdict(name, analyse(model))
+        words.add(word)
+        if word == "yes":
+            vlmfix.unpatch(vlmfix.patch(model, name))
+            assert text
+        else:
+            with pytest.raises(vlmfix.VlmfixError) as error:
+                vlmfix.patch(model, name)
+            assert str(error.value) == text
+    assert words >= {"yes", "not as is"} and ("no" in words) == (family != "llava")
