@@ -47,7 +47,7 @@ class CalibrateOptions(DataOptions):
         Raises:
             MethodError: One is no ``key=value``.
         """
-        from .run.methods import parse_settings
+        from vlmfix.recipes import parse_settings
 
         return parse_settings(self.settings)
 

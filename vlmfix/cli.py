@@ -26,11 +26,13 @@ class Verb(NamedTuple):
             ``run(options, show=...)`` runs it.
         help: One line for the list of verbs.
         needs_evaluation: Whether it needs the packages of the extra ``eval``.
+        runs_programs: Whether it runs other people's programs, whose environment and logging are their own.
     """
 
     module: str
     help: str
     needs_evaluation: bool = True
+    runs_programs: bool = False
 
 
 VERBS = {
@@ -46,6 +48,7 @@ VERBS = {
     ),
     "compare": Verb("vlmfix.evals.compare.report", "paired differences between the methods of several runs"),
     "plot": Verb("vlmfix.evals.report.plots", "the plots of a run as PNG"),
+    "run": Verb("vlmfix.clients.run", "run a program with every model that it loads patched", False, True),
     "reproduce": Verb("vlmfix.evals.reproduce.command", "published tables: commands, and expected beside measured"),
 }
 
@@ -68,14 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb is None:
         parser.print_help()
         return 2
-    # transformers' remarks on missing optional packages are no news to the user of this command.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # On a machine that does other things too, threads that spin while they wait slow each other down tenfold.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options.command = tuple(words)
+    verb = VERBS[options.verb]
     try:
-        _set_up_logging()
-        _run(VERBS[options.verb], options)
+        if not verb.runs_programs:
+            # transformers' remarks on missing optional packages are no news to the user of this command.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            # On a machine that does other things too, threads that spin while they wait slow each other down tenfold.
+            os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+            _set_up_logging()
+        _run(verb, options)
     except VlmfixError as error:
         sys.stderr.write(f"vlmfix: error: {error}\n")
         return 2

@@ -40,7 +40,7 @@ from vlmfix.engine.stand_ins import (
 )
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
 from vlmfix.model.uncopied import Uncopied
@@ -100,6 +100,8 @@ class Patch:
 
     Attributes:
         variants: Models that ``choose`` made, by their methods.
+        refusals: What was said to calls of ``generate`` that were refused so far.
+        on_refusal: Is called with the error of each of them; what it raises takes the error's place.
     """
 
     def __init__(self, anatomy: Anatomy, methods: tuple[Method, ...], choose: Callable[[nn.Module, Any], Any]) -> None:
@@ -111,6 +113,8 @@ class Patch:
         self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods)
         self.notes = tuple(note for method in methods for note in method.notes(anatomy))
+        self.refusals: list[str] = []
+        self.on_refusal: Callable[[VlmfixError], None] | None = None
         self.owner: Context | None = None
         self.branches: TwoBranches | None = None
         self.search: GenerateWithOpera | None = None
@@ -210,8 +214,14 @@ class Patch:
             self._stand_ins.put(language_model, DRAFTS, self._no_drafts)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
-                self._generate = GenerateByCall(model, model.generate, self.choose)
+                self._generate = GenerateByCall(model, model.generate, self.choose, self.refuse)
             self._stand_ins.put(model, "generate", self._generate)
+
+    def refuse(self, error: VlmfixError) -> None:
+        """Remember a refused call of ``generate``."""
+        self.refusals.append(str(error))
+        if self.on_refusal is not None:
+            self.on_refusal(error)
 
     # Hooks on the model.
 
@@ -275,6 +285,8 @@ class Patch:
         prompts, prompts_without_image, decode_steps, edited = self.counters.read()
         moved = self.counters.read_moved()
         notes = self.notes if self.is_whole() else (*self.notes, _NOT_WHOLE)
+        if self.refusals:
+            notes = (*notes, f"{len(self.refusals)} calls were refused: {self.refusals[-1]}")
         for method, rows, far in zip(self.methods, edited, moved, strict=True):
             if rows and far is not None and far < rounding_of(self.anatomy.model.dtype):
                 note = f"{method.name} edited {rows} {method.counts}, and none of them moved: it has no effect here"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +38,35 @@ def _methods_of(data: Any, source: str) -> tuple[Method, ...]:
     if not isinstance(entries, list) or not entries:
         raise MethodError(f'{source} holds no method. Write for example [{{"method": "vhr", "alpha": 2.0}}].')
     return tuple(method_from_dict(entry) for entry in entries)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Return ``key=value`` texts as a dictionary; values are JSON, or text.
+
+    Raises:
+        MethodError: One is no ``key=value``.
+    """
+    return {key: parse_value(text) for key, text in (split_setting(setting, "key=value") for setting in settings)}
+
+
+def split_setting(setting: str, expected: str) -> tuple[str, str]:
+    """Return the key and the text of a setting.
+
+    Raises:
+        MethodError: It is none; the message says what was ``expected``.
+    """
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise MethodError(f"--set expects {expected}, got {setting!r}")
+    return key, text
+
+
+def parse_value(text: str) -> Any:
+    """Return a value as typed: JSON, or else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def save_recipe(path: str | Path, chosen: Method | Calibration | Sequence[Method | Calibration]) -> None:

@@ -15,6 +15,7 @@ import vlmfix
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.files import read_json
 from vlmfix.methods.registry import list_methods, method_class, method_from_dict
+from vlmfix.recipes import parse_value, split_setting
 
 from ..options import EvalOptions
 
@@ -149,7 +150,7 @@ def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) 
         label: [field.name for field in fields(method_class(str(params["method"])))] for label, params in wanted.items()
     }
     for setting in settings:
-        key, text = _split(setting, "key=value or method.key=value")
+        key, text = split_setting(setting, "key=value or method.key=value")
         owner, dot, parameter = key.rpartition(".")
         if dot and owner not in wanted:
             raise MethodError(f"--set {setting}: method {owner!r} is not in this run ({', '.join(wanted) or 'none'})")
@@ -159,30 +160,6 @@ def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) 
             raise MethodError(f"--set {setting}: no parameter {parameter!r}; parameters are {offered or 'none'}")
         for label in targets:
             wanted[label][parameter] = parse_value(text)
-
-
-def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """Return ``key=value`` texts as a dictionary; values are JSON, or text.
-
-    Raises:
-        MethodError: One is no ``key=value``.
-    """
-    return {key: parse_value(text) for key, text in (_split(setting, "key=value") for setting in settings)}
-
-
-def _split(setting: str, expected: str) -> tuple[str, str]:
-    key, separator, text = setting.partition("=")
-    if not separator or not key:
-        raise MethodError(f"--set expects {expected}, got {setting!r}")
-    return key, text
-
-
-def parse_value(text: str) -> Any:
-    """Return a value as typed: JSON, or else text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def load_recipe(path: Path) -> dict[str, Any] | None:

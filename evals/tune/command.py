@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError, VlmfixError
 from vlmfix.methods.registry import make_method, method_from_dict
+from vlmfix.recipes import parse_settings
 
 from ..benchmarks.columns import figure_of, value_in
 from ..data.thinking import without_traces
@@ -22,7 +23,7 @@ from ..run.answer_log import AnswerLog
 from ..run.answering import generate_answers, load_run_model
 from ..run.batches import AnswerPlan
 from ..run.folder import ANSWERS, CONFIG, check_folder, read_config, write_config
-from ..run.methods import method_specs, parse_settings, recipe_of_one
+from ..run.methods import method_specs, recipe_of_one
 from ..run.plan import RUNS, EvalRun, plan_run, with_methods
 from ..run.shards import Shard
 from ..scores.score_run import score_run

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vlmfix.errors import MethodError, VlmfixError, how_to_install
 from vlmfix.methods.parameters import Choice, Range, Space
 from vlmfix.methods.registry import method_from_dict
+from vlmfix.recipes import parse_value
 
-from ..run.methods import parse_value
 from .rule import Goal
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
@@ -136,11 +136,13 @@ class GenerateByCall:
         model: The model.
         stock: What generates without it.
         choose: Returns a model with the same weights under other methods.
+        remember: Is told of a refused call before its error is raised: many callers swallow it.
     """
 
     model: nn.Module
     stock: Any
     choose: Callable[[nn.Module, Any], Any]
+    remember: Callable[[VlmfixError], None]
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -149,9 +151,13 @@ class GenerateByCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the methods of the patch, with none (``vlmfix=None``), or with those that are named."""
-        if kwargs.get(FORWARD_KWARG) is None:
-            return self.stock(*args, **kwargs)
-        return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
+        try:
+            if kwargs.get(FORWARD_KWARG) is None:
+                return self.stock(*args, **kwargs)
+            return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
+        except VlmfixError as error:
+            self.remember(error)
+            raise
 
 
 def refuse_pages(*args: Any, **kwargs: Any) -> NoReturn:

@@ -1,0 +1,168 @@
+"""``vlmfix run``: the models that a program loads are patched, and what the program did is told."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_runs import PROGRAM, answer, picture, stock
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+import vlmfix
+from vlmfix.cli import main
+from vlmfix.clients.loading import PatchOnLoad
+from vlmfix.methods.registry import make_method
+
+VHR = (make_method("vhr", {"alpha": 4.0, "layers": ":"}),)
+TYPED = ("vhr", "--set", "alpha=4", "layers=:")
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program that knows nothing of vlmfix; what a run changes for it is undone."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return path
+
+
+def test_a_script_is_run_with_its_model_patched(
+    script: Path, processor_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untouched = vars(PreTrainedModel)["from_pretrained"], GenerationMixin.generate
+    model = stock(processor_folder)
+    before = answer(model, processor_folder, picture(0))
+    expected = answer(vlmfix.patch(model, VHR), processor_folder, picture(0))
+    assert main(["run", *TYPED, "--", str(script), str(processor_folder)]) == 0
+    said, status = capsys.readouterr().out.split("\n", 1)
+    assert said == expected != before
+    assert status.startswith("LlavaForConditionalGeneration patched with VHR(") and "1 prompts (0 without" in status
+    assert (vars(PreTrainedModel)["from_pretrained"], GenerationMixin.generate) == untouched
+    assert main(["run", "none", "--", "python3", str(script), str(processor_folder)]) == 0
+    assert capsys.readouterr().out.split("\n", 1)[0] == before
+
+
+def test_a_module_and_a_recipe(script: Path, processor_folder: Path, tmp_path: Path) -> None:
+    vlmfix.save_recipe(tmp_path / "recipe.json", VHR)
+    words = ["run", str(tmp_path / "recipe.json"), "--", "-m", "program", str(processor_folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmfix", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    expected = answer(vlmfix.patch(stock(processor_folder), VHR), processor_folder, picture(0))
+    assert done.returncode == 0 and done.stdout.split("\n", 1)[0] == expected, done.stderr
+
+
+NO_MODEL = "print('done')"
+TEXT_MODEL = "from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+NEVER_CALLED = "client_runs.stock(sys.argv[1])"
+WITHOUT_PICTURE = "client_runs.stock(sys.argv[1]).generate(torch.tensor([[1, 9, 10]]), max_new_tokens=2)"
+FAILS = "client_runs.stock(sys.argv[1]); sys.exit(7)"
+SWALLOWS = """
+for number in range(2):
+    try:
+        client_runs.answer(client_runs.stock(sys.argv[1]), sys.argv[1], client_runs.picture(0), do_sample=True)
+    except Exception:
+        print("empty answer")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "method", "status", "told"),
+    [
+        (NO_MODEL, "vhr", 2, "loaded no vision-language model"),
+        (NEVER_CALLED, "vhr", 2, "never called with a picture (0 prompts"),
+        (WITHOUT_PICTURE, "vhr", 2, "never called with a picture (1 prompts"),
+        (FAILS, "vhr", 7, ""),
+        (SWALLOWS, "opera", 2, "opera returns the best beam and draws nothing"),
+        (NO_MODEL, "vhrr", 2, "no method 'vhrr'"),
+    ],
+)
+def test_what_went_wrong_is_told(
+    code: str,
+    method: str,
+    status: int,
+    told: str,
+    script: Path,
+    processor_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script.write_text(f"import sys, torch, client_runs\n{code}")
+    try:
+        found: Any = main(["run", method, "--", str(script), str(processor_folder)])
+    except SystemExit as exit_:
+        found = exit_.code
+    said = capsys.readouterr()
+    assert (found, told in said.err) == (status, True), said.err
+    assert "empty answer" not in said.out and ("patched with" in said.out) == ("stock" in code)
+
+
+def test_models_of_another_kind_are_left_alone(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=9, **size)).save_pretrained(tmp_path / "text")
+    script.write_text(f"import sys\n{TEXT_MODEL}")
+    assert main(["run", "vhr", "--", str(script), str(tmp_path / "text")]) == 2
+    assert "It loaded LlamaModel: " in capsys.readouterr().err
+
+
+def test_a_model_that_is_made_in_another_way(processor_folder: Path) -> None:
+    loaded = stock(processor_folder)
+    with PatchOnLoad(VHR) as loading:
+        model = LlavaForConditionalGeneration(loaded.config)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        assert not loading.patched
+        said = answer(model, processor_folder, picture(0))
+    assert said == answer(vlmfix.patch(loaded, VHR), processor_folder, picture(0))
+    assert loading.patched[0].status() == vlmfix.status(model)
+
+
+def test_a_vision_language_model_that_cannot_be_patched_is_an_error(
+    processor_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise vlmfix.UnsupportedModelError("not this one")
+
+    monkeypatch.setattr("vlmfix.clients.loading.patch", refuse)
+    with PatchOnLoad(VHR), pytest.raises(vlmfix.UnsupportedModelError, match="not this one"):
+        stock(processor_folder)
+
+
+def test_what_a_model_did_is_known_when_it_is_gone(processor_folder: Path) -> None:
+    with PatchOnLoad(VHR) as loading:
+        model = stock(processor_folder)
+        answer(model, processor_folder, picture(0))
+        status = str(vlmfix.status(model))
+        del model
+        gc.collect()
+    assert str(loading.patched[0].status()) == status
+
+
+def test_cached_answers_are_refused(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "vhr", "--", str(script), "--use_cache=answers"]) == 2
+    assert "keys that do not name the patch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["vhr", "program.py"], ["vhr", "--", "nothing.py"], ["default", "-s", "a=1", "--", "x"]]
+)
+def test_typing_errors_are_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *words]) == 2
+    assert capsys.readouterr().err.startswith("vlmfix: error: ")
