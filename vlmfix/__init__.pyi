@@ -3,6 +3,7 @@
 from vlmfix import methods as methods
 from vlmfix import probes as probes
 from vlmfix.calibration.calibrate import calibrate as calibrate
+from vlmfix.clients.export import export as export
 from vlmfix.decoding.edited import Edited as Edited
 from vlmfix.decoding.flb import FLB as FLB
 from vlmfix.decoding.guidance import Guidance as Guidance

@@ -124,6 +124,12 @@ class ADHH(Method):
             zeroed = torch.where(edited[..., None], zeroed / kept, zeroed)
         return zeroed, edited
 
+    def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
+        """0 for the listed heads, in ``mode="always"``."""
+        if self.mode == "adaptive":
+            return super().fixed_factors(num_heads)
+        return {(layer, head): 0.0 for layer, head in self.heads or () if layer in self.layer_indices}
+
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Set the listed heads of ``[batch, q_len, num_heads, head_dim]`` to 0, in ``mode="always"``."""
         if self.mode == "adaptive":

@@ -91,6 +91,10 @@ class AllPath(Method):
             )
         return super().bind(anatomy)
 
+    def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float]:
+        """Those of the lists, in the chosen layers."""
+        return {place: factor for place, factor in self.factors.items() if place[0] in self.layer_indices}
+
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``."""
         return scale_heads(head_outputs, layer.constant(lambda: self._scale(head_outputs, layer)), layer)

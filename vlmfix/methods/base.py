@@ -186,6 +186,10 @@ class Method(Parametrised):
         """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers."""
         return None
 
+    def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
+        """Return the factors of head outputs of a bound method, by (layer, head); ``None`` if prompts change them."""
+        return {} if self.is_identity else None
+
     def bind(self, anatomy: Anatomy) -> Self:
         """Return a copy with everything that depends on the model resolved (layers, dimensions).
 

@@ -78,6 +78,12 @@ class VHR(Method):
         """Heads are chosen at the end of the prompt and scaled in all of it."""
         return self.needs_text_only_heads
 
+    def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
+        """Every head's, in the control ``select="all"`` alone."""
+        if self.select != "all":
+            return super().fixed_factors(num_heads)
+        return {(layer, head): self.alpha for layer in self.layer_indices for head in range(num_heads)}
+
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Scale ``[batch, q_len, num_heads, head_dim]``; in a prompt, choose the heads first."""
         if layer.forward.begins:
