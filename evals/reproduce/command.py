@@ -16,8 +16,7 @@ from vlmfix.errors import DataError, VlmfixError
 
 from ..flags import verb_parser
 from .check import check
-from .table import LABELS, SECONDS_PER_PREFILL, SECONDS_PER_STEP, Row, Table
-from .tables import TABLES
+from .table import LABELS, SECONDS_PER_PREFILL, SECONDS_PER_STEP, TABLES, Row, Table, filled_in
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +85,10 @@ def listing() -> str:
 
 
 def command(words: Sequence[str], table: Table, options: argparse.Namespace) -> list[str]:
-    """A command with its placeholders filled in, as far as they are known; ``{question}`` belongs to a prompt."""
+    """A command with its placeholders filled in, as far as they are known."""
     known = {name: getattr(options, name) or SPELLED[name] for name in PLACES}
     known |= {"model": options.model or table.model or "", "out": options.out}
-    filled = []
-    for word in words:
-        for name, value in known.items():
-            word = word.replace(f"{{{name}}}", str(value))
-        filled.append(word)
-    return filled
+    return [filled_in(word, known) for word in words]
 
 
 def needed(table: Table) -> list[str]:
@@ -121,7 +115,7 @@ def _figures(row: Row) -> str:
     for key, value in row.figures.items():
         spread = f" ± {row.spread[key]:g}" if key in row.spread else ""
         cells.append(f"{key.partition('.')[2]} {value:g}{spread}")
-    return ", ".join(cells) + (f" ({LABELS[row.label]})" if row.label else "")
+    return ", ".join(cells)
 
 
 def estimate(table: Table) -> str:

@@ -1,10 +1,20 @@
-"""What is known of a published table, and how its commands are made."""
+"""Published tables that this package has the methods for: commands, expected figures, and where these come from.
+
+They stand in ``published.json``. We have run none of the evaluations (they need a GPU, a checkpoint and COCO). ``label``
+says how well a figure is known: "paper" (read in the paper that prints it), "rescored" (recomputed by us from captions
+its authors released), "second-hand" (quoted by somebody else), "README" (of the authors' repository). Figures are in
+percent, lengths in words; a pair is a mean over seeds with its standard deviation.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 LABELS = {
     "paper": "read in the paper",
@@ -12,17 +22,9 @@ LABELS = {
     "second-hand": "second-hand: quoted by somebody else",
     "README": "README of the authors' repository",
 }
-LLAVA, NEXT = "llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"
-BLIP = "Salesforce/instructblip-vicuna-7b"
-POPE_FILES = tuple(f"{{pope}}/coco_pope_{split}.json" for split in ("random", "popular", "adversarial"))
 #: Of LLaVA-1.5-7B at batch 1, as the IRI paper prints them; the slower step is that of AdaIAT's timing file.
 SECONDS_PER_STEP, SECONDS_PER_PREFILL = (0.036, 0.110), 0.100
 BATCH = 8
-
-CHAIR_SETTING = "the published images are not known; ours are drawn by seed from all of val2014"
-CHAIR_MODE = "CHAIR's mode is not stated in what we read; nltk is what most such papers use"
-HELP_ME = "Please help me describe the image in detail."
-NO_SYSTEM = "LLaVA's own prompt begins with a system sentence, which the checkpoint's chat template leaves out"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,11 @@ class Row:
         method: Its label in the run; for rescored files the name of the result.
         figures: Such as ``chair.chair_s`` -> percent.
         spread: Published standard deviation over seeds, where there is one.
-        label: How well the figures are known, if not as the table says.
     """
 
     method: str
     figures: Mapping[str, float]
-    spread: Mapping[str, float] = field(default_factory=dict)
-    label: str | None = None
+    spread: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Table:
     rows: Sequence[Row]
     commands: Sequence[Sequence[str]]
     runs: Sequence[str]
-    model: str | None = LLAVA
-    notes: Sequence[str] = ()
+    notes: Sequence[str]
+    model: str | None = "llava-hf/llava-1.5-7b-hf"
     captions: int = 0
     steps: int = 170
     questions: int = 0
@@ -81,47 +81,39 @@ class Table:
         return low, high
 
 
-def chair(**figures: float) -> dict[str, float]:
-    """Figures of CHAIR under their keys: s, i, recall, f1, words."""
-    names = {"s": "chair_s", "i": "chair_i", "recall": "recall", "f1": "f1", "words": "length_words"}
-    return {f"chair.{names[name]}": value for name, value in figures.items()}
+def filled_in(word: str, values: Mapping[str, object]) -> str:
+    """A word of a command with its placeholders filled in, as far as they are known; ``{question}`` is a prompt's."""
+    for name, value in values.items():
+        word = word.replace(f"{{{name}}}", str(value))
+    return word
 
 
-def evaluation(name: str, *words: str, seed: int = 0) -> tuple[str, ...]:
-    """A command of ``vlmfix eval`` into {out}/NAME."""
-    common = ("vlmfix", "eval", "--model", "{model}", "--data", "{data}", "--dtype", "float16", "--no-controls")
-    return (*common, *words, "--seed", str(seed), "--out", f"{{out}}/{name}")
+def _tables(published: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Name and content of every table: shared notes and words put in, a command per run (seed) or file."""
+    for name, found in published["tables"].items():
+        seeds = found.pop("seeds", 1)
+        runs = [name] if seeds == 1 else [f"{name}-seed{seed}" for seed in range(seeds)]
+        commands: list[list[str]] = []
+        for text in found.pop("commands"):
+            words = shlex.split(filled_in(filled_in(text, published["commands"]), published["commands"]))
+            each: list[dict[str, object]] = [{}]
+            if "{run}" in words[-1]:
+                each = [{"seed": seed, "run": run} for seed, run in enumerate(runs)]
+            elif "{row}" in words[-1]:
+                each = [{"row": method} for method in found["rows"]]
+            commands += [[filled_in(word, values) for word in words] for values in each]
+        rows = [_row(method, figures) for method, figures in found.pop("rows").items()]
+        notes = [published["notes"].get(note, note) for note in found.pop("notes")]
+        needs_model = found.get("model", "") is not None
+        yield name, Table(rows=rows, commands=commands, runs=runs if needs_model else [""], notes=notes, **found)
 
 
-def captioning(name: str, *words: str, seed: int = 0, tokens: int = 512) -> tuple[str, ...]:
-    """A command that captions 500 images and scores CHAIR in nltk mode."""
-    size = ("--limit", "500", "--max-new-tokens", str(tokens))
-    return evaluation(name, "--benchmark", "chair", "--chair-mode", "nltk", *size, *words, seed=seed)
+def _row(method: str, figures: Mapping[str, float | Sequence[float]]) -> Row:
+    pairs = {key: value if isinstance(value, Sequence) else (value,) for key, value in figures.items()}
+    spread = {key: value[1] for key, value in pairs.items() if len(value) > 1}
+    return Row(method, {key: value[0] for key, value in pairs.items()}, spread)
 
 
-def polling(name: str, *words: str, files: Sequence[str] = POPE_FILES) -> tuple[str, ...]:
-    """A command that asks POPE's official questions, as they are."""
-    return evaluation(name, "--benchmark", "pope", "--pope-questions", *files, *words)
-
-
-def seeds(name: str, *words: str) -> dict[str, Sequence[object]]:
-    """Commands and folders of five seeds, as in VHR's Table 1."""
-    names = [f"{name}-seed{seed}" for seed in range(5)]
-    commands = [captioning(each, *words, seed=seed) for seed, each in enumerate(names)]
-    return {"commands": commands, "runs": names}
-
-
-def rescoring(file: str, name: str, mode: str) -> tuple[str, ...]:
-    """A command of ``vlmfix score chair``."""
-    words = (
-        "vlmfix",
-        "score",
-        "chair",
-        "--captions",
-        f"{{captions}}/{file}",
-        "--ground-truth",
-        "{data}",
-        "--mode",
-        mode,
-    )
-    return (*words, "--out", f"{{out}}/{name}.json")
+TABLES: Mapping[str, Table] = dict(
+    _tables(json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8")))
+)
