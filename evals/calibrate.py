@@ -78,12 +78,12 @@ def calibrate_command(options: CalibrateOptions, show: Callable[[str], None]) ->
 
     from .benchmarks.coco_objects import ChairMatcher
     from .benchmarks.registry import make_tasks
+    from .data.write import check_parent
     from .run.models import find_model, fitting_threads, load_model
 
     run, settings, asks = options.filled_in(), options.parameters, options.asks
     out = options.out or Path(f"{options.method}.json")
-    if not out.parent.is_dir():
-        raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_parent(out)
     plan(options.method, settings)
     tasks = make_tasks(run)
     samples, max_new_tokens = _samples(tasks, asks)

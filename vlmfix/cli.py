@@ -44,7 +44,7 @@ VERBS = {
     "tune": Verb("vlmfix.evals.tune.command", "search a method's parameters, and confirm the choice on other images"),
     "power": Verb("vlmfix.evals.power", "how small a difference n images can show", False),
     "inspect": Verb(
-        "vlmfix.evals.inspect.run", "show where each word of an answer looks and what it rests on, as a page"
+        "vlmfix.evals.inspect.command", "show where each word of an answer looks and what it rests on, as a page"
     ),
     "compare": Verb("vlmfix.evals.compare.report", "paired differences between the methods of several runs"),
     "plot": Verb("vlmfix.evals.report.plots", "the plots of a run as PNG"),

@@ -1,4 +1,4 @@
-"""The run folder on disk: an append-only answer log that survives a kill, and files written atomically."""
+"""Files written as a whole or not at all, and the digests of what is in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmfix.errors import VlmfixError
+from vlmfix.errors import DataError, VlmfixError
 
 SCHEMA_VERSION = 1
 """Of the results that ``vlmfix eval`` and ``vlmfix score`` write."""
@@ -63,6 +63,16 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left of files that it was writing; nobody else may be writing there."""
     for path in folder.rglob(".*.tmp"):
         path.unlink()
+
+
+def check_parent(path: Path) -> None:
+    """Make sure that a file that ``--out`` names can be written once its content is there.
+
+    Raises:
+        DataError: Its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise DataError(f"--out {path}: there is no folder {path.parent}; make it first")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,9 +13,9 @@ from vlmfix.patching import patched
 from vlmfix.probes.evidence import DOUBT_THRESHOLD, doubt
 
 from ..benchmarks.coco_objects import ChairMatcher
+from ..data.thinking import without_thinking
 from ..run.methods import MethodSpec
-from .case import Case
-from .picture import picture_as_seen
+from .case import Case, picture_as_seen
 from .words import Span, context_of, layer_groups, word_spans
 
 SHOWN_SINKS = 8
@@ -181,12 +181,21 @@ def inspect_picture(case: Case, specs: Sequence[MethodSpec], *, title: str, fact
 
 
 def _look(case: Case, inputs: Any, label: str, note: str, tokens: Answers | None = None) -> Version:
+    """Look at one answer: the model's own, or ``tokens``; thinking before it is no part of the answer."""
     tokenizer = case.processor.tokenizer
     looks = probes.attention_to_image(case.model, inputs, max_new_tokens=case.max_new_tokens, answers=tokens, maps=True)
     ids = looks.tokens[0]
-    text = decode(tokenizer, ids)
-    spans = word_spans(tokenizer, ids, text)
-    mentions, _ = locate_mentions(tokenizer, ids, ChairMatcher("original").as_written(text))
+    written = decode(tokenizer, ids)
+    thought = without_thinking(written)
+    text = thought.answer
+    begin = written.rindex(text)
+    if thought.traced:
+        never = " It never ends: allow a longer answer with --max-new-tokens." if thought.unfinished else ""
+        note += f" {len(written[:begin].split())} words of thinking before the answer are left out.{never}"
+    spans = word_spans(tokenizer, ids, written, slice(begin, begin + len(text)))
+    answered = {token for span in spans for token in span.tokens}
+    mentions, _ = locate_mentions(tokenizer, ids, ChairMatcher("original").as_written(written))
+    mentions = [mention for mention in mentions if mention.token in answered]
     context = context_of(spans, mentions, case.scene_words)
     rests = probes.evidence(case.model, inputs, answers=looks.tokens, context=[context])
     divergence = probes.head_divergence(case.model, inputs, answers=looks.tokens)
@@ -197,7 +206,7 @@ def _look(case: Case, inputs: Any, label: str, note: str, tokens: Answers | None
     words = tuple(_word(span, looks, rests, divergence, case, objects) for span in spans)
     return Version(
         label=label,
-        note=note,
+        note=note.strip(),
         caption=text,
         words=words,
         layers=looks.layers,

@@ -26,12 +26,12 @@ class Span:
     tokens: tuple[int, ...]
 
 
-def word_spans(tokenizer: Any, ids: Sequence[int], text: str) -> list[Span]:
-    """Split an answer at white space; a word's tokens are those that spell it without punctuation around it."""
+def word_spans(tokenizer: Any, ids: Sequence[int], text: str, part: slice = slice(None)) -> list[Span]:
+    """Split a part of a text at white space; a word's tokens are those that spell it without punctuation around it."""
     ends = token_ends(tokenizer, ids, text)
     begins = [0, *ends[:-1]]
     found = []
-    for match in re.finditer(r"\S+", text):
+    for match in re.compile(r"\S+").finditer(text, *part.indices(len(text))[:2]):
         core = re.search(r"\w(?:.*\w)?", match[0])
         first, last = match.span() if core is None else (match.start() + core.start(), match.start() + core.end())
         spelt = tuple(i for i, (a, b) in enumerate(zip(begins, ends, strict=True)) if a < last and b > first and b > a)

@@ -1,9 +1,9 @@
 """Published tables that this package has the methods for: commands, expected figures, and where these come from.
 
-They stand in ``published.json``. We have run none of the evaluations (they need a GPU, a checkpoint and COCO). ``label``
-says how well a figure is known: "paper" (read in the paper that prints it), "rescored" (recomputed by us from captions
-its authors released), "second-hand" (quoted by somebody else), "README" (of the authors' repository). Figures are in
-percent, lengths in words; a pair is a mean over seeds with its standard deviation.
+They stand in ``published.json``. We have run none of the evaluations (they need a GPU, a checkpoint and COCO). The
+``label`` of a table says how well its figures are known: "paper" (read in the paper that prints them), "rescored"
+(recomputed by us from captions its authors released), "second-hand" (quoted by somebody else), "README" (of the
+authors' repository). Figures are in percent, lengths in words; a pair is a mean over seeds with its deviation.
 """
 
 from __future__ import annotations

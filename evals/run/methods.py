@@ -7,23 +7,27 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 import vlmfix
-from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError, UnsupportedModelError
+from vlmfix.errors import MethodError, UnsupportedFeatureError, UnsupportedModelError
 from vlmfix.files import read_json
 from vlmfix.methods.registry import list_methods, method_class, method_from_dict
 from vlmfix.recipes import parse_value, split_setting
 
 from ..options import EvalOptions
+from ..testbed import RECIPE
 
 ALL = "all"
 """Among the names of methods: every method that the model takes as it comes."""
 
 
 DEFAULT_METHODS = ("vhr", "var")
+Strengths = Mapping[str, Mapping[str, Any]]
+"""Parameters of the methods that do not run at their defaults, by name."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +66,24 @@ def _short(value: Any) -> str:
     return str(value).replace(" ", "")
 
 
-def plan_methods(options: EvalOptions, recipe: Mapping[str, Any] | None) -> list[MethodSpec]:
+def plan_methods(options: EvalOptions, strengths: Strengths = MappingProxyType({})) -> list[MethodSpec]:
     """Return the methods of a run: ``none`` first, then those asked for, each followed by its own controls.
 
     Args:
         options: ``methods`` (names, or recipe files of one method, labelled by the file's stem), ``settings``
             (``key=value`` or ``label.key=value``) and ``controls`` are read.
-        recipe: The testbed's recipe (``{"methods": [{"method": ..., ...}]}``), or None for the methods' defaults.
+        strengths: See :func:`strengths_on`.
 
     Raises:
         MethodError: Unknown method or parameter, or a value out of range; the message lists what exists.
     """
-    known = recipe_entries(recipe)
     wanted: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(options.methods or DEFAULT_METHODS):
         if name == "none":
             continue
         from_file = name.endswith(".json")
         label = Path(name).stem if from_file else name
-        params = recipe_of_one(name) if from_file else {**known.get(name, {}), "method": name}
+        params = recipe_of_one(name) if from_file else {**strengths.get(name, {}), "method": name}
         if label in wanted:
             raise MethodError(f"--method: two of them are called {label!r}. Rename a recipe file.")
         wanted[label] = params
@@ -162,48 +165,44 @@ def _apply_settings(wanted: dict[str, dict[str, Any]], settings: Iterable[str]) 
             wanted[label][parameter] = parse_value(text)
 
 
-def load_recipe(path: Path) -> dict[str, Any] | None:
-    """Read the testbed's method strengths; None when there is no recipe file.
+def strengths_on(model: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return what methods run at on a model unless a parameter is set, and what the reader must know about it.
 
-    Raises:
-        DataError: The file is there but is not a recipe.
+    Args:
+        model: As typed; None is the testbed, whose strengths were chosen on scenes of its calibration split.
+
+    Returns:
+        Parameters by the method's name; empty where all run at their defaults. And notes.
     """
-    if not path.is_file():
-        return None
-    recipe = read_json(path, what="recipe file", remedy="write it again")
-    try:
-        recipe_entries(recipe)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f'{path} is not a recipe: expected {{"methods": [{{"method": ...}}]}} ({error})') from error
-    return dict(recipe)
+    if model is not None:
+        return {}, []
+    recipe = read_json(RECIPE, what="recipe file", remedy="write it again: python scripts/calibrate_testbed.py")
+    note = f"method strengths are the testbed's recipe, chosen on {recipe['chosen_on']}"
+    return {entry["method"]: entry for entry in recipe["methods"]}, [note]
 
 
-def recipe_entries(recipe: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return a recipe's parameters by method; empty without a recipe."""
-    return {entry["method"]: dict(entry) for entry in (recipe or {"methods": []})["methods"]}
-
-
-def expand_all(
-    names: Sequence[str], config: Any, known: Mapping[str, Mapping[str, Any]]
-) -> tuple[tuple[str, ...], dict[str, str]]:
+def expand_all(names: Sequence[str], config: Any, strengths: Strengths) -> tuple[tuple[str, ...], list[str]]:
     """Replace ``"all"`` among the names of methods by what it stands for.
 
     Args:
         names: As typed.
         config: The model's configuration.
-        known: Parameters of methods that do not run at their defaults, by name.
+        strengths: See :func:`strengths_on`.
 
     Returns:
-        The names, and name -> reason of every method left out (not of those that are named beside ``"all"``).
+        The names, and a note on every method left out (not of those that are named beside ``"all"``).
     """
     if ALL not in names:
-        return tuple(names), {}
-    takes, refused = every_method(config, known)
-    expanded = dict.fromkeys(each for name in names for each in (takes if name == ALL else [name]))
-    return tuple(expanded), {name: why for name, why in refused.items() if name not in expanded}
+        return tuple(names), []
+    takes, refused = every_method(config, strengths)
+    expanded = tuple(dict.fromkeys(each for name in names for each in (takes if name == ALL else [name])))
+    left_out = {name: why for name, why in refused.items() if name not in expanded}
+    return expanded, [
+        f"left out: {why if why.startswith(name) else f'{name}: {why}'}" for name, why in left_out.items()
+    ]
 
 
-def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], dict[str, str]]:
+def every_method(config: Any, strengths: Strengths) -> tuple[list[str], dict[str, str]]:
     """Find which methods a model takes with no calibration file and no flag.
 
     The model is built without weights and patched with each. A method that only fails for want of weights (it would
@@ -211,7 +210,7 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
 
     Args:
         config: The model's configuration.
-        known: Parameters of methods that do not run at their defaults, by name.
+        strengths: See :func:`strengths_on`.
 
     Returns:
         The names of those that it takes, and name -> reason of the others.
@@ -229,7 +228,7 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
             refused[name] = "it searches beams, and the answers of a run are greedy"
             continue
         try:
-            with vlmfix.patched(model, method_from_dict({**known.get(name, {}), "method": name})):
+            with vlmfix.patched(model, method_from_dict({**strengths.get(name, {}), "method": name})):
                 pass
         except (MethodError, UnsupportedModelError, UnsupportedFeatureError) as error:
             refused[name] = str(error)
@@ -238,10 +237,3 @@ def every_method(config: Any, known: Mapping[str, Mapping[str, Any]]) -> tuple[l
             pass
         takes.append(name)
     return takes, refused
-
-
-def skipped_notes(skipped: Mapping[str, str]) -> list[str]:
-    """Return what the report says about methods left out."""
-    return [
-        f"left out: {reason if reason.startswith(name) else f'{name}: {reason}'}" for name, reason in skipped.items()
-    ]

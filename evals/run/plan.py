@@ -10,12 +10,11 @@ from typing import Any
 
 from vlmfix.observe.prompts import PromptBuilder
 
-from .. import testbed
 from ..benchmarks.registry import Tasks, make_tasks
 from ..data.write import SCHEMA_VERSION, digest
 from ..options import EvalOptions
 from .batch_size import choose_batch_size
-from .methods import MethodSpec, expand_all, load_recipe, plan_methods, recipe_entries, skipped_notes
+from .methods import MethodSpec, expand_all, plan_methods, strengths_on
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
 from .provenance import run_name, versions
 
@@ -64,17 +63,12 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
     Raises:
         VlmfixError: Something the run needs is missing or contradictory; nothing was written.
     """
-    notes: list[str] = []
-    recipe = load_recipe(testbed.RECIPE) if options.model is None else None
-    if recipe is not None:
-        notes.append(f"method strengths are the testbed's recipe, chosen on {recipe.get('chosen_on', 'unknown data')}")
-    elif options.model is None:
-        notes.append("the testbed has no recipe file: the methods run at their defaults, not at calibrated strengths")
+    strengths, notes = strengths_on(options.model)
     source = find_model(options.model, yes=options.yes)
     if methods is None:
-        names, skipped = expand_all(options.methods, source.config, recipe_entries(recipe))
-        methods = plan_methods(replace(options, methods=names), recipe)
-        notes += skipped_notes(skipped)
+        names, left_out = expand_all(options.methods, source.config, strengths)
+        methods = plan_methods(replace(options, methods=names), strengths)
+        notes += left_out
     tasks = make_tasks(options)
     first = next(tasks.samples())
     PromptBuilder(source.processor, use_template=options.chat_template)(first.question, image=first.path is not None)

@@ -9,13 +9,13 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.errors import DataError, VlmfixError
+from vlmfix.errors import VlmfixError
 from vlmfix.methods.registry import make_method, method_from_dict
 from vlmfix.recipes import parse_settings
 
 from ..benchmarks.columns import figure_of, value_in
 from ..data.thinking import without_traces
-from ..data.write import write_json
+from ..data.write import check_parent, write_json
 from ..evaluate import evaluate
 from ..flags import IMAGES, MODEL, OUTPUT, SCORING, add_verb, option
 from ..options import BenchmarkOptions
@@ -154,8 +154,7 @@ def tune(options: TuneOptions, show: Callable[[str], None]) -> dict[str, Any]:
     start = starting_setting(options.method, fixed)
     space = space_of(start, fixed, options.ranges)
     out = options.out or Path(f"{start.name}-tuned.json")
-    if not out.parent.is_dir():
-        raise DataError(f"--out {out}: there is no folder {out.parent}; make it first")
+    check_parent(out)
     search = Search(start, space, seed=options.seed)
     folder = options.folder or RUNS / f"tune-{start.name}"
     on, off = make_splits(options.as_eval(settings=()), options.confirm, options.confirm_ids, folder)

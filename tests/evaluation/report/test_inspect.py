@@ -17,12 +17,13 @@ from testbed_doubt import Named, measure, report
 
 from vlmfix.cli import main
 from vlmfix.evals import testbed
-from vlmfix.evals.inspect.load import inspect_command
+from vlmfix.evals.inspect import look
+from vlmfix.evals.inspect.case import grid_of
+from vlmfix.evals.inspect.command import InspectOptions, inspect_command
 from vlmfix.evals.inspect.look import Inspection, Word
-from vlmfix.evals.inspect.options import InspectOptions
 from vlmfix.evals.inspect.page import inspection_page, summary, verdict
-from vlmfix.evals.inspect.picture import grid_of
 from vlmfix.evals.inspect.words import layer_groups, word_spans
+from vlmfix.observe import words as observed
 from vlmfix.probes.evidence import DOUBT_THRESHOLD
 
 EXAMPLES = {350: "cup", 227: "carrot", 122: "parking meter", 356: "frisbee"}
@@ -141,6 +142,28 @@ def test_words_and_their_tokens() -> None:
         ("a", (5,)),
         ("cat).", (6,)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("trace", "note"),
+    [("<think>a dog?</think>", "2 words of thinking"), ("<think>a dog? ", "It never ends"), ("", "")],
+)
+def test_thinking_is_no_part_of_the_answer(
+    trace: str, note: str, inspection: Inspection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(tokenizer: Any, ids: Any) -> str:
+        """The first token spells a trace as well; what is behind it stays where it was."""
+        return trace + str(tokenizer.decode(list(ids), skip_special_tokens=True)) if len(ids) else ""
+
+    for module in (look, observed):
+        monkeypatch.setattr(module, "decode", written)
+    (found,) = inspect_command(InspectOptions(scene=350)).versions
+    stock = inspection.versions[0]
+    assert note in found.note and bool(note) == bool(found.note)
+    if note == "It never ends":
+        assert note in found.note and found.caption == "" and found.words == ()
+    else:
+        assert found.caption == stock.caption and found.words == stock.words
 
 
 def test_layers_in_groups() -> None:

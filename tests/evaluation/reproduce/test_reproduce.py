@@ -50,7 +50,7 @@ def test_every_command_is_one_of_this_package(tmp_path: Path) -> None:
             recipe = {"method": options.method}
             options.out.write_text(json.dumps(recipe))  # for the evaluation behind it
         elif words[1] == "eval":
-            specs = plan_methods(EvalOptions.from_arguments(options), None)
+            specs = plan_methods(EvalOptions.from_arguments(options))
             for spec in specs:
                 spec.build()  # Every parameter exists and is in range.
             assert [spec.label for spec in specs] == [row.method for row in table.rows], name

@@ -612,7 +612,7 @@ def test_what_a_method_reads_from_a_file_is_part_of_it(tmp_path: Path) -> None:
 
     def planned() -> dict[str, Any]:
         options = config.EvalOptions(methods=("adaiat",), settings=(f"statistics={path}",))
-        return dict(config.plan_methods(options, None)[1].params)
+        return dict(config.plan_methods(options)[1].params)
 
     found = []
     for value in (0.1, 0.2):
@@ -627,7 +627,7 @@ def test_what_a_method_reads_from_a_file_is_part_of_it(tmp_path: Path) -> None:
 
 def test_settings_reach_methods() -> None:
     options = config.EvalOptions(methods=("vhr", "var"), settings=("alpha=1.5", "var.recycle=0.25", "layers=[1]"))
-    specs = {spec.label: spec for spec in config.plan_methods(options, None)}
+    specs = {spec.label: spec for spec in config.plan_methods(options)}
     assert list(specs) == ["none", "vhr", "vhr/all", "vhr/unselected", "var"]
     assert {specs[label].params["alpha"] for label in specs if "vhr" in label} == {1.5}
     assert specs["vhr/all"].params["select"] == "all" and specs["vhr/all"].parent == "vhr"
@@ -637,12 +637,12 @@ def test_settings_reach_methods() -> None:
 
 
 def test_recipe_gives_strengths_and_settings_override_them() -> None:
-    recipe = {"methods": [{"method": "vhr", "alpha": 1.25}], "chosen_on": "calibration"}
+    recipe = {"vhr": {"method": "vhr", "alpha": 1.25}}
     assert config.plan_methods(config.EvalOptions(), recipe)[1].params["alpha"] == 1.25
     changed = config.EvalOptions(settings=("vhr.alpha=1.75",), controls=False)
     assert [spec.params.get("alpha") for spec in config.plan_methods(changed, recipe)] == [None, 1.75, None]
     with pytest.raises(MethodError, match="no parameter 'beta'"):
-        config.plan_methods(config.EvalOptions(), {"methods": [{"method": "var", "beta": 1}]})
+        config.plan_methods(config.EvalOptions(), {"var": {"method": "var", "beta": 1}})
 
 
 def test_one_method_at_many_strengths(home: Path, tmp_path: Path) -> None:
@@ -656,13 +656,6 @@ def test_one_method_at_many_strengths(home: Path, tmp_path: Path) -> None:
     assert [row["label"] for row in rows] == ["none", "vhr 1.0", "vhr 2.0"]
     assert [row["describe"] for row in rows] == ["none", "vhr alpha=1", "vhr"]
     assert rows[1]["chair"]["changed"] == 0 < rows[2]["chair"]["changed"], "strength one is the stock model"
-
-
-def test_broken_recipe(tmp_path: Path) -> None:
-    assert config.load_recipe(tmp_path / "missing.json") is None
-    (tmp_path / "r.json").write_text('{"methods": [1]}')
-    with pytest.raises(DataError, match="not a recipe"):
-        config.load_recipe(tmp_path / "r.json")
 
 
 def test_key_depends_on_everything_that_decides_an_answer(home: Path, tmp_path: Path) -> None:
@@ -985,16 +978,16 @@ def test_recipe_files_are_rows_of_the_table(tmp_path: Path) -> None:
     options = config.EvalOptions(
         out=tmp_path, methods=(str(path), "cmai"), settings=("few_heads.tau=0.2", "experimental=true")
     )
-    _, recipe, cmai = config.plan_methods(options, None)
+    _, recipe, cmai = config.plan_methods(options)
     assert (recipe.label, recipe.describe()) == ("few_heads", "adhh tau=0.2 heads=[[0,1],[2,3]]")
     assert recipe.build() == vlmfix.ADHH(heads=[(0, 1), (2, 3)], tau=0.2)
     assert cmai.describe() == "cmai experimental=True"
     vlmfix.save_recipe(path, [vlmfix.PAI(), vlmfix.VHR()])
     with pytest.raises(MethodError, match="holds 2"):
-        config.plan_methods(config.EvalOptions(out=tmp_path, methods=(str(path),)), None)
+        config.plan_methods(config.EvalOptions(out=tmp_path, methods=(str(path),)))
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         vlmfix.save_recipe(tmp_path / folder / "same.json", vlmfix.PAI())
     both = tuple(str(tmp_path / folder / "same.json") for folder in ("a", "b"))
     with pytest.raises(MethodError, match="two of them"):
-        config.plan_methods(config.EvalOptions(out=tmp_path, methods=both), None)
+        config.plan_methods(config.EvalOptions(out=tmp_path, methods=both))

@@ -13,7 +13,7 @@ from vlmfix.cli import VERBS, command_parser, main
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.calibrate import CalibrateOptions
 from vlmfix.evals.flags import MODEL, OUTPUT, add_verb, check_options, option, typed_values
-from vlmfix.evals.inspect.options import InspectOptions
+from vlmfix.evals.inspect.command import InspectOptions
 from vlmfix.evals.options import EvalOptions, Options
 from vlmfix.evals.tune.command import TuneOptions
 
@@ -119,7 +119,7 @@ def test_examples_are_words_the_parser_takes() -> None:
     import shlex
 
     from vlmfix.evals import calibrate, evaluate
-    from vlmfix.evals.inspect import run as inspect
+    from vlmfix.evals.inspect import command as inspect
     from vlmfix.evals.tune import command as tune
 
     parser = command_parser()
