@@ -19,7 +19,7 @@ from PIL import Image
 from vlmfix.evals.benchmarks.chair.task import PROMPT as CHAIR_PROMPT
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.inspect.case import Case
-from vlmfix.evals.inspect.words import context_of, word_of, word_spans
+from vlmfix.evals.inspect.look import context_of, word_of, word_spans
 from vlmfix.evals.run.models import find_model, fitting_threads, load_model
 from vlmfix.evals.stats.figures import auc
 from vlmfix.evals.testbed import SPLITS

@@ -10,7 +10,7 @@ from typing import Any
 from vlmfix.errors import DataError
 
 from ..benchmarks.registry import benchmark_class, benchmark_names
-from ..run.settings import setting_differences
+from ..run.folder import setting_differences
 from ..scores.counts import BenchmarkCounts, RunCounts
 from ..stats.table import Key
 

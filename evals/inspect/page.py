@@ -9,8 +9,7 @@ from typing import Any
 from vlmfix.probes.evidence import DOUBT_THRESHOLD
 
 from ..report.page import render
-from .look import Inspection, SinkSummary, Version, Word
-from .words import GROUPS
+from .look import GROUPS, Inspection, SinkSummary, Version, Word
 
 
 def inspection_page(found: Inspection) -> str:

@@ -16,8 +16,7 @@ from ..flags import verb_parser
 from ..scores.pareto import axes, flat_front, pareto
 from ..stats.figures import Figure
 from ..tables import excludes_zero, interval_cell, number, signed, survives
-from .drawing import FAINT, INK, PAPER, draw_dot, empty_figure, hide_spines, row_colours, write_title
-from .labels import place_labels
+from .drawing import FAINT, INK, PAPER, draw_dot, empty_figure, hide_spines, place_labels, row_colours, write_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

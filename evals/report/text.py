@@ -1,13 +1,20 @@
-"""A run's report as text: short and in full for a terminal, and as Markdown. All are made from ``results.json``."""
+"""A run's report as text: short and in full for a terminal, and as Markdown. All are made from ``results.json``.
+
+What a run found is one plain sentence per row: ``vhr: 1.0 points fewer invented objects, 1.0 points lower recall``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
+from ..benchmarks.columns import changed_methods, used_figures
+from ..scores.verdicts import FREE_CONTROLS, verdict
+from ..stats.figures import Figure
+from ..tables import is_certain
 from .rows import benchmarks, tables
-from .sentences import headline_columns, sentences
 from .summary import glossary, legend, main_table, markdown_main, summarise
 
 TERMINAL_WIDTH = 120
@@ -76,3 +83,78 @@ def conditions(results: Mapping[str, Any]) -> list[str]:
             if "about" in first[name]
         ),
     ]
+
+
+def headline_columns(results: Mapping[str, Any]) -> list[Figure]:
+    """The figures that the short table of a run shows, and that its sentences speak of.
+
+    Of a benchmark that marks none, the first one.
+    """
+    found: list[Figure] = []
+    for _, figures in groupby(used_figures(results), key=lambda figure: figure.benchmark):
+        own = list(figures)
+        found += [figure for figure in own if figure.headline] or own[:1]
+    return found
+
+
+def sentences(results: Mapping[str, Any]) -> list[str]:
+    """Say of every row that is compared with another one what is certain about it.
+
+    A difference is named where its interval excludes zero after the correction. A control that needs no method is named
+    where it does as much as a method that improves on the figure compared, or is told apart from the method.
+
+    Args:
+        results: The content of ``results.json``, or what ``vlmfix compare`` writes.
+    """
+    changed = set(changed_methods(results))
+    said = []
+    for row in results["methods"]:
+        if "differences" not in row:
+            continue
+        if row["label"] not in changed:
+            said.append(f"{row['label']}: no answer changed.")
+            continue
+        found = list(_differences(results, row)) or [f"no clear difference from {results.get('reference', 'none')}"]
+        clauses = [", ".join(found), *_controls(results, row)]
+        if verdict(results, row) == "loops":
+            clauses.append("but more of its captions loop or are cut off, so that its other figures mean little")
+        said.append(f"{row['label']}: {'; '.join(clauses)}.")
+    return said
+
+
+def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+    for figure in headline_columns(results):
+        found = row["differences"].get(figure.key)
+        if is_certain(found):
+            size = f"{abs(found['estimate']) * (100 if figure.percent else 1):.1f}"
+            less, more = figure.phrases
+            yield f"{'under 0.1' if size == '0.0' else size} points {more if found['estimate'] > 0 else less}"
+
+
+_OUTCOMES = {"better": "worse", "worse": "better"}  # of the method, and how the control then does
+
+
+def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+    """What the controls that need no method achieve beside a method."""
+    columns = {figure.key: figure for figure in used_figures(results)}
+    for control, phrase in FREE_CONTROLS.items():
+        compared: dict[str, list[Figure]] = {}
+        for line in results.get("controls", ()):
+            if (line["method"], line["control"]) == (row["label"], control) and line["metric"] in columns:
+                outcome = line.get("verdict_holm", line["verdict"])
+                compared.setdefault(outcome, []).append(columns[line["metric"]])
+        decided = [outcome for outcome in _OUTCOMES if outcome in compared]
+        if decided:
+            told = (f"{_OUTCOMES[each]} on {_listed(compared[each])}" for each in decided)
+            yield f"{phrase} does {' and '.join(told)}"
+        elif any(_is_gain(row, figure) for figure in compared.get("same", ())):
+            yield f"{phrase} does as much"
+
+
+def _listed(columns: Sequence[Figure]) -> str:
+    return ", ".join(figure.full_title for figure in columns)
+
+
+def _is_gain(row: Mapping[str, Any], figure: Figure) -> bool:
+    difference = row["differences"].get(figure.key)
+    return difference is not None and is_certain(difference) and difference["estimate"] * figure.better > 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 import vlmfix
 from vlmfix.errors import VlmfixError
@@ -17,14 +19,12 @@ from .answer_log import AnswerLog, read_records
 from .batches import AnswerPlan, as_record
 from .features import ImageFeatures
 from .folder import ANSWERS, CONFIG, write_config
-from .generate import Generator
-from .memory import Answerer, EncodedBatch
+from .generate import Answerer, EncodedBatch, Generator
 from .methods import MethodSpec
-from .models import fitting_threads, load_model
+from .models import fitting_threads, load_model, placement
 from .plan import EvalRun
 from .prefixes import Prefixes
 from .progress import Progress
-from .provenance import runtime_info
 from .shards import Elsewhere, Shard, merge_parts
 
 Show = Callable[[str], None]
@@ -169,14 +169,6 @@ def generate_answers(
             share.describe()
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A method of the run, and the same bound to the model: layers and sinks are looked up once, not in every batch."""
-
-    spec: MethodSpec
-    method: Any
-
-
 class _Share:
     """What this process answers, with one model."""
 
@@ -185,24 +177,31 @@ class _Share:
         self._plan, self._log = plan, log
         self._generator = Generator(model, run.source.processor)
         self._features = ImageFeatures(model) if run.options.reuse_images else None
-        self._prefixes = Prefixes(self._generator) if run.options.share_prefixes else None
+        self._prefixes = Prefixes(model, run.source.processor) if run.options.share_prefixes else None
         self._answerer = Answerer(self._generator, self._features, self._prefixes)
         self._is_warm = False
-        self._rows: list[_Row] = []
+        self._bound: dict[str, Any] = {}  # Layers and sinks are looked up once, not in every batch.
         self._resolved: dict[str, Any] = {}
         for spec in run.methods:
             with vlmfix.patched(model, spec.build()):
                 status = vlmfix.status(model)
             assert status is not None
             method = status.methods[0]
-            self._rows.append(_Row(spec, method))
+            self._bound[spec.label] = method
             self._resolved[spec.label] = {"params": method.to_dict(), "layers": status.layers, "notes": status.notes}
 
     def describe(self) -> None:
-        """Write ``config.json`` with what is known of the model and the machine."""
+        """Write ``config.json`` with what is worth knowing without being part of the run's identity."""
         run, model = self._plan.run, self._generator.model
         runtime = {
-            **runtime_info(run.options, run.batch_size, model),
+            "command": run.options.command_line,
+            "batch_size": run.batch_size,
+            "device": placement(model),
+            "model_class": type(model).__name__,
+            "attn_implementation": model.config._attn_implementation,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "platform": platform.platform(terse=True),
             "image_features": {"reused": False} if self._features is None else self._features.summary(),
             "prefixes": {"shared": False} if self._prefixes is None else self._prefixes.summary(),
             "generation_config": model.generation_config.to_diff_dict(),
@@ -216,7 +215,7 @@ class _Share:
             if kept is not None:
                 kept.forget(len(batch))
         for turn in ([s for s in batch if s.second is None], [s for s in batch if s.second is not None]):
-            lacking = [(row, wanted) for row in self._rows if any(wanted := self._wanted(row.spec, turn))]
+            lacking = [(spec, wanted) for spec in self._plan.run.methods if any(wanted := self._wanted(spec, turn))]
             if lacking:
                 self._answer_turn(turn, [s.path and images[s.path] for s in turn], lacking, place, progress)
 
@@ -228,23 +227,25 @@ class _Share:
         self,
         turn: Sequence[Sample],
         images: Sequence[Any],
-        lacking: Sequence[tuple[_Row, list[bool]]],
+        lacking: Sequence[tuple[MethodSpec, list[bool]]],
         place: str,
         progress: Progress,
     ) -> None:
         plan, log, first = self._plan, self._log, turn[0]
         encoded = None
-        for row, wanted in lacking:
-            prompts = [str(plan.prompt(row.spec, sample, log.records)) for sample in turn]
+        for spec, wanted in lacking:
+            prompts = [str(plan.prompt(spec, sample, log.records)) for sample in turn]
             if encoded is None or prompts != encoded.prompts:
                 encoded = EncodedBatch(self._generator, prompts, images)
             if not self._is_warm:  # The first pass through a model is slow for reasons that are no method's fault.
-                self._answerer.answer(encoded, self._rows[0].spec.label, None, first.records, 1)
+                self._answerer.answer(encoded, plan.run.methods[0].label, None, first.records, 1)
                 self._is_warm = True
-            progress.begin(f"{first.benchmark} {place} {row.spec.label}")
-            answers = self._answerer.answer(encoded, row.spec.label, row.method, first.records, first.max_new_tokens)
+            progress.begin(f"{first.benchmark} {place} {spec.label}")
+            answers = self._answerer.answer(
+                encoded, spec.label, self._bound[spec.label], first.records, first.max_new_tokens
+            )
             log.append(
-                as_record(str(plan.key(row.spec, sample, log.records)), row.spec, sample, answer)
+                as_record(str(plan.key(spec, sample, log.records)), spec, sample, answer)
                 for sample, answer, want in zip(turn, answers, wanted, strict=True)
                 if want
             )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import vlmfix
 from vlmfix.observe.prompts import PromptBuilder
 
 from ..benchmarks.registry import Tasks, make_tasks
@@ -16,7 +19,6 @@ from ..options import EvalOptions
 from .batch_size import choose_batch_size
 from .methods import MethodSpec, expand_all, plan_methods, strengths_on
 from .models import ModelSource, find_model, resolve_device, resolve_dtype
-from .provenance import run_name, versions
 
 RUNS = Path("runs")
 
@@ -104,3 +106,32 @@ def with_methods(run: EvalRun, methods: Sequence[MethodSpec]) -> EvalRun:
     """Return the same run with other rows, the baseline first."""
     params = {spec.label: dict(spec.params) for spec in methods}
     return replace(run, methods=tuple(methods), settings={**run.settings, "methods": params})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that can change an answer, and a digest of vlmfix's source (an editable install changes)."""
+    packages = ("torch", "transformers", "tokenizers", "pillow", "torchvision")
+    found = {"vlmfix": vlmfix.__version__, "vlmfix_source": source_digest()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def source_digest() -> str:
+    """Return the first 16 hex digits of SHA-256 over the plugin's source files (the command line aside)."""
+    root = Path(vlmfix.__file__).parent
+    hasher = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if name not in ("cli.py", "__main__.py") and not name.startswith("evals/"):
+            hasher.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def run_name(model: str, settings: Mapping[str, Any]) -> str:
+    """Return the default name of a run folder: the model's name and the first eight digits of the settings' digest."""
+    stem = "".join(c if c.isalnum() or c in "._-" else "-" for c in Path(model).name) or "model"
+    return f"{stem}-{digest(settings)[:8]}"

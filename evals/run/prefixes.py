@@ -15,8 +15,6 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.observe.ask import answer
 from vlmfix.observe.prompts import encode
 
-from .generate import Generator
-
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.2, torch.float16: 0.1}
 """How far first logits may lie from those of whole prompts, in standard deviations of the logits, by the weights' type.
 A prefix that does not fit its prompts shifts them by about one."""
@@ -43,10 +41,10 @@ class Prefixes:
             standard deviations.
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, model: Any, processor: Any) -> None:
         self.reason: str | None = None
         self.differences: dict[str, float] = {}
-        self._generator = generator
+        self._model, self._processor = model, processor
         self._whole: dict[str, str] = {}
         self._kept: dict[Any, _Read] = {}
 
@@ -81,7 +79,7 @@ class Prefixes:
             rows = [places[id(image)] for image in images]
             if label not in self.differences:
                 self.differences[label] = self._difference(read.prefix, prompts, images, rows)
-                if self.differences[label] > TOLERANCE.get(self._generator.model.dtype, 0.01):
+                if self.differences[label] > TOLERANCE.get(self._model.dtype, 0.01):
                     self._whole[label] = "its first logits differ from those of whole prompts by more than rounding"
                     return inputs, None
             return BatchFeature(read.prefix.continued(inputs, rows)), read.seconds
@@ -96,11 +94,10 @@ class Prefixes:
         key = method if method is not None and method.reads_layer_input and not method.is_identity else None
         kept = self._kept.get(key)
         if kept is None or [id(image) for image in kept.images] != [id(image) for image in shown]:
-            model = self._generator.model
-            inputs = encode(self._generator.processor, [prompts[n] for n in firsts], shown, model)
-            start = _now(model)
-            prefix = vlmfix.shared_prefix(model, inputs)
-            kept = _Read(prefix, shown, (_now(model) - start) / len(shown))
+            inputs = encode(self._processor, [prompts[n] for n in firsts], shown, self._model)
+            start = _now(self._model)
+            prefix = vlmfix.shared_prefix(self._model, inputs)
+            kept = _Read(prefix, shown, (_now(self._model) - start) / len(shown))
             # Beside the one that methods share, no more than that of the method at hand.
             self._kept = {other: read for other, read in self._kept.items() if other is None} | {key: kept}
         return kept
@@ -108,10 +105,9 @@ class Prefixes:
     def _difference(self, prefix: Any, prompts: Sequence[str], images: Sequence[Any], rows: Sequence[int]) -> float:
         """Return how far first logits lie from those of whole prompts, in standard deviations, for two prompts."""
         two = [0, len(prompts) - 1][: len(prompts)]
-        model = self._generator.model
-        whole = encode(self._generator.processor, [prompts[n] for n in two], [images[n] for n in two], model)
+        whole = encode(self._processor, [prompts[n] for n in two], [images[n] for n in two], self._model)
         continued = prefix.continued(whole, [rows[n] for n in two])
-        found, expected = (answer(model, each, 1, logits=True).logits[0] for each in (continued, whole))
+        found, expected = (answer(self._model, each, 1, logits=True).logits[0] for each in (continued, whole))
         return float((found - expected).abs().max() / expected.std())
 
     def summary(self) -> dict[str, Any]:

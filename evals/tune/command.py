@@ -28,8 +28,7 @@ from ..run.plan import RUNS, EvalRun, plan_run, with_methods
 from ..run.shards import Shard
 from ..scores.score_run import score_run
 from ..tables import difference_cell, interval_cell, number, plain_table
-from .rule import Goal, admitted, choose, goal_of
-from .search import Search, space_of
+from .search import Goal, Search, admitted, choose, goal_of, space_of
 from .splits import make_splits
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""Settings to try, one after the other: the one it starts from, then what a seeded optimiser suggests."""
+"""Which settings are tried, and which of them is chosen: by a rule that is fixed before any is tried."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import MethodError, VlmfixError, how_to_install
@@ -26,6 +26,9 @@ _ASKS_PER_SETTING = 10
 _DIGITS = 3
 """Of a number tried: a recipe should be readable, and no figure is known better."""
 
+TOLERANCE = 1e-12
+"""Of the margin, against rounding."""
+
 
 def space_of(method: Method, fixed: Collection[str], ranges: Collection[str]) -> dict[str, Range | Choice]:
     """Return what is searched: the method's declared space without what is fixed, the user's ranges before its own.
@@ -38,7 +41,7 @@ def space_of(method: Method, fixed: Collection[str], ranges: Collection[str]) ->
     Raises:
         MethodError: The method has no such parameter, a range is none, or nothing is left to search.
     """
-    known = sorted(field.name for field in dataclasses.fields(method))
+    known = sorted(field.name for field in fields(method))
     space = {key: value for key, value in method.search_space.items() if key not in fixed}
     for text in ranges:
         key, separator, values = text.partition("=")
@@ -140,3 +143,63 @@ def _suggest(trial: Any, key: str, space: Range | Choice) -> Any:
         return min(max(float(f"{value:.{_DIGITS}g}"), space.low), space.high)
     # By index: optuna's categories are plain values.
     return space.values[trial.suggest_categorical(key, list(range(len(space.values))))]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is lowered, and what must not fall.
+
+    Attributes:
+        name: What is lowered, as it is printed.
+        hallucination: Its value, a share.
+        guards: What must not fall by more than the margin, by name; shares.
+    """
+
+    name: str
+    hallucination: float
+    guards: Mapping[str, float]
+
+    def loss(self, baseline: Goal) -> float:
+        """Return the largest fall of a guard below the baseline's, negative if all of them rose."""
+        return max(baseline.guards[name] - value for name, value in self.guards.items())
+
+
+def goal_of(row: Mapping[str, Any]) -> Goal:
+    """Read the goal off a row of ``results.json``.
+
+    With captions it is CHAIR_i at the captions' recall (and POPE's accuracy, if both are asked); with POPE alone the
+    share of absent objects that are confirmed, at the share of present ones that are.
+    """
+    guards = {}
+    if "pope" in row:
+        counts = row["pope"]["all"]["counts"]
+        guards["POPE accuracy"] = row["pope"]["all"]["summary"]["accuracy"]
+    if "chair" not in row:
+        return Goal(
+            "POPE false yes",
+            counts["FP"] / max(counts["FP"] + counts["TN"], 1),
+            {"POPE recall": row["pope"]["all"]["summary"]["recall"]},
+        )
+    summary = row["chair"]["summary"]
+    return Goal("CHAIR_i", _known(summary["chair_i"]), {"CHAIR recall": _known(summary["recall"]), **guards})
+
+
+def _known(value: float | None) -> float:
+    if value is None:
+        raise VlmfixError("these captions name no object, or these images show none: give more images with --limit N")
+    return value
+
+
+def admitted(goal: Goal, baseline: Goal, margin: float) -> bool:
+    """Return whether no guard falls by more than ``margin`` (a share) below the baseline's."""
+    return goal.loss(baseline) <= margin + TOLERANCE
+
+
+def choose(goals: Sequence[Goal], baseline: Goal, margin: float) -> int | None:
+    """Return the index of the admitted setting with the least hallucination, the first of equals; None if none is."""
+    best = None
+    for index, goal in enumerate(goals):
+        least = baseline.hallucination if best is None else goals[best].hallucination
+        if admitted(goal, baseline, margin) and goal.hallucination < least:
+            best = index
+    return best

@@ -20,9 +20,8 @@ from vlmfix.evals import testbed
 from vlmfix.evals.inspect import look
 from vlmfix.evals.inspect.case import grid_of
 from vlmfix.evals.inspect.command import InspectOptions, inspect_command
-from vlmfix.evals.inspect.look import Inspection, Word
+from vlmfix.evals.inspect.look import Inspection, Word, layer_groups, word_spans
 from vlmfix.evals.inspect.page import inspection_page, summary, verdict
-from vlmfix.evals.inspect.words import layer_groups, word_spans
 from vlmfix.observe import words as observed
 from vlmfix.probes.evidence import DOUBT_THRESHOLD
 

@@ -15,11 +15,10 @@ from vlmfix.cli import main
 from vlmfix.evals.benchmarks.chair.task import Chair
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.data.samples import Answer, Sample
-from vlmfix.evals.report import sentences as report_sentences
-from vlmfix.evals.report.gallery import galleries
-from vlmfix.evals.report.html import html_report
-from vlmfix.evals.report.sentences import headline_columns, sentences
+from vlmfix.evals.report import text as report_text
+from vlmfix.evals.report.html import galleries, html_report
 from vlmfix.evals.report.summary import main_table, summarise
+from vlmfix.evals.report.text import headline_columns, sentences
 from vlmfix.evals.run.methods import MethodSpec
 from vlmfix.evals.stats.figures import Figure, share
 
@@ -186,7 +185,7 @@ def test_the_headlines_are_those_declared_or_the_first_figure(monkeypatch: pytes
         return Figure(name, name, 1, share("right"), headline=headline, benchmark=benchmark)
 
     declared = [figure("x", "a"), figure("x", "b"), figure("y", "c"), figure("y", "d", True), figure("y", "e", True)]
-    monkeypatch.setattr(report_sentences, "used_figures", lambda results: declared)
+    monkeypatch.setattr(report_text, "used_figures", lambda results: declared)
     assert [each.name for each in headline_columns({})] == ["a", "d", "e"]
     assert figure("x", "a").phrases == ("lower X a", "higher X a")
 

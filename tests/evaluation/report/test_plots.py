@@ -12,7 +12,7 @@ import pytest
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.report.labels import place_labels
+from vlmfix.evals.report.drawing import place_labels
 from vlmfix.evals.report.plots import (
     NARROW,
     WIDE,

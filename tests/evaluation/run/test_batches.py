@@ -15,7 +15,6 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.run import generate, models
-from vlmfix.evals.run import memory as batching
 from vlmfix.observe.prompts import PromptBuilder
 
 TOKENS = 20  # captions become longer than the questions
@@ -146,12 +145,12 @@ def test_a_failed_batch_leaves_the_model_bitwise_stock(home: Path) -> None:
     generator = generate.Generator(model, source.processor)
     image = load_image(next((home / "c" / "val2014").iterdir()))
     prompt = PromptBuilder(source.processor)("Please describe this image.")
-    batch = batching.EncodedBatch(generator, [prompt] * 4, [image] * 4)
+    batch = generate.EncodedBatch(generator, [prompt] * 4, [image] * 4)
     inputs = batch.inputs(0, 4)
     with torch.no_grad():
         before = model(**inputs).logits
     memory = Memory(model, 1, step=2)
-    answerer = batching.Answerer(generator)
+    answerer = generate.Answerer(generator)
     for method in (vlmfix.VHR(), vlmfix.ACT(heads=[(0, 0)]), None):
         found = answerer.answer(batch, str(method), method, "gaps", TOKENS)
         assert [answer.rows for answer in found] == [1] * 4
@@ -176,7 +175,7 @@ def test_a_failed_batch_leaves_the_model_bitwise_stock(home: Path) -> None:
     ],
 )
 def test_what_counts_as_out_of_memory(error: BaseException, expected: bool) -> None:
-    assert batching.is_out_of_memory(error) is expected
+    assert generate.is_out_of_memory(error) is expected
 
 
 def test_other_errors_are_not_swallowed(home: Path) -> None:
@@ -184,6 +183,6 @@ def test_other_errors_are_not_swallowed(home: Path) -> None:
     generator = generate.Generator(models.load_model(source, dtype="float32", device="cpu"), source.processor)
     generator.model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     image = load_image(next((home / "c" / "val2014").iterdir()))
-    batch = batching.EncodedBatch(generator, ["USER: <image>\nyes ASSISTANT:"] * 2, [image] * 2)
+    batch = generate.EncodedBatch(generator, ["USER: <image>\nyes ASSISTANT:"] * 2, [image] * 2)
     with pytest.raises(RuntimeError, match="something else"):
-        batching.Answerer(generator).answer(batch, "none", None, "score", 2)
+        generate.Answerer(generator).answer(batch, "none", None, "score", 2)

@@ -37,7 +37,7 @@ from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.data import samples, write
 from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.report import text as report
-from vlmfix.evals.report.sentences import sentences
+from vlmfix.evals.report.text import sentences
 from vlmfix.evals.run import answer_log as cache
 from vlmfix.evals.run import answering, generate, models
 from vlmfix.evals.run import batches as answer_plan

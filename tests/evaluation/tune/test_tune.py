@@ -14,8 +14,7 @@ import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, VlmfixError
 from vlmfix.evals.options import EvalOptions
-from vlmfix.evals.tune.rule import Goal, admitted, choose, goal_of
-from vlmfix.evals.tune.search import Search, space_of
+from vlmfix.evals.tune.search import Goal, Search, admitted, choose, goal_of, space_of
 from vlmfix.evals.tune.splits import make_splits
 from vlmfix.methods.parameters import Choice, Range
 from vlmfix.methods.registry import list_methods, method_from_dict
