@@ -18,7 +18,7 @@ WORDS = {
     "better": "beats a control that needs no method (early stop, yes bias) and loses to neither",
     "worse": "loses to such a control and beats neither",
     "mixed": "beats one and loses to another",
-    "trade-off": "differs from none, and is not told apart from these controls",
+    "trade-off": "differs from none in a figure (corrected over methods only), and is not told apart from controls",
     "unclear": "nothing is told apart, neither from none nor from the controls",
     "loops": "more captions loop or are cut off at the token limit than with none; its other figures mean little",
     "unchanged": "no answer changed",
