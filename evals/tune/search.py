@@ -13,8 +13,6 @@ from vlmfix.methods.parameters import Choice, Range, Space
 from vlmfix.methods.registry import method_from_dict
 from vlmfix.recipes import parse_value
 
-from .rule import Goal
-
 if TYPE_CHECKING:
     from vlmfix.methods.base import Method
 
