@@ -3,7 +3,10 @@
 from vlmfix import methods as methods
 from vlmfix import probes as probes
 from vlmfix.calibration.calibrate import calibrate as calibrate
+from vlmfix.clients.beside_weights import from_pretrained as from_pretrained
+from vlmfix.clients.beside_weights import save_recipe_beside_weights as save_recipe_beside_weights
 from vlmfix.clients.export import export as export
+from vlmfix.clients.opera_generate import opera_generate as opera_generate
 from vlmfix.decoding.edited import Edited as Edited
 from vlmfix.decoding.flb import FLB as FLB
 from vlmfix.decoding.guidance import Guidance as Guidance

@@ -95,20 +95,33 @@ def _variant(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
     patch_on_model = find_patch(model)
     assert patch_on_model is not None
     key = describe(resolve_methods(method, {}, patch_on_model.anatomy))
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    made_of = (model.training, *tensors)  # dtype, device or adapters may have changed since
+    made_of = (model.training, *_weights(model))  # dtype, device or adapters may have changed since
     with _MAKING_VARIANT:
         known, variant = patch_on_model.variants.get(key, (None, None))
         if known != made_of:
-            if {"cpu", "disk"} & set(map(str, (getattr(model, "hf_device_map", None) or {}).values())):
-                raise UnsupportedFeatureError(
-                    "Weights of this model are offloaded, so that no second model can share them. Choose methods with "
-                    "'with vlmfix.patched(model, ...)', in one thread at a time."
-                )
-            variant = patch(copy.deepcopy(model, tensors), method)  # what is in the memo is not copied
+            variant = patch(copy_without_weights(model), method)
             patch_on_model.variants[key] = (made_of, variant)
     variant.generation_config = model.generation_config
     return variant
+
+
+def copy_without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model with modules, configs and hooks of its own, and the same weights.
+
+    Raises:
+        UnsupportedFeatureError: The weights are offloaded.
+    """
+    if {"cpu", "disk"} & set(map(str, (getattr(model, "hf_device_map", None) or {}).values())):
+        raise UnsupportedFeatureError(
+            "Weights of this model are offloaded, so that no second model can share them. Choose methods with "
+            "'with vlmfix.patched(model, ...)', in one thread at a time."
+        )
+    return copy.deepcopy(model, _weights(model))  # what is in the memo is not copied
+
+
+def _weights(model: PreTrainedModel) -> dict[int, Any]:
+    """Return a model's parameters and buffers by their ids."""
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
 
 
 def unpatch(model: ModelT) -> ModelT:

@@ -157,6 +157,6 @@ def _output_projection(site: PatchedSite) -> tuple[str, Any]:
 def _scaled_columns(projection: Any, scale: list[float]) -> torch.Tensor:
     """Return a weight ``[hidden, heads * head_dim]`` with the columns of each head multiplied by its factor."""
     weight: torch.Tensor = projection.weight.detach()
-    by_head = weight.float().unflatten(1, (len(scale), -1))
-    factors = by_head.new_tensor(scale)[:, None]
-    return (by_head * factors).flatten(1).to(weight.dtype)
+    by_head = weight.float().view(len(weight), len(scale), -1)
+    scaled: torch.Tensor = by_head * by_head.new_tensor(scale)[:, None]
+    return scaled.flatten(1).to(weight.dtype)

@@ -79,13 +79,17 @@ class GenerateWithOpera:
         def search(model: Any, input_ids: torch.Tensor, **options: Any) -> Any:
             for name, value in of_beams.items():
                 setattr(options["generation_config"], name, value)
-            found = Search(self._anatomy, self._method, num_beams, input_ids, **options)
-            result = found.run()
-            self._counters.count(self._index, torch.tensor(found.num_candidates))
-            self._counters.count(-1, torch.tensor(found.num_steps))
-            return result
+            return self.search(num_beams, input_ids, **options)
 
         return stock(model, *args, num_beams=1, custom_generate=search, **kwargs)
+
+    def search(self, num_beams: int, input_ids: torch.Tensor, **options: Any) -> Any:
+        """Search once, with what ``generate`` hands to a function in the place of its own search."""
+        found = Search(self._anatomy, self._method, num_beams, input_ids, **options)
+        result = found.run()
+        self._counters.count(self._index, torch.tensor(found.num_candidates))
+        self._counters.count(-1, torch.tensor(found.num_steps))
+        return result
 
     def _num_beams(self, asked: int | None, config: Any) -> int:
         """Take the caller's number, else the model's own. One beam is what callers pass by habit: no wish of theirs."""
