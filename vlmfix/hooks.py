@@ -44,6 +44,7 @@ from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
 from vlmfix.model.uncopied import Uncopied
+from vlmfix.recipes import placement_notes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,9 @@ class Patch:
         self.counters = Counters(len(methods))
         self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods)
-        self.notes = tuple(note for method in methods for note in method.notes(anatomy))
+        self.notes = tuple(
+            note for method in methods for note in (*method.notes(anatomy), *placement_notes(method, anatomy))
+        )
         self.refusals: list[str] = []
         self.on_refusal: Callable[[VlmfixError], None] | None = None
         self.owner: Context | None = None

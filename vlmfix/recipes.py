@@ -167,6 +167,17 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
         )
 
 
+def placement_notes(method: Method, anatomy: Anatomy) -> tuple[str, ...]:
+    """Return what a method's place means in a model, where that is not what it means elsewhere."""
+    gates = sorted({site.gate_behind for site in anatomy.sites if site.gate_behind})
+    if not gates or not method.edits_heads or method.is_identity:
+        return ()
+    return (
+        f"{method.name}: this model multiplies the outputs of heads by gates ({', '.join(gates)}) behind its "
+        f"attention; {method.name} reads and edits them before that",
+    )
+
+
 def layers_with(methods: Sequence[Method], anatomy: Anatomy) -> list[int]:
     """Return the layers with attention that one of the methods acts in."""
     kinds = {kind for method in methods for kind in method.attention_kinds}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,12 +20,14 @@ from transformers import AttentionInterface, BatchFeature
 
 import vlmfix
 from families import Family
+from families.precision import double_precision
 from families.tiny_llava import Sample, generate
 from vlmfix.engine.attention_function import ATTENTION_NAME
 from vlmfix.methods.base import Method
 from vlmfix.model.anatomy import analyse
 
 TOLERANCE = 1e-5
+DOUBLE_TOLERANCE = 1e-11
 VISIBLE = 1e-3
 """Least change of a logit that counts as an effect."""
 TOKENS = 5
@@ -121,6 +123,12 @@ class Trial:
         together = self.logits(self.family.collate(samples), 4)
         apart = [self.logits(inputs, 4) for inputs in self.alone(samples)]
         return max(difference(each[0], together[row]) for row, each in enumerate(apart))
+
+    def is_batch_error_rounding(self, samples: Sequence[Sample]) -> bool:
+        """Whether nothing of it is left in double precision."""
+        doubled = [replace(each, pixels=None if each.pixels is None else each.pixels.double()) for each in samples]
+        with double_precision(self.model):
+            return self.batch_error(doubled) <= DOUBLE_TOLERANCE
 
     @cached_property
     def batchable(self) -> tuple[str, tuple[Sample, ...]] | None:
@@ -315,6 +323,7 @@ class Trial:
             changed = difference(self.logits(self.single), stock) > TOLERANCE
             status = vlmfix.status(self.model)
             same = samples is None or self.batch_error(samples) <= TOLERANCE
+            is_rounding = not same and self.is_batch_error_rounding(samples)
             edits_text = text is not None and not torch.equal(self.logits(text), stock_text)
         assert status is not None
         if edits_text:
@@ -322,6 +331,10 @@ class Trial:
         if status.edited[0] == 0 or not changed:
             return Cell(
                 "no-op", "edits are counted, answers do not change" if status.edited[0] else "nothing is edited"
+            )
+        if is_rounding:
+            return Cell(
+                "active", "a batch differs from its prompts one by one by rounding, which double precision proves"
             )
         return Cell("active") if same else Cell("batch differs", "a batch differs from its prompts one by one")
 

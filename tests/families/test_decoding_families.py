@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import vlmfix
 from families import by_name
@@ -124,3 +125,72 @@ def test_opera_reads_the_image_once(name: str) -> None:
     expected = logits.log_softmax(-1).gather(-1, answer[..., None]).mean()
     close(found.sequences_scores[0], expected)
     assert measure(Trial(family), "opera").mark == "active"
+
+
+# Pictures of a batch come in one tensor: what another picture is made of must not depend on what stands beside it.
+
+PICTURES = [torch.randn(3, 8 * height, 8 * width) for height, width in ((1, 2), (3, 1))]
+"""Of different sizes."""
+
+
+def _padded(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([F.pad(each, (0, 16 - each.shape[2], 0, 24 - each.shape[1])) for each in pictures])
+
+
+def _as_patches(picture: torch.Tensor) -> torch.Tensor:
+    """``[patches, 3 * 8 * 8]``."""
+    return picture.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(-1, 3 * 64)
+
+
+def _beside_each_other(kind: str) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], Any]:
+    """Arguments of a forward with both pictures, how each comes alone, and what takes it out of the tensor again."""
+    rows = [_as_patches(each) for each in PICTURES]
+    grid = torch.tensor([[1, 2], [3, 1]])
+    if kind == "sizes":
+        inputs = {"pixel_values": _padded(PICTURES), "image_sizes": 8 * grid}
+        return inputs, PICTURES, lambda found: [found[0, :, :8, :16], found[1, :, :, :8]]
+    if kind == "pixel mask":
+        mask = _padded([torch.ones_like(each) for each in PICTURES])[:, 0].bool()
+        inputs = {"pixel_values": _padded(PICTURES)[None], "pixel_attention_mask": mask[None]}
+        return inputs, PICTURES, lambda found: [found[0, 0, :, :8, :16], found[0, 1, :, :, :8]]
+    if kind in ("patch mask", "places"):
+        padded = torch.stack([F.pad(each, (0, 0, 0, 3 - len(each))) for each in rows])
+        places = torch.tensor([[[0, 0], [0, 1], [-1, -1]], [[0, 0], [1, 0], [2, 0]]])
+        said = {"image_position_ids": places} if kind == "places" else {"pixel_attention_mask": places[..., 0] >= 0}
+        return {"pixel_values": padded, **said}, rows, lambda found: [found[0, :2], found[1]]
+    by_grid = {"pixel_values": torch.cat(rows)}
+    if kind == "grid_hw":
+        by_grid["image_grid_hw"] = grid
+    else:
+        by_grid["image_grid_thw"] = F.pad(grid, (1, 0), value=1)
+        if kind == "square patches":
+            by_grid["pixel_values"] = by_grid["pixel_values"].reshape(-1, 3, 8, 8)
+    return by_grid, rows, lambda found: [found.reshape(5, -1)[:2], found.reshape(5, -1)[2:]]
+
+
+@pytest.mark.parametrize(
+    "kind", ["sizes", "pixel mask", "patch mask", "places", "grid_hw", "grid_thw", "square patches"]
+)
+@pytest.mark.parametrize("method", [vlmfix.VCD(), vlmfix.IFG()], ids=["vcd", "ifg"])
+def test_a_picture_is_changed_as_if_it_came_alone(kind: str, method: Any) -> None:
+    inputs, alone, take = _beside_each_other(kind)
+    found = replace_images(inputs, method.other_images)["pixel_values"]
+    assert found.shape == inputs["pixel_values"].shape
+    for picture, one in zip(take(found), alone, strict=True):
+        unit = one[None] if one.dim() == 3 else one
+        assert torch.equal(picture.reshape(unit.shape), method.other_images("pixel_values", unit, None))
+        assert not torch.equal(picture.reshape(one.shape), one)
+    if "mask" in kind or kind in ("sizes", "places"):
+        assert torch.equal(found == 0, inputs["pixel_values"] == 0)  # padding stays
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (16, 2, 14, 14, 3)])
+def test_patches_that_nobody_counted_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="no argument says how many of them each picture"):
+        replace_images({"pixel_values": torch.randn(shape)}, vlmfix.VCD().other_images)
+
+
+def test_another_prompt_is_kept_apart_from_the_answer_at_its_own_length() -> None:
+    """Unlimited-OCR sees the whole prompt and a window of the answer; ``generate`` says how long its prompt is."""
+    trial = Trial(available("unlimited_ocr"))
+    assert measure(trial, "icd").mark == "active"

@@ -10,6 +10,7 @@ import torch
 import vlmfix
 from families.altered import VHR, build, edited, gap, logits
 from vlmfix.methods.var import VAR
+from vlmfix.model.anatomy import analyse
 
 
 def test_gemma4_reads_all_rows_of_layers_that_share_keys_only_where_something_is_edited() -> None:
@@ -90,3 +91,27 @@ def test_pairs_that_are_open_anyway_are_not_counted() -> None:
     vlmfix.patch(model, "mma", layers=":")
     assert gap(logits(model, inputs, 2), stock) < 1e-5
     assert edited(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"), [("qwen3_5", "q_proj"), ("step3p7", "g_proj"), ("muse_glimmer", "gate_proj")]
+)
+def test_gates_behind_the_attention_are_told_to_methods_on_heads(name: str, gate: str) -> None:
+    model = build(name)[1]
+    for method, is_told in (("vhr", True), ("spin", True), ("pai", False), ("none", False)):
+        status = vlmfix.status(vlmfix.patch(model, method))
+        assert status is not None
+        assert any(f"by gates ({gate})" in note for note in status.notes) == is_told
+    gated = next(site.module for site in analyse(model).sites)
+    assert getattr(gated, gate).out_features in (4, 32, 64)
+
+
+@pytest.mark.parametrize("name", ["llava", "mistral_large4", "kimi_k25"])
+def test_no_gates_are_told_where_there_are_none(name: str) -> None:
+    assert all(site.gate_behind is None for site in analyse(build(name)[1]).sites)
+
+
+@pytest.mark.parametrize("name", ["llama4", "inkling2"])
+def test_towers_that_turn_their_queries_are_refused_to_methods_that_read_them(name: str) -> None:
+    with pytest.raises(vlmfix.UnsupportedModelError, match="turns queries and keys by their positions"):
+        vlmfix.patch(build(name)[1], "fia")

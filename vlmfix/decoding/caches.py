@@ -89,6 +89,13 @@ def emptied(cache: Any) -> Any:
     return empty
 
 
+def forget_prompt_length(empty: Any) -> None:
+    """Let an empty cache hold another prompt than the one it was told of (Unlimited-OCR keeps prompts apart)."""
+    for layer in getattr(empty, "layers", None) or []:
+        if getattr(layer, "prefill_length", None) is not None:
+            layer.prefill_length = None  # that of what is read first
+
+
 def length_of_layer(layer: Any, length: int) -> int:
     """How many keys a layer holds of a sequence of ``length`` tokens."""
     return min(length, int(layer.sliding_window) - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 
 if TYPE_CHECKING:
@@ -82,6 +84,14 @@ IMAGE_ARGUMENTS = ("pixel_values", "image_patches", "flattened_patches")
 """What the names of arguments contain that hold images as the processor gave them."""
 
 
+GRIDS = ("grid_thw", "grid_hw")
+"""How arguments are called that hold the grid of patches of every picture, after ``image_`` or ``video_``."""
+
+
+NUM_CHANNELS = (1, 3)
+"""Channels of a picture: grey or colour."""
+
+
 def is_image_argument(name: str, value: object) -> bool:
     """Whether an argument holds images as the processor gave them."""
     is_named = any(each in name for each in IMAGE_ARGUMENTS)
@@ -105,13 +115,15 @@ def replace_images(
 
     Args:
         arguments: Arguments of a forward by name.
-        make: See ``DecodingMethod.other_images``.
+        make: See ``DecodingMethod.other_images``. It is shown pictures without the padding that a batch gives them.
+
+    Raises:
+        UnsupportedFeatureError: They are patches, and nothing says which of them make up a picture.
     """
     replaced = dict(arguments)
     for name, value in arguments.items():
         if not is_image_argument(name, value):
             continue
-        counts = _patches_per_image(arguments, "video" if "video" in name else "image")
         if isinstance(value, (list, tuple)):
             replaced[name] = type(value)(make(name, each, None) for each in value)
         elif name == "flattened_patches":  # a patch's row and column stand before its pixels
@@ -119,15 +131,79 @@ def replace_images(
         elif (sizes := _packed_sizes(arguments, name)) is not None:
             pictures = [make(name, picture[None], None)[0] for picture in unpacked(value, sizes)]
             replaced[name] = packed(pictures, value.shape[2])
+        elif (counts := _patches_per_image(arguments, name, value)) is not None:
+            replaced[name] = make(name, value.reshape(sum(counts), -1), counts).reshape(value.shape)
+        elif value.dim() == 2 or (value.dim() >= 4 and value.shape[-3] not in NUM_CHANNELS):
+            raise UnsupportedFeatureError(
+                f"{name} of shape {tuple(value.shape)} are patches, and no argument says how many of them each picture "
+                "has (as image_grid_thw does), so that no other picture can be made of them. Choose a method that "
+                "leaves the image as it is; vlmfix.list_methods() lists them."
+            )
+        elif (is_picture := _without_padding(arguments, name, value)) is not None:
+            replaced[name] = _made_of_parts(value, is_picture, lambda part, name=name: make(name, part, None))
         else:
-            flat = counts is not None and value.dim() < 4 and sum(counts) == value.shape[-2]
-            replaced[name] = make(name, value, counts if flat else None)
+            replaced[name] = make(name, value, None)
     return replaced
 
 
-def _patches_per_image(arguments: Mapping[str, Any], modality: str) -> list[int] | None:
-    grid = arguments.get(f"{modality}_grid_thw")
-    return None if grid is None else [int(count) for count in grid.prod(-1).tolist()]
+def _patches_per_image(arguments: Mapping[str, Any], name: str, value: torch.Tensor) -> list[int] | None:
+    """Return how many patches each picture has, where those of all pictures follow each other in a tensor."""
+    grids = (arguments.get(f"{'video' if 'video' in name else 'image'}_{axes}") for axes in GRIDS)
+    grid = next((each for each in grids if each is not None), None)
+    if grid is None:
+        return None
+    counts = [int(count) for count in grid.prod(-1).tolist()]
+    return counts if sum(counts) in (value.shape[0], math.prod(value.shape[:-1])) else None
+
+
+def _without_padding(arguments: Mapping[str, Any], name: str, value: torch.Tensor) -> torch.Tensor | None:
+    """Return which pixels or patches belong to a picture, where a batch pads pictures to one size.
+
+    Returns:
+        bool ``[..., height, width]`` for pictures ``[..., channels, height, width]``, ``[..., patches]`` for patches
+        ``[..., patches, size]``; ``None`` where nothing is said.
+    """
+    shape = value.shape[:-1] if value.dim() < 4 else (*value.shape[:-3], *value.shape[-2:])
+    mask = arguments.get(name.replace("values", "attention_mask"))
+    if isinstance(mask, torch.Tensor) and mask.shape == shape:
+        return mask.bool()
+    places = arguments.get(f"{'video' if 'video' in name else 'image'}_position_ids")
+    if isinstance(places, torch.Tensor) and places.shape[:-1] == shape:
+        return (places >= 0).all(-1)  # padding is nowhere
+    sizes = arguments.get("image_sizes")
+    if value.dim() != 4 or not isinstance(sizes, torch.Tensor) or sizes.shape != (value.shape[0], 2):
+        return None
+    sizes = sizes.to(value.device)
+    if sizes.amax(0).tolist() != list(shape[1:]):
+        return None  # sizes of something else: before the processor, or of another argument
+    inside = [torch.arange(shape[axis], device=value.device) < sizes[:, axis - 1, None] for axis in (1, 2)]
+    return inside[0][:, :, None] & inside[1][:, None]
+
+
+def _made_of_parts(
+    images: torch.Tensor, is_picture: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Apply ``make`` to what is picture in images, ``[1, channels, height, width]`` or patches ``[patches, size]``.
+
+    Args:
+        images: ``[..., channels, height, width]`` or ``[..., patches, size]``.
+        is_picture: See ``_without_padding``.
+        make: Returns a tensor like the one it is given.
+    """
+    made = images.clone()
+    unit = 3 if images.dim() >= 4 else 2
+    for part, kept in zip(
+        made.view(-1, *images.shape[-unit:]), is_picture.reshape(-1, *is_picture.shape[1 - unit :]), strict=True
+    ):
+        if not bool(kept.any()):
+            continue
+        if unit == 2:
+            part[kept] = make(part[kept])
+        else:
+            rows, columns = (kept.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+            box = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            part[box] = make(part[box].contiguous()[None])[0]
+    return made
 
 
 def _packed_sizes(arguments: Mapping[str, Any], name: str) -> list[tuple[int, int]] | None:

@@ -32,7 +32,7 @@ from vlmfix.decoding.branch import (
     own_part,
     with_logits,
 )
-from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, is_plain, with_new_layers
+from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, forget_prompt_length, is_plain, with_new_layers
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
@@ -175,6 +175,8 @@ class TwoBranches:
             known = torch.cat([branch.valid, known[:, branch.own_length :]], dim=1)
         else:
             cache = with_new_layers(cache) if is_plain(cache) else copy.deepcopy(cache)
+            if not past:
+                forget_prompt_length(cache)
             if past and self._edits is not None:
                 self._edits.keep_text(cache, forward.state, past)
         if self._method.changes_image or self._edits is not None:

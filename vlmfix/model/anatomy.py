@@ -43,6 +43,10 @@ _NORM_BEHIND = re.compile(r"(o|out|output|attn_out|attn_sub|inner_attn|sub)_?(no
 """What attention modules call a norm of their head outputs."""
 
 
+_GATE_BEHIND = re.compile(r"(g|gate|o_gate|out_gate|output_gate|attn_gate)(_proj)?")
+"""What attention modules call the projection of the gates their head outputs are multiplied by."""
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
     """One text attention module.
@@ -58,6 +62,7 @@ class AttentionSite:
         kind: What it looks at.
         is_sliding: Whether its layer sees a sliding window of keys.
         norm_behind: The name of a norm between its head outputs and their projection, if any. It undoes factors.
+        gate_behind: The name of the projection that makes the gates by which its head outputs are multiplied, if any.
     """
 
     index: int
@@ -69,6 +74,7 @@ class AttentionSite:
     kind: AttentionKind
     is_sliding: bool
     norm_behind: str | None
+    gate_behind: str | None
 
     @property
     def implementation(self) -> str:
@@ -268,9 +274,21 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
             layer_idx *= getattr(text_config, "cross_layer_interval", 1)
         decoder_layer, is_sliding = _decoder_layer(model, name), _is_sliding(text_config, layer_idx, kind)
         norm_behind = next((child for child, _ in module.named_children() if _NORM_BEHIND.fullmatch(child)), None)
+        behind = (norm_behind, _gate_behind(module))
         yield AttentionSite(
-            index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding, norm_behind
+            index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding, *behind
         )
+
+
+def _gate_behind(module: nn.Module) -> str | None:
+    """Return the name of the projection of the gates: one of its own, or the queries', if it is twice as wide."""
+    own = next((child for child, _ in module.named_children() if _GATE_BEHIND.fullmatch(child)), None)
+    queries = getattr(getattr(module, "q_proj", None), "out_features", None)
+    heads = getattr(getattr(module, "o_proj", None), "in_features", None)
+    size = getattr(module, "head_dim", None)
+    if own is not None or None in (queries, heads, size):
+        return own
+    return "q_proj" if queries == 2 * heads and heads % size == 0 and hasattr(module, "q_norm") else None
 
 
 def _is_sliding(text_config: Any, layer_idx: int, kind: AttentionKind) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,10 @@ from vlmfix.model.uncopied import Uncopied
 
 if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
+
+
+POSITION_ARGUMENTS = {"position_embeddings", "freqs_ci", "rotary_pos_emb", "cu_seqlens"}
+"""Arguments of an attention module that turns queries and keys by their positions, or packs images into one row."""
 
 
 class VisionRecorder:
@@ -32,6 +37,12 @@ class VisionRecorder:
                 f"The vision tower of {type(anatomy.model).__name__} has no class token with attention of its own "
                 "(CLIP has), which this method ranks image patches by. Choose a method without it, such as "
                 "vlmfix.patch(model, 'pai')."
+            )
+        if POSITION_ARGUMENTS & set(inspect.signature(attention[0].forward).parameters):
+            raise UnsupportedModelError(
+                f"The vision tower of {type(anatomy.model).__name__} turns queries and keys by their positions behind "
+                "the projections from which this method reads the class token's attention (CLIP adds positions "
+                "before). Choose a method without it, such as vlmfix.patch(model, 'pai')."
             )
         deepest = max(layer if layer >= 0 else -layer - 1 for layer in layers)
         if deepest >= len(attention):
