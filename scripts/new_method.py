@@ -83,7 +83,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class Naive{title}(Naive):
@@ -94,45 +94,30 @@ class Naive{title}(Naive):
 
 NAIVE_EDITS = {
     "scores": """
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.predicts:
             return scores
         edited = scores.clone()
-        for j in sequence.image():
+        for j in row.sequence.image():
             edited[:, j] = scores[:, j] + self.strength
         return edited
 """,
     "weights": """
-    def weights(
-        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated):
+    def weights(self, row: Row, weights: torch.Tensor) -> torch.Tensor:
+        if not row.predicts:
             return weights
         edited = weights.clone()
-        for j in sequence.image():
+        for j in row.sequence.image():
             edited[:, j] = weights[:, j] * (1 + self.strength)
-        return torch.stack([row / sum(row.tolist()) for row in edited])
+        return torch.stack([each / sum(each.tolist()) for each in edited])
 """,
     "heads": """
-    def heads(
-        self,
-        sequence: State,
-        number: int,
-        position: int,
-        heads: list[torch.Tensor],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        generated: bool,
-    ) -> list[torch.Tensor]:
+    def heads(self, row: Row, heads: list[torch.Tensor]) -> list[torch.Tensor]:
         return [head * (1 + self.strength) for head in heads]
 """,
     "blocks": """
-    def block(
-        self, sequence: State, number: int, position: int, kind: str, added: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if kind != "mlp" or not sequence.is_last_row(position, generated):
+    def block(self, row: Row, kind: str, added: torch.Tensor) -> torch.Tensor:
+        if kind != "mlp" or not row.predicts:
             return added
         return added * (1 + self.strength)
 """,

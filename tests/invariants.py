@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, collate, forward, generate
+from transformers import DynamicCache
 
 import vlmfix
 
@@ -17,23 +18,26 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def assert_batch_equals_singles(model: Any, side: str) -> None:
-    inputs = collate(RAGGED, side=side, pad_to=50)
-    batch = forward(model, inputs).logits
-    for row, each in enumerate(RAGGED):
-        close(batch[row, inputs["attention_mask"][row].bool()], forward(model, collate([each])).logits[0])
-
-
-def assert_each_generate_starts_afresh(model: Any) -> None:
-    first = generate(model, collate([RAGGED[0]]), 4)[1]
-    generate(model, collate([RAGGED[3]]), 4)
-    assert torch.equal(generate(model, collate([RAGGED[0]]), 4)[1], first)
-
-
-def assert_refuses_chunks(model: Any) -> None:
-    for size in (7, 13):
-        with pytest.raises(vlmfix.UnsupportedFeatureError, match="prefill_chunk_size"):
-            generate(model, collate([RAGGED[0]]), 3, prefill_chunk_size=size)
+def continued(model: Any, inputs: Any, steps: list[list[int]], **options: Any) -> list[Any]:
+    """Read a prompt, then one forward for each list of tokens."""
+    cache = DynamicCache(config=model.config)
+    found = [forward(model, inputs, past_key_values=cache, use_cache=True, **options)]
+    mask = inputs["attention_mask"]
+    for tokens in steps:
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], len(tokens))], dim=1)
+        with torch.no_grad():
+            found.append(
+                model(
+                    input_ids=torch.tensor([tokens] * mask.shape[0]),
+                    attention_mask=mask,
+                    position_ids=mask.cumsum(1)[:, -len(tokens) :] - 1,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=len(tokens),
+                    **options,
+                )
+            )
+    return found
 
 
 def assert_four_threads_equal_one(model: Any, more: Sequence[Any], tokens: int) -> None:

@@ -30,7 +30,7 @@ _MODULES = (
     *(llava, projector, cross, special),
     *(qwen, grids, gemma, masks, documents, sparse, layers, tiles, biased),
 )
-_ALL = {each.name: each for module in _MODULES for each in module.FAMILIES}
+_ALL = {each.name: each for module in _MODULES for each in vars(module).values() if isinstance(each, Family)}
 _ORDER = """
 llava llava_mistral llava_gemma2 pixtral llava_next llava_next_video llava_onevision vipllava video_llava aya_vision
 cohere2_vision mistral3 got_ocr2 internvl janus deepseek_vl ovis2 aria perception_lm fast_vlm lfm2_vl

@@ -7,6 +7,7 @@ is skipped with a reason.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -62,9 +63,9 @@ class Family:
     title: str
     architecture: str
     config: Callable[[], Any]
-    block: tuple[int, ...]
-    picture: tuple[int, ...]
-    encode: Encoder
+    block: tuple[int, ...] = (IMAGE,) * 9
+    picture: tuple[int, ...] = PICTURE
+    encode: Encoder = dataclasses.field(default_factory=lambda: stacked())
     annotate: Annotator | None = None
     attention: int = 4
     visual_ids: tuple[int, ...] = (IMAGE,)
@@ -181,13 +182,9 @@ class Family:
         return model(**inputs, **options)
 
 
-def family(name: str, title: str, architecture: str, **fields: Any) -> Callable[[Callable[[], Any]], Family]:
-    """Turn a function that makes a config into a family."""
-
-    def wrap(config: Callable[[], Any]) -> Family:
-        return Family(name=name, title=title, architecture=architecture, config=config, **fields)
-
-    return wrap
+def family(name: str, architecture: str, *, title: str = "", **fields: Any) -> Family:
+    """Declare a family; its title is its name unless it says more."""
+    return Family(name=name, title=title or name, architecture=architecture, **fields)
 
 
 def variant(base: Family, name: str, title: str, **changes: Any) -> Family:
@@ -257,6 +254,28 @@ def decoder_start(*ids: int) -> Annotator:
 
 
 # Configs.
+
+
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A config without what its class does not know."""
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def parts(name: str, text: Any = None, vision: Any = None, **others: Any) -> Callable[[], Any]:
+    """Make a config of transformers by its name, from those of the language model and the tower, and other values.
+
+    Values may be functions, called when the config is made: what they need may not exist in an older version.
+    """
+    named = {"text_config": text, "vision_config": vision}
+    values = {**{key: value for key, value in named.items() if value is not None}, **others}
+
+    def config() -> Any:
+        import transformers
+
+        made = {key: value() if callable(value) else copy.deepcopy(value) for key, value in values.items()}
+        return getattr(transformers, name)(**made)
+
+    return config
 
 
 def text(model_type: str = "llama", **changes: Any) -> dict[str, Any]:

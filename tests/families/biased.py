@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from families.base import END, IMAGE, START, VIDEO, family, stacked, text, vision
+from families.base import END, IMAGE, START, VIDEO, family, parts, stacked, text, vision
 from families.qwen import GRID, PATCHES
 
 SHORT = {
@@ -24,59 +22,51 @@ SHORT = {
 }
 
 
-@family(
+inkling = family(
     "inkling",
-    "inkling (position bias, sliding layers)",
     "InklingForConditionalGeneration",
+    title="inkling (position bias, sliding layers)",
     block=(START, *(IMAGE,) * 4, END),
     picture=(4, 2, 4, 4, 3),
     encode=stacked(joined=True),
     needs_transformers="5.23",
     notes="position biases; convolutions before the attention; every other layer slides",
-)
-def inkling() -> Any:
-    from transformers import InklingConfig
-
-    return InklingConfig(
-        text_config=text(
-            "inkling_text", **SHORT, mlp_layer_types=["dense", "sparse"] * 2, logits_mup_width_multiplier=1.0
-        ),
-        vision_config={"patch_size": 4, "temporal_patch_size": 2, "hidden_size": 16, "num_hidden_layers": 6},
+    config=parts(
+        "InklingConfig",
+        text("inkling_text", **SHORT, mlp_layer_types=["dense", "sparse"] * 2, logits_mup_width_multiplier=1.0),
+        {"patch_size": 4, "temporal_patch_size": 2, "hidden_size": 16, "num_hidden_layers": 6},
         audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
         image_token_id=IMAGE,
         audio_token_id=72,
         image_bos_token_id=START,
         audio_bos_token_id=73,
-    )
+    ),
+)
 
-
-@family(
+inkling2 = family(
     "inkling2",
-    "inkling2 (position bias, sliding layers)",
     "Inkling2ForConditionalGeneration",
+    title="inkling2 (position bias, sliding layers)",
     block=(START, *(IMAGE,) * 4, END),
     picture=(4, 8, 8, 3),
     encode=stacked(joined=True, image_grid_thw=(1, 2, 2)),
     needs_transformers="5.23",
     notes="position biases; convolutions before the attention; every other layer slides; learned sinks",
-)
-def inkling2() -> Any:
-    from transformers import Inkling2Config
-
-    return Inkling2Config(
-        text_config=text("inkling2_text", **SHORT, n_layers_per_attn_res_block=2),
-        vision_config={
+    config=parts(
+        "Inkling2Config",
+        text("inkling2_text", **SHORT, n_layers_per_attn_res_block=2),
+        {
             **vision(patch_size=4, posemb_grid_size=4, projection_hidden_dim=32, text_hidden_size=32),
             "model_type": "inkling2_vision",
         },
         image_token_id=IMAGE,
-    )
+    ),
+)
 
-
-@family(
+nemotron_h_omni = family(
     "nemotron_h_omni",
-    "nemotron_h_omni (hybrid Mamba)",
     "NemotronH_Omni_Reasoning_V3",
+    title="nemotron_h_omni (hybrid Mamba)",
     attention=2,
     block=(START, *(IMAGE,) * 4, END),
     picture=(PATCHES, 3 * 4 * 4),
@@ -84,28 +74,24 @@ def inkling2() -> Any:
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="layers of Mamba, attention, experts and MLPs",
-)
-def nemotron_h_omni() -> Any:
-    from transformers import NemotronH_Omni_Reasoning_V3_Config
-
-    language = text(
-        "nemotron_h",
-        head_dim=8,
-        layers_block_type=["linear_attention", "full_attention", "mlp", "full_attention"],
-        ssm_state_size=8,
-        mamba_num_heads=4,
-        mamba_head_dim=8,
-        n_groups=2,
-        chunk_size=8,
-        mlp_hidden_act="silu",  # squares let rounding grow
-        use_mamba_kernels=False,
-        n_routed_experts=4,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=16,
-    )
-    return NemotronH_Omni_Reasoning_V3_Config(
-        text_config=language,
-        vision_config={
+    config=parts(
+        "NemotronH_Omni_Reasoning_V3_Config",
+        text(
+            "nemotron_h",
+            head_dim=8,
+            layers_block_type=["linear_attention", "full_attention", "mlp", "full_attention"],
+            ssm_state_size=8,
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            n_groups=2,
+            chunk_size=8,
+            mlp_hidden_act="silu",
+            use_mamba_kernels=False,
+            n_routed_experts=4,
+            moe_intermediate_size=16,
+            moe_shared_expert_intermediate_size=16,
+        ),
+        {
             "model_type": "radio",
             "hidden_size": 16,
             "num_hidden_layers": 2,
@@ -124,11 +110,5 @@ def nemotron_h_omni() -> Any:
         projector_hidden_size=32,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-    )
-
-
-FAMILIES = (
-    inkling,
-    inkling2,
-    nemotron_h_omni,
+    ),
 )

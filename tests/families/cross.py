@@ -18,11 +18,13 @@ from families.base import (
     decoder_start,
     family,
     nested,
+    parts,
     rope,
     stacked,
     text,
     variant,
     vision,
+    without,
     words,
 )
 
@@ -89,16 +91,14 @@ BLIP = {
 }
 
 
-@family(
+blip2_opt = family(
     "blip2_opt",
-    "blip2 (opt)",
     "Blip2ForConditionalGeneration",
+    title="blip2 (opt)",
     **BLIP,
     notes="generate() passes the model's forward by; 4 key heads",
+    config=lambda: _blip("Blip2Config", _opt(), image_token_index=IMAGE),
 )
-def blip2_opt() -> Any:
-    return _blip("Blip2Config", _opt(), image_token_index=IMAGE)
-
 
 blip2_t5 = variant(
     blip2_opt,
@@ -118,29 +118,26 @@ def _qformer_ids(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> d
     return {"qformer_input_ids": instruction, "qformer_attention_mask": torch.ones_like(instruction)}
 
 
-@family(
+instructblip = family(
     "instructblip",
-    "instructblip (llama)",
     "InstructBlipForConditionalGeneration",
+    title="instructblip (llama)",
     **BLIP,
     annotate=_qformer_ids,
     notes="generate() passes the model's forward by",
+    config=lambda: _blip("InstructBlipConfig", text(), image_token_index=IMAGE),
 )
-def instructblip() -> Any:
-    return _blip("InstructBlipConfig", text(), image_token_index=IMAGE)
 
-
-@family(
+instructblipvideo = family(
     "instructblipvideo",
-    "instructblipvideo (llama)",
     "InstructBlipVideoForConditionalGeneration",
+    title="instructblipvideo (llama)",
     **{**BLIP, "block": (VIDEO,) * (2 * QUERIES), "picture": (2, *PICTURE)},
     annotate=_qformer_ids,
     visual_ids=(VIDEO,),
     notes="videos of two frames; generate() passes the model's forward by",
+    config=lambda: _blip("InstructBlipVideoConfig", text(), video_token_index=VIDEO),
 )
-def instructblipvideo() -> Any:
-    return _blip("InstructBlipVideoConfig", text(), video_token_index=VIDEO)
 
 
 # Cross-attention: images are keys of layers of their own.
@@ -162,29 +159,25 @@ def _idefics_mask(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> 
     return inputs
 
 
-@family(
+idefics = family(
     "idefics",
-    "idefics (1, cross-attention)",
     "IdeficsForVisionText2Text",
+    title="idefics (1, cross-attention)",
     attention=6,
     block=(FAKE, IMAGE, FAKE),
-    picture=PICTURE,
     encode=nested(),
     annotate=_idefics_mask,
     visual_ids=(),
     notes="no placeholders: images are the keys of gated cross-attention before every other layer; 4 key heads",
+    config=parts(
+        "IdeficsConfig",
+        **without(text(), "model_type", "num_key_value_heads"),
+        vision_config=without(vision(embed_dim=16), "hidden_size"),
+        cross_layer_interval=2,
+        alpha_initializer="ones",
+        alpha_type="vector",
+    ),
 )
-def idefics() -> Any:
-    from transformers import IdeficsConfig
-
-    language = text()
-    for name in ("model_type", "num_key_value_heads"):
-        del language[name]
-    tower = vision(embed_dim=16)
-    del tower["hidden_size"]
-    return IdeficsConfig(
-        **language, vision_config=tower, cross_layer_interval=2, alpha_initializer="ones", alpha_type="vector"
-    )
 
 
 def _cross_mask(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -196,41 +189,30 @@ def _cross_mask(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> di
     return {"cross_attention_mask": looks[..., None] * tiles}
 
 
-@family(
+mllama = family(
     "mllama",
-    "mllama (cross-attention)",
     "MllamaForConditionalGeneration",
+    title="mllama (cross-attention)",
     attention=5,
     block=(IMAGE,),
     picture=(2, *PICTURE),
     encode=nested(aspect_ratio_ids=2, aspect_ratio_mask=[1, 1]),
     annotate=_cross_mask,
     notes="images are the keys of cross-attention in two of five layers; one placeholder per image",
-)
-def mllama() -> Any:
-    from transformers import MllamaConfig
-
-    tower = vision(
-        num_global_layers=1,
-        attention_heads=2,
-        vision_output_dim=32,
-        max_num_tiles=2,
-        intermediate_layers_indices=[0],
-        supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
-    )
-    del tower["num_attention_heads"]
-    return MllamaConfig(
-        vision_config=tower,
-        text_config=text("mllama_text_model", num_hidden_layers=5, cross_attention_layers=[1, 3], **rope()),
+    config=parts(
+        "MllamaConfig",
+        text("mllama_text_model", num_hidden_layers=5, cross_attention_layers=[1, 3], **rope()),
+        without(
+            vision(
+                num_global_layers=1,
+                attention_heads=2,
+                vision_output_dim=32,
+                max_num_tiles=2,
+                intermediate_layers_indices=[0],
+                supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
+            ),
+            "num_attention_heads",
+        ),
         image_token_index=IMAGE,
-    )
-
-
-FAMILIES = (
-    blip2_opt,
-    blip2_t5,
-    instructblip,
-    instructblipvideo,
-    idefics,
-    mllama,
+    ),
 )

@@ -15,6 +15,7 @@ from families.base import (
     VIDEO,
     Pictures,
     family,
+    parts,
     stacked,
     text,
     token_types,
@@ -26,24 +27,20 @@ from families.masks import minicpmv4_6
 from families.projector import deepseek_vl, got_ocr2, internvl
 from families.qwen import qwen3_5_text
 
-
-@family(
-    "lighton_ocr",
+lighton_ocr = family(
     "lighton_ocr",
     "LightOnOcrForConditionalGeneration",
     block=(IMAGE,) * 4,
     picture=(3, 32, 32),
     encode=stacked(image_sizes=(32, 32)),
     needs_transformers="5.0",
-)
-def lighton_ocr() -> Any:
-    from transformers import LightOnOcrConfig
-
-    return LightOnOcrConfig(
-        vision_config=vision("pixtral", image_size=32, head_dim=8),
-        text_config=text("qwen3", head_dim=8),
+    config=parts(
+        "LightOnOcrConfig",
+        text("qwen3", head_dim=8),
+        vision("pixtral", image_size=32, head_dim=8),
         image_token_id=IMAGE,
-    )
+    ),
+)
 
 
 def _qianfan() -> Any:
@@ -181,15 +178,4 @@ minicpm_ocr = variant(
     attention=2,
     needs_transformers="5.23",
     notes="a view and slices, each wrapped; softmax attention in two of four layers",
-)
-
-
-FAMILIES = (
-    lighton_ocr,
-    qianfan_ocr,
-    pp_chart2table,
-    shieldgemma2,
-    deepseek_vl_hybrid,
-    minicpmv4_7,
-    minicpm_ocr,
 )

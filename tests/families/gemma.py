@@ -16,6 +16,7 @@ from families.base import (
     VOCAB_SIZE,
     Pictures,
     family,
+    parts,
     stacked,
     text,
     token_types,
@@ -51,90 +52,64 @@ PALIGEMMA = {
 }
 
 
-@family(
+paligemma = family(
     "paligemma",
-    "paligemma (gemma)",
     "PaliGemmaForConditionalGeneration",
+    title="paligemma (gemma)",
     **PALIGEMMA,
     notes="image and prompt see each other",
+    config=lambda: _paligemma(text("gemma", head_dim=8)),
 )
-def paligemma() -> Any:
-    return _paligemma(text("gemma", head_dim=8))
 
-
-@family(
+paligemma2 = family(
     "paligemma2",
-    "paligemma2 (gemma2)",
     "PaliGemmaForConditionalGeneration",
+    title="paligemma2 (gemma2)",
     **PALIGEMMA,
     notes="image and prompt see each other; softcap, sliding layers",
-)
-def paligemma2() -> Any:
-    return _paligemma(
+    config=lambda: _paligemma(
         text("gemma2", head_dim=8, query_pre_attn_scalar=16, sliding_window=12, attn_logit_softcapping=2.0)
-    )
+    ),
+)
 
-
-@family(
-    "gemma3",
+gemma3 = family(
     "gemma3",
     "Gemma3ForConditionalGeneration",
     block=(START, *(IMAGE,) * 4, END),
     picture=(3, 16, 16),
-    encode=stacked(),
     annotate=token_types("token_type_ids"),
     notes="image tokens see each other; every other layer slides",
-)
-def gemma3() -> Any:
-    from transformers import Gemma3Config
-
-    return Gemma3Config(
-        text_config=text(
+    config=parts(
+        "Gemma3Config",
+        text(
             "gemma3_text",
             head_dim=8,
             query_pre_attn_scalar=8,
             sliding_window=12,
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
-        vision_config=vision("siglip_vision_model", image_size=16, patch_size=4, vision_use_head=False),
+        vision("siglip_vision_model", image_size=16, patch_size=4, vision_use_head=False),
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
         boi_token_index=START,
         eoi_token_index=END,
-    )
+    ),
+)
 
 
 GEMMA3N_IMAGE = 97
 
 
-@family(
-    "gemma3n",
+gemma3n = family(
     "gemma3n",
     "Gemma3nForConditionalGeneration",
     attention=5,
     block=(START, *(GEMMA3N_IMAGE,) * 9, END),
-    picture=PICTURE,
-    encode=stacked(),
     visual_ids=(GEMMA3N_IMAGE,),
     notes="four residual streams, shared keys in the last layers; stand-in vision tower",
-)
-def gemma3n() -> Any:
-    from transformers import Gemma3nConfig
-
-    audio = {
-        "vocab_size": 8,
-        "vocab_offset": 104,
-        "input_feat_size": 16,
-        "hidden_size": 16,
-        "conf_attention_chunk_size": 4,
-        "conf_attention_context_left": 5,
-        "conf_num_attention_heads": 2,
-        "conf_num_hidden_layers": 1,
-        "conf_conv_kernel_size": 3,
-        "sscp_conv_channel_size": [8, 8],
-    }
-    return Gemma3nConfig(
-        text_config=text(
+    config=parts(
+        "Gemma3nConfig",
+        text(
             "gemma3n_text",
             vocab_size=112,
             vocab_size_per_layer_input=96,
@@ -149,8 +124,19 @@ def gemma3n() -> Any:
             altup_num_inputs=2,
             laurel_rank=8,
         ),
-        vision_config=tower(layout="map", vocab_size=8, vocab_offset=96, rms_norm_eps=1e-6),
-        audio_config=audio,
+        lambda: tower(layout="map", vocab_size=8, vocab_offset=96, rms_norm_eps=1e-06),
+        audio_config={
+            "vocab_size": 8,
+            "vocab_offset": 104,
+            "input_feat_size": 16,
+            "hidden_size": 16,
+            "conf_attention_chunk_size": 4,
+            "conf_attention_context_left": 5,
+            "conf_num_attention_heads": 2,
+            "conf_num_hidden_layers": 1,
+            "conf_conv_kernel_size": 3,
+            "sscp_conv_channel_size": [8, 8],
+        },
         vision_soft_tokens_per_image=9,
         image_token_id=GEMMA3N_IMAGE,
         boi_token_id=START,
@@ -158,11 +144,10 @@ def gemma3n() -> Any:
         boa_token_id=TAG,
         eoa_token_id=TAG + 1,
         audio_token_id=105,
-    )
+    ),
+)
 
-
-@family(
-    "gemma4",
+gemma4 = family(
     "gemma4",
     "Gemma4ForConditionalGeneration",
     block=(START, *(IMAGE,) * 4, END),
@@ -173,12 +158,9 @@ def gemma3n() -> Any:
     needs_transformers="5.10",
     notes="image tokens see each other; head sizes differ by layer; shared keys in the last two layers, which read "
     "only the last row of a prompt",
-)
-def gemma4() -> Any:
-    from transformers import Gemma4Config
-
-    return Gemma4Config(
-        text_config=text(
+    config=parts(
+        "Gemma4Config",
+        text(
             "gemma4_text",
             head_dim=8,
             global_head_dim=16,
@@ -189,22 +171,12 @@ def gemma4() -> Any:
             hidden_size_per_layer_input=8,
             use_bidirectional_attention="vision",
         ),
-        vision_config=vision(
-            patch_size=4, num_key_value_heads=2, head_dim=8, pooling_kernel_size=2, position_embedding_size=16
-        ),
+        vision(patch_size=4, num_key_value_heads=2, head_dim=8, pooling_kernel_size=2, position_embedding_size=16),
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=72,
         boi_token_id=START,
         eoi_token_id=END,
-    )
-
-
-FAMILIES = (
-    paligemma,
-    paligemma2,
-    gemma3,
-    gemma3n,
-    gemma4,
+    ),
 )

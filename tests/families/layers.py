@@ -2,55 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from families.base import (
-    END,
-    IMAGE,
-    START,
-    VIDEO,
-    family,
-    rope,
-    stacked,
-    text,
-    token_types,
-    vision,
-)
+from families.base import END, IMAGE, START, VIDEO, family, parts, rope, stacked, text, token_types, vision
 from families.qwen import BLOCK, DEEP, GRID, IDS, PATCHES, QWEN, mrope, qwen_tower
 
-
-@family(
-    "cosmos3_omni",
+cosmos3_omni = family(
     "cosmos3_omni",
     "Cosmos3OmniForConditionalGeneration",
     **QWEN,
     needs_transformers="5.23",
     notes="visual features also enter the first two layers",
+    config=parts("Cosmos3OmniConfig", text("qwen3_vl_text", head_dim=8, **mrope()), qwen_tower(**DEEP), **IDS),
 )
-def cosmos3_omni() -> Any:
-    from transformers import Cosmos3OmniConfig
 
-    return Cosmos3OmniConfig(
-        text_config=text("qwen3_vl_text", head_dim=8, **mrope()), vision_config=qwen_tower(**DEEP), **IDS
-    )
-
-
-@family(
-    "cosmos3_edge",
+cosmos3_edge = family(
     "cosmos3_edge",
     "Cosmos3EdgeForConditionalGeneration",
     **{**QWEN, "picture": (PATCHES, 3 * 4 * 4)},
     needs_transformers="5.23",
-)
-def cosmos3_edge() -> Any:
-    from transformers import Cosmos3EdgeConfig
-
-    return Cosmos3EdgeConfig(
-        text_config=text("cosmos3_edge_text", head_dim=8, **mrope()),
-        vision_config={**vision(patch_size=4, num_patches=16), "model_type": "cosmos3_edge_vision"},
+    config=parts(
+        "Cosmos3EdgeConfig",
+        text("cosmos3_edge_text", head_dim=8, **mrope()),
+        {**vision(patch_size=4, num_patches=16), "model_type": "cosmos3_edge_vision"},
         projector_hidden_size=32,
         **IDS,
-    )
+    ),
+)
 
 
 MUSE_TOWER = {
@@ -65,53 +41,50 @@ MUSE_TOWER = {
 }
 
 
-@family(
+muse_glimmer = family(
     "muse_glimmer",
-    "muse_glimmer (softcap, sliding layers)",
     "MuseGlimmerForConditionalGeneration",
+    title="muse_glimmer (softcap, sliding layers)",
     block=BLOCK,
     picture=(PATCHES, 3 * 2 * 4 * 4),
     encode=stacked(joined=True, image_grid_thw=GRID),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="three of four layers slide; layers without rotary positions",
-)
-def muse_glimmer() -> Any:
-    from transformers import MuseGlimmerConfig
-
-    return MuseGlimmerConfig(
-        text_config=text("muse_glimmer_text", head_dim=8, sliding_window=12, **rope()),
-        vision_config=MUSE_TOWER,
+    config=parts(
+        "MuseGlimmerConfig",
+        text("muse_glimmer_text", head_dim=8, sliding_window=12, **rope()),
+        MUSE_TOWER,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         out_hidden_size=64,
         projector_hidden_size=32,
-    )
+    ),
+)
 
-
-@family(
+muse_spark = family(
     "muse_spark",
-    "muse_spark (sliding layers, norm per head)",
     "MuseSparkForConditionalGeneration",
+    title="muse_spark (sliding layers, norm per head)",
     block=BLOCK,
     picture=(PATCHES, 3 * 2 * 4 * 4),
     encode=stacked(joined=True, image_grid_thw=GRID),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="a norm per head behind the attention undoes factors; three of four layers slide; mixture of experts",
-)
-def muse_spark() -> Any:
-    from transformers import MuseSparkConfig
-
-    experts = {
-        "moe_intermediate_size": 16,
-        "moe_hidden_size": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
-    return MuseSparkConfig(
-        text_config=text("muse_spark_text", head_dim=8, sliding_window=12, **experts, **rope()),
-        vision_config=MUSE_TOWER,
+    config=parts(
+        "MuseSparkConfig",
+        text(
+            "muse_spark_text",
+            head_dim=8,
+            sliding_window=12,
+            moe_intermediate_size=16,
+            moe_hidden_size=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            **rope(),
+        ),
+        MUSE_TOWER,
         audio_config={
             "patch_sizes": [2, 2],
             "hidden_sizes": [8, 8],
@@ -124,41 +97,37 @@ def muse_spark() -> Any:
         audio_token_id=72,
         out_hidden_size=64,
         projector_hidden_size=32,
-    )
+    ),
+)
 
-
-@family(
+lfm3_vl = family(
     "lfm3_vl",
-    "lfm3_vl (hybrid convolution)",
     "Lfm3VlForConditionalGeneration",
+    title="lfm3_vl (hybrid convolution)",
     attention=2,
     **QWEN,
     needs_transformers="5.23",
     notes="attention in two of four layers, one of which slides; gated before the output projection",
-)
-def lfm3_vl() -> Any:
-    from transformers import Lfm3VlConfig
-
-    return Lfm3VlConfig(
-        text_config=text(
+    config=parts(
+        "Lfm3VlConfig",
+        text(
             "lfm3",
             head_dim=8,
             sliding_window=12,
             conv_L_cache=3,
             layer_types=["conv", "sliding_attention", "conv", "full_attention"],
         ),
-        vision_config={
+        {
             **vision(patch_size=4, num_key_value_heads=1),
             "model_type": "lfm3_vl_vision",
             "layer_types": ["conv", "full_attention"],
         },
         projector_hidden_size=32,
         **IDS,
-    )
+    ),
+)
 
-
-@family(
-    "gemma4_unified",
+gemma4_unified = family(
     "gemma4_unified",
     "Gemma4UnifiedForConditionalGeneration",
     block=(START, *(IMAGE,) * 4, END),
@@ -168,39 +137,21 @@ def lfm3_vl() -> Any:
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="patches enter without a vision tower; image tokens see each other; head sizes differ by layer",
-)
-def gemma4_unified() -> Any:
-    from transformers import Gemma4UnifiedConfig
-
-    return Gemma4UnifiedConfig(
-        text_config=text(
+    config=parts(
+        "Gemma4UnifiedConfig",
+        text(
             "gemma4_unified_text",
             head_dim=8,
             global_head_dim=16,
             layer_types=["sliding_attention", "full_attention"] * 2,
             sliding_window=12,
         ),
-        vision_config={
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "mm_embed_dim": 32,
-            "mm_posemb_size": 16,
-            "output_proj_dims": 32,
-        },
+        {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=72,
         boi_token_id=START,
         eoi_token_id=END,
-    )
-
-
-FAMILIES = (
-    cosmos3_omni,
-    cosmos3_edge,
-    muse_glimmer,
-    muse_spark,
-    lfm3_vl,
-    gemma4_unified,
+    ),
 )

@@ -16,27 +16,24 @@ from families.base import (
     VIDEO,
     Pictures,
     family,
+    parts,
     stacked,
     text,
     token_types,
     vision,
+    without,
 )
 
-
-@family(
-    "llama4",
+llama4 = family(
     "llama4",
     "Llama4ForConditionalGeneration",
     block=(START, *(IMAGE,) * 4, BREAK, *(IMAGE,) * 4, END),
     picture=(2, 3, 16, 16),
     encode=stacked(joined=True),
     notes="chunked attention, layers without rotary positions, mixture of experts",
-)
-def llama4() -> Any:
-    from transformers import Llama4Config
-
-    return Llama4Config(
-        text_config=text(
+    config=parts(
+        "Llama4Config",
+        text(
             "llama4_text",
             head_dim=8,
             intermediate_size_mlp=64,
@@ -46,7 +43,7 @@ def llama4() -> Any:
             attention_chunk_size=16,
             no_rope_layer_interval=4,
         ),
-        vision_config=vision(
+        vision(
             image_size=16,
             patch_size=4,
             intermediate_size=64,
@@ -58,7 +55,8 @@ def llama4() -> Any:
         boi_token_index=START,
         eoi_token_index=END,
         pad_token_id=PAD,
-    )
+    ),
+)
 
 
 def _encode_phi4(pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -70,22 +68,16 @@ def _encode_phi4(pictures: Pictures) -> dict[str, torch.Tensor]:
     }
 
 
-@family(
-    "phi4_multimodal",
+phi4_multimodal = family(
     "phi4_multimodal",
     "Phi4MultimodalForCausalLM",
     block=(IMAGE,) * (2 * 5 + 1 + 2 * 3),
     picture=(3, 3, 16, 16),
     encode=_encode_phi4,
     notes="the image id is in vision_config; fused projections",
-)
-def phi4_multimodal() -> Any:
-    from transformers import Phi4MultimodalConfig
-
-    language = text()
-    del language["model_type"]
-    return Phi4MultimodalConfig(
-        **language,
+    config=parts(
+        "Phi4MultimodalConfig",
+        **without(text(), "model_type"),
         original_max_position_embeddings=512,
         vision_config=vision(image_size=16, patch_size=4, crop_size=16, image_token_id=IMAGE, feature_layer=-2),
         audio_config={
@@ -100,7 +92,8 @@ def phi4_multimodal() -> Any:
             "audio_token_id": 72,
             "feature_layer": -2,
         },
-    )
+    ),
+)
 
 
 def _encode_molmo2(pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -115,18 +108,7 @@ def _encode_molmo2(pictures: Pictures) -> dict[str, torch.Tensor]:
     }
 
 
-@family(
-    "molmo2",
-    "molmo2",
-    "Molmo2ForConditionalGeneration",
-    block=(START, IMAGE, IMAGE, BREAK, IMAGE, IMAGE, BREAK, END, TAG, IMAGE, IMAGE, BREAK, IMAGE, IMAGE, BREAK, END),
-    picture=(2, 16, 3 * 4 * 4),
-    encode=_encode_molmo2,
-    annotate=token_types("mm_token_type_ids"),
-    needs_transformers="5.10",
-    notes="image tokens see each other, also across images; row ends between them; features are added to embeddings",
-)
-def molmo2() -> Any:
+def _molmo2() -> Any:
     from transformers import Molmo2Config
 
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
@@ -149,6 +131,19 @@ def molmo2() -> Any:
     )
 
 
+molmo2 = family(
+    "molmo2",
+    "Molmo2ForConditionalGeneration",
+    block=(START, IMAGE, IMAGE, BREAK, IMAGE, IMAGE, BREAK, END, TAG, IMAGE, IMAGE, BREAK, IMAGE, IMAGE, BREAK, END),
+    picture=(2, 16, 3 * 4 * 4),
+    encode=_encode_molmo2,
+    annotate=token_types("mm_token_type_ids"),
+    needs_transformers="5.10",
+    notes="image tokens see each other, also across images; row ends between them; features are added to embeddings",
+    config=_molmo2,
+)
+
+
 def _encode_minicpm(pictures: Pictures) -> dict[str, torch.Tensor]:
     every = [picture for sample in pictures for picture in sample]
     return {
@@ -157,8 +152,7 @@ def _encode_minicpm(pictures: Pictures) -> dict[str, torch.Tensor]:
     }
 
 
-@family(
-    "minicpmv4_6",
+minicpmv4_6 = family(
     "minicpmv4_6",
     "MiniCPMV4_6ForConditionalGeneration",
     block=(START, IMAGE, END, TAG, IMAGE, IMAGE, TAG + 1),
@@ -167,22 +161,12 @@ def _encode_minicpm(pictures: Pictures) -> dict[str, torch.Tensor]:
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.10",
     notes="a view and slices, each wrapped",
-)
-def minicpmv4_6() -> Any:
-    from transformers import MiniCPMV4_6Config
-
-    return MiniCPMV4_6Config(
-        text_config=text("qwen3", head_dim=8),
-        vision_config=vision(image_size=32, patch_size=4),
+    config=parts(
+        "MiniCPMV4_6Config",
+        text("qwen3", head_dim=8),
+        vision(image_size=32, patch_size=4),
         insert_layer_id=0,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
-    )
-
-
-FAMILIES = (
-    llama4,
-    phi4_multimodal,
-    molmo2,
-    minicpmv4_6,
+    ),
 )

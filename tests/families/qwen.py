@@ -15,12 +15,14 @@ from families.base import (
     Family,
     Pictures,
     family,
+    parts,
     rope,
     stacked,
     text,
     token_types,
     variant,
     vision,
+    without,
 )
 
 GRID = (1, 4, 4)
@@ -56,15 +58,17 @@ def qwen_tower(**changes: Any) -> dict[str, Any]:
     return {**common, "out_hidden_size": 32, **changes}
 
 
-@family("qwen2_vl", "qwen2_vl", "Qwen2VLForConditionalGeneration", **QWEN)
-def qwen2_vl() -> Any:
-    from transformers import Qwen2VLConfig
-
-    return Qwen2VLConfig(
-        text_config=text("qwen2_vl_text", **mrope()),
-        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+qwen2_vl = family(
+    "qwen2_vl",
+    "Qwen2VLForConditionalGeneration",
+    **QWEN,
+    config=parts(
+        "Qwen2VLConfig",
+        text("qwen2_vl_text", **mrope()),
+        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
         **IDS,
-    )
+    ),
+)
 
 
 def _qwen2_5_vl(**changes: Any) -> Any:
@@ -77,9 +81,7 @@ def _qwen2_5_vl(**changes: Any) -> Any:
     )
 
 
-@family("qwen2_5_vl", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **QWEN)
-def qwen2_5_vl() -> Any:
-    return _qwen2_5_vl()
+qwen2_5_vl = family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **QWEN, config=lambda: _qwen2_5_vl())
 
 
 qwen2_5_vl_sliding: Family = variant(
@@ -95,41 +97,31 @@ qwen2_5_vl_sliding: Family = variant(
     notes="full layers first, then sliding ones",
 )
 
-DEEP = {
-    "num_position_embeddings": 16,
-    "deepstack_visual_indexes": [0, 1],
-}
+DEEP = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 
 
-@family(
-    "qwen3_vl",
+qwen3_vl = family(
     "qwen3_vl",
     "Qwen3VLForConditionalGeneration",
     **QWEN,
     notes="visual features also enter the first two layers",
+    config=parts("Qwen3VLConfig", text("qwen3_vl_text", head_dim=8, **mrope()), qwen_tower(**DEEP), **IDS),
 )
-def qwen3_vl() -> Any:
-    from transformers import Qwen3VLConfig
 
-    return Qwen3VLConfig(
-        text_config=text("qwen3_vl_text", head_dim=8, **mrope()), vision_config=qwen_tower(**DEEP), **IDS
-    )
-
-
-@family(
-    "qwen3_vl_moe",
+qwen3_vl_moe = family(
     "qwen3_vl_moe",
     "Qwen3VLMoeForConditionalGeneration",
     **QWEN,
     notes="mixture of experts",
+    config=parts(
+        "Qwen3VLMoeConfig",
+        text(
+            "qwen3_vl_moe_text", head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, **mrope()
+        ),
+        qwen_tower(**DEEP),
+        **IDS,
+    ),
 )
-def qwen3_vl_moe() -> Any:
-    from transformers import Qwen3VLMoeConfig
-
-    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3VLMoeConfig(
-        text_config=text("qwen3_vl_moe_text", head_dim=8, **experts, **mrope()), vision_config=qwen_tower(**DEEP), **IDS
-    )
 
 
 def qwen3_5_text() -> dict[str, Any]:
@@ -146,59 +138,61 @@ def qwen3_5_text() -> dict[str, Any]:
     )
 
 
-@family(
+qwen3_5 = family(
     "qwen3_5",
-    "qwen3_5 (hybrid linear)",
     "Qwen3_5ForConditionalGeneration",
+    title="qwen3_5 (hybrid linear)",
     attention=2,
     **QWEN,
     needs_transformers="5.2",
     notes="softmax attention in two of four layers, gated before the output projection",
+    config=parts("Qwen3_5Config", qwen3_5_text(), qwen_tower(num_position_embeddings=16), **IDS),
 )
-def qwen3_5() -> Any:
-    from transformers import Qwen3_5Config
-
-    return Qwen3_5Config(text_config=qwen3_5_text(), vision_config=qwen_tower(num_position_embeddings=16), **IDS)
 
 
 GLM_TOWER = {"image_size": 16}
 
 
-@family("glm4v", "glm4v", "Glm4vForConditionalGeneration", **QWEN)
-def glm4v() -> Any:
-    from transformers import Glm4vConfig
+glm4v = family(
+    "glm4v",
+    "Glm4vForConditionalGeneration",
+    **QWEN,
+    config=parts("Glm4vConfig", text("glm4v_text", **mrope()), qwen_tower(**GLM_TOWER), **GLM_IDS),
+)
 
-    return Glm4vConfig(text_config=text("glm4v_text", **mrope()), vision_config=qwen_tower(**GLM_TOWER), **GLM_IDS)
-
-
-@family("glm4v_moe", "glm4v_moe", "Glm4vMoeForConditionalGeneration", **QWEN, notes="mixture of experts")
-def glm4v_moe() -> Any:
-    from transformers import Glm4vMoeConfig
-
-    experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
-    return Glm4vMoeConfig(
-        text_config=text("glm4v_moe_text", **experts, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)),
-        vision_config=qwen_tower(**GLM_TOWER),
+glm4v_moe = family(
+    "glm4v_moe",
+    "Glm4vMoeForConditionalGeneration",
+    **QWEN,
+    notes="mixture of experts",
+    config=parts(
+        "Glm4vMoeConfig",
+        text(
+            "glm4v_moe_text",
+            moe_intermediate_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0),
+        ),
+        qwen_tower(**GLM_TOWER),
         **GLM_IDS,
-    )
+    ),
+)
 
-
-@family(
+kimi_k25 = family(
     "kimi_k25",
-    "kimi_k25 (MLA)",
     "Kimi_K25ForConditionalGeneration",
+    title="kimi_k25 (MLA)",
     block=BLOCK,
     picture=(PATCHES, 3, 4, 4),
     encode=stacked(joined=True, image_grid_thw=GRID),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.10",
     notes="latent attention: values are narrower than keys; 4 key heads",
-)
-def kimi_k25() -> Any:
-    from transformers import Kimi_K25Config
-
-    return Kimi_K25Config(
-        text_config=text(
+    config=parts(
+        "Kimi_K25Config",
+        text(
             "deepseek_v3",
             num_key_value_heads=4,
             q_lora_rank=16,
@@ -214,14 +208,13 @@ def kimi_k25() -> Any:
             topk_group=1,
             first_k_dense_replace=1,
         ),
-        vision_config=vision(patch_size=4, pos_emb_height=4, pos_emb_width=4, pos_emb_time=1),
+        vision(patch_size=4, pos_emb_height=4, pos_emb_width=4, pos_emb_time=1),
         projection_hidden_size=16,
         **IDS,
-    )
+    ),
+)
 
-
-@family(
-    "video_llama_3",
+video_llama_3 = family(
     "video_llama_3",
     "VideoLlama3ForConditionalGeneration",
     block=BLOCK,
@@ -229,27 +222,24 @@ def kimi_k25() -> Any:
     encode=stacked(joined=True, image_grid_thw=GRID, image_merge_sizes=2),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.0",
+    config=parts(
+        "VideoLlama3Config",
+        text("qwen2"),
+        without(vision(patch_size=4), "image_size"),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    ),
 )
-def video_llama_3() -> Any:
-    from transformers import VideoLlama3Config
 
-    tower = vision(patch_size=4)
-    del tower["image_size"]
-    return VideoLlama3Config(text_config=text("qwen2"), vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO)
-
-
-@family(
+qwen2_5_omni = family(
     "qwen2_5_omni",
-    "qwen2_5_omni (thinker)",
     "Qwen2_5OmniThinkerForConditionalGeneration",
+    title="qwen2_5_omni (thinker)",
     **QWEN,
-)
-def qwen2_5_omni() -> Any:
-    from transformers import Qwen2_5OmniThinkerConfig
-
-    return Qwen2_5OmniThinkerConfig(
-        text_config=text("qwen2_5_omni_text", **mrope()),
-        vision_config=qwen_tower(fullatt_block_indexes=[1], window_size=16),
+    config=parts(
+        "Qwen2_5OmniThinkerConfig",
+        text("qwen2_5_omni_text", **mrope()),
+        qwen_tower(fullatt_block_indexes=[1], window_size=16),
         audio_config={
             "d_model": 16,
             "encoder_layers": 1,
@@ -269,7 +259,8 @@ def qwen2_5_omni() -> Any:
         vision_end_token_id=END,
         user_token_id=75,
         pad_token_id=0,
-    )
+    ),
+)
 
 
 def _ernie_types() -> Annotator:
@@ -280,21 +271,15 @@ def _ernie_types() -> Annotator:
     return annotate
 
 
-@family(
-    "ernie4_5_vl_moe",
+ernie4_5_vl_moe = family(
     "ernie4_5_vl_moe",
     "Ernie4_5_VLMoeForConditionalGeneration",
     **{**QWEN, "picture": (PATCHES, 3 * 4 * 4), "annotate": _ernie_types()},
     needs_transformers="5.0",
     notes="experts for text and for images",
-)
-def ernie4_5_vl_moe() -> Any:
-    from transformers import Ernie4_5_VLMoeConfig
-
-    tower = qwen_tower(temporal_merge_size=2)
-    del tower["out_hidden_size"]
-    return Ernie4_5_VLMoeConfig(
-        text_config=text(
+    config=parts(
+        "Ernie4_5_VLMoeConfig",
+        text(
             "ernie4_5_vl_moe_text",
             moe_intermediate_size=[32, 16],
             moe_num_experts=4,
@@ -303,22 +288,7 @@ def ernie4_5_vl_moe() -> Any:
             mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
             **mrope(),
         ),
-        vision_config=tower,
+        without(qwen_tower(temporal_merge_size=2), "out_hidden_size"),
         **GLM_IDS,
-    )
-
-
-FAMILIES = (
-    qwen2_vl,
-    qwen2_5_vl,
-    qwen2_5_vl_sliding,
-    qwen3_vl,
-    qwen3_vl_moe,
-    qwen3_5,
-    glm4v,
-    glm4v_moe,
-    kimi_k25,
-    video_llama_3,
-    qwen2_5_omni,
-    ernie4_5_vl_moe,
+    ),
 )

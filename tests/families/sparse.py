@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from families.base import BREAK, END, IMAGE, VIDEO, family, rope, stacked, text, vision
+from families.base import BREAK, END, IMAGE, VIDEO, family, parts, rope, stacked, text, vision, without
 from families.qwen import BLOCK, GLM_IDS, GRID, IDS, PATCHES, QWEN, qwen_tower
 
 TOPK = 8
 """How many keys a row sees; the tiny prompts are longer."""
-EXPERTS = {
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-}
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 INDEX = {"index_topk": TOPK, "index_head_dim": 8, "index_n_heads": 16}
 """So many heads that no key scores zero with all of them: ties would be broken differently from call to call."""
 
 
-@family(
+mistral_large4 = family(
     "mistral_large4",
-    "mistral_large4 (sparse MLA)",
     "MistralLarge4ForConditionalGeneration",
+    title="mistral_large4 (sparse MLA)",
     block=(IMAGE, IMAGE, BREAK, IMAGE, IMAGE, END),
     picture=(3, 32, 32),
     encode=stacked(image_sizes=(32, 32)),
     needs_transformers="5.23",
     notes="each row sees the keys that an indexer selects; every other layer takes the selection of the one before",
-)
-def mistral_large4() -> Any:
-    from transformers import MistralLarge4Config
-
-    return MistralLarge4Config(
-        vision_config=vision("pixtral", image_size=32, head_dim=8),
-        text_config=text(
+    config=parts(
+        "MistralLarge4Config",
+        text(
             "mistral_large4_text",
             num_key_value_heads=4,
             kv_lora_rank=16,
@@ -45,63 +34,57 @@ def mistral_large4() -> Any:
             **EXPERTS,
             **INDEX,
         ),
+        vision("pixtral", image_size=32, head_dim=8),
         image_token_index=IMAGE,
-    )
+    ),
+)
 
-
-@family(
+minimax_m3_vl = family(
     "minimax_m3_vl",
-    "minimax_m3_vl (sparse blocks)",
     "MiniMaxM3SparseForConditionalGeneration",
+    title="minimax_m3_vl (sparse blocks)",
     block=BLOCK,
     picture=(PATCHES, 3 * 2 * 4 * 4),
     encode=stacked(joined=True, image_grid_thw=GRID),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="each row sees the blocks of keys that an indexer selects, in two of four layers",
-)
-def minimax_m3_vl() -> Any:
-    from transformers import MiniMaxM3VLConfig
-
-    language = text(
-        "minimax_m3_vl_text",
-        head_dim=8,
-        rotary_dim=8,
-        dense_intermediate_size=64,
-        shared_intermediate_size=16,
-        intermediate_size=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        mlp_layer_types=["dense", "sparse"] * 2,
-        layer_types=["full_attention", "minimax_m3_sparse"] * 2,
-        index_n_heads=2,
-        index_head_dim=8,
-        index_block_size=2,
-        index_topk_blocks=4,
-    )
-    return MiniMaxM3VLConfig(
-        text_config=language,
-        vision_config=vision(image_size=16, patch_size=4),
+    config=parts(
+        "MiniMaxM3VLConfig",
+        text(
+            "minimax_m3_vl_text",
+            head_dim=8,
+            rotary_dim=8,
+            dense_intermediate_size=64,
+            shared_intermediate_size=16,
+            intermediate_size=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            mlp_layer_types=["dense", "sparse"] * 2,
+            layer_types=["full_attention", "minimax_m3_sparse"] * 2,
+            index_n_heads=2,
+            index_head_dim=8,
+            index_block_size=2,
+            index_topk_blocks=4,
+        ),
+        vision(image_size=16, patch_size=4),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         projector_hidden_size=32,
-    )
+    ),
+)
 
-
-@family(
+glm5_next = family(
     "glm5_next",
-    "glm5_next (hybrid linear, sparse MLA)",
     "Glm5NextForConditionalGeneration",
+    title="glm5_next (hybrid linear, sparse MLA)",
     attention=2,
     **QWEN,
     needs_transformers="5.23",
     notes="each row sees the keys that an indexer selects, in two of four layers; several residual streams",
-)
-def glm5_next() -> Any:
-    from transformers import Glm5NextConfig
-
-    return Glm5NextConfig(
-        text_config=text(
+    config=parts(
+        "Glm5NextConfig",
+        text(
             "glm5_next_text",
             num_key_value_heads=4,
             kv_lora_rank=16,
@@ -118,27 +101,24 @@ def glm5_next() -> Any:
             **EXPERTS,
             **INDEX,
         ),
-        vision_config=qwen_tower(image_size=16, projection_intermediate_size=32),
+        qwen_tower(image_size=16, projection_intermediate_size=32),
         **GLM_IDS,
-    )
+    ),
+)
 
-
-@family(
+dots3_note = family(
     "dots3_note",
-    "dots3_note (sparse MLA, sliding layers)",
     "Dots3NoteForConditionalGeneration",
+    title="dots3_note (sparse MLA, sliding layers)",
     block=BLOCK,
     picture=(PATCHES, 3 * 4 * 4),
     encode=stacked(joined=True, image_grid_thw=GRID),
     visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="each row sees the keys that an indexer selects, in two of four layers; head outputs are gated",
-)
-def dots3_note() -> Any:
-    from transformers import Dots3NoteConfig
-
-    return Dots3NoteConfig(
-        text_config=text(
+    config=parts(
+        "Dots3NoteConfig",
+        text(
             "dots3_note_text",
             num_key_value_heads=4,
             kv_lora_rank=16,
@@ -160,7 +140,7 @@ def dots3_note() -> Any:
             **EXPERTS,
             **INDEX,
         ),
-        vision_config=vision(
+        vision(
             patch_size=4,
             adapter_in_dim=16,
             adapter_out_dim=32,
@@ -181,50 +161,44 @@ def dots3_note() -> Any:
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         audio_token_id=72,
-    )
+    ),
+)
 
-
-@family(
+qwen4_exp = family(
     "qwen4_exp",
-    "qwen4_exp (hybrid linear, sparse)",
     "Qwen4ExpForConditionalGeneration",
+    title="qwen4_exp (hybrid linear, sparse)",
     attention=2,
     **QWEN,
     needs_transformers="5.23",
     notes="each row sees the blocks of keys that an indexer selects, in two of four layers; several residual streams",
-)
-def qwen4_exp() -> Any:
-    from transformers import Qwen4ExpConfig
-
-    language = text(
-        "qwen4_exp_text",
-        head_dim=8,
-        layer_types=["linear_attention", "indexed_attention"] * 2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        hc_count=2,
-        hc_lowrank=8,
-        indexer_n_heads=2,
-        indexer_kv_heads=1,
-        indexer_head_dim=8,
-        indexer_budget=TOPK,
-        indexer_compress_ratio=2,
-        **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
-    )
-    del language["intermediate_size"]
-    return Qwen4ExpConfig(text_config=language, vision_config=qwen_tower(num_position_embeddings=16), **IDS)
-
-
-FAMILIES = (
-    mistral_large4,
-    minimax_m3_vl,
-    glm5_next,
-    dots3_note,
-    qwen4_exp,
+    config=parts(
+        "Qwen4ExpConfig",
+        without(
+            text(
+                "qwen4_exp_text",
+                head_dim=8,
+                layer_types=["linear_attention", "indexed_attention"] * 2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=16,
+                num_experts=4,
+                num_experts_per_tok=2,
+                hc_count=2,
+                hc_lowrank=8,
+                indexer_n_heads=2,
+                indexer_kv_heads=1,
+                indexer_head_dim=8,
+                indexer_budget=TOPK,
+                indexer_compress_ratio=2,
+                **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
+            ),
+            "intermediate_size",
+        ),
+        qwen_tower(num_position_embeddings=16),
+        **IDS,
+    ),
 )

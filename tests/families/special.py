@@ -13,7 +13,6 @@ from families.base import (
     EOS,
     IMAGE,
     PAD,
-    PICTURE,
     START,
     TAG,
     VOCAB_SIZE,
@@ -21,30 +20,27 @@ from families.base import (
     decoder_start,
     family,
     nested,
+    parts,
     rope,
     stacked,
     text,
     vision,
+    without,
 )
 
 # Resamplers and tiles on a text model of another name.
 
 
-@family(
-    "idefics2",
+idefics2 = family(
     "idefics2",
     "Idefics2ForConditionalGeneration",
     block=(TAG, *(IMAGE,) * 4, TAG),
-    picture=PICTURE,
     encode=nested(),
     notes="a resampler between image and text",
-)
-def idefics2() -> Any:
-    from transformers import Idefics2Config
-
-    return Idefics2Config(
-        vision_config=vision(),
-        text_config=text("mistral", sliding_window=None, head_dim=8),
+    config=parts(
+        "Idefics2Config",
+        text("mistral", sliding_window=None, head_dim=8),
+        vision(),
         perceiver_config={
             "hidden_size": 32,
             "resampler_n_latents": 4,
@@ -54,7 +50,8 @@ def idefics2() -> Any:
             "num_key_value_heads": 1,
         },
         image_token_id=IMAGE,
-    )
+    ),
+)
 
 
 IDEFICS3 = {
@@ -83,48 +80,48 @@ def _idefics3(name: str) -> Any:
     )
 
 
-@family("idefics3", "idefics3", "Idefics3ForConditionalGeneration", **IDEFICS3, encode=_encode_tiles)
-def idefics3() -> Any:
-    return _idefics3("Idefics3Config")
+idefics3 = family(
+    "idefics3",
+    "Idefics3ForConditionalGeneration",
+    **IDEFICS3,
+    encode=_encode_tiles,
+    config=lambda: _idefics3("Idefics3Config"),
+)
 
-
-@family("smolvlm", "smolvlm", "SmolVLMForConditionalGeneration", **IDEFICS3, encode=_encode_tiles)
-def smolvlm() -> Any:
-    return _idefics3("SmolVLMConfig")
+smolvlm = family(
+    "smolvlm",
+    "SmolVLMForConditionalGeneration",
+    **IDEFICS3,
+    encode=_encode_tiles,
+    config=lambda: _idefics3("SmolVLMConfig"),
+)
 
 
 # Image tokens of a vocabulary, patches without a tower, and an encoder-decoder.
 
 
-@family(
+chameleon = family(
     "chameleon",
-    "chameleon (VQ)",
     "ChameleonForConditionalGeneration",
+    title="chameleon (VQ)",
     block=(START, *(IMAGE,) * 16, END),
     picture=(3, 8, 8),
-    encode=stacked(),
     notes="images become words of the vocabulary",
-)
-def chameleon() -> Any:
-    from transformers import ChameleonConfig
-
-    codes = 10
-    names = {f"IMGIMG{chr(ord('A') + code)}Z": 71 + code for code in range(codes)}
-    language = text()
-    del language["model_type"]
-    return ChameleonConfig(
-        **language,
+    config=parts(
+        "ChameleonConfig",
+        **without(text(), "model_type"),
         vq_config={
             "embed_dim": 8,
-            "num_embeddings": codes,
+            "num_embeddings": 10,
             "latent_channels": 8,
             "resolution": 8,
             "base_channels": 32,
             "channel_multiplier": [1, 1],
             "num_res_blocks": 1,
         },
-        vocabulary_map={"<image>": IMAGE, **names},
-    )
+        vocabulary_map={"<image>": IMAGE, **{f"IMGIMG{chr(ord('A') + code)}Z": 71 + code for code in range(10)}},
+    ),
+)
 
 
 def _encode_fuyu(pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -136,44 +133,41 @@ def _encode_fuyu(pictures: Pictures) -> dict[str, torch.Tensor]:
     return stacked("image_patches" if is_old else "pixel_values")(pictures)
 
 
-@family(
+fuyu = family(
     "fuyu",
-    "fuyu (persimmon)",
     "FuyuForCausalLM",
+    title="fuyu (persimmon)",
     block=((IMAGE,) * 3 + (BREAK,)) * 3,
     picture=(9, 3 * 4 * 4),
     encode=_encode_fuyu,
     notes="patches enter without a vision tower; line ends between them; 4 key heads",
+    config=parts(
+        "FuyuConfig",
+        text_config=without(text("persimmon", **rope(partial_rotary_factor=0.5)), "num_key_value_heads"),
+        image_size=12,
+        patch_size=4,
+        hidden_size=32,
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    ),
 )
-def fuyu() -> Any:
-    from transformers import FuyuConfig
 
-    language = text("persimmon", **rope(partial_rotary_factor=0.5))
-    del language["num_key_value_heads"]
-    sizes = {"image_size": 12, "patch_size": 4, "hidden_size": 32}
-    return FuyuConfig(text_config=language, **sizes, image_token_id=IMAGE, pad_token_id=PAD)
-
-
-@family(
+florence2 = family(
     "florence2",
-    "florence2 (encoder-decoder)",
     "Florence2ForConditionalGeneration",
+    title="florence2 (encoder-decoder)",
     attention=6,
     block=(IMAGE,) * 5,
     picture=(3, 32, 32),
-    encode=stacked(),
     annotate=decoder_start(EOS, BOS, 20),
     max_images=1,
     image_first=True,
     side="right",
     text_positions=False,
     notes="encoder-decoder: the image is in the encoder; 4 key heads",
-)
-def florence2() -> Any:
-    from transformers import Florence2Config
-
-    return Florence2Config(
-        text_config={
+    config=parts(
+        "Florence2Config",
+        {
             "model_type": "bart",
             "vocab_size": VOCAB_SIZE,
             "d_model": 32,
@@ -190,7 +184,7 @@ def florence2() -> Any:
             "decoder_start_token_id": EOS,
             "forced_eos_token_id": None,
         },
-        vision_config={
+        {
             "depths": [1, 1],
             "patch_size": [7, 3],
             "patch_stride": [4, 4],
@@ -206,14 +200,5 @@ def florence2() -> Any:
             "drop_path_rate": 0.0,
         },
         image_token_id=IMAGE,
-    )
-
-
-FAMILIES = (
-    idefics2,
-    idefics3,
-    smolvlm,
-    chameleon,
-    fuyu,
-    florence2,
+    ),
 )

@@ -14,6 +14,7 @@ from families.base import (
     TAG,
     Pictures,
     family,
+    parts,
     rope,
     stacked,
     text,
@@ -23,15 +24,7 @@ from families.base import (
 from families.qwen import DEEP, GRID, IDS, PATCHES, QWEN, qwen_tower
 
 
-@family(
-    "cohere_compass",
-    "cohere_compass",
-    "CohereCompassForConditionalGeneration",
-    **QWEN,
-    needs_transformers="5.23",
-    notes="visual features also enter the first two layers",
-)
-def cohere_compass() -> Any:
+def _cohere_compass() -> Any:
     from transformers import CohereCompassConfig
 
     axes = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
@@ -48,13 +41,22 @@ def cohere_compass() -> Any:
     )
 
 
+cohere_compass = family(
+    "cohere_compass",
+    "CohereCompassForConditionalGeneration",
+    **QWEN,
+    needs_transformers="5.23",
+    notes="visual features also enter the first two layers",
+    config=_cohere_compass,
+)
+
+
 def _rows(pictures: Pictures) -> dict[str, torch.Tensor]:
     every = torch.cat([picture for sample in pictures for picture in sample])
     return {"pixel_values": every, "image_grid_thw": torch.tensor([GRID] * (len(every) // PATCHES))}
 
 
-@family(
-    "hunyuan_vl",
+hunyuan_vl = family(
     "hunyuan_vl",
     "HunYuanVLForConditionalGeneration",
     block=(START, *(IMAGE,) * 8, END),
@@ -64,45 +66,38 @@ def _rows(pictures: Pictures) -> dict[str, torch.Tensor]:
     text_positions=False,
     needs_transformers="5.23",
     notes="row ends and borders of an image are image tokens too",
-)
-def hunyuan_vl() -> Any:
-    from transformers import HunYuanVLConfig
-
-    return HunYuanVLConfig(
-        text_config=text(
+    config=parts(
+        "HunYuanVLConfig",
+        text(
             "hunyuan_vl_text",
             head_dim=8,
             rope_parameters={
                 "rope_type": "dynamic",
-                "rope_theta": 1e4,
+                "rope_theta": 10000.0,
                 "factor": 1.0,
                 "alpha": 1000.0,
                 "mrope_section": [1, 1, 1, 1],
             },
         ),
-        vision_config=vision(patch_size=4, max_image_size=32, out_hidden_size=32, img_max_token_num=64),
+        vision(patch_size=4, max_image_size=32, out_hidden_size=32, img_max_token_num=64),
         image_token_id=IMAGE,
         im_start_id=START,
         im_end_id=END,
         im_newline_id=BREAK,
-    )
+    ),
+)
 
-
-@family(
+step3p7 = family(
     "step3p7",
-    "step3p7 (gated, sliding layers)",
     "Step3p7ForConditionalGeneration",
+    title="step3p7 (gated, sliding layers)",
     block=(START, *(IMAGE,) * 4, END),
     picture=(3, 32, 32),
-    encode=stacked(),
     needs_transformers="5.23",
     notes="head outputs are gated; every other layer slides; mixture of experts",
-)
-def step3p7() -> Any:
-    from transformers import Step3p7Config
-
-    return Step3p7Config(
-        text_config=text(
+    config=parts(
+        "Step3p7Config",
+        text(
             "step3p5",
             head_dim=8,
             sliding_window=12,
@@ -113,9 +108,10 @@ def step3p7() -> Any:
             share_expert_dim=16,
             **rope(),
         ),
-        vision_config=vision(image_size=32, patch_size=4, mlp_ratio=2.0, max_position_embeddings=64),
+        vision(image_size=32, patch_size=4, mlp_ratio=2.0, max_position_embeddings=64),
         image_token_id=IMAGE,
-    )
+    ),
+)
 
 
 def _encode_granite(pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -126,8 +122,7 @@ def _encode_granite(pictures: Pictures) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.stack(tiles), "pixel_attention_mask": torch.tensor(real)}
 
 
-@family(
-    "granite_docling",
+granite_docling = family(
     "granite_docling",
     "GraniteDoclingForConditionalGeneration",
     block=(TAG, START, *(IMAGE,) * 4, TAG, START + 1, *(IMAGE,) * 4, TAG),
@@ -135,28 +130,22 @@ def _encode_granite(pictures: Pictures) -> dict[str, torch.Tensor]:
     encode=_encode_granite,
     needs_transformers="5.23",
     notes="row and column tags between the tiles of an image; visual features also enter the first layer",
-)
-def granite_docling() -> Any:
-    from transformers import GraniteDoclingConfig
-
-    return GraniteDoclingConfig(
-        text_config=text(
+    config=parts(
+        "GraniteDoclingConfig",
+        text(
             "granite_docling_text",
             embedding_multiplier=1.0,
             logits_scaling=1.0,
             residual_multiplier=0.7,
             attention_multiplier=0.35,
         ),
-        vision_config=vision(
-            image_size=16, patch_size=4, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0]
-        ),
+        vision(image_size=16, patch_size=4, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0]),
         image_token_id=IMAGE,
         pad_token_id=0,
-    )
+    ),
+)
 
-
-@family(
-    "granite4_vision",
+granite4_vision = family(
     "granite4_vision",
     "Granite4VisionForConditionalGeneration",
     block=(IMAGE,) * (4 + 2 * 5),
@@ -164,19 +153,16 @@ def granite_docling() -> Any:
     encode=stacked(image_sizes=(32, 64)),
     needs_transformers="5.10",
     notes="tiles and row ends in one block; visual features enter two layers",
-)
-def granite4_vision() -> Any:
-    from transformers import Granite4VisionConfig
-
-    return Granite4VisionConfig(
-        text_config=text(
+    config=parts(
+        "Granite4VisionConfig",
+        text(
             "granite4_vision_text",
             embedding_multiplier=1.0,
             logits_scaling=1.0,
             residual_multiplier=0.7,
             attention_multiplier=0.35,
         ),
-        vision_config=vision("siglip_vision_model", image_size=32, hidden_size=64, vision_use_head=False),
+        vision("siglip_vision_model", image_size=32, hidden_size=64, vision_use_head=False),
         image_token_index=IMAGE,
         image_grid_pinpoints=[[32, 64], [64, 32]],
         downsample_rate="2/4",
@@ -191,28 +177,23 @@ def granite4_vision() -> Any:
             "max_position_embeddings": 64,
             "use_qformer_text_input": False,
         },
-    )
+    ),
+)
 
-
-@family(
+emu3 = family(
     "emu3",
-    "emu3 (VQ)",
     "Emu3ForConditionalGeneration",
+    title="emu3 (VQ)",
     block=(START, *(IMAGE,) * (4 * 5), END),
     picture=(3, 8, 8),
     encode=stacked(image_sizes=(8, 8)),
     notes="images become words of the vocabulary",
-)
-def emu3() -> Any:
-    from transformers import Emu3Config
-
-    codes = 10
-    names = {f"<|visual token {code:06d}|>": 71 + code for code in range(codes)}
-    return Emu3Config(
+    config=parts(
+        "Emu3Config",
         text_config=text("emu3_text_model", head_dim=8),
         vq_config={
-            "codebook_size": codes,
-            "embed_dim": 1,  # so that random pictures become different words
+            "codebook_size": 10,
+            "embed_dim": 1,
             "latent_channels": 4,
             "base_channels": 32,
             "channel_multiplier": [1, 1],
@@ -221,8 +202,13 @@ def emu3() -> Any:
             "hidden_size": 32,
             "temporal_downsample_factor": 2,
         },
-        vocabulary_map={"<image>": IMAGE, "<|extra_200|>": 90, **names},
-    )
+        vocabulary_map={
+            "<image>": IMAGE,
+            "<|extra_200|>": 90,
+            **{f"<|visual token {code:06d}|>": 71 + code for code in range(10)},
+        },
+    ),
+)
 
 
 def _ocr(name: str, language: str, tower: dict[str, Any], **changes: Any) -> Any:
@@ -241,41 +227,25 @@ def _ocr(name: str, language: str, tower: dict[str, Any], **changes: Any) -> Any
     )
 
 
-@family(
+unlimited_ocr = family(
     "unlimited_ocr",
-    "unlimited_ocr (reference window)",
     "UnlimitedOcrForConditionalGeneration",
+    title="unlimited_ocr (reference window)",
     block=(IMAGE,) * (4 * 5 + 1),
     picture=(3, 32, 32),
-    encode=stacked(),
     needs_transformers="5.23",
     notes="what is generated sees the prompt and a window; row ends and a separator are image tokens too",
+    config=lambda: _ocr(
+        "UnlimitedOcrConfig", "unlimited_ocr_text", vision(image_size=32, patch_size=8), sliding_window=4
+    ),
 )
-def unlimited_ocr() -> Any:
-    return _ocr("UnlimitedOcrConfig", "unlimited_ocr_text", vision(image_size=32, patch_size=8), sliding_window=4)
 
-
-@family(
-    "deepseek_ocr2",
+deepseek_ocr2 = family(
     "deepseek_ocr2",
     "DeepseekOcr2ForConditionalGeneration",
     block=(IMAGE,) * (144 + 1),
     picture=(3, 32, 32),
-    encode=stacked(),
     needs_transformers="5.10",
     notes="144 queries and a separator per image",
-)
-def deepseek_ocr2() -> Any:
-    return _ocr("DeepseekOcr2Config", "deepseek_ocr2_text", {**text("x", hidden_size=16, num_hidden_layers=2)})
-
-
-FAMILIES = (
-    unlimited_ocr,
-    deepseek_ocr2,
-    cohere_compass,
-    hunyuan_vl,
-    step3p7,
-    granite_docling,
-    granite4_vision,
-    emu3,
+    config=lambda: _ocr("DeepseekOcr2Config", "deepseek_ocr2_text", {**text("x", hidden_size=16, num_hidden_layers=2)}),
 )

@@ -2,7 +2,7 @@
 
 A file may list ``CASES``: the method's parameters (by keyword) and the naive object that must agree with it on models
 of four layers; a decoding method's are its ``DECODING_CASES``, with a ``NaiveBranches`` each.
-``tests/plugin/methods/test_reference_methods.py`` finds and runs them. VAR and VHR are in ``reference`` itself.
+``tests/plugin/methods/test_reference_methods.py`` finds and runs them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row, State
 
 
 class NaiveAct(Naive):
@@ -26,30 +26,23 @@ class NaiveAct(Naive):
         self.beta, self.alpha, self.tau, self.heads_list = beta, alpha, tau, heads
         self.rows, self.recipients, self.sinks, self.min_rows = rows, recipients, sinks, min_rows
 
-    def maps(
-        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
-    ) -> list[torch.Tensor]:
+    def maps(self, rows: Sequence[Row], maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        sequence, number = rows[0].sequence, rows[0].layer
         history = sequence.notes.setdefault((self, number), [])
-        history += [row.clone() for row in maps]
-        if generated and self.sinks == "frozen":
+        history += [weights.clone() for weights in maps]
+        if rows[0].generated and self.sinks == "frozen":
             history = history[: sequence.prompt_length]
         edited = []
-        for i, row in enumerate(maps):
-            new = row.clone()
-            for head in range(len(row)):
-                if (self.heads_list is None or (number, head) in self.heads_list) and self.wants(
-                    sequence, past + i, generated
-                ):
-                    new[head] = self.calibrate(sequence, row[head], self.find_sinks(history, head))
+        for row, weights in zip(rows, maps, strict=True):
+            new = weights.clone()
+            for head in range(len(weights)) if self.wants(row) else ():
+                if self.heads_list is None or (number, head) in self.heads_list:
+                    new[head] = self.calibrate(sequence, weights[head], self.find_sinks(history, head))
             edited.append(new)
         return edited
 
-    def wants(self, sequence: State, position: int, generated: bool) -> bool:
-        if generated or self.rows == "all":
-            return True
-        if self.rows == "text":
-            return position > max(sequence.image())
-        return position == sequence.prompt_length - 1
+    def wants(self, row: Row) -> bool:
+        return {"all": True, "text": row.is_behind_the_image, "last": row.predicts}[self.rows]
 
     def find_sinks(self, history: list[torch.Tensor], head: int) -> list[int]:
         """a_j = mean weight of key j over the rows that may see it; S = {j > 0: a_j > tau}."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from naive.reference import Naive, Reference, State
+from naive.reference import Naive, Row
 
 
 class NaiveAdaIat(Naive):
@@ -26,28 +26,22 @@ class NaiveAdaIat(Naive):
         self.m_form, self.gate = m_form, gate
         self.decisions: list[bool] = []
 
-    def begin(self, sequence: State, reference: Reference) -> None:
-        sequence.notes["window"] = reference._window
-
-    def weights(
-        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not generated:
+    def weights(self, row: Row, weights: torch.Tensor) -> torch.Tensor:
+        if not row.generated:
             return weights
-        window = sequence.notes["window"](number)
-        first = 0 if window is None else position - window + 1
-        keys = [j for j in range(sequence.prompt_length, position + 1) if j >= first]
-        rows = [row.tolist() for row in weights]
-        sums = [sum(row[j] for j in keys) for row in rows]
+        first = max(row.sequence.prompt_length, row.reference.first_key(row))
+        keys = range(first, row.position + 1)
+        rows = weights.tolist()
+        sums = [sum(each[j] for j in keys) for each in rows]
         ref = sum(total / len(keys) if self.gate == "mean" else total for total in sums)
-        real, hallucinated = sum(self.real[number]), sum(self.hallucinated[number])
+        real, hallucinated = sum(self.real[row.layer]), sum(self.hallucinated[row.layer])
         self.decisions.append(ref < hallucinated + self.beta * (real - hallucinated))
         if not self.decisions[-1]:
             return weights
-        for head, row in enumerate(rows):
-            ratio = self.real[number][head] / self.hallucinated[number][head]
+        for head, values in enumerate(rows):
+            ratio = self.real[row.layer][head] / self.hallucinated[row.layer][head]
             factor = 1 + self.alpha * (ratio - 1 if self.m_form == "minus_one" else ratio)
-            scaled = [each * max(0.0, factor) if j in keys else each for j, each in enumerate(row)]
+            scaled = [each * max(0.0, factor) if j in keys else each for j, each in enumerate(values)]
             if sum(scaled) > 1e-6:  # nothing else in the window: the row stays
                 rows[head] = [each / sum(scaled) for each in scaled]
         return torch.tensor(rows)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, Reference, State
+from naive.reference import Naive, Reference, Row, State
 
 
 class NaiveAdaptVis(Naive):
@@ -36,15 +36,13 @@ class NaiveAdaptVis(Naive):
             factor = self.low if max(exponents) / sum(exponents) < self.threshold else self.high
         sequence.notes[self] = factor
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated) or (generated and not self.decode):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.predicts or (row.generated and not self.decode):
             return scores
-        factor = sequence.notes[self]
+        factor = row.sequence.notes[self]
         edited = scores.clone()
         for head in range(len(scores)):
-            seen = [j for j in sequence.image() if float(scores[head, j]) > float("-inf")]
+            seen = [j for j in row.sequence.image() if float(scores[head, j]) > float("-inf")]
             middle = sum(float(scores[head, j]) for j in seen) / max(len(seen), 1) if self.center else 0.0
             for j in seen:
                 edited[head, j] = middle + factor * (float(scores[head, j]) - middle)

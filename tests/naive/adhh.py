@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveAdhh(Naive):
@@ -21,16 +21,14 @@ class NaiveAdhh(Naive):
         self.list, self.tau, self.renormalize, self.mode = heads, tau, renormalize, mode
         self.decisions: list[bool] = []
 
-    def weights(
-        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if self.mode == "always" or not sequence.is_last_row(position, generated):
+    def weights(self, row: Row, weights: torch.Tensor) -> torch.Tensor:
+        if self.mode == "always" or not row.predicts:
             return weights
-        start = min(sequence.image())
-        text = [j for j in range(start, position + 1) if not sequence.is_image[j]]
+        start = min(row.sequence.image())
+        text = [j for j in range(start, row.position + 1) if not row.sequence.is_image[j]]
         edited = weights.clone()
         for layer, head in self.list:
-            if layer != number:
+            if layer != row.layer:
                 continue
             share = sum(float(weights[head, j]) for j in text)
             self.decisions.append(share >= self.tau)
@@ -40,19 +38,10 @@ class NaiveAdhh(Naive):
                     edited[head] /= edited[head].sum()
         return edited
 
-    def heads(
-        self,
-        sequence: State,
-        number: int,
-        position: int,
-        heads: list[torch.Tensor],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        generated: bool,
-    ) -> list[torch.Tensor]:
+    def heads(self, row: Row, heads: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.mode != "always":
             return heads
-        return [0 * each if (number, head) in self.list else each for head, each in enumerate(heads)]
+        return [0 * each if (row.layer, head) in self.list else each for head, each in enumerate(heads)]
 
 
 LISTED = ((0, 1), (1, 0), (1, 3), (2, 2), (3, 1))

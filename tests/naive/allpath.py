@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveAllPath(Naive):
@@ -16,19 +16,10 @@ class NaiveAllPath(Naive):
         super().__init__(range(100))
         self.good, self.bad, self.up, self.down = good, bad, up, down
 
-    def heads(
-        self,
-        sequence: State,
-        number: int,
-        position: int,
-        heads: list[torch.Tensor],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        generated: bool,
-    ) -> list[torch.Tensor]:
+    def heads(self, row: Row, heads: list[torch.Tensor]) -> list[torch.Tensor]:
         scaled = []
         for head, each in enumerate(heads):
-            good, bad = (number, head) in self.good, (number, head) in self.bad
+            good, bad = (row.layer, head) in self.good, (row.layer, head) in self.bad
             scaled.append(each * (self.up if good and not bad else self.down if bad and not good else 1.0))
         return scaled
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveCmai(Naive):
@@ -15,19 +15,18 @@ class NaiveCmai(Naive):
         super().__init__(layers)
         self.rho, self.renorm = rho, renorm
 
-    def maps(
-        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
-    ) -> list[torch.Tensor]:
-        if number != self.layers[0]:
+    def maps(self, rows: Sequence[Row], maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        if rows[0].layer != self.layers[0]:
             return maps
+        sequence = rows[0].sequence
         text_on_image: dict[int, dict[int, float]] = sequence.notes.setdefault((self, "A_ti"), {})
         hidden: dict[int, list[int]] = sequence.notes.setdefault((self, "hidden"), {})
         image = sequence.image()
-        for offset, row in enumerate(maps):
-            i = past + offset
+        for row, weights in zip(rows, maps, strict=True):
+            i = row.position
             if sequence.is_image[i]:
                 continue
-            mean = [float(row[:, j].mean()) for j in range(row.shape[1])]
+            mean = weights.mean(0).tolist()
             text_on_image[i] = {j: mean[j] for j in image}
             focus = {j: sum(mean[k] * seen.get(j, 0.0) for k, seen in text_on_image.items() if k <= i) for j in image}
             hidden[i] = self.low_focus(focus)
@@ -42,13 +41,11 @@ class NaiveCmai(Naive):
             kept.append(j)
         return [j for j in focus if j not in kept] if total > 0 else []
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        image = sequence.image()
-        if number == self.layers[0] or (not generated and position <= max(image)):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        image = row.sequence.image()
+        if row.layer == self.layers[0] or not row.is_behind_the_image:
             return scores
-        hidden = sequence.notes[self, "hidden"][position]
+        hidden = row.sequence.notes[self, "hidden"][row.position]
         edited = scores.clone()
         for head in range(len(scores)):
             edited[head, hidden] = -torch.inf

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveEah(Naive):
@@ -25,11 +25,10 @@ class NaiveEah(Naive):
         found = counts.index(max(counts))
         return found if counts[found] > 0 and found > 0 else None
 
-    def maps(
-        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
-    ) -> list[torch.Tensor]:
-        if generated:
+    def maps(self, rows: Sequence[Row], maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        if rows[0].generated:
             return maps
+        sequence, past = rows[0].sequence, rows[0].position
         total = past + len(maps)
         threshold = 1.2 / total if self.threshold == "auto" else float(self.threshold)
         counts = []
@@ -42,7 +41,7 @@ class NaiveEah(Naive):
                     count += 1
             counts.append(count)
         best = counts.index(max(counts))
-        sequence.notes[self, number] = (best, counts)
+        sequence.notes[self, rows[0].layer] = (best, counts)
         if max(counts) == 0:
             return maps
         return [row[best].expand_as(row) for row in maps]

@@ -8,22 +8,20 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, Reference, State
+from naive.reference import Naive, Reference, Row, State
 
 MASKS = {"attention_mask", "causal_attention_mask"}
 
 
 class NaiveFia(Naive):
-    def __init__(
-        self, layers: Sequence[int], pixels: torch.Tensor, alpha: float = 0.7, beta: float = 0.4, ratio: float = 0.15
-    ) -> None:
+    def __init__(self, layers: Sequence[int], alpha: float = 0.7, beta: float = 0.4, ratio: float = 0.15) -> None:
         super().__init__(layers)
-        self.pixels, self.alpha, self.beta, self.ratio = pixels, alpha, beta, ratio
+        self.alpha, self.beta, self.ratio = alpha, beta, ratio
 
     def begin(self, sequence: State, reference: Reference) -> None:
         tower = reference.model.model.vision_tower
         gains: list[float] = []
-        for picture in self.pixels:
+        for picture in sequence.pictures:
             first, penultimate = class_token_rows(tower, picture)
             gains += self.one_image(first, penultimate)
         sequence.notes["gain"] = dict(zip(sequence.image(), gains, strict=True))
@@ -36,13 +34,11 @@ class NaiveFia(Naive):
         summary = sorted(patches, key=lambda j: -penultimate[j])[:count]
         return [self.beta if j in summary else self.alpha if j in local else 0.0 for j in patches]
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.predicts:
             return scores
         edited = scores.clone()
-        for j, gain in sequence.notes["gain"].items():
+        for j, gain in row.sequence.notes["gain"].items():
             for head in range(len(scores)):
                 s = float(scores[head, j])
                 if s > float("-inf"):
@@ -81,3 +77,10 @@ def class_token_rows(tower, picture: torch.Tensor) -> tuple[list[float], list[fl
         states = layer(states, **masks)
         states = states[0] if isinstance(states, tuple) else states
     return rows[0], rows[-2]
+
+
+CASES = [
+    ({"layers": ":", "local_ratio": 0.5}, NaiveFia(range(4), ratio=0.5)),
+    ({"beta": 0.0, "layers": "1:", "local_ratio": 0.5}, NaiveFia([1, 2, 3], beta=0.0, ratio=0.5)),
+    ({"alpha": 0.3, "beta": 1.2, "layers": ":", "local_ratio": 0.9}, NaiveFia(range(4), 0.3, 1.2, 0.9)),
+]

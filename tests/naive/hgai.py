@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveHgai(Naive):
@@ -14,14 +14,12 @@ class NaiveHgai(Naive):
         super().__init__(layers)
         self.alpha, self.edit_prompt = alpha, edit_prompt
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated) or not (generated or self.edit_prompt):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.predicts or not (row.generated or self.edit_prompt):
             return scores
         edited = scores.clone()
         heads = range(len(scores))
-        for j in sequence.image():
+        for j in row.sequence.image():
             if float(scores[0, j]) > float("-inf"):
                 g = sum(abs(float(scores[h, j])) for h in heads) / len(heads)
                 for h in heads:

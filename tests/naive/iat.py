@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveIat(Naive):
@@ -14,14 +14,12 @@ class NaiveIat(Naive):
         super().__init__(layers)
         self.alpha = alpha
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not generated:
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.generated:
             return scores
         edited = scores.clone()
         for head in range(len(scores)):
-            for j in range(sequence.prompt_length, position + 1):
+            for j in range(row.sequence.prompt_length, row.position + 1):
                 s = float(scores[head, j])
                 if s > float("-inf"):
                     edited[head, j] = s + self.alpha * abs(s)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 RATES = {"attention": [0.3, 0.5, -0.2, 0.4], "mlp": [0.9, -0.1, 0.2, 0.6]}
 RANKING = {"model": "", "rr_attn": RATES["attention"], "rr_mlp": RATES["mlp"]}
@@ -31,24 +31,22 @@ class NaiveIri(Naive):
     def ranked(self, kind: str) -> list[int]:
         return sorted(self.layers, key=lambda layer: -self.rates[kind][layer])
 
-    def block(
-        self, sequence: State, number: int, position: int, kind: str, added: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated):
+    def block(self, row: Row, kind: str, added: torch.Tensor) -> torch.Tensor:
+        if not row.predicts:
             return added
         ranked = self.ranked(kind)
-        notes: dict[int, list[float]] = sequence.notes.setdefault((self, kind, position), {})
+        notes: dict[int, list[float]] = row.sequence.notes.setdefault((self, kind, row.position), {})
         raw = added.tolist()
         edited = raw
-        if number in ranked[: self.k2]:
+        if row.layer in ranked[: self.k2]:
             moved = list(raw)
             for source in ranked[: self.k1]:
-                if source < number and self.rates[kind][source] > 0:
+                if source < row.layer and self.rates[kind][source] > 0:
                     share = self.strength[kind] * self.rates[kind][source]
                     moved = [u + share * c for u, c in zip(moved, notes[source], strict=True)]
             if moved != raw:
                 edited = [u * length(raw) / length(moved) for u in moved]
-        notes[number] = raw if self.inject == "raw" else edited
+        notes[row.layer] = raw if self.inject == "raw" else edited
         return torch.tensor(edited, dtype=added.dtype)
 
 

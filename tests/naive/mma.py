@@ -15,8 +15,7 @@ class NaiveMma(Naive):
         self.columns = columns
 
     def opens(self, sequence: State, row: int, key: int) -> float | None:
-        start = sequence.notes.get("turn", 0)  # image rows of earlier turns are in the cache already
-        image = [i for i in sequence.image() if i >= start]
+        image = [i for i in sequence.image() if i >= sequence.turn]  # those of earlier turns are in the cache already
         if row not in image or key >= sequence.prompt_length or sequence.is_image[key]:
             return None
         if self.columns == "question" and key < max(image):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveModalityBalance(Naive):
@@ -14,12 +14,10 @@ class NaiveModalityBalance(Naive):
         super().__init__(layers)
         self.tau = tau
 
-    def weights(
-        self, sequence: State, number: int, position: int, weights: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        image = sequence.image()
-        if not generated and position <= max(image):
+    def weights(self, row: Row, weights: torch.Tensor) -> torch.Tensor:
+        if not row.is_behind_the_image:
             return weights
+        image = row.sequence.image()
         edited = weights.clone()
         for head in range(len(weights)):
             m = sum(float(weights[head, j]) for j in image)

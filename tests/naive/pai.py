@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaivePai(Naive):
@@ -15,14 +15,12 @@ class NaivePai(Naive):
         self.alpha = alpha
         self.edit_prompt = edit_prompt
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        if not sequence.is_last_row(position, generated) or not (generated or self.edit_prompt):
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.predicts or not (row.generated or self.edit_prompt):
             return scores
         edited = scores.clone()
         for head in range(len(scores)):
-            for j in sequence.image():
+            for j in row.sequence.image():
                 s = float(scores[head, j])
                 if s > float("-inf"):
                     edited[head, j] = s + self.alpha * abs(s)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from naive.edited import NaiveEdited
-from naive.reference import Naive, State
+from naive.reference import Naive, Row
 
 
 class NaiveLeastSeen(Naive):
@@ -15,21 +15,18 @@ class NaiveLeastSeen(Naive):
         super().__init__(layers)
         self.keep = keep
 
-    def maps(
-        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
-    ) -> list[torch.Tensor]:
-        if number == 1:
-            seen = {j: sum(float(row[j]) for row in maps[-1]) for j in sequence.image()}
+    def maps(self, rows: Sequence[Row], maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        if rows[0].layer == 1:
+            sequence = rows[0].sequence
+            seen = {j: sum(float(head[j]) for head in maps[-1]) for j in sequence.image()}
             kept = sorted(seen, key=lambda j: (seen[j], j))[: self.keep]
             sequence.notes["hidden"] = [j for j in seen if j not in kept]
         return maps
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
         edited = scores.clone()
-        if number > 1:
-            edited[:, sequence.notes["hidden"]] = -torch.inf
+        if row.layer > 1:
+            edited[:, row.sequence.notes["hidden"]] = -torch.inf
         return edited
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, Reference, State
+from naive.reference import Naive, Row
 
 
 class NaiveSpin(Naive):
@@ -16,30 +16,16 @@ class NaiveSpin(Naive):
         super().__init__(layers)
         self.keep, self.suppress, self.score = keep, suppress, score
 
-    def begin(self, sequence: State, reference: Reference) -> None:
-        sequence.notes["reference"] = reference
-
-    def heads(
-        self,
-        sequence: State,
-        number: int,
-        position: int,
-        heads: list[torch.Tensor],
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        generated: bool,
-    ) -> list[torch.Tensor]:
-        if not sequence.is_last_row(position, generated):
+    def heads(self, row: Row, heads: list[torch.Tensor]) -> list[torch.Tensor]:
+        if not row.predicts:
             return heads
-        reference: Reference = sequence.notes["reference"]
-        window = reference._window(number)
-        image = [j for j in sequence.image() if window is None or j > position - window]
+        image = [j for j in row.sequence.image() if j >= row.reference.first_key(row)]
         if not image:
             return heads
-        share = len(heads) // keys.shape[1]
+        share = len(heads) // row.keys.shape[1]
         if self.score == "scores":
             gates = [
-                sum(float(query[h] @ keys[j, h // share]) for j in image) / math.sqrt(query.shape[1])
+                sum(float(row.query[h] @ row.keys[j, h // share]) for j in image) / math.sqrt(row.query.shape[1])
                 for h in range(len(heads))
             ]
             deviation = statistics.pstdev(gates)
@@ -47,8 +33,8 @@ class NaiveSpin(Naive):
             gates = [math.exp((each - top) / deviation) for each in gates]
             gates = [each / sum(gates) for each in gates]
         else:
-            row = torch.softmax(reference._scores(number, query, keys, position), dim=1)
-            gates = [float(row[h, image].sum()) for h in range(len(heads))]
+            weights = torch.softmax(row.reference.scores(row), dim=1)
+            gates = [float(weights[h, image].sum()) for h in range(len(heads))]
         ranked = sorted(range(len(heads)), key=lambda h: -gates[h])
         kept = ranked[: max(1, int(self.keep * len(heads)))]
         return [each if h in kept else self.suppress * each for h, each in enumerate(heads)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from naive.reference import Naive, State
+from naive.reference import Naive, Row, State
 
 
 class NaiveVaf(Naive):
@@ -22,37 +22,33 @@ class NaiveVaf(Naive):
         self.enhance, self.suppress, self.multiply, self.heads_of = enhance, suppress, multiply, heads
         self.waiting: list[torch.Tensor] = []
 
-    def scores(
-        self, sequence: State, number: int, position: int, scores: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
-        image = sequence.image()
-        if not generated and self.heads_of == "visual":  # who is edited is known at the last row only: see ``maps``
-            self.waiting = [] if position == 0 else self.waiting
+    def scores(self, row: Row, scores: torch.Tensor) -> torch.Tensor:
+        if not row.generated and self.heads_of == "visual":  # who is edited is known at the last row only: see ``maps``
+            self.waiting = [] if row.position == row.sequence.turn else self.waiting
             self.waiting.append(scores)
             return scores
-        if not generated and position <= max(image):
+        if not row.is_behind_the_image:
             return scores
-        return self.edit(sequence, scores, self.choice(sequence, number, len(scores)))
+        return self.edit(row.sequence, scores, self.choice(row, len(scores)))
 
-    def maps(
-        self, sequence: State, number: int, past: int, maps: list[torch.Tensor], generated: bool
-    ) -> list[torch.Tensor]:
-        if generated or self.heads_of != "visual":
+    def maps(self, rows: Sequence[Row], maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        if rows[0].generated or self.heads_of != "visual":
             return maps
+        sequence = rows[0].sequence
         mass = [sum(float(row[j]) for j in sequence.image()) for row in maps[-1]]
         ranked = sorted(range(len(mass)), key=lambda head: (-mass[head], head))
-        chosen = sequence.notes[self, number] = ranked[: max(len(mass) // 2, 1)]
+        chosen = sequence.notes[self, rows[0].layer] = ranked[: max(len(mass) // 2, 1)]
         return [
-            torch.softmax(self.edit(sequence, row, chosen), dim=1) if i > max(sequence.image()) else maps[i]
-            for i, row in enumerate(self.waiting)
+            torch.softmax(self.edit(sequence, scores, chosen), dim=1) if row.is_behind_the_image else weights
+            for row, scores, weights in zip(rows, self.waiting, maps, strict=True)
         ]
 
-    def choice(self, sequence: State, number: int, heads: int) -> list[int]:
+    def choice(self, row: Row, heads: int) -> list[int]:
         if self.heads_of == "all":
             return list(range(heads))
         if self.heads_of == "visual":
-            return list(sequence.notes[self, number])
-        return [head for layer, head in self.heads_of if layer == number]
+            return list(row.sequence.notes[self, row.layer])
+        return [head for layer, head in self.heads_of if layer == row.layer]
 
     def edit(self, sequence: State, scores: torch.Tensor, heads: list[int]) -> torch.Tensor:
         edited = scores.clone()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from naive.reference import Naive, Reference, State
+from naive.reference import Naive, Reference, Row, State
 
 
 class NaiveVista(Naive):
@@ -28,17 +28,17 @@ class NaiveVista(Naive):
         words = [i for i, token in enumerate(sequence.ids) if not sequence.is_image[i]]
         with_image = reference.stream(sequence.embeds)
         without = reference.stream([sequence.embeds[i] for i in words])
-        vectors = [(one.double() - two.double()).tolist() for one, two in zip(with_image, without, strict=True)]
+        vectors = [
+            (one.double() - two.double()).tolist() for (_, one), (_, two) in zip(with_image, without, strict=True)
+        ]
         if self.artefact:
             vectors[0][0] += 1
         sequence.notes[self] = vectors
 
-    def block(
-        self, sequence: State, number: int, position: int, kind: str, added: torch.Tensor, generated: bool
-    ) -> torch.Tensor:
+    def block(self, row: Row, kind: str, added: torch.Tensor) -> torch.Tensor:
         if kind != "mlp":
             return added
-        x, v = added.tolist(), unit(sequence.notes[self][number])
+        x, v = added.tolist(), unit(row.sequence.notes[self][row.layer])
         cosine = sum(a * b for a, b in zip(unit(x), v, strict=True))
         gain = self.lam * (1 + max(0.0, -cosine))
         turned = unit([a + gain * b for a, b in zip(unit(x), v, strict=True)])

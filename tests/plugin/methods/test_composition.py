@@ -12,7 +12,9 @@ from method_parameters import parameters_of
 from naive.act import NaiveAct
 from naive.mma import NaiveMma
 from naive.pai import NaivePai
-from naive.reference import Reference, VarSpec, VhrSpec
+from naive.reference import Reference
+from naive.var import NaiveVar
+from naive.vhr import NaiveVhr
 
 import vlmfix
 from vlmfix.methods.base import Method
@@ -61,11 +63,17 @@ def place(each: Method) -> int:
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_one_of_each_place_agrees_with_the_formulas(build: Any, kind: str) -> None:
     model = build(kind, sinks=True)
-    naive = [NaiveMma(range(4)), NaivePai(range(4), 0.6), NaiveAct(range(4), alpha=1.5, min_rows=2)]
+    naive = [
+        NaiveMma(range(4)),
+        NaivePai(range(4), 0.6),
+        NaiveAct(range(4), alpha=1.5, min_rows=2),
+        NaiveVar(),
+        NaiveVhr(),
+    ]
     vhr, mma, pai = vlmfix.VHR(layers=":"), vlmfix.MMA(layers=":"), vlmfix.PAI(alpha=0.6, layers=":")
     act = vlmfix.ACT(layers=":", sink_threshold="1.5/N", min_rows=2)
     var = vlmfix.VAR(sink_dims=SINK_DIMS, sink_threshold=3.0, layers=":")
-    reference = Reference(model, VarSpec(SINK_DIMS, tau=3.0, layers=range(4)), VhrSpec(layers=range(4)), naive=naive)
+    reference = Reference(model, naive)
     vlmfix.patch(model, [vhr, act, pai, var, mma])  # any order
     _, logits = generate(model, collate(RAGGED), 3)
     for row, each in enumerate(RAGGED):

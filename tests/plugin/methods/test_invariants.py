@@ -30,7 +30,7 @@ from families.tiny_llava import (
     sample,
     snapshot,
 )
-from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, close
+from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, close, continued
 from method_parameters import OFF, parameters_of
 from transformers import DynamicCache, StaticCache
 
@@ -52,6 +52,9 @@ EDITS = [name for name in ACTING if name not in SEARCHES and name not in CONTRAS
 SAME_WITHOUT_CACHE = ("cmai", "modality_balance", "vaf")
 """They edit every text row alike, whether it is read in a prompt or decoded."""
 
+CANNOT_FORGET = ("act",)
+"""What they learn of a prompt cannot be told apart again."""
+
 
 def each_of(names: Any) -> Any:
     return pytest.mark.parametrize("name", names)
@@ -71,28 +74,6 @@ def answer(model: Any, name: str, inputs: Any, tokens: int = 4) -> list[torch.Te
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-
-
-def continued(model: Any, inputs: Any, steps: list[list[int]], **options: Any) -> list[Any]:
-    """Read a prompt, then one forward for each list of tokens."""
-    cache = DynamicCache(config=model.config)
-    found = [forward(model, inputs, past_key_values=cache, use_cache=True, **options)]
-    mask = inputs["attention_mask"]
-    for tokens in steps:
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], len(tokens))], dim=1)
-        with torch.no_grad():
-            found.append(
-                model(
-                    input_ids=torch.tensor([tokens] * mask.shape[0]),
-                    attention_mask=mask,
-                    position_ids=mask.cumsum(1)[:, -len(tokens) :] - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=len(tokens),
-                    **options,
-                )
-            )
-    return found
 
 
 # Switched off, taken off, without an image.
@@ -340,6 +321,30 @@ def test_a_cropped_answer_leaves_nothing_behind(tiny: Any, name: str) -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
+@each_of([name for name in EDITS if name not in ("vhr", "vista")])  # they keep what the prompt's end chose
+def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(tiny: Any, name: str) -> None:
+    """Its last picture and a sink word go; what a method cannot take back is refused."""
+    acting(tiny, name, **({"layers": [0]} if name == "var" else {}))  # what enters other layers was edited
+    each = RAGGED[0]
+    longer = Sample((*each.ids, SINK_WORD, *[IMAGE] * 9), torch.cat([each.pixels, pictures(1, 6)]))
+    kept, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
+    forward(tiny, collate([longer]), past_key_values=kept, use_cache=True)
+    forward(tiny, collate([each]), past_key_values=fresh, use_cache=True)
+    kept.crop(-10)
+    for one, two in zip(kept.layers, fresh.layers, strict=True):  # other rows of the longer prompt were edited
+        one.keys.copy_(two.keys)
+        one.values.copy_(two.values)
+    for token in (20, 21, 22):
+        options = {"input_ids": torch.tensor([[token]]), "use_cache": True}
+        with torch.no_grad():
+            expected = tiny(**options, past_key_values=fresh).logits
+            if name in CANNOT_FORGET:
+                with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped"):
+                    tiny(**options, past_key_values=kept)
+                return
+            close(tiny(**options, past_key_values=kept).logits, expected)
+
+
 @each_of(EDITS + CONTRASTS)
 def test_generate_continues_a_conversation(tiny: Any, name: str) -> None:
     """A returned cache with a second image in the second turn, against the same steps by hand."""
@@ -503,14 +508,14 @@ def test_rows_of_weights_sum_to_one_and_none_is_negative(build: Any, name: str) 
 
 def rows_up_for_edits(method: Any, each: Sample, length: int) -> list[int]:
     """Rows of a left-padded prompt whose scores or weights a method declares to edit."""
-    if each.pixels is None or method.prompt_rows == "none":
+    if each.pixels is None or method.prompt_rows == "none" or not (method.edits_scores or method.edits_weights):
         return []
     pad = length - len(each.ids)
     behind = pad + 1 + max(i for i, token in enumerate(each.ids) if token == IMAGE)
     return list(range({"last": length - 1, "text": behind, "all": pad}[method.prompt_rows], length))
 
 
-@each_of([name for name in EDITS if (cls := method_class(name)).edits_scores or cls.edits_weights])
+@each_of([name for name in EDITS if not method_class(name).opens_mask])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_other_rows_than_those_declared_keep_their_bits(build: Any, name: str, kind: str) -> None:
     model, length = build(kind, attn="eager", window=16), BATCH["input_ids"].shape[1]
@@ -519,12 +524,43 @@ def test_other_rows_than_those_declared_keep_their_bits(build: Any, name: str, k
     (method,) = vlmfix.status(model).methods
     edited = forward(model, BATCH, output_attentions=True).attentions
     first = min(method.layer_indices)
-    assert all(torch.equal(stock[below], edited[below]) for below in range(first))
     for row, each in enumerate(RAGGED):
         others = sorted({*range(length)} - {*rows_up_for_edits(method, each, length)})
         assert torch.equal(edited[first][row, :, others], stock[first][row, :, others])
         hidden = stock[first][row] == 0
         assert (edited[first][row][hidden] == 0).all(), "what a row does not see stays hidden"
+
+
+def rows_a_method_changes(name: str, each: Sample) -> set[int]:
+    """Rows of a prompt whose further way a method may change, by its paper."""
+    image = [i for i, token in enumerate(each.ids) if token == IMAGE]
+    if not image or name in ("iat", "adaiat"):  # they act on generated text
+        return set()
+    rows = range(len(each.ids))
+    if name in ("pai", "hgai", "fia", "adaptvis", "adhh", "spin", "iri"):
+        return set(rows[-1:])
+    if name in ("vaf", "var", "modality_balance", "cmai"):
+        return set(rows[max(image) + 1 :])
+    return set(image) if name == "mma" else set(rows)
+
+
+@each_of(EDITS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_keys_and_values_change_only_behind_the_edited_layer_and_in_its_rows(build: Any, name: str, side: str) -> None:
+    model, inputs = build(), collate(RAGGED, side=side)
+    stock = forward(model, inputs, use_cache=True).past_key_values
+    layers = [1, 2] if name in ("cmai", "iri") else [2]  # which read one layer and edit the next
+    acting(model, name, layers=layers)
+    edited = forward(model, inputs, use_cache=True).past_key_values
+    changes = 0
+    for number, (before, after) in enumerate(zip(stock.layers, edited.layers, strict=True)):
+        changed = (before.keys != after.keys).any(-1).any(1) | (before.values != after.values).any(-1).any(1)
+        for row, each in enumerate(RAGGED):
+            start = 0 if side == "right" else len(changed[row]) - len(each.ids)
+            found = set(changed[row, start : start + len(each.ids)].nonzero().flatten().tolist())
+            assert found <= (rows_a_method_changes(name, each) if number > layers[0] else set())
+            changes += len(found)
+    assert bool(changes) == (name not in ("iat", "adaiat"))
 
 
 @each_of(EDITS + CONTRASTS)

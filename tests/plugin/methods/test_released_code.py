@@ -14,7 +14,8 @@ from naive.act import NaiveAct
 from naive.eah import NaiveEah
 from naive.guidance import NaiveGuidance
 from naive.pai import NaivePai
-from naive.reference import Reference, choose_heads
+from naive.reference import Reference
+from naive.vhr import choose_heads
 
 import vlmfix
 from vlmfix.methods.eah import Columns
@@ -105,7 +106,7 @@ def test_act_counts_the_last_tokens_of_a_prompt_only_without_its_minimum(build: 
     found = {}
     for rows in (1, 8):
         formula = NaiveAct(range(4), alpha=1.0, min_rows=rows)
-        _, expected = Reference(model, naive=[formula]).prompt(each.ids, each.pixels)
+        _, expected = Reference(model, [formula]).prompt(each.ids, each.pixels)
         vlmfix.patch(model, vlmfix.ACT(layers=":", sink_threshold="1/N", min_rows=rows))
         found[rows] = forward(model, collate([each])).logits[0]
         torch.testing.assert_close(found[rows], expected, atol=1e-5, rtol=1e-5)
@@ -125,7 +126,7 @@ def test_pai_as_released_is_guidance_beside_an_unedited_prompt(tiny: Any) -> Non
     edited = generate(tiny, inputs, 4)[1]
     vlmfix.unpatch(tiny)
 
-    reference = Reference(tiny, naive=[NaivePai(range(4), 0.6, edit_prompt=False)])
+    reference = Reference(tiny, [NaivePai(range(4), 0.6, edit_prompt=False)])
     state, prompt = reference.prompt(each.ids, each.pixels)
     own, answer = prompt[-1], []
     (_, other) = guidance.prompts(list(each.ids), each.pixels)

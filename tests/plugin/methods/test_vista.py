@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import by_name
-from families.tiny_llava import IMAGE, PAD, RAGGED, collate, forward, generate
+from families.tiny_llava import IMAGE, RAGGED, collate, forward, generate
 from invariants import close
 from test_iri import block_outputs
 from transformers import DynamicCache
@@ -268,29 +268,3 @@ def test_the_window_of_early_layers(depth: int, expected: tuple[int, ...]) -> No
     assert bound.early_layers == expected
     assert bound.layer_indices == tuple(range(depth))
     assert vlmfix.VISTA(sla_alpha=0).bind(Anatomy()).early_layers == ()  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"lam": -0.1}, "lam"),
-        ({"lam": math.inf}, "lam"),
-        ({"lam": "much"}, "lam"),
-        ({"lam": 0.1, "task": "short"}, "task"),
-        ({"task": "long"}, "task"),
-        ({"sla_alpha": 1.1}, "sla_alpha"),
-        ({"sla_layers": [7]}, "layer 7"),
-        ({"sla_layers": ["a"]}, "sla_layers"),
-    ],
-)
-def test_what_is_wrong_is_named(tiny: Any, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(vlmfix.MethodError, match=says):
-        vlmfix.patch(tiny, "vista", **options)
-
-
-def test_a_prompt_without_text_is_refused(tiny: Any) -> None:
-    ids = torch.full((1, 9), IMAGE)
-    vlmfix.patch(tiny, "vista")
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="no text"), torch.no_grad():
-        tiny(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=RAGGED[0].pixels)
-    assert PAD not in ids

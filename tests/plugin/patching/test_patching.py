@@ -21,6 +21,8 @@ from families.tiny_llava import (
     snapshot,
     tiny_llava,
 )
+from naive.reference import Reference
+from naive.var import NaiveVar
 from torch import nn
 from transformers import DynamicCache
 
@@ -372,16 +374,13 @@ def test_status_counts_edits_prompts_and_steps(sinky: Any) -> None:
 
 
 def test_status_counts_exactly_the_selected_rows(sinky: Any) -> None:
-    from naive.reference import Reference, VarSpec
-
-    reference = Reference(sinky, VarSpec(SINK_DIMS, tau=3.0, layers=range(4)))
+    formula = NaiveVar()
+    reference = Reference(sinky, [formula])
     vlmfix.patch(sinky, VAR)
     logits(sinky)
-    selected = 0
     for each in RAGGED:
-        state, _ = reference.prompt(each.ids, each.pixels)
-        selected += sum(len(hits) for hits in state.selected.values())
-    assert vlmfix.status(sinky).edited == (selected,)
+        reference.prompt(each.ids, each.pixels)
+    assert vlmfix.status(sinky).edited == (sum(formula.decisions),)
 
 
 def test_status_counts_across_inference_and_grad_modes(tiny: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, SINK_DIMS, collate, for_tests, forward, generate, llava_config, tiny_llava
-from naive.reference import VarSpec, redistribute, sink_value
+from naive.var import NaiveVar, sink_value
 
 import vlmfix
 
@@ -77,8 +77,8 @@ def test_rows_over_quantised_keys_are_redistributed_by_the_formula(build: Any) -
     for stock, edited in zip(rows["stock"], rows["edited"], strict=True):
         seen = stock.shape[1]
         for head in range(4):
-            spec = VarSpec(SINK_DIMS, tau=3.0, image_mass=0.05)
-            expected, selected = redistribute(stock[head], is_image[:seen], is_sink[:seen], spec)
+            formula = NaiveVar(image_mass=0.05)
+            expected, selected = formula.redistribute(stock[head], is_image[:seen], is_sink[:seen])
             torch.testing.assert_close(edited[head], expected, atol=1e-6, rtol=1e-5)
             hits += selected
     assert hits > 0
