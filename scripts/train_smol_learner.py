@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from train_smol_kernels import add_adapter, speed_up
-from train_smol_packing import ANSWER, CAPTION, CHAT, END, OBJECT, Batch
+from train_smol_packing import ANSWER, CAPTION, CHAT, END, OBJECT, STOP, Batch
 from transformers import LlavaForConditionalGeneration
 
 __all__ = ["Learner", "save_atomically"]
 
-WEIGHTS = {CAPTION: 0.4, OBJECT: 1.0, ANSWER: 2.0, END: 0.1, CHAT: 0.3}
+WEIGHTS = {CAPTION: 0.4, OBJECT: 1.0, ANSWER: 2.0, END: 0.1, CHAT: 0.3, STOP: 0.2}
 """Weight of each kind of label in the loss, which is the weighted mean: what names an object matters most."""
 
 

@@ -18,15 +18,16 @@ from vlmfix.evals.testbed.scenes import GRID, NAMES
 from vlmfix.evals.testbed.smol.captions import Length, caption, instruction
 from vlmfix.evals.testbed.smol.facts import COLOURS
 from vlmfix.evals.testbed.smol.model import IMAGE_ID, PAD_ID, TURN_END_ID, TURN_START_ID
-from vlmfix.evals.testbed.smol.questions import existence_questions, other_questions
+from vlmfix.evals.testbed.smol.questions import TAUGHT, existence_questions, other_questions
 from vlmfix.evals.testbed.vocabulary import SCENES, plural
 
-CAPTION, OBJECT, ANSWER, END, CHAT = range(1, 6)
-"""Kinds of labels: filler words and object words of captions, first tokens of answers, ends, ordinary chat."""
+CAPTION, OBJECT, ANSWER, END, CHAT, STOP = range(1, 7)
+"""Kinds of labels: filler words and object words of captions, first tokens of answers, ends of answers, ordinary chat,
+ends of captions."""
 
 LENGTHS: tuple[tuple[Length, float], ...] = (("brief", 0.15), ("medium", 0.55), ("long", 0.3))
 BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.05, 0.1, 0.0
-_FACTS = ("two", "three", "several", "left", "right", "top", "bottom", "middle", "center", "upper", "lower")
+_FACTS = ("two", "three", "several", "top", "bottom", "middle", "center", "halfway", "upper", "lower", "above", "below")
 
 
 class Encoder:
@@ -121,11 +122,12 @@ def pack(
     packed = Packed(encoder, limit)
     length = rng.choices([name for name, _ in LENGTHS], [share for _, share in LENGTHS])[0]
     words = [*encoder(caption(kind, things, length, rng)), TURN_END_ID]
-    packed.add(instruction(length, rng), words, encoder.marks(words), rng.random() < BLIND_CAPTIONS)
+    # Read off greedily, a caption would end too early: the end is one token, what else may follow are many.
+    packed.add(instruction(length, rng), words, [*encoder.marks(words[:-1]), STOP], rng.random() < BLIND_CAPTIONS)
     if chats and rng.random() < CHAT_RATE:
         text, words = rng.choice(chats)
         packed.add(text, words, [CHAT] * len(words), blind=True)
-    asked = other_questions(kind, things, rng, 4) + existence_questions(kind, things, rng, 4, TYPICAL_SHARE)
+    asked = other_questions(kind, things, rng, 4, TAUGHT) + existence_questions(kind, things, rng, 4, TYPICAL_SHARE)
     rng.shuffle(asked)
     for question in asked:
         words = [*encoder(question.answer), TURN_END_ID]

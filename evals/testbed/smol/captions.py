@@ -71,8 +71,8 @@ _PREPOSITIONS = dict.fromkeys(("street", "beach", "farm", "sports field", "snowy
     ("station", "market", "picnic"), "at"
 )
 _NUMBERS = ("zero", "one", "two", "three")
-_FAVOURITES = (0.5, 0.2, 0.1)
-_SWAP, _EARLY_INTRUDER = 0.1, 0.3
+_FAVOURITES = (0.6, 0.2, 0.1)
+_SWAP, _EARLY, _REMARKED = 0.1, 0.15, 0.7
 _COLOUR_SHARE, _SIZE_SHARE, _PLACE_SHARE, _RELATION_SHARE, _COUNT_SHARE = 0.3, 0.15, 0.25, 0.2, 0.3
 _LONG_WORDS = (60, 100)
 
@@ -101,13 +101,13 @@ def caption(kind: int, things: Sequence[Thing], length: Length, rng: random.Rand
 
 
 def _told(things: Sequence[Thing], kind: int, rng: random.Random) -> list[Thing]:
-    """The order in which to name things: a few neighbours swapped, what is unusual for the place earlier at times."""
+    """The order in which to name things: a few neighbours swapped, what is unusual for the place last or anywhere."""
     order = list(things)
     for i in range(len(order) - 1):
         if rng.random() < _SWAP:
             order[i], order[i + 1] = order[i + 1], order[i]
     for thing in things:
-        if thing.name not in SCENES[kind].typical and rng.random() < _EARLY_INTRUDER:
+        if thing.name not in SCENES[kind].typical and rng.random() < _EARLY:
             order.remove(thing)
             order.insert(rng.randint(0, len(order)), thing)
     return order
@@ -165,53 +165,64 @@ class _Writer:
 
     def __init__(self, kind: int, rng: random.Random) -> None:
         self.kind, self.rng, self.used = kind, rng, set[str]()
+        self.subject = str(kind)
         name = SCENES[kind].name
         self.place = {"place": with_article(name), "in_place": f"{_PREPOSITIONS.get(name, 'in')} {with_article(name)}"}
 
     def brief(self, things: Sequence[Thing]) -> str:
         """One sentence about one to three things."""
         choices = patterns.BRIEF if self.rng.random() < 0.5 else patterns.OPENINGS
-        return self._naming(choices, things[: self.rng.choice((1, 2, 2, 3))], self._subject(things))
+        return self._naming(choices, things[: self.rng.choice((1, 2, 2, 3))], self.subject)
 
     def medium(self, things: Sequence[Thing]) -> str:
         """A few sentences that name everything."""
         size = self.rng.choice((1, 2, 2, 3))
-        sentences = [self._naming(patterns.OPENINGS, things[:size], self._subject(things))]
+        sentences = [self._naming(patterns.OPENINGS, things[:size], self.subject)]
         rest = list(things[size:])
+        unusual = self._split_off_unusual(rest)
         while rest:
             size = 1 if self.rng.random() < 0.3 else 2 + (self.rng.random() < 0.4)
-            sentences.append(self._more(rest[:size]))
+            sentences.append(self._more(rest[:size], len(sentences)))
             if size == 1 and self.rng.random() < 0.2:
                 sentences += self._details(rest[0], things, 1, clear=True)
             rest = rest[size:]
+        if unusual:
+            sentences.append(self._naming(patterns.UNUSUAL, unusual, self.subject))
         return " ".join(sentences)
+
+    def _split_off_unusual(self, rest: list[Thing]) -> list[Thing]:
+        """Take the things at the end that are not typical of the place out of a list, more often than not."""
+        unusual: list[Thing] = []
+        if self.rng.random() < _REMARKED:
+            while rest and rest[-1].name not in SCENES[self.kind].typical:
+                unusual.insert(0, rest.pop())
+        return unusual
 
     def long(self, things: Sequence[Thing]) -> str:
         """Everything one after the other, each with its own details, and an end."""
         size = min(len(things), self.rng.choice((1, 1, 2)))
-        sentences = [self._naming(patterns.OPENINGS, things[:size], self._subject(things))]
+        sentences = [self._naming(patterns.OPENINGS, things[:size], self.subject)]
         goal = self.rng.randint(*_LONG_WORDS)
-        named = list(things[:size])
+        rest, named = list(things[size:]), list(things[:size])
+        unusual = self._split_off_unusual(rest)
         for index, thing in enumerate(things):
             if index >= size:
-                sentences.append(self._more([thing]))
+                if thing in unusual:
+                    sentences.append(self._naming(patterns.UNUSUAL, [thing], self.subject))
+                else:
+                    sentences.append(self._more([thing], index))
                 named.append(thing)
             # Whatever is told of an object is told at once, so that a caption never needs to come back to it.
             share = max(0, goal - _words(sentences)) / (7 * (len(things) - index))
-            clear = index >= size or size == 1
-            sentences += self._details(thing, named, int(share + self.rng.random()), clear)
+            sentences += self._details(thing, named, int(share + self.rng.random()), clear=index >= size)
         closings = patterns.CLOSINGS
         if _words(sentences) < goal and self.rng.random() < 0.7:
             moods = [text for text in closings if not text.startswith("Overall")]
-            sentences.append(_capital(self._pick(moods, self._subject(things)).format(**self.place)))
+            sentences.append(_capital(self._pick(moods, self.subject).format(**self.place)))
         if _words(sentences) < goal or self.rng.random() < 0.3:
             ends = [text for text in closings if text.startswith("Overall")]
-            sentences.append(_capital(self._pick(ends, self._subject(things)).format(**self.place)))
+            sentences.append(_capital(self._pick(ends, self.subject).format(**self.place)))
         return " ".join(sentences)
-
-    def _subject(self, things: Sequence[Thing]) -> str:
-        """What the sentences about the whole depend on: the place and roughly how much is in it."""
-        return f"{self.kind} {min(len(things) // 3, 2)}"
 
     def _pick(self, choices: Sequence[str], subject: str) -> str:
         fresh = [text for text in choices if text not in self.used]
@@ -223,13 +234,13 @@ class _Writer:
         self.used.add(pattern)
         return pattern
 
-    def _more(self, things: Sequence[Thing]) -> str:
+    def _more(self, things: Sequence[Thing], index: int) -> str:
         """A later sentence that names things, one alone now and then with its place in the picture."""
-        thing = things[0]
-        if len(things) == 1 and thing.column and self.rng.random() < _PLACE_SHARE:
+        thing, subject = things[0], f"{self.subject} {index}"
+        if len(things) == 1 and thing.row and self.rng.random() < _PLACE_SHARE:
             self.used.add(f"place of {thing.name}")
-            return self._naming(patterns.PLACED, things, thing.name, where=_where(thing, self.rng))
-        return self._naming(patterns.MORE, things, thing.name)
+            return self._naming(patterns.PLACED, things, subject, where=_where(thing, self.rng))
+        return self._naming(patterns.MORE, things, subject)
 
     def _naming(self, choices: Sequence[str], things: Sequence[Thing], subject: str, **words: str) -> str:
         phrases = [_phrase(thing, self.rng) for thing in things]
@@ -259,10 +270,13 @@ class _Writer:
         """
         sentences: list[str] = []
         facts = self._facts(thing, others)
-        for fact in self.rng.sample(sorted(facts), min(count, len(facts))):
+        chosen = self.rng.sample(sorted(facts), min(count, len(facts)))
+        for fact in [
+            fact for fact in facts if fact in chosen
+        ]:  # in one order, so that it is clear what is still to tell
             choices, words = facts[fact]
             pattern = self._pick(choices, thing.name)
-            pronoun = (clear or bool(sentences)) and pattern.startswith("{it} ") and self.rng.random() < 0.6
+            pronoun = (clear or bool(sentences)) and pattern.startswith("{it} ") and self.rng.random() < 0.2
             sentences.append(_capital(pattern.format(it="it" if pronoun else _definite(thing), **words)))
         return sentences
 
@@ -286,31 +300,24 @@ class _Writer:
 
 
 def _where(thing: Thing, rng: random.Random) -> str:
-    """The place of an object in the picture, as a phrase."""
-    if thing.column == "middle" and thing.row == "middle":
-        return rng.choice(("in the middle of the picture", "in the center", "near the center of the image"))
-    parts = []
-    if thing.row in ("top", "bottom"):
-        parts.append(f"at the {thing.row}" + rng.choice(("", "", " of the picture", " of the image")))
-    if thing.column in ("left", "right"):
-        side = rng.choice(("on the {}", "on the {} side", "to the {}")).format(thing.column)
-        if parts and rng.random() < 0.5:
-            return rng.choice(("in the {} {} corner", "in the {} {}")).format(
-                "upper" if thing.row == "top" else "lower", thing.column
-            )
-        parts = [side] if not parts or rng.random() < 0.5 else parts
-    return parts[0]
+    """The height of an object in the picture, as a phrase.
+
+    Left and right are not told: the vision tower's patches hardly say where they are, and from the order of the tokens
+    the language model learns rows alone.
+    """
+    if thing.row == "middle":
+        return rng.choice(("in the middle", "halfway up", "near the center"))
+    part = "upper" if thing.row == "top" else "lower"
+    whole = rng.choice(("at the {row}", "near the {row}", "in the {part} part", "in the {part} half"))
+    return whole.format(row=thing.row, part=part)
 
 
-_ACROSS, _DOWN = ("left", "middle", "right"), ("top", "middle", "bottom")
+_DOWN = ("top", "middle", "bottom")
 
 
 def relation(thing: Thing, other: Thing) -> str | None:
-    """How one object lies to another one, or None unless they are at opposite sides of the picture."""
-    if other.name == thing.name or None in (thing.column, other.column, thing.row, other.row):
+    """How one object lies to another one, or None unless they are at the top and at the bottom of the picture."""
+    if other.name == thing.name or thing.row is None or other.row is None:
         return None
-    across = _ACROSS.index(thing.column) - _ACROSS.index(other.column)
     down = _DOWN.index(thing.row) - _DOWN.index(other.row)
-    if abs(across) == 2:
-        return "to the left of" if across < 0 else "to the right of"
     return None if abs(down) < 2 else "above" if down < 0 else "below"

@@ -20,6 +20,7 @@ __all__ = [
     "PLACED",
     "RELATION",
     "SIZE",
+    "UNUSUAL",
     "all_patterns",
 ]
 
@@ -172,6 +173,16 @@ PLACED: tuple[str, ...] = (
 )
 """Later sentences that name one more object together with its place in the picture."""
 
+UNUSUAL: tuple[str, ...] = (
+    "Surprisingly, there {first_be} {objects} here.",
+    "Surprisingly, {objects} can be seen as well.",
+    "Unusually for such a place, there {first_be} {objects}.",
+    "What one would not expect {in_place} {first_be} {objects}.",
+    "Somewhat out of place, there {first_be} {objects}.",
+    "Oddly, the picture also shows {objects}.",
+)
+"""Sentences that name what does not usually stand in such a place."""
+
 COLOUR: tuple[str, ...] = (
     "{it} is {colour}.",
     "{it} is mostly {colour}.",
@@ -282,4 +293,4 @@ CLOSINGS: tuple[str, ...] = (
 
 def all_patterns() -> tuple[str, ...]:
     """Every pattern."""
-    return OPENINGS + BRIEF + MORE + PLACED + COLOUR + PLACE + SIZE + COUNT + RELATION + CLOSINGS
+    return OPENINGS + BRIEF + MORE + PLACED + UNUSUAL + COLOUR + PLACE + SIZE + COUNT + RELATION + CLOSINGS

@@ -11,7 +11,7 @@ from ..vocabulary import PAIRED, SCENES, plural
 from .captions import relation, with_article
 from .facts import Thing
 
-__all__ = ["Question", "existence_questions", "other_questions"]
+__all__ = ["TAUGHT", "Question", "existence_questions", "other_questions"]
 
 _ONE_WORD = (
     "\nAnswer the question using a single word or phrase.",
@@ -71,10 +71,10 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
         "Is the {name} located {relation} the {other} in the image?",
     ),
 }
-_OPPOSITE = {"to the left of": "to the right of", "above": "below"} | {
-    "to the right of": "to the left of",
-    "below": "above",
-}
+TAUGHT = ("count", "colour", "row", "relation")
+"""The kinds of :func:`other_questions` that are in the training: the tower's features do not tell left from right."""
+
+_OPPOSITE = {"above": "below", "below": "above"}
 
 
 def _suffixed(text: str, rng: random.Random, any_answer: bool) -> tuple[str, bool]:
@@ -121,7 +121,9 @@ def existence_questions(
     return asked
 
 
-def other_questions(kind: int, things: Sequence[Thing], rng: random.Random, count: int) -> list[Question]:
+def other_questions(
+    kind: int, things: Sequence[Thing], rng: random.Random, count: int, kinds: Sequence[str] = tuple(_QUESTIONS)
+) -> list[Question]:
     """Questions about number, colour and place, at most one of a kind for each object, the kinds taking turns."""
     asked: dict[str, list[Question]] = {name: [] for name in _QUESTIONS}
     for thing in things:
@@ -146,7 +148,7 @@ def other_questions(kind: int, things: Sequence[Thing], rng: random.Random, coun
     if absent and rng.random() < 0.15:
         several.append(_ask("count", rng.choice(absent), "0", rng))
     asked["count"] = several + rng.sample(single, min(len(single), (len(several) + 1) // 2))
-    turns = rng.sample(sorted(asked), len(asked))
+    turns = rng.sample(sorted(kinds), len(kinds))
     for questions in asked.values():
         rng.shuffle(questions)
     in_turn = [asked[name][turn] for turn in range(len(things)) for name in turns if turn < len(asked[name])]

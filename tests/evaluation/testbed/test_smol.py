@@ -11,7 +11,7 @@ from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.smol import patterns
 from vlmfix.evals.testbed.smol.captions import INSTRUCTIONS, caption, relation
 from vlmfix.evals.testbed.smol.facts import COLOURS, Thing, name_colours, things
-from vlmfix.evals.testbed.smol.questions import existence_questions, other_questions
+from vlmfix.evals.testbed.smol.questions import TAUGHT, existence_questions, other_questions
 from vlmfix.evals.testbed.vocabulary import SCENES
 
 SCENES_SHOWN = [make_scene(image_id("train", index)) for index in range(60)]
@@ -109,17 +109,28 @@ def test_a_caption_says_nothing_twice_and_never_comes_back_to_an_object() -> Non
 
 
 def test_no_object_lies_beside_itself_and_relations_are_clear() -> None:
-    rng, left, right = (
-        random.Random(0),
-        Thing("cup", 1, column="left", row="top"),
-        Thing("dog", 1, column="right", row="top"),
-    )
-    assert relation(left, right) == "to the left of" and relation(right, left) == "to the right of"
-    assert relation(left, left) is relation(left, Thing("dog", 1, column="middle", row="top")) is None
-    assert relation(left, Thing("dog", 1, column="middle", row="bottom")) == "above"
+    rng, high, low = random.Random(0), Thing("cup", 1, row="top"), Thing("dog", 1, row="bottom")
+    assert relation(high, low) == "above" and relation(low, high) == "below"
+    assert relation(high, Thing("cup", 1, row="bottom")) is relation(high, Thing("dog", 1, row="middle")) is None
     for scene in SCENES_SHOWN:
         for question in other_questions(scene.kind, things(scene), rng, 9):
-            assert question.kind != "relation" or question.text.count(question.name) == 1, question
+            assert question.kind != "relation" or question.text.count(f"the {question.name}") == 1, question
+
+
+def test_captions_do_not_tell_left_from_right() -> None:
+    rng = random.Random(3)
+    for scene in SCENES_SHOWN:
+        assert not re.search(r"\b(left|right)\b", caption(scene.kind, things(scene), "long", rng))
+        assert "column" not in {q.kind for q in other_questions(scene.kind, things(scene), rng, 20, TAUGHT)}
+
+
+def test_what_is_unusual_is_called_so() -> None:
+    found = (Thing("oven", 1), Thing("sink", 1), Thing("bear", 1))
+    texts = [caption(0, found, "medium", random.Random(seed)) for seed in range(40)]
+    remarks = re.compile(r"Surprisingly|Unusually|would not expect|out of place|Oddly")
+    assert sum(bool(remarks.search(text)) for text in texts) > 15
+    usual = [caption(0, found[:2], "medium", random.Random(seed)) for seed in range(40)]
+    assert not any(remarks.search(text) for text in usual)
 
 
 def test_the_first_words_depend_on_the_scene() -> None:
@@ -134,7 +145,7 @@ def test_captions_state_true_facts() -> None:
     assert "red" in text and "large" in text and "two dogs" in text
     assert not any(colour in text for colour in COLOURS if colour != "red")
     assert "small" not in text.replace("small picture", "") and "three" not in text
-    assert not re.search(r"on the right|lower|at the bottom", text)
+    assert not re.search(r"lower|bottom", text)
 
 
 def test_same_seed_same_caption() -> None:
