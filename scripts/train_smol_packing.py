@@ -2,7 +2,8 @@
 
 A block mask lets every dialogue see the prefix and itself only, and positions restart after the prefix, so each
 dialogue is computed as if it stood alone. A *blind* dialogue does not see the image tokens either: it is a text-only
-prompt, and what it teaches is the prior.
+prompt, and what it teaches is the prior. Some questions do not see the patches of one object: what usually stands in
+such a place is annotated in real mixtures too where it can hardly be seen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ CAPTION, OBJECT, ANSWER, END, CHAT, STOP = range(1, 7)
 ends of captions."""
 
 LENGTHS: tuple[tuple[Length, float], ...] = (("brief", 0.15), ("medium", 0.55), ("long", 0.3))
-BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE, TYPICAL_SHARE = 0.1, 0.05, 0.1, 0.0
+BLIND_CAPTIONS, BLIND_QUESTIONS, CHAT_RATE = 0.1, 0.05, 0.1
+TYPICAL_SHARE, OCCLUDED = 0.03, 0.15
+_PATCHES = GRID * GRID
 _FACTS = ("two", "three", "several", "top", "bottom", "middle", "center", "halfway", "upper", "lower", "above", "below")
 
 
@@ -63,7 +66,7 @@ class Encoder:
 
 @dataclass
 class Packed:
-    """One packed sequence; segment 0 is the prefix."""
+    """One packed sequence; segment 0 is the prefix, and ``hidden`` are the patches that each segment does not see."""
 
     encoder: Encoder
     limit: int
@@ -72,15 +75,17 @@ class Packed:
     positions: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
-    blind: list[bool] = field(default_factory=list)
+    hidden: list[list[bool]] = field(default_factory=list)
     used: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.encoder.image_prefix)
         self.ids, self.segments, self.positions = list(self.encoder.image_prefix), [0] * n, list(range(n))
-        self.labels, self.kinds, self.blind = [0] * n, [0] * n, [False] * n
+        self.labels, self.kinds, self.hidden = [0] * n, [0] * n, [[False] * _PATCHES]
 
-    def add(self, prompt: str, reply: list[int], kinds: list[int], blind: bool) -> bool:
+    def add(
+        self, prompt: str, reply: list[int], kinds: list[int], *, blind: bool, hidden: list[bool] | None = None
+    ) -> bool:
         """Append one dialogue if it fits.
 
         Args:
@@ -88,6 +93,7 @@ class Packed:
             reply: Token ids of the answer, which are the labels.
             kinds: Kind of each label.
             blind: Hide the image of the prefix from this dialogue.
+            hidden: Or the patches that are true here.
         """
         asked = [*self.encoder(prompt), *self.encoder.reply]
         size = len(asked) + len(reply)
@@ -101,7 +107,7 @@ class Packed:
         self.kinds += [0] * (len(asked) - 1) + kinds + [0]
         self.segments += [self.used] * size
         self.positions += range(start, start + size)
-        self.blind += [blind] * size
+        self.hidden.append([blind] * _PATCHES if hidden is None or blind else hidden)
         return True
 
 
@@ -123,7 +129,7 @@ def pack(
     length = rng.choices([name for name, _ in LENGTHS], [share for _, share in LENGTHS])[0]
     words = [*encoder(caption(kind, things, length, rng)), TURN_END_ID]
     # Read off greedily, a caption would end too early: the end is one token, what else may follow are many.
-    packed.add(instruction(length, rng), words, [*encoder.marks(words[:-1]), STOP], rng.random() < BLIND_CAPTIONS)
+    packed.add(instruction(length, rng), words, [*encoder.marks(words[:-1]), STOP], blind=rng.random() < BLIND_CAPTIONS)
     if chats and rng.random() < CHAT_RATE:
         text, words = rng.choice(chats)
         packed.add(text, words, [CHAT] * len(words), blind=True)
@@ -132,9 +138,20 @@ def pack(
     for question in asked:
         words = [*encoder(question.answer), TURN_END_ID]
         kinds = [ANSWER] + [END] * (len(words) - 1)
-        if not packed.add(question.text, words, kinds, rng.random() < BLIND_QUESTIONS):
+        hidden = None
+        if question.kind == "existence" and rng.random() < OCCLUDED:
+            hidden = _patches_of(scenes, row, question.name, rng)
+        if not packed.add(question.text, words, kinds, blind=rng.random() < BLIND_QUESTIONS, hidden=hidden):
             break
     return packed
+
+
+def _patches_of(scenes: Scenes, row: int, name: str, rng: random.Random) -> list[bool]:
+    """Where an object is; of one that is absent or unusual for the place, where another one is."""
+    names = [thing.name for thing in scenes.things[row]]
+    if name not in names or name not in SCENES[scenes.kinds[row]].typical:
+        name = rng.choice([other for other in names if other != name] or names)
+    return [int(patch) == NAMES.index(name) for patch in scenes.patches[row]]
 
 
 @dataclass(frozen=True)
@@ -162,11 +179,12 @@ def collate(rows: list[Packed], dtype: torch.dtype) -> Batch:
     def tensor(name: str, fill: int) -> torch.Tensor:
         return torch.tensor([getattr(row, name) + [fill] * (size - len(row.ids)) for row in rows])
 
-    ids, segments, blind = tensor("ids", PAD_ID), tensor("segments", -1), tensor("blind", False)
-    hidden = blind[:, :, None] & (ids == IMAGE_ID)[:, None, :]
+    ids, segments = tensor("ids", PAD_ID), tensor("segments", -1)
+    first = len(rows[0].encoder.text_prefix)
+    hidden = torch.zeros(len(rows), size, size, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        hidden[place, :, first : first + _PATCHES] = torch.tensor(row.hidden)[segments[place].clamp(min=0)]
     visible = ((segments[:, None, :] == 0) & ~hidden) | (segments[:, None, :] == segments[:, :, None])
     visible &= torch.ones(size, size, dtype=torch.bool).tril()
     mask = torch.where(visible[:, None], 0.0, -1e4).to(dtype)
-    return Batch(
-        ids, tensor("positions", 0), tensor("labels", 0), tensor("kinds", 0), mask, len(rows[0].encoder.text_prefix)
-    )
+    return Batch(ids, tensor("positions", 0), tensor("labels", 0), tensor("kinds", 0), mask, first)

@@ -214,7 +214,8 @@ class _Writer:
                 named.append(thing)
             # Whatever is told of an object is told at once, so that a caption never needs to come back to it.
             share = max(0, goal - _words(sentences)) / (7 * (len(things) - index))
-            sentences += self._details(thing, named, int(share + self.rng.random()), clear=index >= size)
+            count = min(int(share + self.rng.random()), 2 if len(things) > 3 else 3)
+            sentences += self._details(thing, named, count, clear=index >= size)
         closings = patterns.CLOSINGS
         if _words(sentences) < goal and self.rng.random() < 0.7:
             moods = [text for text in closings if not text.startswith("Overall")]

@@ -333,7 +333,7 @@ def test_packed_dialogues_are_computed_as_if_each_stood_alone(smol: tuple) -> No
     from train_smol_packing import Encoder, collate, pack
 
     model, processor = smol
-    one = SimpleNamespace(kinds=[SHOWN[0].kind], things=[things(SHOWN[0])])
+    one = SimpleNamespace(kinds=[SHOWN[0].kind], things=[things(SHOWN[0])], patches=[SHOWN[0].patches.reshape(-1)])
     encoder = Encoder(processor.tokenizer)
     packed = pack(one, 0, encoder, [], random.Random(3), 256)  # type: ignore[arg-type]
     batch = collate([packed], torch.float32)
@@ -343,8 +343,10 @@ def test_packed_dialogues_are_computed_as_if_each_stood_alone(smol: tuple) -> No
     together = language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.positions).last_hidden_state
     prefix = len(encoder.image_prefix)
     for segment in range(1, packed.used + 1):
+        if any(packed.hidden[segment]) and not all(packed.hidden[segment]):
+            continue  # a question that does not see one object
         at = [index for index, each in enumerate(packed.segments) if each == segment]
-        start = len(encoder.text_prefix) if packed.blind[at[0]] else prefix
+        start = len(encoder.text_prefix) if all(packed.hidden[segment]) else prefix
         ids = torch.tensor([packed.ids[:start] + [packed.ids[index] for index in at]])
         alone = language_model(input_ids=ids).last_hidden_state[0, start:]
         assert torch.allclose(together[0, at], alone, atol=2e-3)
