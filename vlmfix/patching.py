@@ -16,6 +16,7 @@ from vlmfix.hooks import PATCH_ATTRIBUTE, Context, Patch
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
 from vlmfix.model.anatomy import analyse, unwrap
+from vlmfix.model.uncopied import standing
 from vlmfix.recipes import check_placement, layers_with, resolve_methods
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _variant(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
     patch_on_model = find_patch(model)
     assert patch_on_model is not None
     key = describe(resolve_methods(method, {}, patch_on_model.anatomy))
-    made_of = (model.training, *_weights(model))  # dtype, device or adapters may have changed since
+    made_of = standing(model)  # dtype, device, adapters or hooks may have changed since
     with _MAKING_VARIANT:
         known, variant = patch_on_model.variants.get(key, (None, None))
         if known != made_of:

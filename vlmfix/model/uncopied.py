@@ -1,8 +1,13 @@
-"""A dictionary that a deep copy of a model gets empty."""
+"""What deep copies of a model begin without, and when one has become out of date."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -16,3 +21,39 @@ class Uncopied(dict[K, V]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Uncopied[K, V]:
         return type(self)()
+
+
+_OF_EVERY_CALL = frozenset({"generation_config"})
+"""Attributes that a copy is given anew with every call."""
+
+
+def standing(model: nn.Module) -> tuple[Any, ...]:
+    """Describe how a model stands, so that a copy that shares its tensors can tell whether it still does.
+
+    Adapters that are switched, merged or disabled, hooks, other kernels, other modules and other tensors show in it.
+    What a tensor holds does not, because a copy shares it; nor do tensors that are no parameters or buffers, which
+    models remember between forwards.
+    """
+    described: dict[int, Any] = {}
+    return tuple(
+        (name, _described(value, described, are_shared=name in ("_parameters", "_buffers")))
+        for module in model.modules()
+        for name, value in list(vars(module).items())
+        if name not in _OF_EVERY_CALL
+    )
+
+
+def _described(value: Any, known: dict[int, Any], *, are_shared: bool = False) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value) if are_shared else "tensor"
+    if isinstance(value, Mapping):
+        return tuple((key, _described(each, known, are_shared=are_shared)) for key, each in list(value.items()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return tuple(_described(each, known) for each in list(value))
+    if isinstance(value, PretrainedConfig):
+        if id(value) not in known:
+            known[id(value)] = _described(vars(value), known)
+        return known[id(value)]
+    return id(value)

@@ -68,6 +68,42 @@ def test_weights_are_shared_and_never_stale(tiny: Any) -> None:
     assert torch.equal(generate(tiny, BATCH, 2, vlmfix="vhr")[1], expected)
 
 
+def test_what_is_done_to_a_model_is_done_to_its_single_calls(tiny: Any) -> None:
+    """Adapters are switched, merged and disabled, and a hook is hung, after a call has chosen its methods."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny, adapter, adapter_name="a").eval()
+    wrapped.add_adapter("b", adapter)
+    vlmfix.patch(wrapped, "none")
+
+    def found_and_right() -> tuple[torch.Tensor, torch.Tensor]:
+        found = generate(wrapped, BATCH, 2, vlmfix="vhr")[1]
+        with vlmfix.patched(wrapped, "vhr"):
+            return found, generate(wrapped, BATCH, 2)[1]
+
+    models = []
+    for _ in range(2):
+        generate(wrapped, BATCH, 2)
+        generate(wrapped, BATCH, 2, vlmfix="vhr")
+        models += [model for _, model in vars(tiny)["_vlmfix_patch"].variants.values()]
+    assert models[0] is models[1]  # nothing has changed
+    first = found_and_right()
+    assert torch.equal(*first)
+    wrapped.set_adapter("b")
+    second = found_and_right()
+    assert torch.equal(*second) and not torch.equal(first[0], second[0])
+    with wrapped.disable_adapter():
+        third = found_and_right()
+    assert torch.equal(*third) and not torch.equal(second[0], third[0])
+    wrapped.merge_adapter()
+    merged = found_and_right()
+    torch.testing.assert_close(merged[0], second[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(*merged)
+    tiny.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    hooked = found_and_right()
+    assert torch.equal(*hooked) and not torch.equal(hooked[0], merged[0])
+
+
 def test_a_patch_that_is_taken_off_takes_the_choice_with_it(tiny: Any) -> None:
     vlmfix.patch(tiny, "pai")
     generate(tiny, BATCH, 2, vlmfix="vhr")
