@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, state_of
 from vlmfix.model.anatomy import analyse
@@ -37,6 +38,7 @@ class Prefix:
         methods: The methods that were on the model.
         learned: What they learned, by (method index, site index).
         layers: Keys and values ``[batch, key_heads, length, head_dim]`` of every decoder layer.
+        pictures: The arguments that held the pictures.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +46,7 @@ class Prefix:
     methods: tuple[Method, ...]
     learned: Mapping[tuple[int, int], Any]
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    pictures: Mapping[str, torch.Tensor]
     _anatomy: Anatomy
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class Prefix:
 
         Args:
             inputs: The processor's output for the whole prompts: ``input_ids`` ``[prompts, length]`` and
-                ``attention_mask``. Pictures are not read again: they must be those of the prefix.
+                ``attention_mask``. Pictures are not read again: those beside the prompts must be those of the prefix.
             rows: Which row of the prefix each prompt continues. By default the only one, or row ``i`` for prompt ``i``.
 
         Returns:
@@ -65,8 +68,8 @@ class Prefix:
             prompt's shorter continuation lies padding.
 
         Raises:
-            UnsupportedFeatureError: A prompt begins otherwise, ends with the prefix or shows a further image, or a
-                method of the patch on the model cannot go on from here.
+            UnsupportedFeatureError: A prompt begins otherwise, ends with the prefix or shows another or a further
+                image, or a method of the patch on the model cannot go on from here.
         """
         ids, mask = _ids_and_mask(inputs)
         ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
@@ -78,6 +81,7 @@ class Prefix:
                 "which row each prompt continues: prefix.continued(inputs, rows=[...])."
             )
         parts = [self._behind(tokens[valid.bool()], row) for tokens, valid, row in zip(ids, mask, rows, strict=True)]
+        self._check_pictures(inputs, rows)
         new_ids, new_mask = _left_padded(parts)
         index = torch.as_tensor(rows, device=ids.device)
         input_ids = torch.cat([self.input_ids[index], new_ids], dim=1)
@@ -111,6 +115,24 @@ class Prefix:
                 "goes up to its last image."
             )
         return tokens[len(known) :]
+
+    def _check_pictures(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> None:
+        """Refuse pictures beside the prompts that are not those of the prefix, as far as it is known whose they are."""
+        for name, mine in self.pictures.items():
+            given = inputs.get(name)
+            if list(rows) == list(range(len(self))):
+                expected = mine
+            elif len(self) == 1:
+                expected = torch.cat([mine] * len(rows))
+            elif len(mine) == len(self):
+                expected = mine[list(rows)]
+            else:
+                continue
+            if isinstance(given, torch.Tensor) and not torch.equal(given.to(expected), expected):
+                raise UnsupportedFeatureError(
+                    f"The {name} beside these prompts are not those that this prefix was read with. Read a prefix of "
+                    "their pictures: vlmfix.shared_prefix(model, inputs)."
+                )
 
     def _is_image(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.isin(ids, torch.tensor(self._anatomy.image_token_ids, device=ids.device))
@@ -196,6 +218,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
         methods,
         {} if state is None else state.learned,
         tuple((layer.keys, layer.values) for layer in cache.layers),
+        {n: v for n, v in shared.items() if isinstance(v, torch.Tensor) and is_image_argument(n, v)},
         anatomy,
     )
 

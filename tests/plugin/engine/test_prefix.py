@@ -123,6 +123,12 @@ def test_prompts_that_begin_otherwise_are_refused(model: Any) -> None:
         prefix.continued(whole, [1, 0, 0, 1, 1])
     with pytest.raises(UnsupportedFeatureError, match="Say which row"):
         prefix.continued(whole)
+    other = {**whole, "pixel_values": whole["pixel_values"].flip(0)}
+    with pytest.raises(UnsupportedFeatureError, match="not those that this prefix was read with"):
+        prefix.continued(other, [0, 0, 0, 1, 1])
+    of_one = vlmfix.shared_prefix(model, {name: value[:1] for name, value in first.items()})
+    with pytest.raises(UnsupportedFeatureError, match="not those that this prefix was read with"):
+        of_one.continued({name: value[:2] for name, value in other.items()})
     short = {name: value[:, : prefix.input_ids.shape[1] + 1] for name, value in first.items() if name != "pixel_values"}
     with pytest.raises(UnsupportedFeatureError, match="at least two behind"):
         prefix.continued({name: value[1:] for name, value in short.items()}, [1])
