@@ -88,6 +88,7 @@ OFF: list[tuple[str, dict[str, Any]]] = [
     ("edited", {"alpha": 0.0}),
     ("edited", {"edit": {"method": "pai", "alpha": 0.0}}),
     ("flb", {"gamma": 0.0}),
+    ("flb", {"lam": 0.0}),
     ("guidance", {"gamma": 1.0}),
     ("hgai", {"alpha": 0.0}),
     ("iat", {"alpha": 0.0}),

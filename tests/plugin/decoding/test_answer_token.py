@@ -76,17 +76,6 @@ def test_the_weight_of_flb_grows_from_nothing(number: int, weight: float) -> Non
 # Strength zero, no image, and the cut alone.
 
 
-@pytest.mark.parametrize(
-    "method",
-    [vlmfix.M3ID(lam=0.0), vlmfix.M3ID(alpha=0.0), vlmfix.FLB(gamma=0.0, beta=0.0), vlmfix.FLB(lam=0.0, beta=0.0)],
-    ids=str,
-)
-def test_strength_zero_is_stock(tiny: Any, method: Any) -> None:
-    stock = generate(tiny, collate(RAGGED))[1]
-    vlmfix.patch(tiny, method)
-    assert torch.equal(generate(tiny, collate(RAGGED))[1], stock)
-
-
 @pytest.mark.parametrize("method", [vlmfix.M3ID(lam=0.0, beta=0.3), vlmfix.FLB(gamma=0.0, beta=0.3)], ids=str)
 def test_the_cut_alone_leaves_greedy_as_it_is(tiny: Any, method: Any) -> None:
     ids, logits = generate(tiny, ONE)
@@ -115,25 +104,6 @@ def test_flb_reads_nothing_more_and_leaves_the_first_token(tiny: Any) -> None:
 
 
 # What counts tokens.
-
-
-@EACH
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_a_batch_beams_and_a_loop_count_alike(build: Any, method: Any, kind: str) -> None:
-    model = build(kind)
-    vlmfix.patch(model, method)
-    together = generate(model, collate(RAGGED), 6)
-    for row, each in enumerate(RAGGED):
-        close(together[1][row], generate(model, collate([each]), 6)[1][0])
-    cache = DynamicCache(config=model.config)
-    first = forward(model, ONE, past_key_values=cache, use_cache=True).logits[:, -1]
-    alone = generate(model, ONE, 6)
-    steps = read(model, cache, alone[0][0, -6:-1].tolist())
-    close(torch.cat([first, steps]), alone[1][0])
-    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
-    beams = model.generate(**collate(RAGGED[:2]), **options)[:, -6:]
-    for row, each in enumerate(RAGGED[:2]):
-        assert torch.equal(beams[row], model.generate(**collate([each]), **options)[0, -6:])
 
 
 @EACH

@@ -366,44 +366,6 @@ def test_a_cropped_and_a_copied_cache(tiny: Any, name: str) -> None:
         read([21], cache)
 
 
-@EACH
-def test_a_pipeline_and_a_streamer(tiny: Any, name: str, processor_folder: Any) -> None:
-    from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-    from transformers.generation.streamers import BaseStreamer
-
-    if name in ("lqcd", "icd"):  # a few words more do not change the answer of this model
-        pytest.skip("see test_decoding_lqcd")
-
-    class Streamer(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.tokens.append(-1)
-
-    model = AutoModelForImageTextToText.from_pretrained(processor_folder)
-    processor = AutoProcessor.from_pretrained(processor_folder)
-    pipe = pipeline("image-text-to-text", model=model, processor=processor)
-    picture = torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    from PIL import Image
-
-    image = Image.fromarray(picture.numpy())
-    text, options = "USER: <image>\nis there a dog in the image ? ASSISTANT:", {"max_new_tokens": 8, "do_sample": False}
-    stock = pipe(images=image, text=text, generate_kwargs=options)[0]["generated_text"]
-    patch(pipe, name)
-    found = pipe(images=image, text=text, generate_kwargs=options)[0]["generated_text"]
-    assert found != stock
-    streamer = Streamer()
-    inputs = processor(images=image, text=text, return_tensors="pt")
-    ids = model.generate(**inputs, **options, streamer=streamer)
-    assert streamer.tokens == [*ids[0].tolist(), -1]
-    answer = processor.decode(ids[0], skip_special_tokens=True).partition("assistant :")[2]
-    assert answer.split() == found.partition("ASSISTANT:")[2].split()
-
-
 # With attention methods: they act in the model's own branch.
 
 
@@ -636,9 +598,6 @@ def test_images_only_as_features_are_refused(tiny: Any) -> None:
     vlmfix.patch(tiny, "vcd")
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="needs the image itself"):
         tiny(input_ids=ONE["input_ids"], mm_encoder_outputs=encoded["mm_encoder_outputs"])
-
-
-# As data, and from several threads.
 
 
 # The noise of VCD.

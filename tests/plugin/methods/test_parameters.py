@@ -43,6 +43,19 @@ OUT_OF_RANGE: dict[str, dict[str, list[Any]]] = {
         "multiply": ["plain"],
         "heads": ["some", None, [(1, 2, 3)], [(-1, 2)]],
     },
+    "var": {
+        "sink_threshold": [0, INF],
+        "recycle": [1.1, -0.1, None],
+        "nonsink_ratio": [NAN],
+        "image_mass": [2],
+        "sink_dims": [[-1], 5, [1.5]],
+    },
+    "vhr": {
+        "alpha": [0, -1.0, NAN, INF, "2", None, True],
+        "select": ["best"],
+        "layers": [3, ["a"], [1.7]],
+        "outliers": ["no"],
+    },
     "vista": {"lam": [-0.1, INF, "much"], "task": ["long"], "sla_alpha": [1.1], "sla_layers": [["a"]]},
 }
 NEEDED = {"cmai": {"experimental": True}, "modality_balance": {"experimental": True}, "iri": {"ranking": RANKING}}

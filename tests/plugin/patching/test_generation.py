@@ -25,6 +25,7 @@ from families.tiny_llava import (
 from invariants import close
 from method_parameters import parameters_of
 from naive.act import NaiveAct
+from naive.iri import RANKING
 from naive.mma import NaiveMma
 from naive.pai import NaivePai
 from naive.reference import Reference
@@ -39,6 +40,8 @@ VHR = vlmfix.VHR(layers=":")
 ACT = vlmfix.ACT(layers=":", sink_threshold="1.5/N", min_rows=2)
 MMA = vlmfix.MMA(layers=":")
 PAI = vlmfix.PAI(alpha=0.8, layers=":")
+IRI = vlmfix.IRI(2.0, 2.0, k1=2, k2=4, ranking=RANKING)
+VISTA = vlmfix.VISTA(lam=0.8)
 ALL_AT_ONCE = [MMA, PAI, ACT, VAR, VHR]
 METHODS = pytest.mark.parametrize(
     "method",
@@ -126,7 +129,7 @@ def test_text_iterator_streamer(processor_folder: Path) -> None:
     assert text.split() == processor.decode(expected).split()
 
 
-@pytest.mark.parametrize("name", ["vhr", "var", "act", "mma", "pai"])
+@pytest.mark.parametrize("name", ["vhr", "var", "act", "mma", "pai", "vcd", "guidance", "m3id"])
 def test_pipeline(processor_folder: Path, name: str) -> None:
     from PIL import Image
     from transformers import pipeline
@@ -155,7 +158,12 @@ def test_pipeline(processor_folder: Path, name: str) -> None:
     def answers(batch_size: int) -> list[str]:
         return [out[0]["generated_text"] for out in pipe(messages, batch_size=batch_size, **options)]
 
-    strong = {"vhr": {"alpha": 3.0}, "pai": {"alpha": 2.0}, "act": {"beta": 0.0, "sink_threshold": 0.02}}.get(name, {})
+    strong = {
+        "vhr": {"alpha": 3.0},
+        "pai": {"alpha": 2.0},
+        "act": {"beta": 0.0, "sink_threshold": 0.02},
+        "m3id": {"lam": 1.0},
+    }.get(name, {})
     stock = answers(1)
     assert vlmfix.patch(pipe, name, **{**parameters_of(name, pipe.model), **strong}) is pipe
     assert vlmfix.status(pipe).methods[0].name == name
@@ -302,10 +310,10 @@ def test_compiled_decoding_is_one_graph_and_equals_eager(sinky: Any, method: Any
 # Wrappers and precision.
 
 
-@pytest.mark.parametrize("method", [VAR, VHR, ACT, PAI, MMA], ids=["var", "vhr", "act", "pai", "mma"])
+@pytest.mark.parametrize("method", [VAR, VHR, ACT, PAI, MMA, IRI, VISTA], ids=lambda method: method.name)
 def test_peft_before_and_after(sinky: Any, method: Any) -> None:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2, init_lora_weights=False)
+    config = peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], r=2, init_lora_weights=False)
     other = copy.deepcopy(sinky)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

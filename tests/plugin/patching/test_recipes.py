@@ -145,62 +145,6 @@ def test_specifications_that_are_no_methods(tiny: Any, spec: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (vlmfix.VHR, {"alpha": 0}),
-        (vlmfix.VHR, {"alpha": -1.0}),
-        (vlmfix.VHR, {"alpha": float("nan")}),
-        (vlmfix.VHR, {"alpha": float("inf")}),
-        (vlmfix.VHR, {"select": "best"}),
-        (vlmfix.VAR, {"sink_threshold": 0}),
-        (vlmfix.VAR, {"sink_threshold": float("inf")}),
-        (vlmfix.VAR, {"recycle": 1.1}),
-        (vlmfix.VAR, {"recycle": -0.1}),
-        (vlmfix.VAR, {"nonsink_ratio": float("nan")}),
-        (vlmfix.VAR, {"image_mass": 2}),
-        (vlmfix.VAR, {"sink_dims": [-1]}),
-    ],
-    ids=str,
-)
-def test_values_out_of_range(cls: Any, options: dict[str, Any]) -> None:
-    (name,) = options
-    with pytest.raises(vlmfix.MethodError, match=name):
-        cls(**options)
-
-
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (vlmfix.VHR, {"alpha": "2"}),
-        (vlmfix.VHR, {"alpha": None}),
-        (vlmfix.VHR, {"layers": 3}),
-        (vlmfix.VHR, {"layers": ["a"]}),
-        (vlmfix.VAR, {"recycle": None}),
-        (vlmfix.VAR, {"sink_dims": 5}),
-    ],
-    ids=str,
-)
-def test_values_of_the_wrong_type(cls: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(vlmfix.MethodError):
-        cls(**options)
-
-
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (vlmfix.VHR, {"layers": [1.7]}),
-        (vlmfix.VAR, {"sink_dims": [1.5]}),
-        (vlmfix.VHR, {"outliers": "no"}),
-        (vlmfix.VHR, {"alpha": True}),
-    ],
-    ids=str,
-)
-def test_values_silently_changed(cls: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(vlmfix.MethodError):
-        cls(**options)
-
-
-@pytest.mark.parametrize(
     ("spec", "expected"),
     [
         ([0, 31], (0, 31)),
