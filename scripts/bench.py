@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     is_markdown = args.readme or args.markdown
     machine = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
