@@ -56,6 +56,9 @@ from vlmfix.prefix import Prefix as Prefix
 from vlmfix.prefix import shared_prefix as shared_prefix
 from vlmfix.recipes import load_recipe as load_recipe
 from vlmfix.recipes import save_recipe as save_recipe
+from vlmfix.verification.call import Verification as Verification
+from vlmfix.verification.call import verify as verify
+from vlmfix.verification.verify import Verify as Verify
 
 __version__: str
 __all__: list[str]

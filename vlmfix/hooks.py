@@ -137,6 +137,7 @@ class Patch:
         self._forward = ForwardWithHooks(self, anatomy.language_model)
         self._no_drafts = RefuseDrafts(anatomy.language_model, _NO_DRAFTS)
         self._generate: GenerateByCall | None = None
+        self._rewriters: dict[int, Any] = {}
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
@@ -215,6 +216,11 @@ class Patch:
                 self._stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
             self._stand_ins.put(language_model, DRAFTS, self._no_drafts)
+        for number, method in enumerate(self.methods):
+            if method.rewrites_answers and not method.is_identity:
+                if number not in self._rewriters or self._rewriters[number].stock != model.generate:
+                    self._rewriters[number] = method.rewriter(model.generate, number, self.counters)
+                self._stand_ins.put(model, "generate", self._rewriters[number])
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
                 self._generate = GenerateByCall(model, model.generate, self.choose, self.refuse)
@@ -287,7 +293,8 @@ class Patch:
         """Describe the patch."""
         prompts, prompts_without_image, decode_steps, edited = self.counters.read()
         moved = self.counters.read_moved()
-        notes = self.notes if self.is_whole() else (*self.notes, _NOT_WHOLE)
+        notes = (*self.notes, *(each.note() for each in self._rewriters.values()))
+        notes = notes if self.is_whole() else (*notes, _NOT_WHOLE)
         if self.refusals:
             notes = (*notes, f"{len(self.refusals)} calls were refused: {self.refusals[-1]}")
         for method, rows, far in zip(self.methods, edited, moved, strict=True):

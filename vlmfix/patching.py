@@ -66,7 +66,8 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
             check_placement(each, anatomy)
         bound = tuple(each.bind(anatomy) for each in wanted)
         new = Patch(anatomy, bound, _variant)
-        if not new.sites and not new.block_hooks and not any(each.replaces_logits for each in bound):
+        acts_elsewhere = any(each.replaces_logits or each.rewrites_answers for each in bound)
+        if not new.sites and not new.block_hooks and not acts_elsewhere:
             raise MethodError(
                 f"{describe(bound)} touches no attention layer of this model (the attention it acts in is in layers "
                 f"{layers_with(bound, anatomy)}). Choose others with layers=..."

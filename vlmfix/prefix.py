@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, state_of
-from vlmfix.model.anatomy import analyse
+from vlmfix.model.anatomy import FORWARD_KWARG, analyse
 from vlmfix.model.devices import input_device
 from vlmfix.patching import find_patch
 
@@ -39,6 +39,7 @@ class Prefix:
         learned: What they learned, by (method index, site index).
         layers: Keys and values ``[batch, key_heads, length, head_dim]`` of every decoder layer.
         pictures: The arguments that held the pictures.
+        is_stock: Whether the stock model has read it, whatever is on the model: it goes on as the stock model too.
     """
 
     input_ids: torch.Tensor
@@ -48,6 +49,7 @@ class Prefix:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     pictures: Mapping[str, torch.Tensor]
     _anatomy: Anatomy
+    is_stock: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,7 +67,7 @@ class Prefix:
 
         Returns:
             ``input_ids``, ``attention_mask`` and ``past_key_values``, a cache of its own. Between the prefix and a
-            prompt's shorter continuation lies padding.
+            prompt's shorter continuation lies padding. For a stock prefix of a patched model also ``vlmfix=None``.
 
         Raises:
             UnsupportedFeatureError: A prompt begins otherwise, ends with the prefix or shows another or a further
@@ -93,12 +95,13 @@ class Prefix:
             cache.layers[layer].keys = keys.index_select(0, chosen)
             cache.layers[layer].values = values.index_select(0, chosen)
         patch = find_patch(self._anatomy.model)
-        if patch is not None:
+        if patch is not None and not self.is_stock:
             setattr(cache, STATE_ATTRIBUTE, self._state(patch.methods, index))
         return {
             "input_ids": input_ids,
             "attention_mask": torch.cat([self.attention_mask[index], new_mask], dim=1),
             "past_key_values": cache,
+            **({FORWARD_KWARG: None} if patch is not None and self.is_stock else {}),
         }
 
     def _behind(self, tokens: torch.Tensor, row: int) -> torch.Tensor:
@@ -163,7 +166,7 @@ class Prefix:
         )
 
 
-def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
+def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = False) -> Prefix:
     """Read what prompts hold up to their last image token, so that further prompts can go on from there.
 
     >>> prefix = vlmfix.shared_prefix(model, processor(images=image, text=prompts[:1], return_tensors="pt"))
@@ -176,6 +179,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
         model: A Hugging Face vision-language model, patched or not.
         inputs: The processor's output for prompts with images, one per row of the prefix: left-padded ``input_ids``,
             ``attention_mask``, ``pixel_values``, ... What follows the last image is not read.
+        stock: Whether the stock model reads it and goes on from it, although the model is patched.
 
     Raises:
         UnsupportedFeatureError: The model's prompts cannot be continued so (images that are no tokens of the prompt,
@@ -183,9 +187,9 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
             patch edits rows up to the last image token.
     """
     anatomy = analyse(model)
-    _check_model(anatomy)
+    check_shares_prefix(anatomy)
     patch = find_patch(model)
-    methods = () if patch is None else patch.methods
+    methods = () if patch is None or stock else patch.methods
     _check_methods(methods)
     ids, mask = _ids_and_mask(inputs)
     image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & mask.bool()
@@ -204,13 +208,11 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
     device = input_device(anatomy.model)
     shared = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in shared.items()}
     cache = DynamicCache(config=anatomy.text_config)
+    if patch is not None and stock:
+        shared[FORWARD_KWARG] = None
     with torch.no_grad():
         anatomy.model(**shared, past_key_values=cache, use_cache=True)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise UnsupportedFeatureError(
-            f"{type(anatomy.model).__name__} keeps more than the keys and values of all tokens (sliding windows, "
-            "recurrent states), which further prompts cannot go on from."
-        )
+    _check_cache(anatomy, cache)
     state = state_of(cache)
     return Prefix(
         shared["input_ids"],
@@ -220,10 +222,16 @@ def shared_prefix(model: object, inputs: Mapping[str, Any]) -> Prefix:
         tuple((layer.keys, layer.values) for layer in cache.layers),
         {n: v for n, v in shared.items() if isinstance(v, torch.Tensor) and is_image_argument(n, v)},
         anatomy,
+        stock,
     )
 
 
-def _check_model(anatomy: Anatomy) -> None:
+def check_shares_prefix(anatomy: Anatomy) -> None:
+    """Refuse a model whose prompts cannot go on from one reading of their image, as far as its structure tells.
+
+    Raises:
+        UnsupportedFeatureError: See :func:`shared_prefix`.
+    """
     name = type(anatomy.model).__name__
     if anatomy.kinds != {"joint"} or anatomy.projector is not None or not anatomy.image_token_ids:
         raise UnsupportedFeatureError(
@@ -233,6 +241,15 @@ def _check_model(anatomy: Anatomy) -> None:
         raise UnsupportedFeatureError(
             f"{name} counts positions by the grid of its images and remembers them for the last prompt only, so that "
             "prompts cannot share a prefix."
+        )
+    _check_cache(anatomy, DynamicCache(config=anatomy.text_config))
+
+
+def _check_cache(anatomy: Anatomy, cache: DynamicCache) -> None:
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UnsupportedFeatureError(
+            f"{type(anatomy.model).__name__} keeps more than the keys and values of all tokens (sliding windows, "
+            "recurrent states), which further prompts cannot go on from."
         )
 
 

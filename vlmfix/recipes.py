@@ -149,7 +149,7 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
         MethodError: None of the model's kinds of attention is one the method acts in, or the model undoes its edits;
             the message says why.
     """
-    if method.is_identity or method.replaces_logits:
+    if method.is_identity or method.replaces_logits or method.rewrites_answers:
         return
     model = type(anatomy.model).__name__
     if anatomy.kinds.isdisjoint(method.attention_kinds):

@@ -77,6 +77,8 @@ class Method(Parametrised):
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
     searches: ClassVar[bool] = False
     """Whether it is a search of its own in the place of ``generate``, beside which no other method acts."""
+    rewrites_answers: ClassVar[bool] = False
+    """Whether it edits what ``generate`` returns, instead of anything inside a forward; see :meth:`rewriter`."""
     scales_heads: ClassVar[bool] = False
     """Whether its edit of heads is a factor, which a norm of the head outputs would undo."""
     removed_parameters: ClassVar[Mapping[str, tuple[Any, str]]] = {}
@@ -336,6 +338,20 @@ class Method(Parametrised):
         Args:
             logits: fp32 ``[batch, rows, vocab]``.
             early: The same of each of ``early_layers``.
+        """
+        raise NotImplementedError
+
+    def rewriter(self, stock: Any, index: int, counters: Any) -> Any:
+        """Return what stands in for ``generate`` of a bound method's model, if ``rewrites_answers``.
+
+        Args:
+            stock: What generates without it.
+            index: The method's number in its patch, under which ``counters`` count what it edits.
+            counters: Those of the patch.
+
+        Returns:
+            A callable with the arguments of ``generate``, an attribute ``stock`` and a method ``note()``, a line for
+            ``vlmfix.status``.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Methods by name: one file each in ``vlmfix.methods`` and ``vlmfix.decoding``, and those of other packages.
+"""Methods by name: one file each in the rooms of ``PACKAGES``, and those of other packages.
 
 Another package offers a method by an entry point of the group ``vlmfix.methods``, in its ``pyproject.toml``::
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vlmfix.methods.base import Method
 
 
-PACKAGES = ("vlmfix.methods", "vlmfix.decoding")
+PACKAGES = ("vlmfix.methods", "vlmfix.decoding", "vlmfix.verification")
 """The packages that hold one method per file, beside what several share."""
 
 
