@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vlmfix.methods.registry import method_class
+from vlmfix.methods.registry import method_class, method_names
 from vlmfix.model.anatomy import Anatomy, analyse
 
 
@@ -60,6 +60,10 @@ PARAMETERS: dict[str, Callable[[Anatomy], dict[str, Any]]] = {
     "vcd": lambda anatomy: {"beta": 0.0},
 }
 """By method's name, as functions of the model."""
+
+
+IN_FORWARDS: tuple[str, ...] = tuple(name for name in method_names() if not method_class(name).rewrites_answers)
+"""The methods that act inside forwards. Those that rewrite answers need words: ``tests/plugin/verification``."""
 
 
 def parameters_of(method: str, model: object) -> dict[str, Any]:

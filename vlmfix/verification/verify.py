@@ -49,14 +49,14 @@ class Verify(Method):
     default_layers = DefaultLayers("none, and none can be given: it acts on answers", lambda num_layers: ())
 
     lost_per_false: float = parameter(
-        0.5,
+        0.7,
         low=0,
         off=0,
         search=Range(0.05, 4.0, log=True),
         help="How many true words may be lost for each false one that is left out.",
     )
     asked_weight: float = parameter(1.0, low=0, help="Weight of the answer to the question; ``calibrate`` fits it.")
-    said_weight: float = parameter(1.0, low=0, help="Weight of how likely the word was when it was said.")
+    said_weight: float = parameter(0.25, low=0, help="Weight of how likely the word was when it was said.")
     bias: float = parameter(0.0, help="Log odds that a word is true whose evidence is even.")
     question: str = parameter(QUESTION, help="What is asked, with ``{article}`` and ``{name}``.")
     batch_size: int = parameter(32, low=1, help="Questions per forward.")

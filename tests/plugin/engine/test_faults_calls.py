@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families.tiny_llava import IMAGE, IMAGE_TOKENS, RAGGED, collate, generate, needs_chunks, sample
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 from transformers import DynamicCache, StaticCache
 
 import vlmfix
-from vlmfix.methods.registry import method_class, method_names
+from vlmfix.methods.registry import method_class
 
-NAMES = [name for name in method_names() if not method_class(name).searches and name != "none"]
+NAMES = [name for name in IN_FORWARDS if not method_class(name).searches and name != "none"]
 IN_ATTENTION = [name for name in NAMES if not method_class(name).replaces_logits]
 BEHIND_HEAD = ["vcd", "ifg", "guidance", "lqcd", "vista"]
 ONE = collate([sample(3, 1, 6, seed=1)])

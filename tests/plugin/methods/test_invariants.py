@@ -31,18 +31,18 @@ from families.tiny_llava import (
     snapshot,
 )
 from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, close, continued
-from method_parameters import OFF, parameters_of
+from method_parameters import IN_FORWARDS, OFF, parameters_of
 from transformers import DynamicCache, StaticCache
 
 import vlmfix
-from vlmfix.methods.registry import method_class, method_from_dict, method_names
+from vlmfix.methods.registry import method_class, method_from_dict
 from vlmfix.recipes import load_recipe, save_recipe
 
 ONE = collate([RAGGED[1]])
 BATCH = collate(RAGGED)
 TEXT = collate([RAGGED[2], sample(12, 0, 8, seed=5)])
 
-ACTING = [name for name in method_names() if name != "none"]
+ACTING = [name for name in IN_FORWARDS if name != "none"]
 SEARCHES = [name for name in ACTING if method_class(name).searches]
 """They take the place of ``generate`` and read one prompt at a time."""
 CONTRASTS = [name for name in ACTING if method_class(name).replaces_logits and name not in SEARCHES]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import IMAGE, PAD, RAGGED, collate, forward, generate
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 from naive._branches import last_logits
 from naive.act import NaiveAct
 from naive.eah import NaiveEah
@@ -145,7 +145,7 @@ def test_pai_as_released_is_guidance_beside_an_unedited_prompt(tiny: Any) -> Non
 # Strength zero.
 
 
-@pytest.mark.parametrize("name", sorted(set(vlmfix.list_methods()) - {"none"}))
+@pytest.mark.parametrize("name", sorted(set(IN_FORWARDS) - {"none"}))
 def test_every_value_that_switches_a_method_off_does(tiny: Any, name: str) -> None:
     cls = vlmfix.list_methods()[name]
     given = parameters_of(name, tiny)

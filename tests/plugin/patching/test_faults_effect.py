@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, collate, forward, generate
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 from torch import nn
 
 import vlmfix
-from vlmfix.methods.registry import method_class, method_names
+from vlmfix.methods.registry import method_class
 from vlmfix.methods.views import EditedRows, Layer
 
 ONE = collate([RAGGED[0]])
 NAMES = [
     name
-    for name in method_names()
+    for name in IN_FORWARDS
     if name != "none" and not method_class(name).searches and not getattr(method_class(name), "is_gated", False)
 ]
 

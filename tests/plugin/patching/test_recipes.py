@@ -29,7 +29,7 @@ def _names_in(module: ModuleType) -> set[str]:
 
 
 def test_methods_lists_one_method_per_file() -> None:
-    rooms = [import_module(f"vlmfix.{room}") for room in ("methods", "decoding")]
+    rooms = [import_module(f"vlmfix.{room}") for room in ("methods", "decoding", "verification")]
     modules = [import_module(each.name) for room in rooms for each in iter_modules(room.__path__, f"{room.__name__}.")]
     files = {name for module in modules if (name := module.__name__.rpartition(".")[2]) in _names_in(module)}
     found = vlmfix.list_methods()

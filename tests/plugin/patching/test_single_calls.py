@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, collate, forward, generate
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 
 import vlmfix
-from vlmfix.methods.registry import method_names
 
 ONE = collate([RAGGED[0]])
 BATCH = collate(RAGGED)
-NAMES = [name for name in method_names() if name != "none"]
+NAMES = [name for name in IN_FORWARDS if name != "none"]
 
 
 def made(name: str, model: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import by_name
 from families.tiny_llava import BOS, IMAGE, IMAGE_TOKENS, RAGGED, collate, forward, generate, sample, snapshot
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 
 import vlmfix
 from vlmfix.errors import MethodError, UnsupportedFeatureError, VlmfixError
@@ -350,7 +350,7 @@ def test_a_patched_model_stays_patched_and_the_result_says_so(tiny: Any, probe: 
     assert close(stock.to_dict() | {"patch": ""}, same.to_dict() | {"patch": ""})
 
 
-@pytest.mark.parametrize("method", vlmfix.list_methods())
+@pytest.mark.parametrize("method", IN_FORWARDS)
 def test_the_weights_shown_are_those_behind_the_patch(build: Any, method: str) -> None:
     """Against the weights an eager model returns, the edited ones among them; every probe runs on every method."""
     model, inputs = build(attn="eager", sinks=True), collate([RAGGED[0]])
