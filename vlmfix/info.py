@@ -142,6 +142,8 @@ def cost(method: Method) -> str:
         return "nothing"
     if method.searches:
         return "several beams, one prompt at a time"
+    if method.rewrites_answers:
+        return "a short question for each object that an answer names, behind one reading of the image"
     parts = []
     if isinstance(method, DecodingMethod):
         parts.append(

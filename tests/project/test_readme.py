@@ -22,7 +22,9 @@ DOCUMENTS = {
     for folder in ("", ".github", "scripts", "tests", "evals", "vlmfix")
     for path in sorted((ROOT / folder).rglob("*.md") if folder else ROOT.glob("*.md"))
 }
-METHODS, DECODING = (DOCUMENTS[f"vlmfix/{room}/README.md"] for room in ("methods", "decoding"))
+METHODS, DECODING, VERIFICATION = (
+    DOCUMENTS[f"vlmfix/{room}/README.md"] for room in ("methods", "decoding", "verification")
+)
 EVERYTHING = "\n".join(DOCUMENTS.values())
 
 
@@ -64,7 +66,7 @@ def test_links_lead_somewhere(name: str) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, anchor
 
 
-@pytest.mark.parametrize("folder", ["vlmfix", "vlmfix/methods"])
+@pytest.mark.parametrize("folder", ["vlmfix", "vlmfix/methods", "vlmfix/verification"])
 def test_a_room_tells_of_files_it_has(folder: str) -> None:
     room = ROOT / folder
     text = (room / "README.md").read_text(encoding="utf-8")
@@ -75,7 +77,7 @@ def test_a_room_tells_of_files_it_has(folder: str) -> None:
 
 
 def test_the_methods_table_is_complete() -> None:
-    listed = set(re.findall(r"^\| `(\w+)` \|", METHODS + DECODING, re.MULTILINE))
+    listed = set(re.findall(r"^\| `(\w+)` \|", METHODS + DECODING + VERIFICATION, re.MULTILINE))
     assert set(vlmfix.list_methods()) <= listed
 
 

@@ -12,8 +12,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
 from vlmfix.observe.ask import answer, next_logits
 from vlmfix.observe.prompts import PromptBuilder, encode
-from vlmfix.observe.tokens import is_image_token
-from vlmfix.observe.words import need_yes_no_tokens
+from vlmfix.observe.words import is_image_token, need_yes_no_tokens
 from vlmfix.patching import find_patch
 from vlmfix.prefix import Prefix, shared_prefix
 from vlmfix.verification import lexicon

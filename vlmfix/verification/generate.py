@@ -11,8 +11,7 @@ import torch
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import end_token_ids
-from vlmfix.observe.tokens import is_image_token
-from vlmfix.observe.words import decode, token_ends
+from vlmfix.observe.words import decode, is_image_token, token_ends
 from vlmfix.verification.judge import Judge, Texts
 from vlmfix.verification.phrases import Sentence, read_sentences
 
@@ -187,10 +186,10 @@ class _Answers:
         cache = getattr(out, "past_key_values", None)
         if cache is not None:
             same = [_common(ids, before) for ids, before in zip(kept, answers, strict=True)]
-            length = self.prompt_length + min(same)
-            if hasattr(cache, "crop") and cache.get_seq_length() > length:
-                cache.crop(length)
-            elif cache.get_seq_length() > length:
+            surplus = cache.get_seq_length() - (self.prompt_length + min(same))
+            if surplus > 0 and hasattr(cache, "crop"):
+                cache.crop(-surplus)
+            elif surplus > 0:
                 out["past_key_values"] = None
         out["sequences"] = new
         return out

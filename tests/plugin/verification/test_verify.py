@@ -1,0 +1,252 @@
+"""The method and ``vlmfix.verify`` on the embedded model: against naive questions, and what must stay as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families.tiny_llava import snapshot
+from naive import verify as naive
+from PIL import Image
+
+import vlmfix
+from vlmfix.errors import MethodError, UnsupportedFeatureError
+from vlmfix.evals.testbed import load
+from vlmfix.evals.testbed.scenes import image_id, make_scene
+from vlmfix.methods.registry import method_from_dict
+from vlmfix.model.anatomy import analyse
+from vlmfix.observe.prompts import PromptBuilder, encode
+from vlmfix.verification.ask import Questioner
+
+IMAGES = [Image.fromarray(make_scene(image_id("calibration", index)).pixels) for index in (4, 7, 9, 1)]
+STRICT = {"lost_per_false": 3.0, "asked_weight": 0.6, "said_weight": 0.5, "bias": -0.3}
+"""Leaves out something of most answers."""
+PROMPT = "Please describe this image in detail."
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return load("tiny")
+
+
+@pytest.fixture
+def model(loaded: tuple[Any, Any]) -> Any:
+    yield loaded[0]
+    vlmfix.unpatch(loaded[0])
+
+
+@pytest.fixture
+def processor(loaded: tuple[Any, Any]) -> Any:
+    return loaded[1]
+
+
+def inputs_of(processor: Any, images: list[Any], prompt: str = PROMPT) -> Any:
+    return encode(processor, [PromptBuilder(processor)(prompt)] * len(images), images)
+
+
+def answers(model: Any, inputs: Any, **options: Any) -> torch.Tensor:
+    return model.generate(**inputs, **{"max_new_tokens": 70, "do_sample": False, **options})
+
+
+def texts(processor: Any, inputs: Any, out: torch.Tensor) -> list[str]:
+    return processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class Heard:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.parts: list[list[int]] = []
+        self.is_over = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.parts.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.is_over = True
+
+
+def test_the_method_equals_questions_asked_one_by_one(model: Any, processor: Any) -> None:
+    rule, changed = vlmfix.Verify(**STRICT), 0
+    inputs = inputs_of(processor, IMAGES)
+    stock = answers(model, inputs)
+    vlmfix.patch(model, rule)
+    found = texts(processor, inputs, answers(model, inputs))
+    vlmfix.unpatch(model)
+    for row, image in enumerate(IMAGES):
+        ids = [token for token in stock[row, inputs["input_ids"].shape[1] :].tolist() if token > 3]
+        expected = naive.verified(model, processor, image, inputs_of(processor, [image]), ids, rule)
+        assert found[row].strip() == expected.strip()
+        changed += expected.strip() != processor.tokenizer.decode(ids).strip()
+    assert changed >= 2
+
+
+def test_a_batch_a_single_prompt_and_a_stream_give_the_same(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES)
+    vlmfix.patch(model, "verify", **STRICT)
+    batch = texts(processor, inputs, answers(model, inputs))
+    for row, image in enumerate(IMAGES):
+        one, heard = inputs_of(processor, [image]), Heard()
+        out = answers(model, one, streamer=heard)
+        assert texts(processor, one, out) == [batch[row]]
+        assert torch.equal(out, answers(model, one))
+        assert heard.is_over and [token for part in heard.parts for token in part] == out[0].tolist()
+
+
+def test_beams_samples_and_several_answers_of_a_prompt(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES[:2])
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    stock = texts(processor, inputs, answers(model, inputs, **options))
+    vlmfix.patch(model, "verify", **STRICT)
+    found = texts(processor, inputs, answers(model, inputs, **options))
+    assert len(found) == 4 and found != stock
+    assert all(len(edited) <= len(text) for edited, text in zip(found, stock, strict=True))
+    torch.manual_seed(0)
+    one = answers(model, inputs, do_sample=True)
+    torch.manual_seed(0)
+    assert torch.equal(one, answers(model, inputs, do_sample=True))
+
+
+def test_off_without_an_image_for_one_call_and_taken_off_it_is_the_stock_model(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES)
+    stock, before = answers(model, inputs), snapshot(model)
+    text = encode(processor, [PromptBuilder(processor)(PROMPT, image=False)], [None])
+    stock_text = answers(model, text)
+    vlmfix.patch(model, "verify", lost_per_false=0)
+    assert torch.equal(answers(model, inputs), stock) and vlmfix.status(model).edited == (0,)
+    vlmfix.patch(model, "verify", **STRICT)
+    assert torch.equal(answers(model, text), stock_text) and vlmfix.status(model).edited == (0,)
+    assert torch.equal(answers(model, inputs, vlmfix=None), stock)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert not torch.equal(answers(model, inputs), stock) and vlmfix.status(model).edited[0] > 0
+    vlmfix.unpatch(model)
+    assert snapshot(model) == before and torch.equal(answers(model, inputs), stock)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+
+
+def test_more_may_be_lost_more_is_left_out(model: Any, processor: Any) -> None:
+    inputs, gone = inputs_of(processor, IMAGES), []
+    for limit in (0.05, 0.7, 3.0, 100.0):
+        vlmfix.patch(model, "verify", **{**STRICT, "lost_per_false": limit})
+        answers(model, inputs)
+        gone.append(vlmfix.status(model).edited[0])
+    assert gone == sorted(gone) and gone[0] < gone[-1]
+
+
+def test_status_counts_words(model: Any, processor: Any) -> None:
+    vlmfix.patch(model, "verify", **STRICT)
+    answers(model, inputs_of(processor, IMAGES))
+    status = vlmfix.status(model)
+    (note,) = (note for note in status.notes if note.startswith("verify"))
+    asked, doubted, left_out, sentences = (int(word) for word in note.split() if word.isdigit())
+    assert asked > doubted >= 2 and left_out == status.edited[0] >= doubted and sentences >= 2
+    assert note in str(status)
+
+
+def test_what_goes_with_tokens_is_refused_and_a_cache_is_cut_where_the_text_was(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES[:1])
+    vlmfix.patch(model, "verify", **{**STRICT, "lost_per_false": 100.0})
+    with pytest.raises(UnsupportedFeatureError, match="vlmfix=None, output_scores=True"):
+        answers(model, inputs, output_scores=True, return_dict_in_generate=True)
+    out = answers(model, inputs, return_dict_in_generate=True)
+    stock = answers(model, inputs, vlmfix=None)
+    same = 0
+    while out.sequences[0, same] == stock[0, same]:
+        same += 1
+    assert out.past_key_values.get_seq_length() == same
+    with pytest.raises(UnsupportedFeatureError, match="pixel_values"):
+        model.generate(input_ids=inputs["input_ids"], max_new_tokens=2)
+    with pytest.raises(UnsupportedFeatureError, match="input_ids"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 128), max_new_tokens=2)
+
+
+def test_methods_in_forwards_act_and_the_stock_model_is_asked(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES)
+    vlmfix.patch(model, "vhr", alpha=1.4)
+    said = texts(processor, inputs, answers(model, inputs))
+    vlmfix.patch(model, [vlmfix.VHR(alpha=1.4), vlmfix.Verify(**STRICT)])
+    found = texts(processor, inputs, answers(model, inputs))
+    status = vlmfix.status(model)
+    assert status.edited[0] > 0 and status.edited[1] > 0 and status.prompts == 1
+    for row, image in enumerate(IMAGES):
+        ids = processor.tokenizer(said[row], add_special_tokens=False)["input_ids"]
+        vlmfix.unpatch(model)
+        prompt = inputs_of(processor, [image])
+        expected = naive.verified(model, processor, image, prompt, ids, vlmfix.Verify(**STRICT))
+        assert found[row].strip() == expected.strip()
+
+
+def test_it_survives_json_a_recipe_and_a_copy(model: Any, processor: Any, tmp_path: Path) -> None:
+    import copy
+
+    inputs = inputs_of(processor, IMAGES)
+    vlmfix.patch(model, "verify", **STRICT)
+    expected = answers(model, inputs)
+    (bound,) = vlmfix.status(model).methods
+    assert method_from_dict(json.loads(json.dumps(bound.to_dict()))) == bound
+    vlmfix.save_recipe(tmp_path / "recipe.json", bound)
+    assert torch.equal(answers(copy.deepcopy(model), inputs), expected)
+    vlmfix.patch(model, tmp_path / "recipe.json")
+    assert torch.equal(answers(model, inputs), expected)
+    vlmfix.patch(model, "verify", **STRICT, processor=processor)
+    assert torch.equal(answers(model, inputs), expected)
+    vlmfix.patch(model, "none")
+    assert torch.equal(answers(model, inputs, vlmfix={"method": "verify", **STRICT}), expected)
+
+
+def test_a_missing_processor_and_a_model_that_cannot_share_are_named(tiny: Any, build: Any) -> None:
+    with pytest.raises(MethodError, match=r"vlmfix\.patch\(model, 'verify', processor='FOLDER_OR_HUB_ID'\)"):
+        vlmfix.patch(tiny, "verify")
+    with pytest.raises(MethodError, match=r"vlmfix\.verify\(model, processor, image, text\)"):
+        vlmfix.patch(build("gemma2"), "verify")
+    with pytest.raises(MethodError, match="with {name} in it"):
+        vlmfix.Verify(question="Is it there?")
+    with pytest.raises(MethodError, match="layers"):
+        vlmfix.Verify(layers=(1,))
+
+
+def test_any_text_is_verified_and_its_evidence_shown(model: Any, processor: Any) -> None:
+    text = "The image shows a kitchen.  A zebra and a hot dog are visible, next to a refrigerator."
+    vlmfix.patch(model, "vhr", alpha=3.0)
+    found = vlmfix.verify(model, processor, IMAGES[0], text)
+    assert found.original == text and str(found) == found.text
+    assert {word.name for word in found.words} == {"zebra", "hot dog", "refrigerator"}
+    rule = vlmfix.Verify()
+    vlmfix.unpatch(model)
+    for word in found.words:
+        ((start, end),) = word.spans
+        assert text[start:end] == word.name
+        asked = naive.log_odds_of_yes(model, processor, IMAGES[0], f"Is there a {word.name} in the image?")
+        assert abs(math.log(word.asked / (1 - word.asked)) - asked) < 1e-3
+        odds = rule.asked_weight * asked + rule.said_weight * math.log(word.said / (1 - word.said))
+        assert abs(math.log(word.is_true / (1 - word.is_true)) - odds) < 1e-3
+        assert word.is_doubted == (odds < math.log(rule.lost_per_false)) == (word.name in found.doubted)
+    assert found.doubted == ("hot dog", "refrigerator")
+    assert found.text == "The image shows a kitchen.  A zebra is visible."
+    assert json.loads(json.dumps(found.to_dict()))["words"][0]["name"] == "zebra"
+    everything = vlmfix.verify(model, None, IMAGES[0], text, vlmfix.Verify(lost_per_false=0))
+    assert everything.text == text
+    nothing = vlmfix.verify(model, processor, IMAGES[0], "It is nice.")
+    assert nothing.text == "It is nice." and nothing.words == () and nothing.cost.questions == 0
+
+
+def test_asking_changes_no_prefix_and_does_not_depend_on_the_other_questions(model: Any, processor: Any) -> None:
+    questioner = Questioner(model, processor, batch_size=3)
+    looked = questioner.look(inputs_of(processor, IMAGES[:2]))
+    names = ["dog", "person", "zebra", "car", "clock"]
+    before = [(keys.clone(), values.clone()) for keys, values in looked.prefix.layers]
+    together = looked.ask([names, names[::-1]])
+    alone = [looked.ask([[name], []])[0][name] for name in names]
+    for name, one in zip(names, alone, strict=True):
+        assert abs(together[0][name].with_image - one.with_image) < 1e-4
+        assert together[0][name].without_image == one.without_image
+    for (keys, values), now in zip(before, looked.prefix.layers, strict=True):
+        assert torch.equal(keys, now[0]) and torch.equal(values, now[1])
+    assert questioner.cost.questions == 15 and questioner.cost.prefix_tokens == 2 * 67
+    assert analyse(model).model is model
