@@ -70,10 +70,14 @@ def is_filled(layer: Any) -> bool:
     return layer.keys is not None and layer.keys.numel() > 0
 
 
+_OF_OWN_BRANCH = ("_vlmfix", "reorder_cache", "batch_select_indices")
+"""What is kept on the cache of the model's own branch, see ``vlmfix.methods.sequence.keep_state``."""
+
+
 def with_new_layers(cache: Any) -> Any:
     """Return a copy of a cache whose layers are copies: the tensors are shared until a layer replaces its own."""
     copied = copy.copy(cache)
-    copied.__dict__ = {name: value for name, value in vars(cache).items() if name not in ("_vlmfix", "reorder_cache")}
+    copied.__dict__ = {name: value for name, value in vars(cache).items() if name not in _OF_OWN_BRANCH}
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
 

@@ -44,6 +44,7 @@ class SequenceState:
         decoded: Ids generated since the prompt, as (position, ids ``[batch, n]``); kept only for methods that read
             the text of earlier turns again.
         is_answered: Whether any token was decoded since the prompt.
+        is_picked: Whether somebody has picked rows of the cache since, so that this is no longer about its rows.
         in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
         constants: Tensors made once per sequence, by (method index, site index).
@@ -59,6 +60,7 @@ class SequenceState:
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
     is_answered: bool = False
+    is_picked: bool = False
     in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -135,8 +137,24 @@ def keep_state(cache: Any, state: SequenceState, *, reorders: bool = False) -> N
         reorders: Whether the state must follow when beam search reorders the cache.
     """
     setattr(cache, STATE_ATTRIBUTE, state)
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices = _PickAndTell(cache)
     if reorders and hasattr(cache, "reorder_cache"):
         cache.reorder_cache = _ReorderWithState(cache)
+
+
+class _PickAndTell:
+    """A cache's ``batch_select_indices`` that notes in its state that rows were picked; kept on the cache."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def __call__(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order."""
+        type(self.cache).batch_select_indices(self.cache, indices)
+        state = state_of(self.cache)
+        if state is not None and state.image_mask.shape[0] > 1:  # a single prompt may be continued in several ways
+            state.is_picked = True
 
 
 class _ReorderWithState:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import by_name
 from families.tiny_llava import (
     PAD,
@@ -143,6 +144,22 @@ def test_gradients_are_the_same_under_checkpointing(
     for plain, checkpointed in zip(*found, strict=True):
         assert plain.abs().max() > 0
         close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("name", ["vhr", "vista", "vcd", "m3id"])
+def test_a_cache_whose_rows_were_put_in_another_order_is_refused(tiny: Any, name: str) -> None:
+    vlmfix.patch(tiny, name)
+    cache = DynamicCache(config=tiny.config)
+    inputs = collate([RAGGED[0], RAGGED[3]])
+    forward(tiny, inputs, past_key_values=cache, use_cache=True)
+    swapped = torch.tensor([1, 0])
+    cache.batch_select_indices(swapped)
+    mask = F.pad(inputs["attention_mask"][swapped], (0, 1), value=1)
+    step = {"input_ids": torch.tensor([[20], [20]]), "attention_mask": mask, "past_key_values": cache}
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="put in another order"), torch.no_grad():
+        tiny(**step, use_cache=True)
+    with torch.no_grad():
+        tiny(**step, use_cache=True, vlmfix=None)  # the stock model has no need to know
 
 
 def test_a_cache_whose_rows_were_picked_or_repeated_is_refused(tiny: Any) -> None:
