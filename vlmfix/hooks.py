@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ class Patch:
         # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
         models = (anatomy.model, anatomy.language_model)
         self._prefills = {each: TellingPrefill(each) for each in models if hasattr(type(each), PREFILL)}
-        self._forward = ForwardWithHooks(self, anatomy.language_model)
+        self._forward = ForwardWithHooks(self, anatomy.language_model, anatomy.language_model.forward)
         self._no_drafts = RefuseDrafts(anatomy.language_model, _NO_DRAFTS)
         self._generate: GenerateByCall | None = None
         self._rewriters: dict[int, Any] = {}
@@ -159,9 +160,11 @@ class Patch:
                 module.__dict__[PATCH_ATTRIBUTE] = self
             self._lead_attention_here()
             for module in self._hooked:
-                hooks = ModelHooks(self, module)
-                self._handles.append(module.register_forward_pre_hook(hooks.before, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(hooks.after, with_kwargs=True))
+                # Partials of bound methods follow ``copy.deepcopy(model)``. They hand on the module they were made for: a
+                # replica of it (``DataParallel``) is another object with the same role.
+                before, after = (functools.partial(hook, module) for hook in (self.before_forward, self.after_forward))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after, with_kwargs=True))
             self._stand_in_for_methods()
             parts: list[Any] = [self.beginner.images, self.beginner.vision, *self.layer_hooks, *self.block_hooks]
             for part in parts:
@@ -235,7 +238,7 @@ class Patch:
     # Hooks on the model.
 
     def before_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Add a forward to the keyword arguments, unless the caller or an outer hook chose one."""
         told = {name: kwargs[name] for name in (OTHER_IMAGES_KWARG, PROMPT_END_KWARG) if name in kwargs}
@@ -262,7 +265,9 @@ class Patch:
         rows = {} if tokens is None else every_row(kwargs, forward.q_len, tokens.device)
         return args, {**kwargs, **rows, FORWARD_KWARG: forward}
 
-    def after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after_forward(
+        self, module: nn.Module, called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Settle what was learned, keep the state on a new cache, mix logits, run the other branch."""
         forward = kwargs.get(FORWARD_KWARG)
         own = own_branch(forward)
@@ -319,25 +324,6 @@ class Patch:
         """Whether everything that was hung on the model is still there."""
         hooks = all(handle.id in (handle.hooks_dict_ref() or {}) for handle in self._handles)
         return hooks and all(site.module.__dict__.get(SITE_ATTRIBUTE) is site for site in self.sites)
-
-
-class ModelHooks:
-    """The hooks on one module, as bound methods: they follow ``copy.deepcopy(model)``.
-
-    They hand on the module they were made for. A replica of it (``DataParallel``) is another object with the same role.
-    """
-
-    def __init__(self, patch: Patch, module: nn.Module) -> None:
-        self.patch = patch
-        self.module = module
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See ``Patch.before_forward``."""
-        return self.patch.before_forward(self.module, args, kwargs)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """See ``Patch.after_forward``."""
-        return self.patch.after_forward(self.module, args, kwargs, output)
 
 
 def _forget_compiled_code(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, state_of
+from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, rows_of, state_of
 from vlmfix.model.anatomy import FORWARD_KWARG, analyse
 from vlmfix.model.devices import input_device
 from vlmfix.patching import find_patch
@@ -112,7 +112,7 @@ class Prefix:
                 f"A prompt of {len(tokens)} tokens does not continue row {row} of this prefix, whose {len(known)} "
                 "tokens must come first, with at least two behind them."
             )
-        if bool(self._is_image(tokens[len(known) :]).any()):
+        if bool(self._anatomy.is_image(tokens[len(known) :]).any()):
             raise UnsupportedFeatureError(
                 "A prompt shows a further image behind this prefix, which is read without pictures. Read a prefix that "
                 "goes up to its last image."
@@ -137,9 +137,6 @@ class Prefix:
                     "their pictures: vlmfix.shared_prefix(model, inputs)."
                 )
 
-    def _is_image(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.isin(ids, torch.tensor(self._anatomy.image_token_ids, device=ids.device))
-
     def _state(self, methods: tuple[Method, ...], rows: torch.Tensor) -> SequenceState:
         """Return what is known about the tokens of the prefix, for the methods that go on from here."""
         _check_methods(methods)
@@ -153,11 +150,11 @@ class Prefix:
                     "while the model is patched with it."
                 )
             own = self.methods.index(method)
-            learned |= {(index, site): _rows_of(v, rows) for (n, site), v in self.learned.items() if n == own}
+            learned |= {(index, site): rows_of(v, rows) for (n, site), v in self.learned.items() if n == own}
         valid = self.attention_mask[rows].bool()
         return SequenceState(
             methods,
-            self._is_image(self.input_ids[rows]) & valid,
+            self._anatomy.is_image(self.input_ids[rows]) & valid,
             valid,
             self.input_ids[rows],
             any_image=True,
@@ -192,7 +189,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = Fal
     methods = () if patch is None or stock else patch.methods
     _check_methods(methods)
     ids, mask = _ids_and_mask(inputs)
-    image = torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device)) & mask.bool()
+    image = anatomy.is_image(ids) & mask.bool()
     if not bool(image.any(1).all()):
         raise UnsupportedFeatureError("A prompt has no image token, so there is no prefix to share up to one.")
     places = torch.arange(ids.shape[1], device=ids.device)
@@ -293,13 +290,3 @@ def _left_padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     padded = torch.stack([torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows])
     lengths = torch.tensor([[len(row)] for row in rows], device=padded.device)
     return padded, (torch.arange(length, device=padded.device) >= length - lengths).long()
-
-
-def _rows_of(value: Any, rows: torch.Tensor) -> Any:
-    """Return what a method learned for some rows of a batch."""
-    if isinstance(value, torch.Tensor):
-        return value.index_select(0, rows.to(value.device))
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = {each.name: _rows_of(getattr(value, each.name), rows) for each in fields(value)}
-        return replace(value, **changed)
-    return value

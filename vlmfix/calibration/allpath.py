@@ -16,7 +16,7 @@ from vlmfix.errors import DataError, MethodError
 from vlmfix.methods.allpath import AllPath
 from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.watch import AttentionLog, AttentionWatch
-from vlmfix.observe.words import decode, find_word, is_image_token, need_yes_no_tokens, word_tokens
+from vlmfix.observe.words import decode, find_word, need_yes_no_tokens, word_tokens
 
 logger = logging.getLogger("vlmfix")
 
@@ -131,7 +131,7 @@ def _record_question(
     session: Session, sample: CalibrationSample, ids: torch.Tensor, number: int, log: AttentionLog, scores: Scores
 ) -> None:
     """Record where the rows of the object's name in a question look."""
-    is_image = is_image_token(session.anatomy, ids)
+    is_image = session.anatomy.is_image(ids)
     behind = int(is_image.nonzero().max()) + 1
     text = ids[behind:].tolist()
     names = sorted({*(sample.objects or ()), *(sample.absent or ())}, key=len, reverse=True)

@@ -16,7 +16,7 @@ from vlmfix.model.anatomy import Anatomy, analyse
 from vlmfix.observe.ask import Subject, left_as_found
 from vlmfix.observe.prompts import PromptBuilder, encode, has_template
 from vlmfix.observe.samples import CalibrationSample, Mentions
-from vlmfix.observe.words import Mention, decode, is_image_token, locate_mentions
+from vlmfix.observe.words import Mention, decode, locate_mentions
 
 Head = tuple[int, int]
 
@@ -63,7 +63,7 @@ class Session(Subject):
         """
         prompts = [self.prompt(sample.question) for sample in samples]
         inputs = encode(self.processor, prompts, [sample.load() for sample in samples], self.model)
-        if not bool(is_image_token(self.anatomy, inputs["input_ids"]).any(1).all()):
+        if not bool(self.anatomy.is_image(inputs["input_ids"]).any(1).all()):
             raise DataError(f"The prompt {prompts[0]!r} has no place for the image. Pass prompt=... to make it.")
         return inputs
 

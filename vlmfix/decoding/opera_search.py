@@ -100,8 +100,7 @@ class GenerateWithOpera:
     def _has_image(self, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """A placeholder that is written out in a prompt without a picture is text."""
         is_given = any(name == "mm_encoder_outputs" or is_image_argument(name, kwargs[name]) for name in kwargs)
-        image_ids = torch.tensor(self._anatomy.image_token_ids, device=input_ids.device)
-        return is_given and bool(torch.isin(input_ids, image_ids).any())
+        return is_given and bool(self._anatomy.is_image(input_ids).any())
 
 
 class RowRecorder(StockForward):

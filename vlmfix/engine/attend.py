@@ -130,12 +130,7 @@ def _over_base(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the base kernel for all rows and write the edited rows over its result, chunk by chunk.
 
-    Args:
-        forward: The forward.
-        site: The patched module's site.
-        call: The attention call.
-        part: The same for the heads to be written out.
-        edits: Those of scores and weights.
+    ``part`` is the call for the heads to be written out, ``edits`` are those of scores and weights.
     """
     base = BaseOutput(forward, call)
     if call.openings:

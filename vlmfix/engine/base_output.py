@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 class BaseOutput:
-    """The base kernel's output of one attention call.
-
-    Args:
-        forward: The forward.
-        call: The call; the kernel runs at once.
+    """The base kernel's output of one attention call; the kernel runs at once.
 
     Attributes:
         head_outputs: ``[batch, q_len, num_heads, value_dim]``.
@@ -94,7 +90,6 @@ def is_measured(forward: Forward) -> bool:
 def opening_of(method: Method, layer: Layer) -> Opening:
     """Return what a method opens in an attention call of a prompt."""
     call, past = layer.call, layer.forward.past
-    assert call is not None
     num_keys, device = call.key.shape[2], call.query.device
     offset = layer.key_offset(num_keys)
     assert isinstance(offset, int)

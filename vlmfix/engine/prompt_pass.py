@@ -37,11 +37,7 @@ _OF_TOKENS = frozenset({"attention_mask", "position_ids", "token_type_ids"})
 
 
 class HeadRecorder(StockForward):
-    """Keeps the head outputs of the last rows.
-
-    Args:
-        sites: Indices of the attention modules to record.
-        rows: How many rows.
+    """Keeps the head outputs of the last ``rows`` rows of some attention modules.
 
     Attributes:
         head_outputs: By site index, ``[batch, rows, num_heads, head_dim]``.
@@ -253,7 +249,12 @@ def begin_methods(
         return
 
     def first_logits() -> torch.Tensor:
-        return _first_logits(model, forward, inputs)
+        logits = _read_prompt(model, forward, inputs, None)
+        if forward.state.in_encoder:
+            return logits[:, -1].float()
+        if logits.shape[1] == forward.q_len:
+            return forward.at_last_position(logits).float()
+        return logits[:, forward.prompt_len - forward.q_len - 1].float()
 
     def patch_attention() -> dict[int, torch.Tensor]:
         assert vision is not None
@@ -276,15 +277,6 @@ def begin_methods(
             forward.state.learned[index, SHARED] = method.begin(
                 Prompt(forward, first_logits, patch_attention, last_states, last_states_text_only, known)
             )
-
-
-def _first_logits(model: nn.Module, forward: EditedForward, inputs: dict[str, Any]) -> torch.Tensor:
-    logits = _read_prompt(model, forward, inputs, None)
-    if forward.state.in_encoder:
-        return logits[:, -1].float()
-    if logits.shape[1] == forward.q_len:
-        return forward.at_last_position(logits).float()
-    return logits[:, forward.prompt_len - forward.q_len - 1].float()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -55,27 +55,21 @@ class StandIns:
         self._placed.clear()
 
 
-class Hung(Protocol):
-    """What ``ForwardWithHooks`` asks of a patch."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether it is on its model."""
-
-    def is_whole(self) -> bool:
-        """Whether everything that was hung on the model is still there."""
-
-
+@dataclasses.dataclass(frozen=True)
 class ForwardWithHooks:
     """Stands in for a model's ``forward``: ``model.forward(...)`` is ``model(...)``, which passes the hooks.
 
     Users call it, and so do wrappers (PEFT up to 0.20).
+
+    Attributes:
+        patch: The ``vlmfix.hooks.Patch``.
+        model: The model.
+        stock: Its own forward.
     """
 
-    def __init__(self, patch: Hung, model: nn.Module) -> None:
-        self.patch = patch
-        self.model = model
-        self.stock = model.forward
+    patch: Any
+    model: nn.Module
+    stock: Callable[..., Any]
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -6,9 +6,11 @@ the layer's hooks, per thread, where those of its blocks find it.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,17 +34,12 @@ _MISSING = object()
 """Marks a forward that did not pass through the patched model."""
 
 
+@dataclass(frozen=True)
 class LayerHooks:
-    """Hooks on one decoder layer, as bound methods: they follow ``copy.deepcopy(model)``.
+    """The hook on a decoder layer in which methods read the layer's input: ``readers`` are its attention modules."""
 
-    Args:
-        decoder_layer: The layer.
-        readers: Its attention modules in which methods read the layer's input.
-    """
-
-    def __init__(self, decoder_layer: nn.Module, readers: Sequence[PatchedSite]) -> None:
-        self.decoder_layer = decoder_layer
-        self.readers = tuple(readers)
+    decoder_layer: nn.Module
+    readers: tuple[PatchedSite, ...]
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -57,7 +54,7 @@ class LayerHooks:
 
 
 class BlockHooks:
-    """Hooks on one decoder layer and its blocks, as bound methods: they follow ``copy.deepcopy(model)``.
+    """Hooks on one decoder layer and its blocks: bound methods and partials of them follow ``copy.deepcopy(model)``.
 
     Args:
         blocks: The layer.
@@ -78,10 +75,9 @@ class BlockHooks:
         handles: list[Any] = [layer.register_forward_pre_hook(self.before, with_kwargs=True)]
         if self.methods:
             handles.append(self.blocks.mixer.register_forward_pre_hook(self.before_mixer, with_kwargs=True))
-        edits: dict[BlockKind, Callable[..., Any]] = {"attention": self.after_attention, "mlp": self.after_mlp}
-        for kind, hook in edits.items():
-            if any(kind in method.edits_blocks for _, method in self.methods):
-                handles.append(self.blocks.module(kind).register_forward_hook(hook))
+        for kind in sorted({kind for _, method in self.methods for kind in method.edits_blocks}):
+            hook = functools.partial(self.after_block, kind)
+            handles.append(self.blocks.module(kind).register_forward_hook(hook))
         handles.append(layer.register_forward_hook(self.after, with_kwargs=True))
         return handles
 
@@ -129,15 +125,8 @@ class BlockHooks:
             forward.after_layer(self.blocks.layer_idx, hidden_states)
         self._attach(None)
 
-    def after_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Edit what the token mixer adds."""
-        return self._edit("attention", output)
-
-    def after_mlp(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Edit what the MLP adds."""
-        return self._edit("mlp", output)
-
-    def _edit(self, kind: BlockKind, output: Any) -> Any:
+    def after_block(self, kind: BlockKind, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Edit what the token mixer or the MLP adds."""
         forward = self._forward()
         if forward is None:
             return None
@@ -160,16 +149,7 @@ def own_branch(forward: Any) -> Any:
 
 
 def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tensor:
-    """Let a method edit its rows of a block's output.
-
-    Args:
-        states: ``[batch, q_len, hidden_size]``.
-        method: The method.
-        block: Its view of the block.
-
-    Returns:
-        The output with these rows replaced; ``states`` itself where there are none.
-    """
+    """Let a method edit its rows of a block's output ``[batch, q_len, hidden_size]``; return it, itself if unedited."""
     rows = block.forward.rows(method.prompt_rows, method.edits_decode)
     if rows.start >= rows.stop:
         return states
@@ -195,11 +175,9 @@ def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tens
 
 def make_layer_hooks(sites: Iterable[PatchedSite]) -> tuple[LayerHooks, ...]:
     """Place the hooks on the decoder layers whose input a method reads."""
-    readers: dict[nn.Module, list[PatchedSite]] = {}
-    for site in sites:
-        if site.readers:
-            readers.setdefault(site.decoder_layer, []).append(site)
-    return tuple(LayerHooks(decoder_layer, found) for decoder_layer, found in readers.items())
+    read = [site for site in sites if site.readers]
+    layers = dict.fromkeys(site.decoder_layer for site in read)
+    return tuple(LayerHooks(each, tuple(site for site in read if site.decoder_layer is each)) for each in layers)
 
 
 def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[BlockHooks, ...]:

@@ -37,7 +37,7 @@ class ACT(Method):
     paper = "arXiv 2406.15765"
     summary = "shrinks attention sinks behind the first token, in selected heads"
     edits_weights = True
-    reorders = True
+    reorders = True  # sums of generated rows differ between the beams of a prompt
     needs_past = True
     needs_text_keys = False
     observed_rows = "all"  # a key's mean is over every row that sees it,
@@ -115,11 +115,7 @@ class ACT(Method):
 
     def crop(self, learned: ColumnMeans, length: int) -> ColumnMeans:
         """Refuse: the rows of a prompt are summed up and cannot be told apart again."""
-        return learned.cropped_into_prompt()
-
-    def reorder(self, learned: ColumnMeans, beams: torch.Tensor) -> ColumnMeans:
-        """Follow beam search: sums of generated rows differ between the beams of a prompt."""
-        return learned.reordered(beams)
+        return replace(learned, is_cropped=True)
 
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
@@ -260,15 +256,6 @@ class ColumnMeans:
             before = known.expand(*known.shape[:dim], prompt, *known.shape[dim + 1 :])
             found.append(torch.cat([before, after.narrow(dim, first, stop - start - prompt)], dim=dim))
         return found[0], found[1]
-
-    def reordered(self, beams: torch.Tensor) -> ColumnMeans:
-        """Return the means with batch row ``i`` taken from row ``beams[i]``."""
-        tensors = {name: getattr(self, name) for name in ("sums", "tokens", "rows")}
-        return replace(self, **{name: each.index_select(0, beams.to(each.device)) for name, each in tensors.items()})
-
-    def cropped_into_prompt(self) -> ColumnMeans:
-        """Return the means of a cache that lost part of its prompt: of no use any more."""
-        return replace(self, is_cropped=True)
 
     def _settled(self, past: int | torch.Tensor) -> ColumnMeans:
         """Sum up the rows that stayed in the cache, now of ``past`` tokens."""

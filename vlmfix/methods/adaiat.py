@@ -111,7 +111,7 @@ class AdaIAT(RaisesGeneratedText):
         share = (attn_weights * generated).sum(-1)
         ref = share.sum(1, keepdim=True)
         if self.gate == "mean":
-            visible = visible_keys(layer.call, *layer.rows) if layer.call is not None else None
+            visible = visible_keys(layer.call, *layer.rows)
             seen = generated if visible is None else generated & visible
             ref = (share / seen.sum(-1).clamp_min(1)).sum(1, keepdim=True)
         total = 1 + (factor - 1) * share
@@ -128,7 +128,6 @@ class AdaIAT(RaisesGeneratedText):
 
     def _make_constants(self, layer: Layer) -> tuple[torch.Tensor, float]:
         assert isinstance(self.statistics, HeadStatistics)
-        assert layer.call is not None
         at = layer.site.layer_idx
         offset = 1.0 if self.m_form == "minus_one" else 0.0
         factors = [max(0.0, 1 + self.alpha * (ratio - offset)) for ratio in self.statistics.ratios(at)]

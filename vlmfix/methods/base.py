@@ -19,6 +19,7 @@ from vlmfix.methods.selection import (
     heads_of,
     resolve_layers,
 )
+from vlmfix.methods.sequence import rows_of
 from vlmfix.methods.views import EditedRows, PromptRows
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Method(Parametrised):
     vision_layers: ClassVar[tuple[int, ...]] = ()
     """Layers of the vision tower whose class token's attention it reads; negative ones count from the end."""
     reorders: ClassVar[bool] = False
-    """Whether what it learns differs between the beams of a prompt (see :meth:`reorder`)."""
+    """Whether what it learns differs between the beams of a prompt, so that it must follow them."""
     needs_past: ClassVar[bool] = False
     """Whether ``layer.forward.past`` must be known while decoding with a static cache too."""
     needs_ids: ClassVar[bool] = False
@@ -287,7 +288,7 @@ class Method(Parametrised):
 
     def reorder(self, learned: Any, beams: torch.Tensor) -> Any:
         """Follow a reordering of the batch: row ``i`` continues row ``beams[i]``."""
-        return learned
+        return rows_of(learned, beams) if self.reorders else learned
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """See everything learned in a prompt (by site index) once it is over: the one place that may synchronise."""

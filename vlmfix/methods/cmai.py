@@ -38,7 +38,7 @@ class CMAI(ExperimentalMethod):
     caveat = "our reading of a paper known by its abstract alone, not a reproduction"
     edits_scores = True
     hides_keys = True
-    reorders = True
+    reorders = True  # generated rows differ between the beams of a prompt
     needs_past = True
     observed_rows = "all"  # text between images lends its focus too
     default_layers = DefaultLayers(
@@ -80,13 +80,9 @@ class CMAI(ExperimentalMethod):
         """Add rows to what text looked at, and choose what they keep."""
         layer.shared = Focus.extended(layer.shared, attn_weights, layer, self.rho)
 
-    def reorder(self, learned: Focus, beams: torch.Tensor) -> Focus:
-        """Follow beam search: generated rows differ between the beams of a prompt."""
-        return learned.reordered(beams)
-
     def crop(self, learned: Focus, length: int) -> Focus:
         """Forget image tokens behind ``length``; rows behind it are written anew before they are read."""
-        return learned.cropped(length)
+        return replace(learned, seen=learned.seen[:, :length], dropped=learned.dropped[:, :length])
 
     def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Hide keys from the rows ``[batch, num_heads, rows, keys]``."""
@@ -124,7 +120,6 @@ class Focus:
         """Add the rows a method observes, see ``Method.observe``, and find what is outside their focus."""
         forward, (start, stop) = layer.forward, layer.rows
         prompt, num_keys = forward.image_mask.shape[1], attn_weights.shape[-1]
-        assert layer.call is not None
         size = layer.call.key.shape[2]  # a static cache has its final size from the start
         offset = layer.key_offset(num_keys)
         weights = attn_weights.mean(1)  # [batch, rows, keys]
@@ -148,15 +143,6 @@ class Focus:
         start, stop = layer.rows
         by_key = layer.visible_keys(self.dropped[:, :, start:stop], like.shape[-1]).to(like.device)
         return F.pad(by_key, (0, 0, 0, like.shape[-1] - by_key.shape[1])).transpose(1, 2)
-
-    def reordered(self, beams: torch.Tensor) -> Focus:
-        """Return the focus with batch row ``i`` taken from row ``beams[i]``."""
-        seen, dropped = (each.index_select(0, beams.to(each.device)) for each in (self.seen, self.dropped))
-        return replace(self, seen=seen, dropped=dropped)
-
-    def cropped(self, length: int) -> Focus:
-        """Forget image tokens behind ``length``."""
-        return replace(self, seen=self.seen[:, :length], dropped=self.dropped[:, :length])
 
 
 def low_focus(focus: torch.Tensor, image: torch.Tensor, rho: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ It sits on the cache object, so that it dies with the sequence and follows copie
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +113,15 @@ class SequenceState:
             stop = min(position + known.shape[1], length)
             ids[:, position:stop] = known[:, : max(stop - position, 0)]
         return ids
+
+
+def rows_of(learned: Any, rows: torch.Tensor) -> Any:
+    """Return what a method learned, a tensor by row of the batch or a dataclass of such, for some rows: int64 ``[n]``."""
+    if isinstance(learned, torch.Tensor) and learned.dim():
+        return learned.index_select(0, rows.to(learned.device))
+    if is_dataclass(learned) and not isinstance(learned, type):
+        return replace(learned, **{each.name: rows_of(getattr(learned, each.name), rows) for each in fields(learned)})
+    return learned
 
 
 def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: bool = False) -> torch.Tensor:

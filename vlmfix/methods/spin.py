@@ -107,7 +107,6 @@ def _summed_scores(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor
     Returns:
         fp32 ``[batch, num_heads, rows]``, and which rows see any image key, bool ``[batch, rows or 1]``.
     """
-    assert layer.call is not None
     query, key = layer.call.query[:, :, rows.start : rows.stop].float(), layer.call.key
     known = None if layer.forward.is_prefill else layer.learned
     if known is None:
@@ -127,7 +126,6 @@ def _seen_image_keys(layer: Layer, rows: Rows) -> torch.Tensor:
 
     Without a window all rows see the same, and ``rows`` is 1.
     """
-    assert layer.call is not None
     visible = visible_keys(layer.call, rows.start, rows.stop)
     image = layer.keys("image", layer.call.key[..., 0] if visible is None else visible)[:, None]
     seen = image if visible is None else image & visible.any(1)
@@ -138,7 +136,6 @@ def _seen_image_keys(layer: Layer, rows: Rows) -> torch.Tensor:
 
 def _image_mass(layer: Layer, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the weights of the image; returns what ``_summed_scores`` does."""
-    assert layer.call is not None
     found = []
     for start, stop in layer.call.row_chunks(rows.start, rows.stop):
         attn_weights = masked_softmax(*explicit_scores(layer.call, start, stop))

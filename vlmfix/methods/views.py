@@ -89,12 +89,11 @@ class Layer(View):
     Attributes:
         forward: The forward.
         site: The attention module's place in the model; ``site.layer_idx`` is its layer.
-        call: The attention call, or ``None`` in the hooks that come before it.
         rows: Half-open range of the query rows in hand, relative to the forward.
         row_mask: bool ``[batch, rows]``: which of them are up for edits, or ``None`` for all.
     """
 
-    __slots__ = ("call", "row_mask", "rows", "site")
+    __slots__ = ("_call", "row_mask", "rows", "site")
 
     def __init__(
         self,
@@ -106,7 +105,7 @@ class Layer(View):
     ) -> None:
         super().__init__(forward, index)
         self.site = site
-        self.call = call
+        self._call = call
         self.rows = (0, forward.q_len) if rows is None else (rows.start, rows.stop)
         self.row_mask = None if rows is None else rows.mask
 
@@ -115,9 +114,15 @@ class Layer(View):
         return Layer(self.forward, self.site, self.index, call, rows)
 
     @property
+    def call(self) -> AttentionCall:
+        """The attention call; the hooks that come before it have none."""
+        assert self._call is not None
+        return self._call
+
+    @property
     def heads(self) -> tuple[int, ...] | None:
         """The query heads in hand, in order; ``None`` for all of them."""
-        return None if self.call is None else self.call.heads
+        return None if self._call is None else self._call.heads
 
     @property
     def learned(self) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -126,6 +127,10 @@ class Anatomy:
         """The kinds of attention of its sites."""
         return frozenset(site.kind for site in self.sites)
 
+    def is_image(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return which ids stand for image tokens: bool, of the same shape."""
+        return torch.isin(ids, torch.tensor(self.image_token_ids, device=ids.device))
+
 
 def unwrap(model: object) -> PreTrainedModel:
     """Return the Hugging Face model inside a pipeline, PEFT, compiled or data-parallel wrapper.
@@ -166,7 +171,7 @@ def analyse(model: object) -> Anatomy:
     text_config = config.get_text_config(decoder=True)
     image_token_ids = tuple(dict.fromkeys(_image_token_ids(config)))
     language_model = _language_model(hf_model)
-    encoder = _encoder(language_model) if getattr(text_config, "is_encoder_decoder", False) else None
+    encoder = language_model.get_encoder() if getattr(text_config, "is_encoder_decoder", False) else None
     sites = tuple(_attention_sites(hf_model, text_config, encoder))
     if not image_token_ids and not any(site.kind == "image" for site in sites):
         raise UnsupportedModelError(
@@ -232,11 +237,6 @@ def _language_model(model: PreTrainedModel) -> PreTrainedModel:
     if isinstance(inside, PreTrainedModel) and hasattr(model, "language_projection"):
         return inside  # BLIP-2, InstructBLIP
     return model
-
-
-def _encoder(language_model: PreTrainedModel) -> nn.Module:
-    encoder: nn.Module = language_model.get_encoder()
-    return encoder
 
 
 def _projector(model: PreTrainedModel, inner: nn.Module) -> nn.Module:

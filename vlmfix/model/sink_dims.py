@@ -45,15 +45,10 @@ KNOWN_SINK_DIMS = (
 
 def known_sink_dims(text_config: Any) -> KnownSinkDims | None:
     """Return the published sink dimensions of a language model, or ``None``."""
+    names = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size")
     for known in KNOWN_SINK_DIMS:
-        model_type, hidden_size, num_layers, intermediate_size, vocab = known.shape
-        if (
-            text_config.model_type == model_type
-            and text_config.hidden_size == hidden_size
-            and text_config.num_hidden_layers == num_layers
-            and text_config.intermediate_size == intermediate_size
-            and text_config.vocab_size in vocab
-        ):
+        *shape, vocab = known.shape
+        if text_config.vocab_size in vocab and shape == [getattr(text_config, name) for name in names]:
             return known
     return None
 

@@ -37,15 +37,10 @@ def prompt_tokens(anatomy: Anatomy, inputs: Mapping[str, Any]) -> PromptTokens:
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    image = is_image_token(anatomy, ids) & valid
+    image = anatomy.is_image(ids) & valid
     last = valid & (_from_the_end(valid) == 1)
     behind = valid & (_from_the_end(image) == 0) & image.any(1, keepdim=True)
     return PromptTokens(valid, image, last, behind)
-
-
-def is_image_token(anatomy: Anatomy, ids: torch.Tensor) -> torch.Tensor:
-    """Return which ids stand for image tokens: bool, of the same shape."""
-    return torch.isin(ids, torch.tensor(anatomy.image_token_ids, device=ids.device))
 
 
 def _from_the_end(mask: torch.Tensor) -> torch.Tensor:
