@@ -160,8 +160,8 @@ class Patch:
                 module.__dict__[PATCH_ATTRIBUTE] = self
             self._lead_attention_here()
             for module in self._hooked:
-                # Partials of bound methods follow ``copy.deepcopy(model)``. They hand on the module they were made for: a
-                # replica of it (``DataParallel``) is another object with the same role.
+                # Partials of bound methods follow ``copy.deepcopy(model)``. They hand on the module they were made for:
+                # a replica of it (``DataParallel``) is another object with the same role.
                 before, after = (functools.partial(hook, module) for hook in (self.before_forward, self.after_forward))
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))

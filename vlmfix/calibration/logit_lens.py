@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.model.anatomy import OUTPUT_PROJECTIONS, Anatomy
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.blocks import final_norm
 from vlmfix.model.devices import states_device
 
@@ -36,7 +36,7 @@ class StreamLog:
             for site in self.anatomy.sites:
                 residual, slices = self._residual(site.layer_idx), self._slices(site.layer_idx)
                 handles.append(site.decoder_layer.register_forward_pre_hook(residual, with_kwargs=True))
-                handles.append(output_projection(site.module).register_forward_pre_hook(slices))
+                handles.append(site.output_projection.register_forward_pre_hook(slices))
             yield self
         finally:
             for handle in handles:
@@ -66,15 +66,6 @@ class StreamLog:
         return see
 
 
-def output_projection(module: nn.Module) -> nn.Module:
-    """Return the output projection of an attention module."""
-    for name in OUTPUT_PROJECTIONS:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    raise AssertionError(f"{type(module).__name__} has no output projection")  # it would be no site
-
-
 class LogitLens:
     """Reads residual streams off by the language-model head.
 
@@ -98,7 +89,7 @@ class LogitLens:
             )
         self._head = head
         self._norm = final_norm(anatomy) if use_norm else None
-        self._projections = {site.layer_idx: output_projection(site.module) for site in anatomy.sites}
+        self._projections = {site.layer_idx: site.output_projection for site in anatomy.sites}
         self._model = anatomy.model
         self._device, self._dtype = states_device(head, anatomy.model), anatomy.model.dtype
 

@@ -97,23 +97,16 @@ class Branch:
         """Return the number of the token that is read behind ``past`` others of the model's own branch, from 1."""
         return past + 1 - self.own_length
 
-    def mask(self, own: torch.Tensor | None, steps: int) -> torch.Tensor | None:
-        """Return the attention mask of a step: int64 ``[batch, length + steps]``, or ``None`` without padding."""
-        if own is None:
-            return None if self.is_dense else F.pad(self.valid, (0, steps), value=True).long()
-        return torch.cat([self.valid.to(own), own[:, self.own_length : self.own_length + steps]], dim=1)
-
-    def positions(self, own: torch.Tensor | None, steps: int) -> torch.Tensor | None:
-        """Return the positions of a step's token: ``[(dims,) batch, 1]``."""
-        return own if self.last_position is None else self.last_position + steps
-
     def step(self, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
         """Return the other branch's arguments of a step that the model's own branch reads with ``inputs``."""
         arguments = {name: value for name, value in inputs.items() if name not in NOT_HANDED_ON}
-        arguments["attention_mask"] = self.mask(inputs.get("attention_mask"), steps)
-        positions = self.positions(inputs.get("position_ids"), steps)
-        if positions is not None:
-            arguments["position_ids"] = positions
+        own = inputs.get("attention_mask")  # without any, there is only padding of its own to hide
+        mask = None if self.is_dense else F.pad(self.valid, (0, steps), value=True).long()
+        if own is not None:
+            mask = torch.cat([self.valid.to(own), own[:, self.own_length : self.own_length + steps]], dim=1)
+        arguments["attention_mask"] = mask
+        if self.last_position is not None:
+            arguments["position_ids"] = self.last_position + steps
         for name in TOKEN_TYPES:
             if arguments.get(name) is not None:
                 arguments[name] = arguments[name][:, -1:]

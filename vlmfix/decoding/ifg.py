@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmfix.decoding.base import Contrast, strength
-from vlmfix.decoding.other_image import each_image
+from vlmfix.decoding.other_image import each_image, mean_image
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.parameters import parameter
 
@@ -53,7 +53,7 @@ class IFG(Contrast):
         if self.stand_in == "blank":
             return each_image(images, per_image, lambda image: torch.full_like(image, NEXT_TO_ZERO))
         if self.stand_in == "mean":
-            return each_image(images, per_image, _mean)
+            return each_image(images, per_image, mean_image)
         if images.dim() < 4:
             raise UnsupportedFeatureError(
                 f"ifg can blur pictures, and this model's {name} are flattened patches, {tuple(images.shape)}. Choose "
@@ -68,9 +68,3 @@ class IFG(Contrast):
         size = (max(1, round(height / block)), max(1, round(width / block)))
         coarse = F.adaptive_avg_pool2d(image.float()[None], size)
         return F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0].to(image.dtype)
-
-
-def _mean(image: torch.Tensor) -> torch.Tensor:
-    """The mean colour of ``[channels, height, width]``, or the mean patch of ``[patches, size]``."""
-    dims = (1, 2) if image.dim() == 3 else (0,)
-    return image.float().mean(dims, keepdim=True).to(image.dtype).expand_as(image).clone()

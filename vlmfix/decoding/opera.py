@@ -162,14 +162,8 @@ class OPERA(Method):
     def choose_again(self, logits: torch.Tensor, rejected: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return log-probabilities of the whole vocabulary for the choice behind a return, without a penalty.
 
-        The released code gives rejected tokens the logit of their beam's least likely one; in paper mode they are out.
-
-        Args:
-            logits: fp32 ``[beams, vocab]``.
-            rejected: The (beam, token) pairs taken here before.
-
-        Returns:
-            fp32 ``[beams, vocab]``.
+        The released code gives rejected tokens, the (beam, token) pairs taken here before, the logit of their beam's
+        least likely one; in paper mode they are out. Logits and what is returned are fp32 ``[beams, vocab]``.
         """
         beams, tokens = torch.tensor(rejected, device=logits.device).T
         least = logits.amin(-1) if self.mode == "official" else logits.new_full((len(logits),), -torch.inf)

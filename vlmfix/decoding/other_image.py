@@ -111,7 +111,7 @@ def looks_of(arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def replace_images(
     arguments: Mapping[str, Any], make: Callable[[str, torch.Tensor, Sequence[int] | None], torch.Tensor]
 ) -> dict[str, Any]:
-    """Return arguments with other images; sizes, grids and masks stay.
+    """Return a forward's arguments with other images; sizes, grids and masks stay.
 
     Args:
         arguments: Arguments of a forward by name.
@@ -256,3 +256,15 @@ def each_image(
         return make(images)
     units = images.reshape(-1, *images.shape[-unit:])
     return torch.stack([make(part) if bool(part.any()) else part for part in units]).reshape(images.shape)
+
+
+def mean_image(image: torch.Tensor) -> torch.Tensor:
+    """Return ``[channels, height, width]`` in its own mean colour, or patches ``[patches, size]`` as their mean."""
+    dims = (1, 2) if image.dim() == 3 else (0,)
+    return image.float().mean(dims, keepdim=True).to(image.dtype).expand_as(image).clone()
+
+
+def image_noise(image: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return normal noise of an image's shape, fp32; by the seed alone, on whatever device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device)

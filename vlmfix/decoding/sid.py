@@ -48,14 +48,14 @@ class LeastSeenImage(Method):
             weights = weights * layer.row_mask[..., None].to(weights.device)
         prompt = layer.forward.image_mask.shape[1]
         looks = take_keys(weights.sum(1), -layer.key_offset(attn_weights.shape[-1]), prompt)
-        notes = layer.once(dict)
+        notes = layer.scratch
         notes["looks"] = looks + notes["looks"] if "looks" in notes else looks
 
     def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Hide image keys in ``[batch, num_heads, rows, keys]``."""
         if self.observes_at(layer):
             return scores, torch.zeros_like(scores[..., 0], dtype=torch.bool)
-        notes = layer.once(dict)
+        notes = layer.scratch
         if "hidden" not in notes:
             image = layer.forward.image_mask.to(scores.device)
             order = notes["looks"].to(scores.device).masked_fill(~image, torch.inf).argsort(dim=1, stable=True)

@@ -197,15 +197,7 @@ class TwoBranches:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def finish(self, forward: Any, output: Any) -> Any:
-        """Put the contrast into the output of a forward.
-
-        Args:
-            forward: What ``begin`` returned.
-            output: What the model returned.
-
-        Returns:
-            The output with the contrast in the place of the next token's logits.
-        """
+        """Put the contrast in the place of the next token's logits, in what the model returned for ``forward``."""
         if isinstance(forward, PairedForward):
             return self._finish_pair(forward, output)
         pending: Pending | None = forward.pending

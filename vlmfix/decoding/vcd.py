@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmfix.decoding.base import Contrast, plausibility, strength
-from vlmfix.decoding.other_image import each_image
+from vlmfix.decoding.other_image import each_image, image_noise
 from vlmfix.methods.parameters import Choice, parameter
 
 STEPS = 1000
@@ -51,8 +51,7 @@ class VCD(Contrast):
         kept = signal_left(self.noise_step)
 
         def noised(image: torch.Tensor) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(self.seed)
-            noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device)
+            noise = image_noise(image, self.seed)
             return (math.sqrt(kept) * image.float() + math.sqrt(1 - kept) * noise).to(image.dtype)
 
         return images.clone() if self.noise_step == 0 else each_image(images, per_image, noised)

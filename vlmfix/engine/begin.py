@@ -21,7 +21,7 @@ from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.prompt_pass import begin_methods, encoded_text_only_heads, text_only_heads
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.sequence import SequenceState, extend_mask, keep_state, state_of
+from vlmfix.methods.sequence import SequenceState, extend_mask, from_the_end, keep_state, state_of
 from vlmfix.model.images import ImageFinder, attended_keys, brings_pictures
 from vlmfix.model.vision_tower import VisionRecorder
 
@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 
 
 class ForwardBeginner:
-    """Makes the ``EditedForward`` of every call of a patched model.
-
-    Args:
-        anatomy: The model.
-        methods: The bound methods.
-        sites: The attention modules they touch.
+    """Makes the ``EditedForward`` of every call of a patched model, for bound methods and the modules they touch.
 
     Attributes:
         images: Finds the image tokens of a prompt.
@@ -330,7 +325,7 @@ def _check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, 
     if continues and known is not None and known.any_image:
         # Rows before a further image were edited as if they stood behind the last one.
         old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
-        behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (old.flip(1).cumsum(1).flip(1) == 0)
+        behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (from_the_end(old) == 0)
         has_further_image = bool((behind.any(1) & new.any(1)).any())
         is_prefix = not bool(behind.any())  # the known part ends with its last image token
     only_text_before = not goes_on and known is not None and not known.any_image

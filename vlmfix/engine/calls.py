@@ -72,14 +72,9 @@ def num_drafted(inputs: dict[str, Any]) -> int:
 
 
 def packed_rows(inputs: dict[str, Any], like: torch.Tensor) -> torch.Tensor:
-    """Return which rows of a call hold several prompts, by positions that start again; only without an attention mask.
+    """Return which rows of a call hold several prompts, by positions that start again: int64 ``[batch]``, 1 for these.
 
-    Args:
-        inputs: The call's arguments by name.
-        like: A tensor ``[batch]`` on the device wanted.
-
-    Returns:
-        int64 ``[batch]``, 1 for a packed row.
+    Only without an attention mask. ``like`` is a tensor ``[batch]`` on the device wanted.
     """
     positions = inputs.get("position_ids")
     if not isinstance(positions, torch.Tensor) or inputs.get("attention_mask") is not None:

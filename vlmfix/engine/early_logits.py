@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 class EarlyHead:
-    """The head of a model, for states of early layers.
-
-    Args:
-        anatomy: The model.
-        methods: All bound methods of a patch.
+    """The head of a model, for states of early layers, which some of a patch's bound methods read.
 
     Raises:
         UnsupportedModelError: A method mixes logits, and the model has no language-model head.
@@ -51,10 +47,7 @@ class EarlyHead:
     def mix(self, forward: EditedForward, output: Any, inputs: dict[str, Any]) -> Any:
         """Return a forward's output with mixed logits in the rows that predict new tokens of prompts with an image.
 
-        Args:
-            forward: The forward.
-            output: What the model with the head returned, an object with ``logits`` or a tuple.
-            inputs: Its arguments by name.
+        It is what the model with the head returned, an object with ``logits`` or a tuple.
         """
         has_loss = inputs.get("labels") is not None
         is_tuple = isinstance(output, tuple)  # the loss comes first

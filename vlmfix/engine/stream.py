@@ -56,10 +56,7 @@ class LayerHooks:
 class BlockHooks:
     """Hooks on one decoder layer and its blocks: bound methods and partials of them follow ``copy.deepcopy(model)``.
 
-    Args:
-        blocks: The layer.
-        methods: Methods that edit its blocks.
-        early: Those that read its output for ``Method.mix_logits``.
+    ``methods`` edit its blocks, ``early`` read its output for ``Method.mix_logits``.
     """
 
     def __init__(self, blocks: ResidualBlocks, methods: Numbered, early: Numbered) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vlmfix.methods.sequence import SequenceState
+from vlmfix.methods.sequence import SequenceState, from_the_end
 
 PromptRows = Literal["none", "last", "text", "all"]
 """Query rows of a prompt: none, each sample's last token (if no image follows it), those behind its last image token,
@@ -165,11 +165,11 @@ class Forward:
         elif kind == "all":
             start, mask = 0, (valid & has_image)[:, past:]
         else:
-            # Rows behind a sample's last image: no image token follows (a cumulative sum from the end is 0).
+            # Rows behind a sample's last image: no image token follows.
             start = min(self._first_rows[kind], self.prompt_len)
-            behind = valid & has_image & (image.flip(1).cumsum(1).flip(1) == 0)
+            behind = valid & has_image & (from_the_end(image) == 0)
             if kind == "last":
-                behind &= valid.flip(1).cumsum(1).flip(1) == 1
+                behind &= from_the_end(valid) == 1
             mask = behind[:, past + start :]
         if drafted and decode:
             mask = torch.cat([mask, has_image.expand(-1, drafted)], dim=1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import all_but
+from vlmfix.methods.sequence import from_the_end
 from vlmfix.methods.views import Layer
 from vlmfix.model.anatomy import Anatomy
 
@@ -63,6 +64,6 @@ class MMA(Method):
         image, valid = forward.image_mask[:, -forward.prompt_len :], forward.valid_mask[:, -forward.prompt_len :]
         text = valid & ~image
         if self.columns == "question":
-            text &= image.flip(1).cumsum(1).flip(1) == 0  # no image follows
+            text &= from_the_end(image) == 0  # no image follows
         drafted = forward.q_len - forward.prompt_len
         return F.pad(image, (0, drafted)), F.pad(text, (0, drafted))

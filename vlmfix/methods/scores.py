@@ -111,11 +111,10 @@ def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch
 
 
 def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    """Return which of some keys each row sees: bool ``[batch, 1 or num_heads, 1 or rows, keys]``.
+    """Return which of some keys, bool ``[batch, keys]``, each row sees by the ``allowed`` of ``Method.edit_scores``.
 
-    Args:
-        keys: Bool ``[batch, keys]``.
-        allowed: Bool, broadcastable to the scores ``[batch, num_heads, rows, keys]``.
+    Returns:
+        Bool ``[batch, 1 or num_heads, 1 or rows, keys]``.
     """
     return keys[:, None, None] & allowed
 

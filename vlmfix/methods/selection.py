@@ -59,13 +59,7 @@ def check_heads(
 
 
 def listed_heads(heads: HeadSpec, layer: Layer, like: torch.Tensor) -> torch.Tensor:
-    """Return which heads in hand are in a list (``None``: all): bool ``[num_heads]`` on the device of ``like``.
-
-    Args:
-        heads: (layer, head) pairs.
-        layer: The layer.
-        like: A tensor ``[batch, num_heads, ...]``.
-    """
+    """Return which heads of ``[batch, num_heads, ...]`` are in a list (``None``: all): bool ``[num_heads]``."""
     import torch
 
     in_hand = range(like.shape[1]) if layer.heads is None else layer.heads

@@ -115,8 +115,13 @@ class SequenceState:
         return ids
 
 
+def from_the_end(mask: torch.Tensor) -> torch.Tensor:
+    """Count the true ones of ``[batch, n]`` from the last column on, each column included."""
+    return mask.flip(1).cumsum(1).flip(1)
+
+
 def rows_of(learned: Any, rows: torch.Tensor) -> Any:
-    """Return what a method learned, a tensor by row of the batch or a dataclass of such, for some rows: int64 ``[n]``."""
+    """Return what a method learned for some rows of a batch, int64 ``[n]``: in tensors and in dataclasses of them."""
     if isinstance(learned, torch.Tensor) and learned.dim():
         return learned.index_select(0, rows.to(learned.device))
     if is_dataclass(learned) and not isinstance(learned, type):

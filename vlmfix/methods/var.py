@@ -162,7 +162,7 @@ class VAR(Method):
         changes = layer.visible_keys(sinks.changes, attn_weights.shape[-1])[:, None]
         change = shares @ changes.transpose(-1, -2)
         if attn_weights.requires_grad:
-            return layer.scale_known(attn_weights, 1 + change), selected
+            return torch.cat([known * (1 + change), attn_weights[..., groups.shape[2] :]], dim=-1), selected
         known.addcmul_(known, change)
         return attn_weights, selected
 

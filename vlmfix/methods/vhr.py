@@ -104,7 +104,7 @@ class VHR(Method):
         if self.select == "all":
             return has_image.expand(-1, head_outputs.shape[2])
         with_image = forward.at_last_position(head_outputs).float()
-        without_image = layer.text_only_heads().float()
+        without_image = forward.text_only_heads[layer.site.index].float()
         divergent = divergent_heads(with_image, without_image, self.outliers, torch.finfo(head_outputs.dtype).eps)
         return (divergent if self.select == "divergent" else ~divergent) & has_image
 

@@ -51,6 +51,12 @@ class View:
         """Return what ``make`` returned when this method first asked in this forward, at any place."""
         return self.forward.once(("method", self.index), make)
 
+    @property
+    def scratch(self) -> dict[Any, Any]:
+        """What the method keeps for later places in this forward, instead of ``once``; gone with the forward."""
+        notes: dict[Any, Any] = self.once(dict)
+        return notes
+
     def count(self, edited: torch.Tensor) -> None:
         """Count edited (sample, head or block, row) triples: integer or bool of any shape."""
         self.forward.edited[self.index].append(edited)
@@ -75,12 +81,6 @@ class Block(View):
         super().__init__(forward, index)
         self.layer_idx = layer_idx
         self.kind = kind
-
-    @property
-    def scratch(self) -> dict[Any, Any]:
-        """What the method keeps for later blocks of this forward; gone with the forward."""
-        notes: dict[Any, Any] = self.once(dict)
-        return notes
 
 
 class Layer(View):
@@ -144,9 +144,7 @@ class Layer(View):
     def per_keys(self, make: Callable[[], Any], like: torch.Tensor) -> Any:
         """Return what ``make`` returned when this method first asked in this forward in a layer with keys as these.
 
-        Args:
-            make: Makes what depends on the keys alone, and not on the layer.
-            like: A tensor ``[batch, ..., keys]``.
+        It must depend on the keys alone, and not on the layer. ``like`` is a tensor ``[batch, ..., keys]``.
         """
         return self.forward.once((self.index, *self._keys_like(like)), make)
 
@@ -154,19 +152,10 @@ class Layer(View):
         """Layers for which this is the same have the same keys."""
         return self.site.kind, self.site.is_sliding, like.shape[-1], like.device
 
-    def text_only_heads(self) -> torch.Tensor:
-        """Head outputs of the image-free pass at its last position, ``[batch, num_heads, head_dim]``."""
-        return self.forward.text_only_heads[self.site.index]
-
     def keys(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Return which keys are what.
+        """Return which keys of ``like``, ``[batch, ..., keys]``, are what: bool ``[batch, keys]``.
 
-        Args:
-            name: See ``SequenceState.key_mask``; or ``"generated"``: behind the prompt.
-            like: A tensor ``[batch, ..., keys]``.
-
-        Returns:
-            Bool ``[batch, keys]``.
+        ``name`` is one of ``SequenceState.key_mask``; or ``"generated"``: behind the prompt.
         """
         if name == "generated":
             return ~self.keys("prompt", like)
@@ -213,15 +202,6 @@ class Layer(View):
             return 0
         offset = self.forward.past + self.forward.q_len - num_keys
         return offset.clamp_min(0) if isinstance(offset, torch.Tensor) else max(offset, 0)
-
-    @staticmethod
-    def scale_known(attn_weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Multiply the weights of the first ``n`` keys by ``factor`` ``[batch, num_heads, rows, n]``."""
-        known = factor.shape[-1]
-        if attn_weights.requires_grad:
-            return torch.cat([attn_weights[..., :known] * factor, attn_weights[..., known:]], dim=-1)
-        attn_weights[..., :known] *= factor
-        return attn_weights
 
 
 @dataclass(frozen=True)

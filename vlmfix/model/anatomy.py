@@ -83,6 +83,12 @@ class AttentionSite:
         return self.config._attn_implementation or "eager"
 
     @property
+    def output_projection(self) -> nn.Module:
+        """The projection of its head outputs."""
+        children = (getattr(self.module, name, None) for name in OUTPUT_PROJECTIONS)
+        return next(child for child in children if isinstance(child, nn.Module))
+
+    @property
     def selects_keys(self) -> bool:
         """Whether a sparse indexer chooses the keys that each row sees."""
         return hasattr(self.module, "indexer")

@@ -20,12 +20,9 @@ if TYPE_CHECKING:
 
 
 def of_new_tokens(per_token: torch.Tensor, past: int, q_len: int) -> torch.Tensor:
-    """Return the columns of ``[batch, tokens, ...]`` that belong to the new tokens of a forward.
+    """Return the columns of ``[batch, tokens, ...]`` that belong to the ``q_len`` new tokens behind ``past`` others.
 
-    Args:
-        per_token: Values of all tokens, of those that a static cache has room for, or of the new ones alone.
-        past: Tokens in the cache.
-        q_len: New tokens.
+    Given are those of all tokens, of as many as a static cache has room for, or of the new ones alone.
     """
     return per_token[:, past : past + q_len] if per_token.shape[1] >= past + q_len else per_token[:, -q_len:]
 
@@ -164,11 +161,7 @@ class ImageFinder:
             return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
 
     def find_encoded(self, inputs: dict[str, Any], *, is_inside: bool) -> Encoded:
-        """Find out what an encoder reads or has read.
-
-        Args:
-            inputs: The arguments of the forward that begins an answer, by name.
-            is_inside: See ``find``.
+        """Find out what an encoder reads or has read, by the arguments of the forward that begins an answer.
 
         Raises:
             UnsupportedFeatureError: The images cannot be told from the arguments.

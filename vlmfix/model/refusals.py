@@ -67,12 +67,7 @@ def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[Site]) ->
 
 
 def check_selection(site: Site, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:
-    """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask.
-
-    Args:
-        site: A site that selects keys.
-        kind: The error to raise.
-    """
+    """Refuse a module whose sparse indexer hands the keys it selects to the kernel beside the mask; raises ``kind``."""
     if site.implementation not in MASKED_KERNELS:
         raise kind(
             f"{site.name} selects keys with a sparse indexer, and hands them to the attention function "

@@ -17,7 +17,18 @@ from vlmfix.methods.views import EditedRows, Forward, Layer, PromptRows
 
 
 @dataclass(frozen=True)
-class AttentionWatch(Method):
+class Watch(Method):
+    """Base of the methods that show something, and edit nothing."""
+
+    needs_text_keys = False
+    needs_whole_prompt = True
+    prompt_rows = "none"
+
+    show: Callable[..., None] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class AttentionWatch(Watch):
     """Show attention weights of some rows of a prompt, and of every generated token, beside the base kernel.
 
     ``show`` is called with what ``Method.observe`` gets. Of a long prompt it gets the rows in pieces, in order.
@@ -25,12 +36,8 @@ class AttentionWatch(Method):
 
     name = "attention_watch"
     edits_weights = True
-    needs_text_keys = False
-    needs_whole_prompt = True
-    prompt_rows = "none"
     edits_decode = False
 
-    show: Callable[[torch.Tensor, torch.Tensor, Layer], None] = field(compare=False, repr=False)
     rows: PromptRows = "text"
 
     @property
@@ -48,16 +55,11 @@ class AttentionWatch(Method):
 
 
 @dataclass(frozen=True)
-class HeadWatch(Method):
+class HeadWatch(Watch):
     """Show head outputs, ``[batch, q_len, num_heads, head_dim]``, before any method scales them in their layer."""
 
     name = "head_watch"
     edits_heads = True
-    needs_text_keys = False
-    needs_whole_prompt = True
-    prompt_rows = "none"
-
-    show: Callable[[torch.Tensor, Layer], None] = field(compare=False, repr=False)
 
     def edit_heads(self, head_outputs: torch.Tensor, layer: Layer) -> torch.Tensor:
         """Show, and edit nothing."""
@@ -66,15 +68,11 @@ class HeadWatch(Method):
 
 
 @dataclass(frozen=True)
-class InputWatch(Method):
+class InputWatch(Watch):
     """Show the residual stream ``[batch, q_len, hidden_size]`` entering each layer in a prompt."""
 
     name = "input_watch"
     reads_layer_input = True
-    needs_text_keys = False
-    needs_whole_prompt = True
-
-    show: Callable[[torch.Tensor, Layer], None] = field(compare=False, repr=False)
 
     def learn(self, hidden_states: torch.Tensor, layer: Layer) -> None:
         """Show, and learn nothing."""

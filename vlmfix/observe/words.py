@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.sequence import from_the_end
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -29,23 +30,13 @@ class PromptTokens(NamedTuple):
 
 
 def prompt_tokens(anatomy: Anatomy, inputs: Mapping[str, Any]) -> PromptTokens:
-    """Tell the tokens of a batch apart.
-
-    Args:
-        anatomy: The model.
-        inputs: The processor's output.
-    """
+    """Tell the tokens of a batch apart, by the processor's output."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     image = anatomy.is_image(ids) & valid
-    last = valid & (_from_the_end(valid) == 1)
-    behind = valid & (_from_the_end(image) == 0) & image.any(1, keepdim=True)
+    last = valid & (from_the_end(valid) == 1)
+    behind = valid & (from_the_end(image) == 0) & image.any(1, keepdim=True)
     return PromptTokens(valid, image, last, behind)
-
-
-def _from_the_end(mask: torch.Tensor) -> torch.Tensor:
-    """Count the true ones from the last column on, each column included."""
-    return mask.flip(1).cumsum(1).flip(1)
 
 
 class Mention(NamedTuple):

@@ -16,7 +16,7 @@ from vlmfix.observe.ask import look_at
 from vlmfix.observe.words import prompt_tokens
 from vlmfix.probes.component_runs import COMPONENTS, Component, Tracer
 from vlmfix.probes.corruption import Corruption, choose_sigma
-from vlmfix.probes.result import ProbeResult, heat_map, new_axis
+from vlmfix.probes.result import ProbeResult, new_axis
 
 IMAGE_GROUPS = ("image_before", "image_object", "image_after")
 
@@ -144,24 +144,12 @@ class CausalTrace(ProbeResult):
         return super().to_dict() | {"corruption": parts, "num_skipped": int((~self.is_kept).sum())}
 
     def plot(self, ax: Any = None, *, component: Component | None = None, **options: Any) -> Any:
-        """Draw recovery rates: lines over the layers for one group, else a map of layers and groups.
-
-        Args:
-            ax: A matplotlib axis.
-            component: The component of the map. Default: the first.
-            **options: None.
-        """
+        """Draw recovery rates: over the layers for one group of tokens, else of one component as a map of both."""
         title = f"causal tracing, {int(self.is_kept.sum())} of {len(self.is_kept)} samples"
         if len(self.groups) > 1:
             at = 0 if component is None else self.components.index(component)
-            ax = heat_map(
-                ax,
-                self.recovery[at],
-                self.layers,
-                xlabel="tokens",
-                label="recovery rate",
-                title=f"{title}\n{self.components[at]}",
-            )
+            title = f"{title}\n{self.components[at]}"
+            ax = self._map(ax, self.recovery[at], xlabel="tokens", label="recovery rate", title=title)
             ax.set_xticks(range(len(self.groups)), [group.replace("_", "\n") for group in self.groups])
             return ax
         ax = new_axis(ax)
@@ -170,11 +158,8 @@ class CausalTrace(ProbeResult):
                 ax.plot(self.layers, self.recovery[at, :, 0].tolist(), marker="o", markersize=3, label=name)
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         ax.locator_params(axis="x", integer=True)
-        ax.set_xlabel("layer")
-        ax.set_ylabel("recovery rate")
-        ax.set_title(f"{title}\ntokens: {self.groups[0]}")
         ax.legend()
-        return ax
+        return self._labelled(ax, "layer", "recovery rate", f"{title}\ntokens: {self.groups[0]}")
 
 
 @torch.no_grad()

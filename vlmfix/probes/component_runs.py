@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from vlmfix.model.anatomy import Anatomy
-from vlmfix.model.blocks import ResidualBlocks, find_blocks
+from vlmfix.model.blocks import find_blocks
 from vlmfix.observe.ask import stock_logits
 
 Component = Literal["attention", "mlp", "hidden"]
@@ -25,14 +26,7 @@ Target = tuple[Component, int, str]
 
 
 class Tracer:
-    """Runs prompts through the stock model, and reads or replaces what its components give.
-
-    Args:
-        anatomy: The model, patched or not.
-        answer: Token ids.
-        components: Those to read or replace.
-        layers: Decoder layers.
-    """
+    """Runs prompts through the stock model, patched or not, and reads or replaces what components of layers give."""
 
     def __init__(
         self, anatomy: Anatomy, answer: tuple[int, ...], components: tuple[Component, ...], layers: tuple[int, ...]
@@ -116,30 +110,27 @@ class Tracer:
         handles: list[Any] = []
         try:
             for blocks, component in itertools.product(self._blocks, self._components):
-                hook = self._hook(see, blocks.layer_idx, component, batch, length)
-                handles.append(_module(blocks, component).register_forward_hook(hook))
+                module = blocks.decoder_layer if component == "hidden" else blocks.module(component)
+                hook = _shows(functools.partial(see, component, blocks.layer_idx), batch, length)
+                handles.append(module.register_forward_hook(hook))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    @staticmethod
-    def _hook(
-        see: Callable[[Component, int, torch.Tensor], torch.Tensor | None],
-        layer: int,
-        component: Component,
-        batch: int,
-        length: int,
-    ) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            new = see(component, layer, states.view(batch, length, -1))
-            if new is None:
-                return None
-            new = new.view(states.shape)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        return hook
+def _shows(see: Callable[[torch.Tensor], torch.Tensor | None], batch: int, length: int) -> Callable[..., Any]:
+    """Return a hook that shows a module's output as ``[batch, length, hidden_size]`` and takes what is returned."""
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) else output
+        new = see(states.view(batch, length, -1))
+        if new is None:
+            return None
+        new = new.view(states.shape)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    return hook
 
 
 def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -152,10 +143,6 @@ def repeated(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
-
-
-def _module(blocks: ResidualBlocks, component: Component) -> torch.nn.Module:
-    return blocks.decoder_layer if component == "hidden" else blocks.module(component)
 
 
 def probability_of(answer: Sequence[int], logits: torch.Tensor) -> torch.Tensor:

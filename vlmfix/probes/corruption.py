@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from vlmfix.decoding.other_image import each_image, is_image_argument, replace_images
+from vlmfix.decoding.other_image import each_image, image_noise, is_image_argument, mean_image, replace_images
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.observe.ask import look_at, stock_logits
 from vlmfix.probes.component_runs import probability_of
@@ -56,18 +56,11 @@ class Corruption:
         return replace_images(inputs, self._corrupted)
 
     def _corrupted(self, name: str, images: torch.Tensor, per_image: Sequence[int] | None) -> torch.Tensor:
-        return each_image(images, per_image, self._mean if self.kind == "mean" else self._noised)
+        return each_image(images, per_image, mean_image if self.kind == "mean" else self._noised)
 
     def _noised(self, image: torch.Tensor) -> torch.Tensor:
         content = zlib.crc32(image.detach().float().cpu().contiguous().numpy().tobytes())
-        generator = torch.Generator().manual_seed(self.seed + content)
-        noise = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device)
-        return (image.float() + self.sigma * noise).to(image.dtype)
-
-    @staticmethod
-    def _mean(image: torch.Tensor) -> torch.Tensor:
-        dims = (-2, -1) if image.dim() == 3 else (0,)
-        return image.float().mean(dims, keepdim=True).expand(image.shape).to(image.dtype)
+        return (image.float() + self.sigma * image_noise(image, self.seed + content)).to(image.dtype)
 
 
 @torch.no_grad()

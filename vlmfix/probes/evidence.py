@@ -15,7 +15,7 @@ from vlmfix.observe.ask import Answered, Answers, Subject, look_at, stock_logits
 from vlmfix.probes.head_divergence import image_free_inputs
 from vlmfix.probes.image_attention import attention_to_image
 from vlmfix.probes.knockout import Cut
-from vlmfix.probes.result import ProbeResult, in_words, new_axis
+from vlmfix.probes.result import ProbeResult, new_axis
 from vlmfix.probes.spans import find_spans
 
 DOUBT_THRESHOLD = 0.4
@@ -62,11 +62,8 @@ class Evidence(ProbeResult):
         }
         for label, values in lines.items():
             ax.plot(values[sample, :length].numpy(), marker="o", markersize=3, label=label)
-        ax.set_xlabel("answer token")
-        ax.set_ylabel("probability")
-        ax.set_title(f"evidence\n{in_words(self.patch)}")
         ax.legend()
-        return ax
+        return self._labelled(ax, "answer token", "probability", "evidence")
 
 
 def doubt(probability: float, without_image: float, asked: float | None = None) -> float:

@@ -16,7 +16,7 @@ from vlmfix.methods.views import Layer
 from vlmfix.observe.ask import Answered, Answers, Subject, look_at
 from vlmfix.observe.watch import HeadWatch
 from vlmfix.observe.words import prompt_tokens
-from vlmfix.probes.result import ProbeResult, heat_map, in_words
+from vlmfix.probes.result import ProbeResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +42,8 @@ class HeadDivergence(ProbeResult):
 
     def plot(self, ax: Any = None, *, sample: int = 0, step: int = 0, **options: Any) -> Any:
         """Draw the heads of one sample at one step as a map of layers and heads."""
-        return heat_map(
-            ax,
-            self.divergence[sample, step],
-            self.layers,
-            xlabel="head",
-            label="VHD",
-            title=f"head divergence, token {step}\n{in_words(self.patch)}",
-        )
+        title = f"head divergence, token {step}"
+        return self._map(ax, self.divergence[sample, step], xlabel="head", label="VHD", title=title)
 
 
 class HeadLog:

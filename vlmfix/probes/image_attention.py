@@ -11,7 +11,7 @@ import torch
 from vlmfix.observe.ask import Answers, look_at
 from vlmfix.observe.watch import AttentionLog, AttentionWatch, stack_by_layer
 from vlmfix.observe.words import prompt_tokens
-from vlmfix.probes.result import ProbeResult, heat_map, in_words
+from vlmfix.probes.result import ProbeResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +39,9 @@ class ImageAttention(ProbeResult):
 
     def plot(self, ax: Any = None, *, sample: int = 0, **options: Any) -> Any:
         """Draw the mass on the image, mean over heads, as a map of layers and answer tokens."""
-        return heat_map(
-            ax,
-            self.mass[sample, : len(self.tokens[sample])].mean(-1).T,
-            self.layers,
-            xlabel="answer token",
-            label="attention on the image",
-            title=f"attention to the image\n{in_words(self.patch)}",
-        )
+        mass = self.mass[sample, : len(self.tokens[sample])].mean(-1).T
+        title = "attention to the image"
+        return self._map(ax, mass, xlabel="answer token", label="attention on the image", title=title)
 
 
 @torch.no_grad()

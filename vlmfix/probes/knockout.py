@@ -16,7 +16,7 @@ from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.views import EditedRows, Layer, PromptRows
 from vlmfix.observe.ask import Answered, Subject, look_at
-from vlmfix.probes.result import ProbeResult, in_words, new_axis
+from vlmfix.probes.result import ProbeResult, new_axis
 from vlmfix.probes.spans import Boxes, Spans, find_spans, is_subset
 
 PAIRS = ("image->question", "question->last", "image->last", "last->last")
@@ -71,11 +71,9 @@ class Knockout(ProbeResult):
             low, high = mean[number] - error[number], mean[number] + error[number]
             ax.fill_between(self.layers, low, high, color=line.get_color(), alpha=0.2)
         ax.axhline(0, color="0.7", linewidth=0.8)
-        ax.set_xlabel("layer (centre of the window)")
-        ax.set_ylabel("change of the answer's probability, %")
-        ax.set_title(f"attention knockout, {int(self.counted.sum())} samples\n{in_words(self.patch)}")
         ax.legend()
-        return ax
+        title = f"attention knockout, {int(self.counted.sum())} samples"
+        return self._labelled(ax, "layer (centre of the window)", "change of the answer's probability, %", title)
 
 
 def window_of(centre: int, size: int, num_layers: int) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmfix.errors import VlmfixError, how_to_install
 from vlmfix.methods.measured import plain
 
@@ -41,6 +43,22 @@ class ProbeResult:
         """Draw the result into a matplotlib axis (default: a new figure's) and return the axis."""
         raise NotImplementedError(f"{type(self).__name__} has no plot")
 
+    def _map(self, ax: Any, values: torch.Tensor, *, xlabel: str, label: str, title: str) -> Any:
+        """Draw ``[layers, columns]`` with layer numbers upwards and a colour bar; return the axis."""
+        ax = new_axis(ax)
+        shown = ax.imshow(values, origin="lower", aspect="auto", interpolation="nearest", cmap="viridis")
+        step = max(1, len(self.layers) // 8)
+        ax.set_yticks(range(0, len(self.layers), step), [str(layer) for layer in self.layers[::step]])
+        ax.figure.colorbar(shown, ax=ax, label=label)
+        return self._labelled(ax, xlabel, "layer", title)
+
+    def _labelled(self, ax: Any, xlabel: str, ylabel: str, title: str) -> Any:
+        """Label an axis, with the patch under the title; return it."""
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+        ax.set_title(f"{title}\n{'stock model' if self.patch is None else self.patch}")
+        return ax
+
 
 def new_axis(ax: Any, **figure: Any) -> Any:
     """Return an axis to draw into; ``ax`` itself if there is one.
@@ -55,21 +73,3 @@ def new_axis(ax: Any, **figure: Any) -> Any:
     except ImportError as error:
         raise VlmfixError(f"plot() needs matplotlib; type: {how_to_install('plot')}") from error
     return pyplot.subplots(layout="constrained", **figure)[1]
-
-
-def heat_map(ax: Any, values: Any, layers: tuple[int, ...], *, xlabel: str, label: str, title: str) -> Any:
-    """Draw ``[layers, columns]`` with layer numbers upwards and a colour bar; return the axis."""
-    ax = new_axis(ax)
-    shown = ax.imshow(values, origin="lower", aspect="auto", interpolation="nearest", cmap="viridis")
-    step = max(1, len(layers) // 8)
-    ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel("layer")
-    ax.set_title(title)
-    ax.figure.colorbar(shown, ax=ax, label=label)
-    return ax
-
-
-def in_words(patch: str | None) -> str:
-    """Return what to write under a figure: the patch it was made with."""
-    return "stock model" if patch is None else patch

@@ -16,7 +16,7 @@ from vlmfix.model.sink_dims import sink_dims_for
 from vlmfix.observe.ask import Subject, look_at
 from vlmfix.observe.watch import AttentionWatch, InputWatch
 from vlmfix.observe.words import prompt_tokens
-from vlmfix.probes.result import ProbeResult, heat_map, in_words
+from vlmfix.probes.result import ProbeResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +68,8 @@ class Sinks(ProbeResult):
             raise MethodError(f"kind must be 'attention' or 'hidden', got {kind!r}.")
         values = self.received[sample].mean(1) if kind == "attention" else self.values[sample]
         label = "attention received" if kind == "attention" else "phi"
-        title = f"{kind} sinks\n{in_words(self.patch)}"
-        return heat_map(
-            ax, values[:, self.is_token[sample]], self.layers, xlabel="prompt token", label=label, title=title
-        )
+        values = values[:, self.is_token[sample]]
+        return self._map(ax, values, xlabel="prompt token", label=label, title=f"{kind} sinks")
 
 
 class ReceivedLog:

@@ -22,7 +22,7 @@ from PIL import Image
 import vlmfix
 from vlmfix import Calibration, CalibrationSample, DataError, MethodError, UnsupportedFeatureError, probes
 from vlmfix.calibration import adhh
-from vlmfix.calibration.logit_lens import LogitLens, StreamLog, output_projection
+from vlmfix.calibration.logit_lens import LogitLens, StreamLog
 from vlmfix.calibration.session import Contrast, Session, ranked, scaled_count
 from vlmfix.cli import main
 from vlmfix.model.anatomy import analyse
@@ -577,7 +577,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
             return (heads, *args[1:])
 
         sites = [site for site in session.anatomy.sites if ablate is not None and site.layer_idx == ablate[0]]
-        handles = [output_projection(site.module).register_forward_pre_hook(zero) for site in sites]
+        handles = [site.output_projection.register_forward_pre_hook(zero) for site in sites]
         last = torch.tensor([[ids[token - 1]]])
         logits: torch.Tensor = model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
         for handle in handles:
