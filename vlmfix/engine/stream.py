@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +56,13 @@ class LayerHooks:
 class BlockHooks:
     """Hooks on one decoder layer and its blocks: bound methods and partials of them follow ``copy.deepcopy(model)``.
 
-    ``methods`` edit its blocks, ``early`` read its output for ``Method.mix_logits``.
+    ``edits`` are the methods that edit each kind of block, ``early`` those that read the layer's output for
+    ``Method.mix_logits``.
     """
 
-    def __init__(self, blocks: ResidualBlocks, methods: Numbered, early: Numbered) -> None:
+    def __init__(self, blocks: ResidualBlocks, edits: Mapping[BlockKind, Numbered], early: Numbered) -> None:
         self.blocks = blocks
-        self.methods = methods
+        self.edits = edits
         self.early = early
         self._attached: Uncopied[int, weakref.ref[EditedForward]] = Uncopied()
         self._traced: EditedForward | None = None
@@ -70,16 +71,16 @@ class BlockHooks:
         """Register the hooks and return their handles."""
         layer = self.blocks.decoder_layer
         handles: list[Any] = [layer.register_forward_pre_hook(self.before, with_kwargs=True)]
-        if self.methods:
+        if self.edits:
             handles.append(self.blocks.mixer.register_forward_pre_hook(self.before_mixer, with_kwargs=True))
-        for kind in sorted({kind for _, method in self.methods for kind in method.edits_blocks}):
+        for kind in self.edits.keys() - {"embedding"}:
             hook = functools.partial(self.after_block, kind)
             handles.append(self.blocks.module(kind).register_forward_hook(hook))
         handles.append(layer.register_forward_hook(self.after, with_kwargs=True))
         return handles
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Attach the forward to the layer, so that its block hooks can find it."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Attach the forward to the layer, so that its block hooks can find it; edit the image as it enters."""
         forward = kwargs.get(FORWARD_KWARG, _MISSING)
         if forward is _MISSING:
             raise UnsupportedFeatureError(
@@ -88,6 +89,12 @@ class BlockHooks:
                 "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
             )
         self._attach(forward)
+        edited = self._forward()
+        if "embedding" not in self.edits or edited is None or not edited.is_prefill:
+            return None
+        if args:
+            return (self.after_block("embedding", module, (), args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.after_block("embedding", module, (), kwargs["hidden_states"])}
 
     def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Attach it again: checkpointing computes what is inside a layer a second time, without the layer's hooks."""
@@ -123,7 +130,7 @@ class BlockHooks:
         self._attach(None)
 
     def after_block(self, kind: BlockKind, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Edit what the token mixer or the MLP adds."""
+        """Edit what the token mixer, the MLP or, in front of the first layer, the embedding adds."""
         forward = self._forward()
         if forward is None:
             return None
@@ -131,9 +138,8 @@ class BlockHooks:
         every = states.reshape(-1, forward.q_len, states.shape[-1])  # some MLPs return rows of all samples in one
         batch = forward.state.image_mask.shape[0]
         rows = every[:batch]  # the other branch of a contrast comes behind
-        for index, method in self.methods:
-            if kind in method.edits_blocks:
-                rows = _edit_rows(rows, method, Block(forward, self.blocks.layer_idx, kind, index))
+        for index, method in self.edits[kind]:
+            rows = _edit_rows(rows, method, Block(forward, self.blocks.layer_idx, kind, index))
         if batch < every.shape[0]:
             rows = torch.cat([rows, every[batch:]])
         edited = rows.reshape(states.shape)
@@ -147,7 +153,10 @@ def own_branch(forward: Any) -> Any:
 
 def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tensor:
     """Let a method edit its rows of a block's output ``[batch, q_len, hidden_size]``; return it, itself if unedited."""
-    rows = block.forward.rows(method.prompt_rows, method.edits_decode)
+    if block.kind == "embedding":
+        rows, seen = block.forward.rows("image", decode=False), slice(None)
+    else:  # how far the last row moves is enough to know
+        rows, seen = block.forward.rows(method.prompt_rows, method.edits_decode), slice(-1, None)
     if rows.start >= rows.stop:
         return states
     before = states[:, rows.start : rows.stop]
@@ -156,8 +165,8 @@ def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tens
         return states
     after = after.to(states.dtype)
     if is_measured(block.forward):
-        where = None if rows.mask is None else rows.mask.to(states.device)[:, -1:, None]
-        block.record_move(before[:, -1:], after[:, -1:], where)
+        where = None if rows.mask is None else rows.mask.to(states.device)[:, seen, None]
+        block.record_move(before[:, seen], after[:, seen], where)
     if rows.mask is None:
         count = before.shape[0] * before.shape[1]
         block.count(torch.full((), count, dtype=torch.int64, device=before.device))
@@ -188,7 +197,12 @@ def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Block
     ]
     hooks = []
     for blocks in find_blocks(anatomy) if acting else ():
-        edits = tuple((n, each) for n, each in acting if each.edits_blocks and blocks.layer_idx in each.layer_indices)
+        at: dict[BlockKind, tuple[int, ...]] = {"embedding": (0,)}
+        edits: dict[BlockKind, Numbered] = {}
+        for n, each in acting:
+            for kind in each.edits_blocks:
+                if blocks.layer_idx in at.get(kind, each.layer_indices):
+                    edits[kind] = (*edits.get(kind, ()), (n, each))
         early = tuple((n, each) for n, each in acting if blocks.layer_idx in each.early_layers)
         if edits or early:
             hooks.append(BlockHooks(blocks, edits, early))

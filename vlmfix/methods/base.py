@@ -59,7 +59,8 @@ class Method(Parametrised):
     edits_weights: ClassVar[bool] = False
     edits_heads: ClassVar[bool] = False
     edits_blocks: ClassVar[tuple[BlockKind, ...]] = ()
-    """Which outputs of a decoder layer's blocks it edits, before they are added to the residual stream."""
+    """Which outputs of a decoder layer's blocks it edits, before they are added to the residual stream; as
+    ``"embedding"``, the image's tokens as they enter the first layer, whatever ``layers`` and ``prompt_rows`` are."""
     hides_keys: ClassVar[bool] = False
     """Whether :meth:`edit_scores` hides keys, by the lowest score there is; later edits do not see them."""
     reads_layer_input: ClassVar[bool] = False
@@ -144,8 +145,9 @@ class Method(Parametrised):
         logits, opens the mask or looks at the whole prompt beforehand is none of these.
         """
         looks = self.reads_prompt or self.needs_text_only_heads or self.vision_layers or self.opens_mask
-        is_behind = self.prompt_rows != "all" and self.observed_rows != "all"
-        return self.is_identity or (not (looks or self.edits_heads or self.replaces_logits) and is_behind)
+        edits = self.edits_heads or self.replaces_logits or "embedding" in self.edits_blocks
+        is_behind = {"image", "all"}.isdisjoint([self.prompt_rows, self.observed_rows])
+        return self.is_identity or (not (looks or edits) and is_behind)
 
     @property
     def minds_text_before_image(self) -> bool:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from vlmfix.methods.sequence import SequenceState, from_the_end
 
-PromptRows = Literal["none", "last", "text", "all"]
+PromptRows = Literal["none", "last", "text", "image", "all"]
 """Query rows of a prompt: none, each sample's last token (if no image follows it), those behind its last image token,
-or all that are no padding. Samples without an image have none."""
+its image tokens, or all that are no padding. Samples without an image have none."""
 
 
 class Rows(NamedTuple):
@@ -162,8 +162,8 @@ class Forward:
         drafted = self.q_len - self.prompt_len
         if kind == "none":
             start, mask = self.prompt_len, valid[:, :0]
-        elif kind == "all":
-            start, mask = 0, (valid & has_image)[:, past:]
+        elif kind in ("image", "all"):
+            start, mask = 0, (image if kind == "image" else valid & has_image)[:, past:]
         else:
             # Rows behind a sample's last image: no image token follows.
             start = min(self._first_rows[kind], self.prompt_len)

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from vlmfix.model.anatomy import Anatomy
 
 
-BlockKind = Literal["attention", "mlp"]
-"""The half of a decoder layer a tensor comes from: its token mixer or its MLP."""
+BlockKind = Literal["embedding", "attention", "mlp"]
+"""Where what is added to the residual stream comes from: a decoder layer's token mixer or its MLP; or, in front of the
+first layer, the embeddings, which are what the projector made of the image where image tokens are."""
 
 
 _MIXERS = ("self_attn", "linear_attn", "conv")
@@ -71,7 +72,7 @@ class ResidualBlocks:
     mlp: nn.Module
 
     def module(self, kind: BlockKind) -> nn.Module:
-        """Return one of the two modules."""
+        """Return one of its two modules."""
         return self.attention if kind == "attention" else self.mlp
 
 

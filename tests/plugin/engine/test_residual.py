@@ -123,6 +123,48 @@ def test_blocks_add_up_to_the_residual_stream(family: Any) -> None:
         assert all(float(each.abs().mean()) > 1e-3 for each in added)
 
 
+@dataclass(frozen=True)
+class TimesImage(Method):
+    """Multiplies the image's tokens where they enter the first layer."""
+
+    name: ClassVar[str] = "times_image"
+    edits_blocks: ClassVar[tuple[BlockKind, ...]] = ("embedding",)
+
+    factor: float = 1.5
+
+    def edit_block(self, states: torch.Tensor, block: Any) -> torch.Tensor:
+        assert (block.kind, block.layer_idx) == ("embedding", 0)
+        return self.factor * states
+
+
+@pytest.mark.parametrize("layers", [None, [2]])
+@pytest.mark.parametrize("text", ["llama", "gemma2"])
+def test_the_image_is_edited_where_it_enters_the_first_layer(build: Any, text: str, layers: Any) -> None:
+    model = build(text)
+    inputs = collate(RAGGED[:3])
+    image = analyse(model).is_image(inputs["input_ids"])
+
+    def scaled(module: Any, args: Any, kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        new = torch.where(image[..., None], 1.5 * states, states) if states.shape[1] > 1 else states
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    _, stock = generate(model, inputs)
+    handle = analyse(model).decoder_layers[0].register_forward_pre_hook(scaled, with_kwargs=True)
+    expected_ids, expected = generate(model, inputs)
+    handle.remove()
+    vlmfix.patch(model, TimesImage(layers=layers))
+    ids, logits = generate(model, inputs)
+    assert torch.equal(ids, expected_ids)
+    close(logits, expected)
+    assert not torch.equal(logits[0], stock[0])
+    assert torch.equal(logits[2], stock[2])  # without a picture
+    status = vlmfix.status(model)
+    assert status.edited == (int(image.sum()),)
+    assert abs(status.moved[0] - 0.5) < 1e-5
+    assert torch.equal(generate(model, inputs, vlmfix=None)[1], stock)
+
+
 def test_a_layer_of_unknown_parts_is_refused(tiny: Any) -> None:
     tiny.model.language_model.layers[2].extra = torch.nn.Linear(2, 2)
     before = snapshot(tiny)
