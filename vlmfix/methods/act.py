@@ -13,7 +13,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import take_keys
 from vlmfix.methods.selection import HeadSpec, all_but, listed_heads
-from vlmfix.methods.views import EditedRows, Layer, PromptRows
+from vlmfix.methods.views import EditedRows, Layer
 from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 _THRESHOLDS = "a number >= 0 or a text such as '5/N'"
@@ -88,19 +88,9 @@ class ACT(Method):
         return (float(match.group(1)), True) if match else None
 
     @property
-    def prompt_rows(self) -> PromptRows:
-        """As chosen."""
-        return self.rows
-
-    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """Self-attention, over text alone too: sinks are not the image's. Its tokens may be the recipients."""
         return ("joint",) if self.recipients == "image" else ("joint", "text", "answer")
-
-    @property
-    def only_heads(self) -> HeadSpec:
-        """Those listed, if any are."""
-        return self.heads
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say when heads were not searched."""

@@ -82,7 +82,7 @@ class ADHH(Method):
     @property
     def only_heads(self) -> HeadSpec:
         """Those listed."""
-        return None if self.is_identity else self.heads
+        return None if self.is_identity else super().only_heads
 
     def bind(self, anatomy: Anatomy) -> ADHH:
         """Resolve the heads and the layers that have some.

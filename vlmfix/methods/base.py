@@ -91,10 +91,7 @@ class Method(Parametrised):
     layers: LayerSpec = dataclasses.field(
         default=None,
         kw_only=True,
-        metadata=described(
-            "Decoder layers it acts in, see ``LayerSpec``. Default: ",
-            expected=LAYERS_IN_WORDS,
-        ),
+        metadata=described("Decoder layers it acts in, see ``LayerSpec``. Default: ", expected=LAYERS_IN_WORDS),
     )
 
     @classmethod
@@ -119,8 +116,9 @@ class Method(Parametrised):
 
     @property
     def prompt_rows(self) -> PromptRows:
-        """The rows of a prompt whose scores, weights or block outputs are up for edits."""
-        return "text"
+        """The rows of a prompt whose scores, weights or block outputs are up for edits; or its parameter ``rows``."""
+        rows: PromptRows = getattr(self, "rows", "text")
+        return rows
 
     @property
     def edits_decode(self) -> bool:
@@ -188,8 +186,12 @@ class Method(Parametrised):
 
     @property
     def only_heads(self) -> HeadSpec:
-        """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers."""
-        return None
+        """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers.
+
+        By default those that its parameter ``heads`` lists, if it has one.
+        """
+        heads: HeadSpec | str = getattr(self, "heads", None)
+        return None if isinstance(heads, str) else heads
 
     def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
         """Return the factors of head outputs of a bound method, by (layer, head); ``None`` if prompts change them."""

@@ -62,11 +62,6 @@ class VAF(Method):
         return self.enhance == self.suppress == 1 or self.heads == ()
 
     @property
-    def only_heads(self) -> HeadSpec:
-        """Those listed, if any are."""
-        return None if isinstance(self.heads, str) else self.heads
-
-    @property
     def observed_rows(self) -> PromptRows:
         """The prompt's last row, which chooses visual heads."""
         return "last" if self.heads == "visual" else "none"

@@ -204,11 +204,6 @@ class Cut(Method):
     rows: PromptRows = field(default="all", compare=False)
     keep_self: bool = field(default=True, compare=False)
 
-    @property
-    def prompt_rows(self) -> PromptRows:
-        """As chosen."""
-        return self.rows
-
     def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Give cut pairs of ``[batch, num_heads, rows, keys]`` the lowest score there is."""
         num_keys, device = scores.shape[-1], scores.device
