@@ -140,7 +140,7 @@ def replace_images(
                 "leaves the image as it is; vlmfix.list_methods() lists them."
             )
         elif (is_picture := _without_padding(arguments, name, value)) is not None:
-            replaced[name] = _made_of_parts(value, is_picture, lambda part, name=name: make(name, part, None))
+            replaced[name] = _made_of_parts(name, value, is_picture, make)
         else:
             replaced[name] = make(name, value, None)
     return replaced
@@ -181,14 +181,18 @@ def _without_padding(arguments: Mapping[str, Any], name: str, value: torch.Tenso
 
 
 def _made_of_parts(
-    images: torch.Tensor, is_picture: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]
+    name: str,
+    images: torch.Tensor,
+    is_picture: torch.Tensor,
+    make: Callable[[str, torch.Tensor, Sequence[int] | None], torch.Tensor],
 ) -> torch.Tensor:
     """Apply ``make`` to what is picture in images, ``[1, channels, height, width]`` or patches ``[patches, size]``.
 
     Args:
+        name: The argument's name.
         images: ``[..., channels, height, width]`` or ``[..., patches, size]``.
         is_picture: See ``_without_padding``.
-        make: Returns a tensor like the one it is given.
+        make: See ``replace_images``.
     """
     made = images.clone()
     unit = 3 if images.dim() >= 4 else 2
@@ -198,11 +202,11 @@ def _made_of_parts(
         if not bool(kept.any()):
             continue
         if unit == 2:
-            part[kept] = make(part[kept])
+            part[kept] = make(name, part[kept], None)
         else:
             rows, columns = (kept.any(axis).nonzero().flatten().tolist() for axis in (1, 0))
             box = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
-            part[box] = make(part[box].contiguous()[None])[0]
+            part[box] = make(name, part[box].contiguous()[None], None)[0]
     return made
 
 

@@ -292,7 +292,7 @@ def _gate_behind(module: nn.Module) -> str | None:
     queries = getattr(getattr(module, "q_proj", None), "out_features", None)
     heads = getattr(getattr(module, "o_proj", None), "in_features", None)
     size = getattr(module, "head_dim", None)
-    if own is not None or None in (queries, heads, size):
+    if own is not None or queries is None or heads is None or size is None:
         return own
     return "q_proj" if queries == 2 * heads and heads % size == 0 and hasattr(module, "q_norm") else None
 

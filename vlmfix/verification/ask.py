@@ -12,7 +12,7 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
 from vlmfix.observe.ask import answer, next_logits
 from vlmfix.observe.prompts import PromptBuilder, encode
-from vlmfix.observe.words import is_image_token, need_yes_no_tokens
+from vlmfix.observe.words import need_yes_no_tokens
 from vlmfix.patching import find_patch
 from vlmfix.prefix import Prefix, shared_prefix
 from vlmfix.verification import lexicon
@@ -160,7 +160,7 @@ class Questioner:
         """
         if name not in self._tails:
             ids = self.processor.tokenizer(self.prompt(self.asked(name)), add_special_tokens=False)["input_ids"]
-            is_image = is_image_token(self.anatomy, torch.tensor(ids)).tolist()
+            is_image = self.anatomy.is_image(torch.tensor(ids)).tolist()
             if not any(is_image):
                 raise UnsupportedFeatureError(
                     f"{type(self.processor).__name__} writes its image into prompts in a way of its own, so that "

@@ -11,7 +11,7 @@ import torch
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import end_token_ids
-from vlmfix.observe.words import decode, is_image_token, token_ends
+from vlmfix.observe.words import decode, token_ends
 from vlmfix.verification.judge import Judge, Texts
 from vlmfix.verification.phrases import Sentence, read_sentences
 
@@ -60,7 +60,7 @@ class GenerateVerified:
         anatomy = self._judge.questioner.anatomy
         if input_ids is None:
             raise UnsupportedFeatureError("verify needs the prompt's tokens to find the image. Pass input_ids.")
-        has_image = is_image_token(anatomy, input_ids).any(1)
+        has_image = anatomy.is_image(input_ids).any(1)
         if not bool(has_image.any()):
             return self.stock(*args, **kwargs)
         self._check(kwargs)
