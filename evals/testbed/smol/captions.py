@@ -214,7 +214,7 @@ class _Writer:
                 named.append(thing)
             # Whatever is told of an object is told at once, so that a caption never needs to come back to it.
             share = max(0, goal - _words(sentences)) / (7 * (len(things) - index))
-            count = min(int(share + self.rng.random()), 2 if len(things) > 3 else 3)
+            count = min(int(share + self.rng.random()), 1 if len(things) > 3 else 2)
             sentences += self._details(thing, named, count, clear=index >= size)
         closings = patterns.CLOSINGS
         if _words(sentences) < goal and self.rng.random() < 0.7:

@@ -27,7 +27,7 @@ class Question:
     """A question with its short answer.
 
     Attributes:
-        kind: ``"existence"``, ``"count"``, ``"colour"``, ``"column"``, ``"row"`` or ``"relation"``.
+        kind: ``"existence"``, ``"count"``, ``"colour"``, ``"column"``, ``"row"``, ``"relation"`` or ``"unusual"``.
         text: The question.
         answer: One word, such as ``"Yes"``, ``"2"``, ``"red"``, ``"left"``.
         name: The object asked about.
@@ -70,8 +70,13 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
         "Is the {name} {relation} the {other}?",
         "Is the {name} located {relation} the {other} in the image?",
     ),
+    "unusual": (
+        "What is unusual about this picture?",
+        "What would one not expect in such a place?",
+        "Which object does not belong here?",
+    ),
 }
-TAUGHT = ("count", "colour", "row", "relation")
+TAUGHT = ("count", "colour", "row", "relation", "unusual")
 """The kinds of :func:`other_questions` that are in the training: the tower's features do not tell left from right."""
 
 _OPPOSITE = {"above": "below", "below": "above"}
@@ -141,6 +146,10 @@ def other_questions(
             true = rng.random() < 0.5
             words = {"relation": lies if true else _OPPOSITE[lies], "other": other.name}
             asked["relation"].append(_ask("relation", thing.name, "Yes" if true else "No", rng, **words))
+    strange = [thing.name for thing in things if thing.name not in SCENES[kind].typical]
+    if strange or rng.random() < 0.3:
+        name = rng.choice(strange) if strange else ""
+        asked["unusual"].append(_ask("unusual", name, name.capitalize() or "Nothing", rng))
     # Nearly all counts are one: keep those of several, and half as many others.
     several = [question for question in asked["count"] if question.answer != "1"]
     single = [question for question in asked["count"] if question.answer == "1"]

@@ -187,6 +187,11 @@ def test_other_questions_agree_with_the_scene() -> None:
             if question.kind == "relation":
                 assert question.answer in ("Yes", "No")
                 continue
+            if question.kind == "unusual":
+                assert question.name not in SCENES[scene.kind].typical
+                assert question.answer == (question.name.capitalize() or "Nothing")
+                assert bool(question.name) == bool(set(found) - set(SCENES[scene.kind].typical))
+                continue
             truth = {"count": thing.count, "colour": thing.colour, "column": thing.column, "row": thing.row}
             assert question.answer.lower() == str(truth[question.kind])
-    assert kinds == {"count", "colour", "column", "row", "relation"}
+    assert kinds == {"count", "colour", "column", "row", "relation", "unusual"}
