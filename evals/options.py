@@ -60,13 +60,13 @@ class Options:
     )
     chat_template: bool = option("wrap prompts in the processor's chat template", group=ASKING, default=True)
     max_new_tokens: int | None = option(
-        "longest caption, in tokens (default: 128 testbed, else 512)",
+        "longest caption, in tokens (default: 128 testbed, 160 smol, else 512)",
         group=ASKING,
         metavar="N",
         at_least=1,
     )
     dtype: str | None = option(
-        "type of the weights (default: float32 on the CPU, else the checkpoint's)",
+        "type of the weights (default: the checkpoint's; on a CPU float32, or bfloat16 where it computes in that)",
         group=MACHINE,
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -122,7 +122,7 @@ class DataOptions(Options):
         metavar="TEXT",
     )
     batch_size: int | str | None = option(
-        "samples per batch (default: 64 testbed, else 8)", group=MACHINE, metavar="N", at_least=1
+        "samples per batch (default: 64 testbed, 32 smol, else 8)", group=MACHINE, metavar="N", at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class BenchmarkOptions(DataOptions):
         "longest yes/no answer, in tokens (default: 16)", group=ASKING, metavar="N", at_least=1
     )
     batch_size: int | str | None = option(
-        "samples per batch; auto: as many as the free memory takes (default: 64 testbed, else 8)",
+        "samples per batch; auto: as many as the free memory takes (default: 64 testbed, 32 smol, else 8)",
         group=MACHINE,
         metavar="N",
         at_least=1,

@@ -17,6 +17,10 @@ from .models import ModelSource
 AUTO = "auto"
 
 
+OF_TESTBED = {"testbed": 64, "smol": 32}
+"""Samples per batch of the embedded models, by the name of their source."""
+
+
 LARGEST = 256
 """More rows make no step faster, and an interrupted batch is generated again as a whole."""
 
@@ -31,7 +35,7 @@ def choose_batch_size(
     """Return the number of samples per batch.
 
     Args:
-        wanted: As typed; None is 64 for the embedded model, whose captions are short, and 8 for others.
+        wanted: As typed; None is :data:`OF_TESTBED` for the embedded models, which are small, and 8 for others.
         source: The model.
         samples: What will be asked.
         dtype: Of the weights.
@@ -41,7 +45,7 @@ def choose_batch_size(
     if isinstance(wanted, int):
         return wanted
     if wanted is None:
-        return 64 if source.name == "testbed" else 8
+        return OF_TESTBED.get(source.name, 8)
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):

@@ -167,16 +167,24 @@ def resolve_device(device: str | None) -> str:
 def resolve_dtype(dtype: str | None, device: str, config: Any) -> str:
     """Return the name of the floating-point type to load the weights in.
 
-    Unless one is asked for, it is float32 on the CPU and the checkpoint's own type elsewhere.
+    Unless one is asked for, it is the checkpoint's own; on a CPU float32 instead, unless the checkpoint's is bfloat16
+    and the processor computes in that.
     """
     if dtype not in (None, *DTYPES):
         raise VlmfixError(f"unknown --dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     if dtype in (None, "auto"):
+        own = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32")
+        own = own.removeprefix("torch.")
         if dtype is None and (device == "cpu" or (device == "auto" and not torch.cuda.is_available())):
-            return "float32"
-        own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or "float32"
-        return str(own).removeprefix("torch.")
+            return "bfloat16" if own == "bfloat16" and _cpu_computes_bfloat16() else "float32"
+        return own
     return str(dtype)
+
+
+def _cpu_computes_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16; without them it is slower than float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every version of torch
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def load_model(

@@ -12,10 +12,11 @@ from types import MappingProxyType
 
 from .captions import DETAILED_PROMPTS, SHORT_ANSWER
 from .export import default_cache_dir, prepare
-from .models import MODELS, load, model_folder
+from .models import CAPTION_TOKENS, MODELS, load, model_folder
 from .scenes import SPLITS, Split
 
 __all__ = [
+    "CAPTION_TOKENS",
     "MODELS",
     "MODEL_DIR",
     "PROMPTS",

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from vlmfix.errors import DataError
 
-__all__ = ["MODELS", "ModelName", "load", "model_folder"]
+__all__ = ["CAPTION_TOKENS", "MODELS", "ModelName", "load", "model_folder"]
 
 ModelName = Literal["tiny", "smol"]
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 """``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use."""
+
+
+CAPTION_TOKENS: Mapping[str | None, int] = MappingProxyType({None: 128, "smol": 160})
+"""Limit of a caption by name (None: the default model). Sound captions are shorter; broken text shows as truncated."""
 
 
 def model_folder(name: ModelName, *, yes: bool = False) -> Path:

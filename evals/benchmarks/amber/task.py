@@ -18,6 +18,7 @@ from ...data.samples import Answers, Sample
 from ...data.source import choose, find_file, find_image, image_number, is_dataset
 from ...data.write import digest
 from ...options import EvalOptions
+from ...testbed import CAPTION_TOKENS
 from ..base import Benchmark, distinct, write_list
 from ..choice import RunData, answer_limit
 from ..yes_no import parse_answer
@@ -32,9 +33,6 @@ PROMPT = "{question} Please answer yes or no."
 
 NEW_TOKENS = 512
 """The limit of a description."""
-
-
-TESTBED_NEW_TOKENS = 128
 
 
 _ANSWERS = {True: "Yes", False: "No"}
@@ -122,7 +120,7 @@ class Amber(Benchmark):
         if options.spacy is not None:
             spacy_similarity(options.spacy)  # A missing model is found here, not after the last answer.
         prompt = options.prompt_of.get(cls.name, PROMPT)
-        long = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
+        long = options.max_new_tokens or CAPTION_TOKENS.get(options.model, NEW_TOKENS)
         limits = (long, answer_limit(options))
         made = cls(tuple(queries), annotations, (), prompt, limits, options.spacy)
         if made._described:

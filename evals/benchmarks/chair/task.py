@@ -12,6 +12,7 @@ from ...data.write import digest
 from ...options import EvalOptions
 from ...stats.intervals import finite
 from ...stats.table import Table
+from ...testbed import CAPTION_TOKENS
 from ..base import Benchmark, write_lines
 from ..choice import RunData
 from ..coco_objects import ChairMatcher, ground_truth
@@ -22,9 +23,6 @@ from .text_quality import TextTable, length_matched, score_texts, text_differenc
 PROMPT = "Please describe this image in detail."
 
 NEW_TOKENS = 512
-
-TESTBED_NEW_TOKENS = 128
-"""The testbed's captions have about 40 tokens; a method that breaks its text shows as truncated captions."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Chair(Benchmark):
         """Images of COCO, or of the testbed, with their ground truth."""
         ids = sorted(data.coco.select(ids=data.pool, limit=data.limit(), seed=options.seed))
         prompt, matcher = options.prompt or PROMPT, ChairMatcher(options.chair_mode)  # type: ignore[arg-type]
-        limit = options.max_new_tokens or (TESTBED_NEW_TOKENS if options.model is None else NEW_TOKENS)
+        limit = options.max_new_tokens or CAPTION_TOKENS.get(options.model, NEW_TOKENS)
         samples = tuple(Sample(cls.name, i, data.coco.image(i).path, prompt, limit, "gaps") for i in ids)
         return cls(samples, ground_truth(data.coco, ids, matcher), matcher, limit)
 

@@ -101,6 +101,19 @@ def test_where_inputs_belong() -> None:
         assert models.resolve_dtype(None, "auto", config) == "float32"
 
 
+@pytest.mark.parametrize("instruction", [None, "_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_a_cpu_that_computes_in_bfloat16_keeps_it(instruction: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == instruction, raising=False)
+    bfloat16, float16 = (SimpleNamespace(dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
+    assert models.resolve_dtype(None, "cpu", bfloat16) == ("bfloat16" if instruction else "float32")
+    assert models.resolve_dtype(None, "cpu", float16) == "float32"
+    assert models.resolve_dtype("float32", "cpu", bfloat16) == "float32"
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert models.resolve_dtype(None, "cpu", bfloat16) == "float32"
+
+
 def test_processes_do_not_spread_over_all_devices() -> None:
     with pytest.raises(VlmfixError, match="start one"):
         Shard(0, 2).device("auto")

@@ -18,6 +18,8 @@ import torch
 from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals import testbed
+from vlmfix.evals.benchmarks.chair.task import Chair
+from vlmfix.evals.benchmarks.registry import make_tasks
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.testbed.scenes import NAMES, image_id, make_scene
 from vlmfix.evals.testbed.smol import assemble, package
@@ -266,6 +268,14 @@ def test_models_by_name() -> None:
     with pytest.raises(DataError, match="tiny, smol, found 'large'"):
         testbed.model_folder("large")  # type: ignore[arg-type]
     assert EvalOptions(model="tiny") == EvalOptions()
+    tasks = {
+        name: make_tasks(EvalOptions(model=name, limit=8, benchmarks=("chair",))) for name in (None, "smol", "other")
+    }
+    assert {name: each.find(Chair).max_new_tokens for name, each in tasks.items()} == {
+        None: 128,
+        "smol": 160,
+        "other": 512,
+    }
 
 
 # --- the model itself, where the package is ---
