@@ -50,6 +50,7 @@ VERBS = {
     "plot": Verb("vlmfix.evals.report.plots", "the plots of a run as PNG"),
     "export": Verb("vlmfix.clients.export", "fold factors of heads into a checkpoint, for engines of others", False),
     "run": Verb("vlmfix.clients.run", "run a program with every model that it loads patched", False, True),
+    "serve": Verb("vlmfix.clients.serve", "transformers serve with a patch, methods by request", False, True),
     "reproduce": Verb("vlmfix.evals.reproduce.command", "published tables: commands, and expected beside measured"),
 }
 

@@ -65,7 +65,7 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
         for each in wanted:
             check_placement(each, anatomy)
         bound = tuple(each.bind(anatomy) for each in wanted)
-        new = Patch(anatomy, bound, _variant)
+        new = Patch(anatomy, bound, under_methods)
         acts_elsewhere = any(each.replaces_logits or each.rewrites_answers for each in bound)
         if not new.sites and not new.block_hooks and not acts_elsewhere:
             raise MethodError(
@@ -84,8 +84,12 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
 _MAKING_VARIANT = threading.Lock()
 
 
-def _variant(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
-    """Return a model with the same weights under other methods, for a single call; made once.
+_VARIANTS_KEPT = 32
+"""How many methods of single calls are kept beside a patch: whoever asks a server could think of ever new ones."""
+
+
+def under_methods(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
+    """Return a patched model's twin with the same weights under other methods, for a single call; made once.
 
     All its modules, configs and hooks are its own, so that it neither sees nor changes the patch on ``model``. Its
     parameters and buffers are those of ``model``, the same objects.
@@ -103,6 +107,8 @@ def _variant(model: PreTrainedModel, method: MethodSpec) -> PreTrainedModel:
         if known != made_of:
             variant = patch(copy_without_weights(model), method)
             patch_on_model.variants[key] = (made_of, variant)
+            if len(patch_on_model.variants) > _VARIANTS_KEPT:
+                del patch_on_model.variants[next(iter(patch_on_model.variants))]
     variant.generation_config = model.generation_config
     return variant
 

@@ -17,6 +17,7 @@ from vlmfix.errors import DataError, UnsupportedModelError, VlmfixError
 
 if TYPE_CHECKING:
     from vlmfix.clients.loading import PatchOnLoad
+    from vlmfix.methods.base import Method
 
 
 _ABOUT = """\
@@ -58,13 +59,30 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
             f"{cached[0]} keeps answers under keys that do not name the patch, so that a patched model would be given "
             "the stock model's. Leave it out."
         )
-    methods, program = methods_of(options), program_of(words)
+    run_patched(methods_of(options), words, show)
+
+
+def run_patched(methods: Sequence[Method] | None, words: Sequence[str], show: Callable[[str], None]) -> None:
+    """Run a program with every vision-language model that it loads patched, and show what the patch did.
+
+    Args:
+        methods: As ``patch`` takes them.
+        words: The program and its arguments.
+        show: Is given the status of each model.
+
+    Raises:
+        VlmfixError: There is no such program; or see :func:`check_use`.
+        SystemExit: The program's own, if it failed.
+    """
     from vlmfix.clients.loading import PatchOnLoad
 
+    program = program_of(words)
     with PatchOnLoad(methods) as loading:
-        failed = exit_status(program)
-    for model in loading.patched:
-        show(str(model.status()))
+        try:
+            failed = exit_status(program)
+        finally:  # a server ends by Ctrl-C
+            for model in loading.patched:
+                show(str(model.status()))
     if failed:
         raise SystemExit(failed)
     check_use(loading)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import vlmfix
 
-VHR = {"alpha": 4.0, "layers": ":"}
+VHR = {"alpha": 0.5, "layers": ":"}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_whoever_trusts_the_folder_gets_a_patched_model(folder: Path, expected: 
     assert vlmfix.status(model) is None
     assert answer(model, folder, picture(0)) == expected
     assert answer(model, folder, picture(0)) == expected
-    assert vlmfix.status(model).prompts == 2 and vlmfix.status(model).methods[0].alpha == 4.0
+    assert vlmfix.status(model).prompts == 2 and vlmfix.status(model).methods[0].alpha == 0.5
     plain = answer(stock(folder), folder, picture(0))
     assert answer(model, folder, picture(0), vlmfix=None) == plain
     assert answer(vlmfix.unpatch(model), folder, picture(0)) == plain

@@ -24,8 +24,8 @@ from vlmfix.cli import main
 from vlmfix.clients.loading import PatchOnLoad
 from vlmfix.methods.registry import make_method
 
-VHR = (make_method("vhr", {"alpha": 4.0, "layers": ":"}),)
-TYPED = ("vhr", "--set", "alpha=4", "layers=:")
+VHR = (make_method("vhr", {"alpha": 0.5, "layers": ":"}),)
+TYPED = ("vhr", "--set", "alpha=0.5", "layers=:")
 
 
 @pytest.fixture

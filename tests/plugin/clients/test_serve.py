@@ -1,0 +1,141 @@
+"""``vlmfix serve``, asked by OpenAI's client over loopback: every answer is that of a direct ``generate``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_runs import QUESTION, answer, picture, stock
+
+import vlmfix
+from vlmfix.cli import main
+
+pytest.importorskip("fastapi", reason="the server of transformers is not installed: pip install vlmfix[serve]")
+pytest.importorskip("uvicorn", reason="the server of transformers is not installed: pip install vlmfix[serve]")
+openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed: pip install openai")
+
+CHOICES: list[Any] = [
+    "not named",
+    None,
+    "pai",
+    {"method": "vhr", "alpha": 0.5, "layers": ":"},
+    ["var", {"method": "vhr", "alpha": 3, "layers": ":"}],
+    {"method": "vcd", "alpha": 2, "beta": 0},
+]
+"""What requests name; the server's own patch is VHR with ``alpha=3``."""
+
+
+@pytest.fixture(scope="module")
+def server(processor_folder: Path) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
+    """A client, and the process of the server it asks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["vhr", "--set", "alpha=3", "layers=:", "--", str(processor_folder)]
+    words += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlmfix", "serve", *words],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.5)
+        yield client, process
+    finally:
+        process.kill()
+
+
+def ask(client: Any, folder: Path, number: int, choice: Any = "not named", **options: Any) -> Any:
+    png = io.BytesIO()
+    picture(number).save(png, "png")
+    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    return client.chat.completions.create(
+        model=str(folder),
+        messages=[{"role": "user", "content": content}],
+        max_tokens=8,
+        temperature=0,
+        extra_body={} if choice == "not named" else {"vlmfix": choice},
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(processor_folder: Path) -> list[list[str]]:
+    """Per choice, the answers about two pictures."""
+    model = vlmfix.patch(stock(processor_folder), "vhr", alpha=3.0, layers=":")
+    found = []
+    for choice in CHOICES:
+        by_call = {} if choice == "not named" else {"vlmfix": choice}
+        found.append([answer(model, processor_folder, picture(number), **by_call) for number in range(2)])
+    assert len(set(map(str, found))) >= 4
+    return found
+
+
+@pytest.mark.slow
+def test_concurrent_requests_with_methods_of_their_own(
+    server: Any, processor_folder: Path, expected: list[list[str]]
+) -> None:
+    client, _ = server
+    wanted = [(index % len(CHOICES), index % 2, index % 3 == 0) for index in range(16)]
+
+    def one(request: tuple[int, int, bool]) -> str:
+        choice, number, streams = request
+        reply = ask(client, processor_folder, number, CHOICES[choice], stream=streams)
+        if not streams:
+            return str(reply.choices[0].message.content)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(one, wanted))
+    assert answers == [expected[choice][number] for choice, number, _ in wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("vhrr", "There is no method 'vhrr'"),
+        ({"method": "vhr", "alfa": 1}, "no parameter 'alfa'"),
+        ("/etc/recipe.json", "not files of the server"),
+        ({"method": "opera", "layers": [99]}, "opera"),
+    ],
+)
+def test_a_refused_request_is_told_why(server: Any, processor_folder: Path, choice: Any, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        ask(server[0], processor_folder, 0, choice)
+
+
+@pytest.mark.slow
+def test_what_the_patch_did_is_told_at_the_end(server: Any, processor_folder: Path) -> None:
+    client, process = server
+    ask(client, processor_folder, 0)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert "LlavaForConditionalGeneration patched with VHR(layers=(0, 1, 2), alpha=3" in said, said
+    assert "prompts (0 without an image)" in said
+
+
+def test_what_the_server_is_given_stands_behind_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "vhr", "MODEL"]) == 2
+    assert "expected -- and what to run behind it" in capsys.readouterr().err

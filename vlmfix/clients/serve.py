@@ -1,0 +1,126 @@
+"""``vlmfix serve``: ``transformers serve`` with a patch, whose methods a request may choose for itself."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vlmfix.clients.options import add_program, methods_of, verb_with_method, words_behind_dashes
+from vlmfix.errors import MethodError, VlmfixError, how_to_install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+FIELD = "vlmfix"
+"""The field of a request that names its methods, as ``generate(vlmfix=...)`` takes them; ``null`` asks for none."""
+
+
+_ABOUT = """\
+Serve a vision-language model with a patch, by transformers serve: the API of OpenAI, with streams.
+
+  vlmfix serve vhr --set alpha=1.5 -- MODEL --port 8000
+  vlmfix serve none -- MODEL                                  only requests that name methods are patched
+  vlmfix serve recipe.json -- MODEL --device cuda:0 --dtype bfloat16
+
+What stands behind -- goes to transformers serve as it is. A request chooses methods of its own in an extra field:
+
+  client.chat.completions.create(model=MODEL, messages=..., extra_body={"vlmfix": {"method": "pai", "alpha": 0.3}})
+"""
+
+
+def add_serve(verbs: Any) -> argparse.ArgumentParser:
+    """Add the verb to a command line's subparsers; import nothing heavy."""
+    parser = verb_with_method(verbs, "serve", "-- MODEL [OPTION ...]", _ABOUT)
+    add_program(parser, "model", "what transformers serve takes: the model, and its options")
+    return parser
+
+
+def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
+    """Serve until the server is stopped, and say what the patch did.
+
+    Raises:
+        VlmfixError: The packages of the server are missing, or the model cannot be patched so.
+        SystemExit: The server's own.
+    """
+    from vlmfix.clients.run import run_patched
+
+    words = words_behind_dashes(options)
+    with methods_by_request():
+        run_patched(methods_of(options), ["transformers", "serve", *words], show)
+
+
+@contextmanager
+def methods_by_request() -> Iterator[None]:
+    """Let requests to ``transformers serve``, started in this block, name their methods.
+
+    Raises:
+        VlmfixError: Packages of the server are missing, or this release of transformers has none.
+    """
+    from transformers.utils import import_utils
+
+    try:
+        from transformers.cli.serving import server
+    except ImportError as error:
+        remedy = "type: pip install -U transformers"
+        raise VlmfixError(f"this release has no transformers serve ({error}); {remedy}") from error
+    if not import_utils.is_serve_available():
+        raise VlmfixError(f"this needs the packages of the server; type: {how_to_install('serve')}")
+    stock = server.build_server
+
+    @functools.wraps(stock)
+    def build_server(*args: Any, **kwargs: Any) -> Any:
+        for handler in (*args, *kwargs.values()):
+            if hasattr(handler, "_resolve_model"):
+                _let_requests_choose(handler)
+        app = stock(*args, **kwargs)
+        app.add_exception_handler(VlmfixError, _refusal)
+        return app
+
+    server.build_server = build_server
+    try:
+        yield
+    finally:
+        server.build_server = stock
+
+
+def _let_requests_choose(handler: Any) -> None:
+    """Give a handler of requests, for each of them, the model under the methods that the request names."""
+    validate, resolve = handler._validate_request, handler._resolve_model
+
+    def validate_request(body: dict[str, Any]) -> None:
+        validate({key: value for key, value in body.items() if key != FIELD})
+
+    def resolve_model(body: dict[str, Any]) -> Any:
+        model_id, model, processor = resolve(body)
+        return model_id, _chosen(model, body), processor
+
+    handler._validate_request, handler._resolve_model = validate_request, resolve_model
+
+
+def _chosen(model: PreTrainedModel, body: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model with the same weights under the methods of a request, or the model itself.
+
+    Raises:
+        VlmfixError: The methods are unknown, or the model takes none.
+    """
+    from vlmfix.patching import under_methods
+
+    if FIELD not in body:
+        return model
+    wanted = body[FIELD]
+    for name in wanted if isinstance(wanted, list) else [wanted]:
+        if isinstance(name, str) and name.endswith(".json"):
+            raise MethodError(f"A request names methods, not files of the server: {name!r}.")
+    return under_methods(model, "none" if wanted is None else wanted)
+
+
+async def _refusal(request: Any, error: VlmfixError) -> Any:
+    """Answer a refused request with its reason, as OpenAI's clients read it."""
+    from fastapi.responses import JSONResponse
+
+    told = {"message": str(error), "type": type(error).__name__, "param": FIELD, "code": None}
+    return JSONResponse({"error": told}, status_code=400)
