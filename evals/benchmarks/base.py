@@ -22,8 +22,8 @@ from ..data.samples import Answers, Sample
 from ..data.write import write_text
 from ..options import EvalOptions
 from ..stats.figures import Figure
-from ..stats.intervals import finite, interval_dict
-from ..stats.table import Table, summary
+from ..stats.intervals import finite
+from ..stats.table import Table, differences, summary
 from .effort import effort
 from .yes_no import paired_answers
 
@@ -135,11 +135,8 @@ class Benchmark(ABC):
             other: What it is compared with, about the same images.
             seed: Seed of the bootstrap.
         """
-        return {
-            figure.key: interval_dict(figure.statistic.difference(table, other, seed=seed))
-            for figure in cls.figures
-            if figure.column and all(figure.statistic.is_defined(each) for each in (table, other))
-        }
+        found = differences([figure for figure in cls.figures if figure.column], table, other, seed)
+        return {f"{cls.name}.{name}": interval for name, interval in found.items()}
 
     def side_tables(self, answers: Answers) -> Mapping[str, Table]:
         """Further tables of a method's answers that ``counts.json`` keeps, by their :attr:`side_names`."""
@@ -165,7 +162,8 @@ class Benchmark(ABC):
 
     def counts(self, table: Any) -> dict[str, Any]:
         """Integer counts, under the official names where there are any, with ``unparsed`` answers."""
-        return {"n": len(table)}
+        counts: dict[str, Any] = table.counts()
+        return counts
 
     def breakdown(self, table: Any) -> dict[str, dict[str, float]]:
         """Row name -> figure name -> value as printed (percentages, points), for a table of its own."""

@@ -64,11 +64,11 @@ class Answer:
     """
 
     text: str
-    tokens: tuple[int, ...]
-    truncated: bool
-    eos_gaps: tuple[float, ...]
-    score: float | None
-    seconds: float
+    tokens: tuple[int, ...] = ()
+    truncated: bool = False
+    eos_gaps: tuple[float, ...] = ()
+    score: float | None = None
+    seconds: float = 0.0
     rows: int | None = None
 
 

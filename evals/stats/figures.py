@@ -198,7 +198,8 @@ Column = str | Callable[[Any], ArrayLike]
 """A column of a table: its name, or how it is computed."""
 
 
-def _read(column: Column) -> Callable[[Any], ArrayLike]:
+def read_column(column: Column) -> Callable[[Any], ArrayLike]:
+    """How a column is read off a table."""
     if callable(column):
         return column
     return lambda table: np.asarray(getattr(table, column), dtype=np.float64)
@@ -212,7 +213,7 @@ def share(numerator: Column, denominator: Column = one, *, empty: float = math.n
         denominator: Another; by default one per row, which makes a mean.
         empty: Its value where the denominator sums to zero.
     """
-    above, below = _read(numerator), _read(denominator)
+    above, below = read_column(numerator), read_column(denominator)
     return SumStatistic(
         lambda table: stacked(above(table), below(table)),
         lambda sums: divide(sums[..., 0], sums[..., 1], empty),

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.figures import Figure, SumStatistic, divide, share, stacked
+from ...stats.figures import Column, Figure, SumStatistic, divide, share, stacked
 from ...stats.intervals import FloatArray
 from ...stats.table import Table
 from ..yes_no import yes_no_columns
@@ -63,6 +63,28 @@ _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
     "Relation": ("relation",),
 }
 
+
+_DESCRIPTION_SUMS: Mapping[str, Column] = {
+    "chair_num": "nouns",
+    "chair_score": "hallucinated",
+    "safe_cover_num": "truth_objects",
+    "safe_cover_score": "covered",
+    "hallu_cover_num": "cognitive_objects",
+    "hallu_cover_score": "cognitive",
+    "non_hallu_num": "descriptions",
+    "non_hallu_score": lambda table: table.descriptions & ~table.hallucinating,
+}
+"""Official name -> column, of descriptions."""
+
+_QUESTION_SUMS: Mapping[str, Column] = {
+    "qa_correct_num": "questions",
+    "qa_correct_score": "correct",
+    "qa_no_num": "truth_no",
+    "qa_no_score": "right_no",
+    "qa_ans_no_num": "answered_no",
+    "qa_ans_no_score": "right_no",
+}
+"""Likewise of questions; the counts of a dimension have its prefix before them."""
 
 _EMPTY = 0.001
 
@@ -152,36 +174,13 @@ class AmberTable(Table):
         """The sums under the official names (metrics.txt), as integers, with ``unparsed`` and ``empty``."""
         counts: dict[str, int] = {}
         if self.descriptions.any():
-            counts |= {
-                "chair_num": int(self.nouns.sum()),
-                "chair_score": int(self.hallucinated.sum()),
-                "safe_cover_num": int(self.truth_objects.sum()),
-                "safe_cover_score": int(self.covered.sum()),
-                "hallu_cover_num": int(self.cognitive_objects.sum()),
-                "hallu_cover_score": int(self.cognitive.sum()),
-                "non_hallu_num": int(self.descriptions.sum()),
-                "non_hallu_score": int((self.descriptions & ~self.hallucinating).sum()),
-                "empty": self.empty,
-            }
+            counts |= self.sums(_DESCRIPTION_SUMS) | {"empty": self.empty}
         if self.columns["questions"].any():
-            task = np.asarray(self.splits)
-            tasks = [name for name in _PREFIX if name in self.splits]
-            parts = {name: self._question_counts(task == name) for name in tasks}
-            counts |= {name: sum(part[name] for part in parts.values()) for name in parts[tasks[0]]}
-            counts |= {f"{_PREFIX[name]}_{count}": n for name in tasks for count, n in parts[name].items()}
-            counts["unparsed"] = int(self.unparsed.sum())
+            counts |= self.sums(_QUESTION_SUMS) | self.sums({"unparsed": "unparsed"})
+            for task, table in self.by_split().items():
+                if task in _PREFIX:
+                    counts |= {f"{_PREFIX[task]}_{name}": n for name, n in table.sums(_QUESTION_SUMS).items()}
         return counts
-
-    def _question_counts(self, rows: NDArray[np.bool_]) -> dict[str, int]:
-        right_no = int(self.right_no[rows].sum())
-        return {
-            "qa_correct_num": int(rows.sum()),
-            "qa_correct_score": int(self.correct[rows].sum()),
-            "qa_no_num": int(self.truth_no[rows].sum()),
-            "qa_no_score": right_no,
-            "qa_ans_no_num": int(self.answered_no[rows].sum()),
-            "qa_ans_no_score": right_no,
-        }
 
     def figures(self) -> dict[str, dict[str, float]]:
         """What the official script prints, under its names: percentages with one decimal.

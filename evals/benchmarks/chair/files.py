@@ -22,7 +22,8 @@ from vlmfix.errors import DataError, UnsupportedFeatureError, how_to_install
 from ...data.answers import AnswerFile, FileAnswers, Given, cut_off_flags
 from ...data.records import image_id_of
 from ...data.samples import Answers, Sample
-from ...stats.intervals import CONFIDENCE, finite, interval_dict
+from ...stats.intervals import CONFIDENCE, finite
+from ...stats.table import differences
 from ...tables import difference_cell, interval_cell, number, plain_table
 from ..base import ScoredFile
 from ..coco_objects import ChairMatcher
@@ -158,13 +159,10 @@ class ChairFile(Chair):
                     f"{lacking[0]}); a paired comparison needs the same images in both: leave these out, or caption "
                     "them"
                 )
-        differences = {
-            figure.name: interval_dict(figure.statistic.difference(own.table, other.table, seed=seed))
-            for figure in ChairTable.FIGURES
-            if figure.name != "length_tokens"
-        }
+        figures = [figure for figure in ChairTable.FIGURES if figure.name != "length_tokens"]
+        found = differences(figures, own.table, other.table, seed)
         matched = length_matched(texts, (own.table, other.table), self.truth, self.matcher, seed)
-        return {"differences": differences, "length_matched": matched, "confidence": CONFIDENCE}
+        return {"differences": found, "length_matched": matched, "confidence": CONFIDENCE}
 
 
 def read_captions(file: AnswerFile) -> dict[int, Given]:

@@ -26,7 +26,7 @@ from vlmfix.errors import DataError
 
 from ...data.source import image_number
 from ...stats.figures import Auc, Figure, share
-from ...stats.table import Table
+from ...stats.table import Table, check_columns
 from ..base import all_of, first_of
 from ..yes_no import ACCURACY, YES_RATIO, parse_answer, yes_no_columns
 from .data import HallusionQuestion
@@ -38,8 +38,7 @@ INCORRECT, CORRECT, UNCLEAR = 0, 1, 2
 class HallusionTable(Table):
     """Judgements, one row per question; the category is the split.
 
-    Columns: ``code`` int8 [n], 0 incorrect, 1 correct, 2 unclear; ``correct`` bool [n], whether the answer counts as
-        correct;
+    Columns: ``code`` int8 [n], 0 incorrect, 1 correct, 2 unclear; ``correct`` bool [n], whether the answer counts;
     those of yes/no answers (see :mod:`vlmfix.evals.benchmarks.yes_no`) where the answer itself was read. On the first
     question of each group, figure, group of easy and group of hard variants ``groups``, ``figures``, ``easy`` and
     ``hard``, and ``group_right``, ``figure_right``, ``easy_right`` and ``hard_right`` if all its answers are correct,
@@ -151,7 +150,7 @@ def score_judgements(
     Raises:
         DataError: no questions, different lengths, or another code.
     """
-    _check(questions, codes=codes, same=same)
+    check_columns("HallusionBench", len(questions), codes=codes, same=same)
     bad = [i for i, code in enumerate(codes) if code not in (INCORRECT, CORRECT, UNCLEAR)]
     if bad:
         raise DataError(f"judge code {codes[bad[0]]!r} of question {bad[0]}: expected 0, 1 or 2")
@@ -174,7 +173,7 @@ def score_answers(
     Raises:
         DataError: no questions, or different lengths.
     """
-    _check(questions, answers=answers)
+    check_columns("HallusionBench", len(questions), answers=answers)
     read = [parse_answer(text, "vlmeval") for text in answers]
     codes = [UNCLEAR if r is None else int(r == q.label) for q, r in zip(questions, read, strict=True)]
     columns = yes_no_columns([q.label for q in questions], read, scores)
@@ -192,7 +191,7 @@ def _table(
     edited = np.asarray([q.visual_input == 2 for q in questions], dtype=np.bool_)
     shown = np.asarray([q.figure is not None for q in questions], dtype=np.bool_)
     return HallusionTable(
-        np.asarray([image_number("hallusionbench", q.set_name) for q in questions], dtype=np.int64),
+        np.asarray([image_number("hallusionbench", q.unit) for q in questions], dtype=np.int64),
         {
             **read,
             "code": code,
@@ -219,17 +218,6 @@ def _grouped(
     first[index] = first_of(inside)
     right[index] = first_of(inside) & all_of(inside, correct[index])
     return {names[0]: first, names[1]: right}
-
-
-def _check(questions: Sequence[HallusionQuestion], **columns: Sequence[object] | None) -> None:
-    if not questions:
-        raise DataError("HallusionBench got no questions to score: give at least one")
-    for name, column in columns.items():
-        if column is not None and len(column) != len(questions):
-            raise DataError(
-                f"HallusionBench got {len(questions)} questions but {len(column)} {name}: give one per question, in "
-                "the same order"
-            )
 
 
 def _causes(q: HallusionQuestion, code: int, original: int, same: bool) -> set[str]:

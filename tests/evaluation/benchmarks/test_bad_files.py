@@ -106,8 +106,8 @@ CHAIR = score(
 )
 ASKED = score("pope", "--answers", "@answers.jsonl", "--questions", "@coco_pope_random.json")
 AMBER = score("amber", "@responses.jsonl", "--data", "@amber")
-HALLUSIONBENCH = score("hallusionbench", "@judged.jsonl", "--questions", "@HallusionBench.json")
-MMHALBENCH = score("mmhal", "@rated.jsonl", "--questions", "@response_template.json")
+HALLUSIONBENCH = score("hallusionbench", "@judged.jsonl", "--by-order", "--questions", "@HallusionBench.json")
+MMHALBENCH = score("mmhal", "@rated.jsonl", "--by-order", "--questions", "@response_template.json")
 COCO = score("chair", "--captions", "@captions.jsonl", "--ground-truth", "@coco")
 
 LOADERS = [

@@ -10,7 +10,7 @@ from declared import CHAIR_STATISTICS
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.figures import mention_counts, score_captions
+from vlmfix.evals.benchmarks.chair.figures import MENTION_COUNTS, score_captions
 from vlmfix.evals.benchmarks.chair.text_quality import (
     first_words,
     is_finished,
@@ -158,7 +158,7 @@ def test_equal_words_against_cutting_and_scoring_again():
     for found, expected in zip(match_by_words(a, b, *tables, truth, MATCHER), naive_by_words(a, b, truth), strict=True):
         assert columns(found) == columns(expected)
         assert found.gt_objects.tolist() == expected.gt_objects.tolist()
-        assert mention_counts(found).items() <= expected.counts().items()
+        assert found.sums(MENTION_COUNTS).items() <= expected.counts().items()
     assert found.mentions.sum() < tables[1].mentions.sum(), "something was cut"
 
 
@@ -219,7 +219,7 @@ def test_a_shorter_but_worse_method_is_exposed():
 def test_an_empty_caption_leaves_nothing_to_compare():
     for pair in both_ways({1: ""}, {1: "a dog"}, {1: ["dog"]}):
         assert all(math.isnan(CHAIR_STATISTICS["chair_i"].of(table)) for table in pair)
-        assert mention_counts(pair[1])["mentions"] == 0
+        assert pair[1].sums(MENTION_COUNTS)["mentions"] == 0
 
 
 def test_other_images_are_refused():
