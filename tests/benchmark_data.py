@@ -11,7 +11,7 @@ from typing import Any
 from families.saved_llava import write_lines
 
 from vlmfix.evals.benchmarks.mme.figures import TASKS as MME_TASKS
-from vlmfix.evals.benchmarks.mmhal.data import TYPES
+from vlmfix.evals.benchmarks.mmhal.figures import TYPES
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.testbed import prepare
 

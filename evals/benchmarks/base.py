@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from vlmfix.errors import VlmfixError
 
 from ..data.answers import FileAnswers
-from ..data.samples import Answers, Sample
+from ..data.samples import Answers, Sample, effort
 from ..data.write import write_text
 from ..options import EvalOptions
+from ..stats.bootstrap import finite
 from ..stats.figures import Figure
-from ..stats.intervals import finite
 from ..stats.table import Table, differences, summary
-from .effort import effort
 from .yes_no import paired_answers
 
 if TYPE_CHECKING:
     from .choice import RunData
-    from .marked_text import MarkedText
+    from .coco_objects import MarkedText
 
 EARLY_STOP, YES_BIAS = "early stop", "yes bias"
 """The controls that need no method: the baseline with descriptions ended earlier, or with its yes/no threshold

@@ -18,10 +18,8 @@ from .object_questions import PopeQuestion, PopeSplit, build_questions, load_que
 #: What makes a model answer with one word; ``{question}`` is the question.
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
-
 MIN_OBJECTS = 3
 """Images with fewer objects are not asked about."""
-
 
 Asked = tuple[list[PopeQuestion], dict[int, Path]]
 

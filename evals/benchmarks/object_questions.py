@@ -21,17 +21,13 @@ from ..data.records import read_rows
 
 PopeSplit = Literal["random", "popular", "adversarial"]
 
-
 SPLITS: tuple[PopeSplit, ...] = get_args(PopeSplit)
-
 
 # The first release replaced every "a" of the template before a vowel, hence "imange".
 _QUESTION = re.compile(r"\s*Is there an? (?P<object>.+?) in the im(?:an|a)ge\?", re.IGNORECASE)
 
-
 # GQA names some of its images "n123.jpg"; a number is never cut out of any other name.
 _IMAGE_ID = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_|n)?(\d+)\.\w+", re.ASCII)
-
 
 _REMEDY = (
     "download coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from RUCAIBox/POPE, or "

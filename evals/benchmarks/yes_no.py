@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
+from ..stats.bootstrap import FloatArray, interval_dict
 from ..stats.figures import Auc, Column, Figure, SumStatistic, divide, one, read_column, share, stacked
-from ..stats.intervals import FloatArray, interval_dict
 from ..stats.table import Table, check_columns
 from ..stats.tests import mcnemar
 

@@ -27,9 +27,8 @@ from ..scores.controls import (
     stored_versions,
 )
 from ..scores.counts import RunCounts
-from ..scores.differences import correct_controls, correct_rows
-from ..scores.verdicts import verdict
-from ..stats.intervals import CONFIDENCE, RESAMPLES, finite
+from ..scores.verdicts import correct_controls, correct_rows, verdict
+from ..stats.bootstrap import CONFIDENCE, RESAMPLES, finite
 from ..stats.table import Table, summary
 from .shared_rows import Shared, differing, obstacle, share
 

@@ -15,7 +15,6 @@ from .write import write_bytes
 
 PREFIX = "datasets:"
 
-
 #: A row of a data set with its place, for messages.
 Row = tuple[str, Mapping[str, Any]]
 

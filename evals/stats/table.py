@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
+from .bootstrap import interval_dict
 from .figures import Column, Figure, one, read_column
-from .intervals import interval_dict
 
 T = TypeVar("T", bound="Table")
-
 
 Key = tuple[int, str, str]
 """Image, split and item of a row."""

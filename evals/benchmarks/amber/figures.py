@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
+from ...stats.bootstrap import FloatArray
 from ...stats.figures import Column, Figure, SumStatistic, divide, share, stacked
-from ...stats.intervals import FloatArray
 from ...stats.table import Table
 from ..yes_no import yes_no_columns
 from .data import TASKS, AmberData, AmberItem, AmberTask
@@ -51,7 +51,6 @@ _PREFIX: Mapping[AmberTask, str] = {
     "relation": "asso",
 }
 
-
 #: The official names of the figures (spelt as printed), and the dimensions they sum over.
 _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
     "Descriminative Task": ("existence", "state", "number", "action", "relation"),
@@ -62,7 +61,6 @@ _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
     "Action": ("action",),
     "Relation": ("relation",),
 }
-
 
 _DESCRIPTION_SUMS: Mapping[str, Column] = {
     "chair_num": "nouns",

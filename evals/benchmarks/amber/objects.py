@@ -12,15 +12,13 @@ from typing import Any
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 
-from ..nltk_data import perceptron_tagger, punkt_tokens
+from ..nltk_words import perceptron_tagger, punkt_tokens
 from .data import AmberData, AmberItem
 
 Similarity = Callable[[str, str], float]
 
-
 #: What :func:`caption_counts` counts, in this order.
 DESCRIPTION_COUNTS = ("nouns", "hallucinated", "covered", "truth_objects", "cognitive", "cognitive_objects")
-
 
 Nouns = Callable[[str], list[str]]
 

@@ -37,10 +37,8 @@ from .objects import Nouns, known_lemmas, spacy_similarity, tagged_nouns
 #: word (its authors compare the logits of Yes and No), so this is VLMEvalKit's.
 PROMPT = "{question} Please answer yes or no."
 
-
 NEW_TOKENS = 512
 """The limit of a description."""
-
 
 _ANSWERS = {True: "Yes", False: "No"}
 

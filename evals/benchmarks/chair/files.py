@@ -22,7 +22,7 @@ from vlmfix.errors import DataError, UnsupportedFeatureError, how_to_install
 from ...data.answers import AnswerFile, FileAnswers, Given, cut_off_flags
 from ...data.records import image_id_of
 from ...data.samples import Answers, Sample
-from ...stats.intervals import CONFIDENCE, finite
+from ...stats.bootstrap import CONFIDENCE, finite
 from ...stats.table import differences
 from ...tables import difference_cell, interval_cell, number, plain_table
 from ..base import ScoredFile

@@ -33,20 +33,17 @@ import numpy as np
 
 from vlmfix.errors import DataError
 
+from ...stats.bootstrap import finite, interval_dict
 from ...stats.figures import Column, Figure, Statistic, one, share
-from ...stats.intervals import finite, interval_dict
 from ...stats.table import Table, differences
 from ..coco_objects import ChairMatcher
 from .figures import CHAIR_I, CHAIR_S, MENTION_COUNTS, ChairTable, count_mentions
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
-
 _PIECE = re.compile(r"\S+")
 
-
 _FINISHED = re.compile(r"[.!?…。！？][\"'”’)\]*\s]*\Z")
-
 
 _LOOPING = 0.5
 

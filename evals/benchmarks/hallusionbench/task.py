@@ -19,7 +19,7 @@ from ...data.answers import AnswerFile, FileAnswers, yes_no
 from ...data.matching import Asked
 from ...data.samples import Answer, Answers
 from ...data.source import dataset_rows, find_file, find_image, is_dataset, row_image
-from ...stats.intervals import finite
+from ...stats.bootstrap import finite
 from ...tables import number, plain_table
 from ..base import ScoredFile, write_list
 from ..questions import Questions, add_question_file

@@ -20,8 +20,8 @@ import numpy as np
 from vlmfix.errors import DataError
 
 from ...data.source import image_number
+from ...stats.bootstrap import FloatArray
 from ...stats.figures import Auc, Column, Figure, SumStatistic, divide, one, share, stacked
-from ...stats.intervals import FloatArray
 from ...stats.table import Table
 from ..base import all_of, first_of
 from ..yes_no import ACCURACY, YES_RATIO, says_yes, yes_no_columns

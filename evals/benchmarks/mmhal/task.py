@@ -29,8 +29,16 @@ from ...testbed import default_cache_dir
 from ..base import ScoredFile, write_lines, write_list
 from ..choice import RunData
 from ..questions import Questions, add_question_file
-from .data import TYPES, MmhalItem, load_items, load_mmhal
-from .figures import MAX_RATING, MmhalTable, judge_prompt, score_judgements
+from .figures import (
+    MAX_RATING,
+    TYPES,
+    MmhalItem,
+    MmhalTable,
+    judge_prompt,
+    load_items,
+    load_mmhal,
+    score_judgements,
+)
 
 _JUDGEMENT_KEYS = ("judgement", "judgment", "evaluation")
 

@@ -23,7 +23,7 @@ from ...data.records import number_of
 from ...data.samples import Answer, Answers, Sample
 from ...data.write import digest
 from ...options import EvalOptions
-from ...stats.intervals import CONFIDENCE, finite
+from ...stats.bootstrap import CONFIDENCE, finite
 from ...stats.table import differences
 from ...tables import difference_cell, interval_cell, number, p_cell, plain_table
 from ..base import Benchmark, ScoredFile, safe_name, write_lines

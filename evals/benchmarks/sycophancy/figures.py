@@ -34,7 +34,6 @@ from ..yes_no import Parser, is_unparsed, parse_answer, yes_no_columns
 
 Condition = Literal["neutral", "wrong_hint", "right_hint", "challenge"]
 
-
 CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 

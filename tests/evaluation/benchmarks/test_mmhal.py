@@ -11,8 +11,15 @@ from shared_data import DATA, needs_data
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.mmhal.data import TYPES, MmhalItem, load_mmhal
-from vlmfix.evals.benchmarks.mmhal.figures import MmhalTable, judge_prompt, parse_rating, score_judgements
+from vlmfix.evals.benchmarks.mmhal.figures import (
+    TYPES,
+    MmhalItem,
+    MmhalTable,
+    judge_prompt,
+    load_mmhal,
+    parse_rating,
+    score_judgements,
+)
 from vlmfix.evals.benchmarks.mmhal.task import Judge, Mmhal
 from vlmfix.evals.data.samples import Answer, Sample
 
