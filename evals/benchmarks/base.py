@@ -224,11 +224,6 @@ class Benchmark(ABC):
         """Add what ``vlmfix score NAME`` needs to know beside the file of answers (``FILE``, ``--out``, ...)."""
 
     @classmethod
-    def reads_files(cls) -> bool:
-        """Whether ``vlmfix score`` knows its files."""
-        return cls.from_files.__func__ is not Benchmark.from_files.__func__  # type: ignore[attr-defined]
-
-    @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
         """Read a file of answers, whoever generated them: what was asked, and the answers to it.
 

@@ -176,7 +176,7 @@ class YesNoTable(Table):
     Columns as in the module's text, without ``margin`` and ``questions``.
 
     Attributes:
-        parser: How the answers were read; "score" if predictions come from scores.
+        parser: How the answers were read.
     """
 
     FIGURES: ClassVar[tuple[Figure, ...]] = (
@@ -256,21 +256,6 @@ def score_labels(
         tuple(items) or tuple(map(str, range(len(labels)))),
         parser=parser,
     )
-
-
-def score_logits(
-    labels: Sequence[bool], scores: Sequence[float], *, image_ids: Sequence[int], bias: float = 0.0
-) -> YesNoTable:
-    """Predict yes where ``score + bias > 0``; the scores in the table stay as given.
-
-    Raises:
-        DataError: no questions, different lengths, or a score that is not finite.
-    """
-    check_columns("POPE", len(labels), scores=scores, image_ids=image_ids)
-    _check_finite(scores)
-    columns = yes_no_columns(labels, [score > -bias for score in scores], scores)
-    items = tuple(map(str, range(len(labels))))
-    return YesNoTable(np.asarray(image_ids, dtype=np.int64), columns, items=items, parser="score")
 
 
 def _check_finite(scores: Sequence[float | None]) -> None:

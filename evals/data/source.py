@@ -109,7 +109,7 @@ def _load(location: str, config: str | None, split: str | None) -> Any:
         ) from error
 
 
-def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None, column: str = "image") -> Path | None:
+def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None) -> Path | None:
     """The file of a row's image; None where the row has none.
 
     Bytes out of a data set are kept in the cache folder, under their digest.
@@ -117,7 +117,7 @@ def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None, co
     Raises:
         DataError: The image is named, but there is no such file.
     """
-    value = row.get(column)
+    value = row.get("image")
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return _kept(bytes(value["bytes"]), Path(value.get("path") or "image").suffix)

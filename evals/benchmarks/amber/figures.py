@@ -216,7 +216,6 @@ def score_responses(
     nouns: Nouns | None = None,
     similarity: Similarity | None = None,
     similarity_name: str | None = None,
-    threshold: float = 0.8,
     image_ids: Mapping[int, int] | None = None,
     scores: Mapping[int, float | None] = MappingProxyType({}),
 ) -> AmberTable:
@@ -230,7 +229,6 @@ def score_responses(
             :func:`~vlmfix.evals.benchmarks.amber.objects.tagged_nouns`.
         similarity: Similarity of two words, or None for exact words only.
         similarity_name: Its name, for the table.
-        threshold: Two words are one if their similarity is above it (official: 0.8).
         image_ids: Item id -> number of its image; by default each item has its own.
         scores: Item id -> logit of yes minus that of no, of questions that it is known of.
 
@@ -244,7 +242,7 @@ def score_responses(
     if captions and nouns is None:
         known_lemmas(data)
         nouns = tagged_nouns()
-    same = None if similarity is None else compared(similarity, threshold)
+    same = None if similarity is None else compared(similarity)
     rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
     counted = np.asarray(rows, dtype=np.int64).reshape(len(captions), len(DESCRIPTION_COUNTS))
     ids = [item.id for item in (*captions, *questions)]

@@ -22,6 +22,8 @@ DESCRIPTION_COUNTS = ("nouns", "hallucinated", "covered", "truth_objects", "cogn
 
 Nouns = Callable[[str], list[str]]
 
+THRESHOLD = 0.8
+
 
 @functools.cache
 def _lemmas() -> tuple[frozenset[str], Mapping[str, str]]:
@@ -78,13 +80,13 @@ def spacy_similarity(model: str = "en_core_web_lg") -> Similarity:
     return lambda first, second: float(parse(first).similarity(parse(second)))
 
 
-def compared(similarity: Similarity, threshold: float) -> Callable[[str, str], bool]:
-    """Whether two words are one, by their similarity."""
+def compared(similarity: Similarity) -> Callable[[str, str], bool]:
+    """Whether two words are one: if their similarity is above the official threshold."""
     known: dict[tuple[str, str], bool] = {}  # Word vectors are slow, and the same words come again and again.
 
     def same(first: str, second: str) -> bool:
         if (first, second) not in known:
-            known[first, second] = similarity(first, second) > threshold
+            known[first, second] = similarity(first, second) > THRESHOLD
         return known[first, second]
 
     return same

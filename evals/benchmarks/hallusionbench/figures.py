@@ -15,7 +15,7 @@ The diagnosis blames each wrong answer on language (LH), vision (VI) or either (
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vlmfix.errors import DataError
 
 from ...data.source import image_number
-from ...stats.figures import Auc, Figure, share
+from ...stats.figures import Auc, Column, Figure, one, share
 from ...stats.table import Table, check_columns
 from ..base import all_of, first_of
 from ..yes_no import ACCURACY, YES_RATIO, parse_answer, yes_no_columns
@@ -61,6 +61,17 @@ class HallusionTable(Table):
         Figure("auc", "AUC", 1, Auc(), column=False),
     )
 
+    COUNTS: ClassVar[Mapping[str, Column]] = {
+        "total": one,
+        "correct": "correct",
+        "unclear": lambda table: table.code == UNCLEAR,
+        "easy_total": "easy",
+        "easy_correct": "easy_right",
+        "hard_total": "hard",
+        "hard_correct": "hard_right",
+        "unparsed": "unparsed",
+    }
+
     questions: tuple[HallusionQuestion, ...] = field(default=(), repr=False)
     same: NDArray[np.bool_] | None = field(default=None, repr=False)
     judge: str = ""
@@ -68,21 +79,16 @@ class HallusionTable(Table):
 
     def counts(self) -> dict[str, Any]:
         """Integer counts under the official names; LH, VI and Mix are there if ``same`` was judged."""
-        groups, right = int(self.groups.sum()), int(self.group_right.sum())
-        pair = {"total": groups, "total_q": len(self), "correct": right, "wrong": groups - right}
-        edited = np.asarray([q.visual_input == 2 for q in self.questions], dtype=np.bool_)
-        counts: dict[str, Any] = {
-            "total": len(self),
-            "correct": int(self.correct.sum()),
-            "unclear": int((self.code == UNCLEAR).sum()),
+        pair = self.sums({"total": "groups", "total_q": one, "correct": "group_right"})
+        pair["wrong"] = pair["total"] - pair["correct"]
+        edited = sum(q.visual_input == 2 for q in self.questions)
+        return {
+            **super().counts(),
             "consistency": self._consistency(),
             "pair": pair if self.same is None else pair | self._diagnosis(self.same),
+            "easy_q": len(self) - edited,
+            "hard_q": edited,
         }
-        for name, rows in (("easy", ~edited), ("hard", edited)):
-            counts[f"{name}_total"] = int(self.columns[name].sum())
-            counts[f"{name}_correct"] = int(self.columns[f"{name}_right"].sum())
-            counts[f"{name}_q"] = int(rows.sum())
-        return counts if self.judged else {**counts, "unparsed": int(self.unparsed.sum())}
 
     def _consistency(self) -> dict[str, int]:
         """Figures with all answers right, with none, and with some."""

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from pope_rule import score_logits
 
 from vlmfix.evals.benchmarks.chair.task import Chair
-from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, score_logits
+from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO
 from vlmfix.evals.scores.bias_curves import EarlyStop
 from vlmfix.evals.scores.controls import bias_curves, bias_lines
 from vlmfix.evals.scores.verdicts import correct_controls, verdict
