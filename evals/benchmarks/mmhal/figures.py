@@ -13,7 +13,7 @@ changes the figures**: report both. The instruction below is ours, not the offic
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ import numpy as np
 from vlmfix.errors import DataError
 
 from ...data.records import read_rows
-from ...data.source import dataset_rows, find_file, find_image, image_number, is_dataset, row_image
+from ...data.source import image_number
 from ...stats.figures import Column, Figure, one, share
 from ...stats.table import Table, check_columns
 
@@ -103,37 +103,15 @@ def load_mmhal(path: Path) -> list[MmhalItem]:
     Raises:
         DataError: the file is missing or broken, an entry is incomplete or out of order, or a question occurs twice.
     """
-    return _read_items(read_rows(path, what="MMHal-Bench file", remedy=_SOURCE))
+    return read_items(read_rows(path, what="MMHal-Bench file", remedy=_SOURCE))
 
 
-def load_items(where: str) -> list[MmhalItem]:
-    """Read the questions and find their images.
-
-    Args:
-        where: A folder with ``response_template.json`` and the images, under their OpenImages id or the name in their
-            address, also below ``images``; or a data set with the template's fields and an image, in its order.
+def read_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[MmhalItem]:
+    """Read questions from rows with the fields of the template, in its order, each with its place for messages.
 
     Raises:
-        DataError: A file is missing or broken, or an image is missing.
+        DataError: a row is incomplete or out of order, or a question occurs twice.
     """
-    found = []
-    if is_dataset(where):
-        rows = list(dataset_rows(where))
-        for item, (place, row) in zip(_read_items(rows), rows, strict=True):
-            if (path := row_image(row, place)) is None:
-                raise DataError(f"{place}: expected an image")
-            found.append(replace(item, path=path))
-        return found
-    folder = Path(where)
-    for item in load_mmhal(find_file(folder, ["response_template.json"], "questions")):
-        names = [f"{item.image_id}{suffix}" for suffix in (".jpg", ".png")]
-        names.append(str(item.row.get("image_src", item.image_id)).rpartition("/")[2])
-        path = find_image([folder / "images", folder], names, f"question {item.index}")
-        found.append(replace(item, path=path))
-    return found
-
-
-def _read_items(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[MmhalItem]:
     items: list[MmhalItem] = []
     seen: dict[tuple[str, str], int] = {}
     for number, (where, row) in enumerate(rows, 1):

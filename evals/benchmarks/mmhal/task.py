@@ -22,6 +22,7 @@ from ...data.matching import Asked
 from ...data.model_text import word
 from ...data.records import text_of
 from ...data.samples import Answer, Answers, Records
+from ...data.source import dataset_rows, find_file, find_image, is_dataset, row_image
 from ...data.write import digest, write_text
 from ...options import EvalOptions
 from ...tables import number, plain_table
@@ -35,8 +36,8 @@ from .figures import (
     MmhalItem,
     MmhalTable,
     judge_prompt,
-    load_items,
     load_mmhal,
+    read_items,
     score_judgements,
 )
 
@@ -123,7 +124,32 @@ class Mmhal(Questions):
     judged_by: str = ""
     requests: Path = Path()
 
-    load = staticmethod(load_items)
+    @classmethod
+    def load(cls, where: str) -> list[MmhalItem]:
+        """Read the questions and find their images.
+
+        Args:
+            where: A folder with ``response_template.json`` and the images, under their OpenImages id or the name in
+                their address, also below ``images``; or a data set with the template's fields and an image, in its
+                order.
+
+        Raises:
+            DataError: A file is missing or broken, or an image is missing.
+        """
+        found = []
+        if is_dataset(where):
+            rows = list(dataset_rows(where))
+            for item, (place, row) in zip(read_items(rows), rows, strict=True):
+                if (path := row_image(row, place)) is None:
+                    raise DataError(f"{place}: expected an image")
+                found.append(replace(item, path=path))
+            return found
+        folder = Path(where)
+        for item in load_mmhal(find_file(folder, ["response_template.json"], "questions")):
+            names = [f"{item.image_id}{suffix}" for suffix in (".jpg", ".png")]
+            names.append(str(item.row.get("image_src", item.image_id)).rpartition("/")[2])
+            found.append(replace(item, path=find_image([folder / "images", folder], names, f"question {item.index}")))
+        return found
 
     @classmethod
     def make(cls, options: EvalOptions, data: RunData) -> Mmhal:
