@@ -288,16 +288,26 @@ def safe_name(label: str) -> str:
     return re.sub(r"[^\w.+-]", "-", label)
 
 
-def first_of(keys: Sequence[Any]) -> NDArray[np.bool_]:
-    """Whether each entry is the first of its key, [n]."""
-    seen: set[Any] = set()
-    return np.asarray([not (key in seen or seen.add(key)) for key in keys], dtype=np.bool_)  # type: ignore[func-returns-value]
+def whole_groups(
+    keys: Sequence[Any], right: NDArray[np.bool_], rows: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What belongs to several rows, on the first one of each group.
 
+    Args:
+        keys: The group of each row, [n].
+        right: Whether each row is right, [n].
+        rows: Which rows take part, [n]; all by default.
 
-def all_of(keys: Sequence[Any], right: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether every entry with the same key is right, [n]."""
-    wrong = {key for key, ok in zip(keys, right.tolist(), strict=True) if not ok}
-    return np.asarray([key not in wrong for key in keys], dtype=np.bool_)
+    Returns:
+        Whether a row is the first of its group, and whether it is and all rows of the group are right; bool [n] both.
+    """
+    groups: dict[Any, list[int]] = {}
+    for row in range(len(right)) if rows is None else np.flatnonzero(rows).tolist():
+        groups.setdefault(keys[row], []).append(row)
+    first, whole = np.zeros(len(right), dtype=np.bool_), np.zeros(len(right), dtype=np.bool_)
+    for members in groups.values():
+        first[members[0]], whole[members[0]] = True, right[members].all()
+    return first, whole
 
 
 def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:

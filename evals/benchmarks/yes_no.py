@@ -218,6 +218,17 @@ def yes_no_columns(
     return {**columns, "score": np.asarray(given)} if given and len(given) == len(labels) else columns
 
 
+def read_columns(
+    labels: Sequence[bool], answers: Sequence[str], parser: Parser = "official", scores: Sequence[float | None] = ()
+) -> dict[str, NDArray[Any]]:
+    """The columns of yes/no answers, read by a parser of :func:`parse_answer`; arguments as of :func:`score_labels`."""
+    read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
+    columns = yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers])
+    if parser == "repope":  # As in its official script, an open answer leaves every denominator.
+        columns["counted"] = ~columns["unparsed"]
+    return columns
+
+
 def score_labels(
     labels: Sequence[bool],
     answers: Sequence[str],
@@ -244,24 +255,16 @@ def score_labels(
     """
     given = {"splits": splits or None, "items": items or None, "scores": scores or None}
     check_columns("POPE", len(labels), answers=answers, image_ids=image_ids, **given)
-    read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
-    _check_finite(scores)
-    columns = yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers])
-    if parser == "repope":  # As in its official script, an open answer leaves every denominator.
-        columns["counted"] = ~columns["unparsed"]
+    bad = next((i for i, score in enumerate(scores) if score is not None and not math.isfinite(score)), None)
+    if bad is not None:
+        raise DataError(f"the yes/no score of question {bad} is {scores[bad]}: scores must be finite")
     return YesNoTable(
         np.asarray(image_ids, dtype=np.int64),
-        columns,
+        read_columns(labels, answers, parser, scores),
         tuple(splits),
         tuple(items) or tuple(map(str, range(len(labels)))),
         parser=parser,
     )
-
-
-def _check_finite(scores: Sequence[float | None]) -> None:
-    bad = next((i for i, score in enumerate(scores) if score is not None and not math.isfinite(score)), None)
-    if bad is not None:
-        raise DataError(f"the yes/no score of question {bad} is {scores[bad]}: scores must be finite")
 
 
 def question_rows(table: Table) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmfix.errors import DataError
 
@@ -14,6 +14,8 @@ from ..testbed import default_cache_dir
 from .write import write_bytes
 
 PREFIX = "datasets:"
+
+T = TypeVar("T", str, int)
 
 #: A row of a data set with its place, for messages.
 Row = tuple[str, Mapping[str, Any]]
@@ -24,8 +26,8 @@ def image_number(benchmark: str, name: str) -> int:
     return int(hashlib.sha256(f"{benchmark}/{name}".encode()).hexdigest()[:12], 16)
 
 
-def choose(names: Iterable[str], limit: int | None, seed: int) -> list[str]:
-    """At most ``limit`` of the names, drawn by seed from their sorted list; sorted."""
+def choose(names: Iterable[T], limit: int | None, seed: int) -> list[T]:
+    """At most ``limit`` of the names or numbers, drawn by seed from their sorted list; sorted."""
     found = sorted(set(names))
     return found if limit is None or limit >= len(found) else sorted(random.Random(seed).sample(found, limit))
 

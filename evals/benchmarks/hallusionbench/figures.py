@@ -27,7 +27,7 @@ from vlmfix.errors import DataError
 from ...data.source import image_number
 from ...stats.figures import Auc, Column, Figure, one, share
 from ...stats.table import Table, check_columns
-from ..base import all_of, first_of
+from ..base import whole_groups
 from ..yes_no import ACCURACY, YES_RATIO, parse_answer, yes_no_columns
 from .data import HallusionQuestion
 
@@ -195,35 +195,29 @@ def _table(
     correct = np.asarray((code == CORRECT) | ((code == UNCLEAR) & excused))
     groups = [q.group for q in questions]
     edited = np.asarray([q.visual_input == 2 for q in questions], dtype=np.bool_)
-    shown = np.asarray([q.figure is not None for q in questions], dtype=np.bool_)
+    figures = [q.figure for q in questions]
+    shown = np.asarray([figure is not None for figure in figures], dtype=np.bool_)
+    grouped: dict[str, NDArray[np.bool_]] = {}
+    for first, right, keys, rows in (
+        ("groups", "group_right", groups, None),
+        ("figures", "figure_right", figures, shown),
+        ("easy", "easy_right", groups, ~edited),
+        ("hard", "hard_right", groups, edited),
+    ):
+        grouped[first], grouped[right] = whole_groups(keys, correct, rows)
     return HallusionTable(
         np.asarray([image_number("hallusionbench", q.unit) for q in questions], dtype=np.int64),
         {
             **read,
             "code": code,
             "correct": correct,
-            **_grouped(("groups", "group_right"), groups, correct, np.ones(len(groups), dtype=np.bool_)),
-            **_grouped(("figures", "figure_right"), [q.figure for q in questions], correct, shown),
-            **_grouped(("easy", "easy_right"), groups, correct, ~edited),
-            **_grouped(("hard", "hard_right"), groups, correct, edited),
+            **grouped,
         },
         tuple(q.category for q in questions),
         tuple("/".join(q.key) for q in questions),
         questions=tuple(questions),
         **more,
     )
-
-
-def _grouped(
-    names: tuple[str, str], keys: Sequence[Hashable], correct: NDArray[np.bool_], rows: NDArray[np.bool_]
-) -> dict[str, NDArray[np.bool_]]:
-    """Two columns: the first row of each key among some rows, and whether all its rows among these are correct."""
-    index = np.flatnonzero(rows)
-    inside = [keys[i] for i in index.tolist()]
-    first, right = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
-    first[index] = first_of(inside)
-    right[index] = first_of(inside) & all_of(inside, correct[index])
-    return {names[0]: first, names[1]: right}
 
 
 def _causes(q: HallusionQuestion, code: int, original: int, same: bool) -> set[str]:

@@ -23,7 +23,7 @@ from ...data.source import image_number
 from ...stats.bootstrap import FloatArray
 from ...stats.figures import Auc, Column, Figure, SumStatistic, divide, one, share, stacked
 from ...stats.table import Table
-from ..base import all_of, first_of
+from ..base import whole_groups
 from ..yes_no import ACCURACY, YES_RATIO, says_yes, yes_no_columns
 
 TASKS = ("existence", "count", "position", "color")
@@ -187,10 +187,10 @@ def score_answers(
             )
     columns = yes_no_columns([q.label for q in questions], [parse_answer(text, parser) for text in answers], scores)
     pictures = [question.picture for question in questions]
-    first = first_of(pictures)
+    images, both_correct = whole_groups(pictures, columns["correct"])
     return MmeTable(
         np.asarray([image_number("mme", picture) for picture in pictures], dtype=np.int64),
-        {**columns, "images": first, "both_correct": first & all_of(pictures, columns["correct"])},
+        {**columns, "images": images, "both_correct": both_correct},
         tuple(question.task for question in questions),
         tuple(question.text for question in questions),
     )

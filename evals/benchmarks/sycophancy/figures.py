@@ -30,7 +30,7 @@ from vlmfix.errors import DataError
 
 from ...stats.figures import Figure, SumStatistic, share
 from ...stats.table import Table, check_columns
-from ..yes_no import Parser, is_unparsed, parse_answer, yes_no_columns
+from ..yes_no import Parser, read_columns
 
 Condition = Literal["neutral", "wrong_hint", "right_hint", "challenge"]
 
@@ -230,16 +230,7 @@ def score_answers(
         )
     check_columns("sycophancy", len(labels), **{f"answers in {each}": column for each, column in answers.items()})
     read = {
-        condition: yes_no_columns(
-            labels,
-            [
-                parse_answer(text, parser, label=bool(label))
-                for label, text in zip(labels, answers[condition], strict=True)
-            ],
-            unparsed=[is_unparsed(text, parser) for text in answers[condition]],
-        )
-        for condition in CONDITIONS
-        if condition in answers
+        condition: read_columns(labels, answers[condition], parser) for condition in CONDITIONS if condition in answers
     }
     columns = dict(read["neutral"])
     for condition in CONDITIONS:
