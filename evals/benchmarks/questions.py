@@ -32,20 +32,12 @@ class Question(Protocol):
         """The image's file; None without an image, and where only answers are scored."""
 
     @property
-    def split(self) -> str:
-        """The part of the benchmark it belongs to."""
-
-    @property
     def unit(self) -> str:
         """What is chosen with all its questions, mostly the image."""
 
     @property
     def picture(self) -> str:
         """Name of the image within the benchmark."""
-
-    @property
-    def identity(self) -> list[Any]:
-        """What tells a run with it from a run with another one, for ``config.json``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,8 @@ class Questions(Benchmark):
         prompt_template: What is asked if the user does not say, with ``{question}``.
         new_tokens: The most new tokens of an answer if the user does not say; None for those of a yes/no answer.
         records: What is noted beside an answer.
-        limit_per_split: Whether ``--limit`` counts the units of each split.
+        identified_by: The attributes of a question that tell it from others in ``config.json``.
+        limit_per: Attribute of a question; ``--limit`` counts the units of each of its values. Empty: it counts all.
         asked: Every question, in file order.
         each: The sample of each.
         prompt: Template with ``{question}``.
@@ -68,7 +61,8 @@ class Questions(Benchmark):
     prompt_template: ClassVar[str] = "{question}"
     new_tokens: ClassVar[int | None] = None
     records: ClassVar[Records] = "score"
-    limit_per_split: ClassVar[bool] = False
+    identified_by: ClassVar[tuple[str, ...]]
+    limit_per: ClassVar[str] = ""
 
     asked: tuple[Any, ...]
     each: tuple[Sample, ...]
@@ -93,7 +87,7 @@ class Questions(Benchmark):
         questions = cls.load(data.own(cls.name))
         prompt = options.prompt_of.get(cls.name, cls.prompt_template)
         limit = answer_limit(options) if cls.new_tokens is None else options.max_new_tokens or cls.new_tokens
-        asked = _chosen(questions, options, cls.limit_per_split)
+        asked = _chosen(questions, options, cls.limit_per)
         each = tuple(
             Sample(
                 cls.name,
@@ -132,7 +126,7 @@ class Questions(Benchmark):
         return {
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
-            "questions": digest([question.identity for question in self.asked]),
+            "questions": digest([[getattr(question, name) for name in self.identified_by] for question in self.asked]),
         }
 
     def texts(self, answers: Answers) -> list[str]:
@@ -144,18 +138,17 @@ class Questions(Benchmark):
         return [answers[sample.key].score for sample in self.each]
 
 
-def _chosen(questions: Sequence[Question], options: EvalOptions, per_split: bool) -> tuple[Question, ...]:
-    """At most ``--limit`` units, of each split or of all, with all their questions."""
-
-    def part(question: Question) -> str:
-        return question.split if per_split else ""
-
+def _chosen(questions: Sequence[Question], options: EvalOptions, limit_per: str) -> tuple[Question, ...]:
+    """At most ``--limit`` units, of each value of an attribute if one is named, with all their questions."""
+    parts = [getattr(question, limit_per) if limit_per else "" for question in questions]
     kept = {
-        (name, unit)
-        for name in {part(question) for question in questions}
-        for unit in choose((q.unit for q in questions if part(q) == name), options.limit, options.seed)
+        (part, unit)
+        for part in set(parts)
+        for unit in choose(
+            (q.unit for q, p in zip(questions, parts, strict=True) if p == part), options.limit, options.seed
+        )
     }
-    return tuple(question for question in questions if (part(question), question.unit) in kept)
+    return tuple(q for q, part in zip(questions, parts, strict=True) if (part, q.unit) in kept)
 
 
 def add_by_order(parser: ArgumentParser) -> None:

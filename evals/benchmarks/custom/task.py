@@ -77,11 +77,6 @@ class CustomQuestion:
     row: Mapping[str, Any]
 
     @property
-    def split(self) -> str:
-        """Its kind."""
-        return "free" if self.label is None else "yes/no"
-
-    @property
     def unit(self) -> str:
         """What is chosen and resampled: the image, or a question without one."""
         return f"question {self.text}" if self.path is None else f"image {self.path.name} {self.image}"
@@ -89,9 +84,9 @@ class CustomQuestion:
     picture = unit
 
     @property
-    def identity(self) -> list[Any]:
-        """Image, question and answers."""
-        return [self.path and file_digest(self.path), self.text, self.label, list(self.answers)]
+    def image_digest(self) -> str | None:
+        """Digest of the image's file."""
+        return None if self.path is None else file_digest(self.path)
 
 
 def read_questions(rows: Iterable[tuple[str, Mapping[str, Any], Path | None]]) -> list[CustomQuestion]:
@@ -186,6 +181,7 @@ class Custom(Questions):
     figures = CustomTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
     row_by_row: ClassVar[bool] = True
+    identified_by: ClassVar[tuple[str, ...]] = ("image_digest", "text", "label", "answers")
     new_tokens: ClassVar[int] = 64
 
     asked: tuple[CustomQuestion, ...]
@@ -227,7 +223,7 @@ class Custom(Questions):
         return CustomTable(
             np.asarray([image_number(self.name, q.unit) for q in self.asked], dtype=np.int64),
             columns,
-            tuple(q.split for q in self.asked),
+            tuple("free" if q.label is None else "yes/no" for q in self.asked),
             tuple(q.text for q in self.asked),
         )
 

@@ -56,16 +56,6 @@ class HallusionQuestion:
         return (self.category, self.subcategory, self.set_id, self.figure_id, self.question_id)
 
     @property
-    def identity(self) -> list[Any]:
-        """Key, question and label."""
-        return [*self.key, self.text, self.label]
-
-    @property
-    def split(self) -> str:
-        """Its category."""
-        return self.category
-
-    @property
     def unit(self) -> str:
         """The set of figures, which holds every variant of its questions: what is chosen and resampled."""
         return "/".join(self.key[:3])

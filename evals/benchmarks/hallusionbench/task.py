@@ -47,6 +47,7 @@ class HallusionBench(Questions):
     summary: ClassVar[str] = "yes/no questions about figures, original and edited"
     figures = HallusionTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
+    identified_by: ClassVar[tuple[str, ...]] = (*KEY_FIELDS, "text", "label")
     new_tokens: ClassVar[int] = 64
 
     asked: tuple[HallusionQuestion, ...]

@@ -48,21 +48,11 @@ class MmeQuestion:
     path: Path | None = None
 
     @property
-    def split(self) -> str:
-        """Its task."""
-        return self.task
-
-    @property
     def picture(self) -> str:
         """The image, whose name other tasks may use too."""
         return f"{self.task}/{self.image}"
 
     unit = picture
-
-    @property
-    def identity(self) -> list[Any]:
-        """Task, image, question and label."""
-        return [self.task, self.image, self.text, self.label]
 
 
 def _official(text: str) -> bool | None:

@@ -55,7 +55,8 @@ class Mme(Questions):
     summary: ClassVar[str] = "MME's hallucination subset: existence, count, position and color"
     figures = MmeTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
-    limit_per_split: ClassVar[bool] = True
+    identified_by: ClassVar[tuple[str, ...]] = ("task", "image", "text", "label")
+    limit_per: ClassVar[str] = "task"
 
     asked: tuple[MmeQuestion, ...]
     parser: str = "official"

@@ -77,11 +77,6 @@ class MmhalItem:
     path: Path | None = None
 
     @property
-    def split(self) -> str:
-        """Its type."""
-        return self.type
-
-    @property
     def unit(self) -> str:
         """The question itself: each has an image of its own."""
         return f"{self.index:04d}"
@@ -90,11 +85,6 @@ class MmhalItem:
     def picture(self) -> str:
         """The image's id."""
         return self.image_id
-
-    @property
-    def identity(self) -> list[Any]:
-        """Index, image and question."""
-        return [self.index, self.image_id, self.text]
 
 
 def load_mmhal(path: Path) -> list[MmhalItem]:

@@ -115,6 +115,7 @@ class Mmhal(Questions):
     summary: ClassVar[str] = "open questions, whose answers a judge rates"
     figures = MmhalTable.FIGURES
     scoring: ClassVar[tuple[str, ...]] = ("judge",)
+    identified_by: ClassVar[tuple[str, ...]] = ("index", "image_id", "text")
     new_tokens: ClassVar[int] = 256
     records: ClassVar[Records] = "text"
 
