@@ -140,15 +140,12 @@ class Questions(Benchmark):
 
 def _chosen(questions: Sequence[Question], options: EvalOptions, limit_per: str) -> tuple[Question, ...]:
     """At most ``--limit`` units, of each value of an attribute if one is named, with all their questions."""
+    units: dict[str, list[str]] = {}
     parts = [getattr(question, limit_per) if limit_per else "" for question in questions]
-    kept = {
-        (part, unit)
-        for part in set(parts)
-        for unit in choose(
-            (q.unit for q, p in zip(questions, parts, strict=True) if p == part), options.limit, options.seed
-        )
-    }
-    return tuple(q for q, part in zip(questions, parts, strict=True) if (part, q.unit) in kept)
+    for question, part in zip(questions, parts, strict=True):
+        units.setdefault(part, []).append(question.unit)
+    kept = {part: set(choose(of_part, options.limit, options.seed)) for part, of_part in units.items()}
+    return tuple(question for question, part in zip(questions, parts, strict=True) if question.unit in kept[part])
 
 
 def add_by_order(parser: ArgumentParser) -> None:
