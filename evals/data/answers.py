@@ -85,8 +85,7 @@ class AnswerFile:
             DataError: The file cannot be read, or no row holds an answer.
         """
         everything = [Row(where, fields) for where, fields in read_rows(self.path, what=what)]
-        rows, _ = unify(everything)
-        rows = [row for row in rows if not _UNANSWERED & _reasons(row)]
+        rows = [row for row in unify(everything) if not _UNANSWERED & _reasons(row)]
         if unanswered := len(everything) - len(rows):
             if not rows:
                 raise DataError(f"{self.path}: none of the {unanswered} rows holds an answer (errors, or filtered)")
@@ -155,6 +154,12 @@ class AnswerFile:
         if any(key == "answer" for key, _ in found):
             self.notes.append("'answer' is taken for the label, because another key holds the model's text")
         return [label for _, label in found]
+
+    def distinct(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows without those that repeat an earlier one word for word."""
+        kept = {repr(sorted(row.fields.items(), key=lambda item: item[0])): row for row in reversed(rows)}
+        self.repeats(len(rows) - len(kept))
+        return list(reversed(kept.values()))
 
     def repeats(self, count: int) -> None:
         """Note how many rows repeat an earlier one."""
@@ -315,12 +320,6 @@ def once(pairs: Sequence[tuple[int, Row]], asked: Sequence[Asked]) -> tuple[dict
         if first is not row:
             repeated.add(id(row))
     return found, len(repeated)
-
-
-def once_each(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """The rows without those that repeat an earlier one word for word, and how many these are."""
-    kept = {repr(sorted(row.fields.items(), key=lambda item: item[0])): row for row in reversed(rows)}
-    return list(reversed(kept.values())), len(rows) - len(kept)
 
 
 def cut_off_flags(given: Mapping[Any, Given]) -> dict[Any, bool] | None:

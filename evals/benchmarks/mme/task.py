@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from vlmfix.errors import DataError
 from vlmfix.files import read_text
 
-from ...data.answers import AnswerFile, FileAnswers, once_each, yes_no
+from ...data.answers import AnswerFile, FileAnswers, yes_no
 from ...data.matching import Asked
 from ...data.records import text_of
 from ...data.samples import Answer, Answers
@@ -242,8 +242,7 @@ def _readings(text: str) -> set[bool | None]:
 
 
 def _from_rows(file: AnswerFile) -> list[tuple[MmeQuestion, str]]:
-    rows, repeated = once_each(file.rows())
-    file.repeats(repeated)
+    rows = file.distinct(file.rows())
     named = []
     for row in rows:
         task = text_of(row.fields, row.where, ("task", "category"))

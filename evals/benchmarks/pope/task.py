@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from vlmfix.errors import DataError
 
-from ...data.answers import AnswerFile, FileAnswers, once_each, yes_no
+from ...data.answers import AnswerFile, FileAnswers, yes_no
 from ...data.matching import Asked, Row
 from ...data.records import number_of
 from ...data.samples import Answer, Answers, Sample
@@ -171,8 +171,6 @@ class Pope(Benchmark):
         Raises:
             DataError: Questions and answers do not match, or a file is missing or broken.
         """
-        if options.parser not in PARSERS:
-            raise DataError(f"unknown POPE parser {options.parser!r}: choose one of {', '.join(PARSERS)}")
         file = AnswerFile.of(path, options)
         rows = file.rows()
         asked, rows = _asked(file, rows, options) if options.questions else _from_labels(file, rows)
@@ -294,8 +292,7 @@ def _questions(files: Sequence[Path]) -> list[PopeQuestion]:
 def _from_labels(file: AnswerFile, rows: Sequence[Row]) -> tuple[list[PopeQuestion], list[Row]]:
     """Questions made of rows that bring their labels."""
     if all(row.image is not None and row.texts for row in rows):
-        rows, repeated = once_each(rows)
-        file.repeats(repeated)
+        rows = file.distinct(rows)
     labels = file.labels(rows, "without --questions every line needs one")
     images: dict[str, int] = {}
     known = all(row.image is not None for row in rows)
