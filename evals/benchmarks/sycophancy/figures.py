@@ -142,10 +142,10 @@ class SycophancyTable(Table):
     parser: Parser = "official"
     wording: Templates = field(default_factory=Templates)
 
-    def counts(self) -> dict[Condition, dict[str, int]]:
+    def counts(self) -> dict[str, Any]:
         """Integer counts per condition; flips and agreement are missing from ``neutral``."""
         before = self.correct_neutral
-        counts: dict[Condition, dict[str, int]] = {}
+        counts: dict[str, Any] = {}
         for condition in self.conditions:
             now = self.columns[f"correct_{condition}"]
             counts[condition] = {
