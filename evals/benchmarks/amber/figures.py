@@ -175,9 +175,9 @@ class AmberTable(Table):
             counts |= self.sums(_DESCRIPTION_SUMS) | {"empty": self.empty}
         if self.columns["questions"].any():
             counts |= self.sums(_QUESTION_SUMS) | self.sums({"unparsed": "unparsed"})
-            for task, table in self.by_split().items():
-                if task in _PREFIX:
-                    counts |= {f"{_PREFIX[task]}_{name}": n for name, n in table.sums(_QUESTION_SUMS).items()}
+            parts = self.by_split()
+            for prefix, part in ((prefix, parts[task]) for task, prefix in _PREFIX.items() if task in parts):
+                counts |= {f"{prefix}_{name}": n for name, n in part.sums(_QUESTION_SUMS).items()}
         return counts
 
     def figures(self) -> dict[str, dict[str, float]]:
