@@ -29,7 +29,7 @@ from ...tables import difference_cell, interval_cell, number, p_cell, plain_tabl
 from ..base import Benchmark, ScoredFile, safe_name, write_lines
 from ..choice import RunData, answer_limit
 from ..object_choice import PROMPT, choose_questions
-from ..object_questions import SPLITS, PopeQuestion, load_questions
+from ..object_questions import SPLITS, PopeQuestion, load_questions, without_removed
 from ..questions import add_by_order
 from ..yes_no import PARSERS, Parser, YesNoTable, mcnemar_once, readings, score_labels
 
@@ -253,6 +253,10 @@ def _asked(file: AnswerFile, rows: Sequence[Row], options: Namespace) -> tuple[l
     questions = _questions(options.questions)
     if any("repope" in path.name.lower() for path in options.questions):
         file.notes.append("the labels are RePOPE's: not comparable with figures of POPE")
+        everything, rows = rows, without_removed(rows, questions)
+        if removed := len(everything) - len(rows):
+            file.facts["removed"] = removed
+            file.notes.append(f"{removed} answers to questions that RePOPE leaves out are ignored")
     file.facts["questions"] = {
         path.name: sum(q.split == split for q in questions)
         for path, split in zip(options.questions, dict.fromkeys(q.split for q in questions), strict=False)
