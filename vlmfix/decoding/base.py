@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -13,10 +13,8 @@ from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.recipes import check_placement
-
-if TYPE_CHECKING:
-    from vlmfix.model.anatomy import Anatomy
 
 
 class OtherTokens(NamedTuple):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import AttentionInterface
 
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import AttentionCall
 from vlmfix.model.refusals import check_selection
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from vlmfix.engine.plan import PatchedSite
-
 
 ATTENTION_NAME = "vlmfix"
 """The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""

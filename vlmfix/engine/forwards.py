@@ -6,21 +6,18 @@ answers with what methods do there; a ``StockForward`` edits nothing, and its su
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from vlmfix.engine.attend import attend
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import SHARED, SequenceState
 from vlmfix.methods.views import Forward, Layer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from vlmfix.engine.plan import PatchedSite
-    from vlmfix.methods.base import Method
-    from vlmfix.model.attention import AttentionCall
+from vlmfix.model.attention import AttentionCall
 
 
 class StockForward:

@@ -11,24 +11,20 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmfix.engine.base_output import is_measured
 from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.plan import Numbered, PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.views import Block
-from vlmfix.model.anatomy import FORWARD_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
 from vlmfix.model.blocks import BlockKind, ResidualBlocks, find_blocks
 from vlmfix.model.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from vlmfix.engine.plan import Numbered, PatchedSite
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
-
 
 _MISSING = object()
 """Marks a forward that did not pass through the patched model."""
