@@ -227,7 +227,7 @@ def check_shares_prefix(anatomy: Anatomy) -> None:
         UnsupportedFeatureError: See :func:`shared_prefix`.
     """
     name = type(anatomy.model).__name__
-    if anatomy.kinds != {"joint"} or anatomy.projector is not None or not anatomy.image_token_ids:
+    if not (anatomy.reads_image_tokens and anatomy.image_token_ids):
         raise UnsupportedFeatureError(
             f"{name} has no image tokens in its prompt, so there is no prefix up to the last."
         )

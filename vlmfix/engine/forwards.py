@@ -19,6 +19,18 @@ from vlmfix.methods.sequence import SHARED, SequenceState
 from vlmfix.methods.views import Forward, Layer
 from vlmfix.model.attention import AttentionCall
 
+MISSING = object()
+"""Marks a call of a part of a patched model to which no forward has come down."""
+
+
+def reached_from_outside(what: str) -> UnsupportedFeatureError:
+    """Return the error for a part of a patched model that was not reached through the model's own forward."""
+    return UnsupportedFeatureError(
+        f"{what} of a patched model was reached without going through the model's own forward, so vlmfix cannot know "
+        "where the image is. Call the whole model (model(...) or model.generate(...)), or take the patch off first: "
+        "vlmfix.unpatch(model)."
+    )
+
 
 class StockForward:
     """A forward in which nothing is edited; subclasses record what they see of it."""

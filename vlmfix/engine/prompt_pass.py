@@ -24,6 +24,9 @@ from vlmfix.model.attention import AttentionCall
 from vlmfix.model.images import Encoded, blank_images
 from vlmfix.model.vision_tower import VisionRecorder
 
+NO_TEXT = "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
+
+
 _OF_TOKENS = frozenset({"attention_mask", "position_ids", "token_type_ids"})
 """Arguments of a text that have a number for every token."""
 
@@ -210,9 +213,7 @@ def _lengths(keep: torch.Tensor) -> list[int]:
     """Return how many tokens of each prompt are kept."""
     lengths: list[int] = keep.sum(1).tolist()
     if min(lengths) == 0:
-        raise UnsupportedFeatureError(
-            "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
-        )
+        raise UnsupportedFeatureError(NO_TEXT)
     return lengths
 
 

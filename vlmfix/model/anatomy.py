@@ -133,6 +133,11 @@ class Anatomy:
         """The kinds of attention of its sites."""
         return frozenset(site.kind for site in self.sites)
 
+    @property
+    def reads_image_tokens(self) -> bool:
+        """Whether its prompts hold the image's tokens, and all its text attention reads them there."""
+        return self.kinds == {"joint"} and self.projector is None
+
     def is_image(self, ids: torch.Tensor) -> torch.Tensor:
         """Return which ids stand for image tokens: bool, of the same shape."""
         return torch.isin(ids, torch.tensor(self.image_token_ids, device=ids.device))
