@@ -187,7 +187,8 @@ def analyse(model: object) -> Anatomy:
     if not image_token_ids and not any(site.kind == "image" for site in sites):
         raise UnsupportedModelError(
             f"{kind} has no image token in its config, so vlmfix cannot find images in a prompt. It patches "
-            "vision-language models; if this is one, set model.config.image_token_id = <id of the image token>."
+            "vision-language models whose prompts hold a token for every image feature; if this is one, set "
+            "model.config.image_token_id = <id of that token>."
         )
     if not sites:
         raise UnsupportedModelError(
