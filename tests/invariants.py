@@ -18,25 +18,16 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def continued(model: Any, inputs: Any, steps: list[list[int]], **options: Any) -> list[Any]:
-    """Read a prompt, then one forward for each list of tokens."""
-    cache = DynamicCache(config=model.config)
+def continued(model: Any, inputs: Any, steps: Sequence[Any], **options: Any) -> list[Any]:
+    """Read a prompt, then one forward for each of the steps: tokens of every row, or ``[batch, tokens]``."""
+    cache, mask, batch = DynamicCache(config=model.config), inputs["attention_mask"], len(inputs["input_ids"])
     found = [forward(model, inputs, past_key_values=cache, use_cache=True, **options)]
-    mask = inputs["attention_mask"]
     for tokens in steps:
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], len(tokens))], dim=1)
+        ids = tokens if isinstance(tokens, torch.Tensor) else torch.tensor([tokens] * batch)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        more = {"position_ids": mask.cumsum(1)[:, -ids.shape[1] :] - 1, "logits_to_keep": ids.shape[1], **options}
         with torch.no_grad():
-            found.append(
-                model(
-                    input_ids=torch.tensor([tokens] * mask.shape[0]),
-                    attention_mask=mask,
-                    position_ids=mask.cumsum(1)[:, -len(tokens) :] - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=len(tokens),
-                    **options,
-                )
-            )
+            found.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more))
     return found
 
 

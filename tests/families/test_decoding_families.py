@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from invariants import close
 
 import vlmfix
 from families import by_name
@@ -25,10 +26,6 @@ def available(name: str) -> Family:
     if family.unavailable():
         pytest.skip(str(family.unavailable()))
     return family
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def by_patches(pictures: Sequence[torch.Tensor], patch: int) -> torch.Tensor:

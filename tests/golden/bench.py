@@ -98,10 +98,10 @@ class Bench:
     @cached_property
     def benchmark_data(self) -> dict[str, Path]:
         """Where the benchmarks' own data are."""
-        root = self.folder / "data"
-        described = {"amber": data.amber(root / "amber", self.coco, described=False)}
+        root, found = self.folder / "data", data.pictures(self.coco)
+        described = {"amber": data.amber(root / "amber", found, described=False)}
         makers = {"mme": data.mme, "hallusionbench": data.hallusionbench, "mmhal": data.mmhal, "custom": data.custom}
-        return described | {name: make(root / name, self.coco) for name, make in makers.items()}
+        return described | {name: make(root / name, found) for name, make in makers.items()}
 
     @cached_property
     def benchmarks(self) -> Path:

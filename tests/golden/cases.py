@@ -107,7 +107,7 @@ def eval_benchmarks(bench: Bench) -> Any:
 @nltk_data(SHARED / "nltk_data")
 def eval_described(bench: Bench) -> Any:
     """AMBER with descriptions, whose nouns nltk tags, and captions matched by CHAIR's nltk mode."""
-    amber = data.amber(bench.folder / "described", bench.coco, described=True)
+    amber = data.amber(bench.folder / "described", data.pictures(bench.coco), described=True)
     words = [
         "--limit",
         3,

@@ -1,9 +1,10 @@
-"""Small made-up copies of the benchmarks' folders, in their real layouts, with pictures of a COCO folder."""
+"""Small made-up copies of the benchmarks' folders, in their real layouts, about pictures whose objects are known."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ MME_TASKS = ("existence", "count", "position", "color")
 MMHAL_TYPES = ("attribute", "adversarial", "comparison", "counting")
 
 
-def pictures(coco: Path) -> list[tuple[Path, list[str]]]:
-    """Each picture with the names of its objects, in the order of the ids."""
+Pictures = Sequence[tuple[Path, Sequence[str]]]
+"""Each with the names of its objects, sorted."""
+
+
+def pictures(coco: Path) -> Pictures:
+    """Those of a COCO folder, in the order of the ids."""
     found = json.loads((coco / "instances_val2014.json").read_text())
     names = {category["id"]: category["name"] for category in found["categories"]}
     objects: dict[int, set[str]] = {image["id"]: set() for image in found["images"]}
@@ -24,11 +29,11 @@ def pictures(coco: Path) -> list[tuple[Path, list[str]]]:
     return [(files[i], sorted(objects[i])) for i in sorted(files)]
 
 
-def _ask(name: str) -> str:
+def ask(name: str) -> str:
     return f"Is there a {name} in the image?"
 
 
-def _absent(objects: list[str]) -> str:
+def _absent(objects: Sequence[str]) -> str:
     return next(word for word in WORDS if word not in objects)
 
 
@@ -43,14 +48,14 @@ def _write(path: Path, value: Any) -> Path:
     return path
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
+def lines(path: Path, rows: Sequence[Any]) -> Path:
     """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def amber(folder: Path, coco: Path, *, described: bool) -> Path:
+def amber(folder: Path, found: Pictures, *, described: bool) -> Path:
     """AMBER's repository with its images; ``described`` adds descriptions, which need nltk's data."""
     items: list[dict[str, Any]] = []
     queries: list[dict[str, Any]] = []
@@ -59,7 +64,6 @@ def amber(folder: Path, coco: Path, *, described: bool) -> Path:
         items.append({"id": len(items) + 1, **item})
         queries.append({"id": len(items), "image": image, "query": query})
 
-    found = pictures(coco)
     for index, (path, objects) in enumerate(found):
         name = f"AMBER_{index + 1}.jpg"
         _copy(path, folder / "image" / name)
@@ -70,7 +74,7 @@ def amber(folder: Path, coco: Path, *, described: bool) -> Path:
     for kind in ("hallucination", "attribute-state", "relation", "attribute-number", "attribute-action"):
         for index, (_, objects) in enumerate(found):
             word = objects[0] if index % 2 and kind != "hallucination" else _absent(objects)
-            query = f"{_ask(word)} Look at its {kind.rpartition('-')[2]}."
+            query = f"{ask(word)} Look at its {kind.rpartition('-')[2]}."
             truth = "yes" if word in objects else "no"
             add(f"AMBER_{index + 1}.jpg", query, type=f"discriminative-{kind}", truth=truth)
     _write(folder / "data" / "annotations.json", items)
@@ -80,25 +84,24 @@ def amber(folder: Path, coco: Path, *, described: bool) -> Path:
     return folder
 
 
-def mme(folder: Path, coco: Path) -> Path:
+def mme(folder: Path, found: Pictures) -> Path:
     """MME's release: two tasks with everything in one folder, two with texts and images apart."""
     for place, task in enumerate(MME_TASKS):
         texts = folder / task / ("questions_answers_YN" if place % 2 else "")
         images = folder / task / ("images" if place % 2 else "")
         texts.mkdir(parents=True, exist_ok=True)
-        for index, (path, objects) in enumerate(pictures(coco)):
+        for index, (path, objects) in enumerate(found):
             _copy(path, images / f"{index:04d}.png")
             pair = (objects[place % len(objects)], _absent(objects))
-            rows = [f"{_ask(w)} Please answer yes or no.\t{'Yes' if w in objects else 'No'}\n" for w in pair]
+            rows = [f"{ask(w)} Please answer yes or no.\t{'Yes' if w in objects else 'No'}\n" for w in pair]
             (texts / f"{index:04d}.txt").write_text("".join(rows))
     (folder / "OCR").mkdir()
     return folder
 
 
-def hallusionbench(folder: Path, coco: Path) -> Path:
+def hallusionbench(folder: Path, found: Pictures) -> Path:
     """HallusionBench: sets of an original and an edited figure; sets of category VS have no original figure."""
     rows = []
-    found = pictures(coco)
     for place, (path, objects) in enumerate(found):
         set_id, figure = divmod(place, 2)
         category = "VS" if set_id % 2 else "VD"
@@ -115,7 +118,7 @@ def hallusionbench(folder: Path, coco: Path) -> Path:
                     "figure_id": str(figure),
                     "sample_note": "",
                     "question_id": str(question),
-                    "question": f"{_ask(word)} Set {set_id}. Please answer yes or no.",
+                    "question": f"{ask(word)} Set {set_id}. Please answer yes or no.",
                     "gt_answer_details": "",
                     "gt_answer": str(int(word in objects)),
                     "filename": name,
@@ -125,10 +128,10 @@ def hallusionbench(folder: Path, coco: Path) -> Path:
     return folder
 
 
-def mmhal(folder: Path, coco: Path) -> Path:
+def mmhal(folder: Path, found: Pictures) -> Path:
     """MMHal-Bench's template with images under the names in their addresses."""
     rows = []
-    for index, (path, objects) in enumerate(pictures(coco)):
+    for index, (path, objects) in enumerate(found):
         _copy(path, folder / f"{index}_o.jpg")
         rows.append(
             {
@@ -136,7 +139,7 @@ def mmhal(folder: Path, coco: Path) -> Path:
                 "question_topic": "outdoor",
                 "image_id": f"{index:016x}",
                 "image_src": f"https://example.org/{index}_o.jpg",
-                "image_content": objects,
+                "image_content": list(objects),
                 "question": "What is in the image?",
                 "gt_answer": f"There are {', '.join(objects)}.",
                 "model_answer": "",
@@ -146,14 +149,14 @@ def mmhal(folder: Path, coco: Path) -> Path:
     return folder
 
 
-def custom(folder: Path, coco: Path) -> Path:
+def custom(folder: Path, found: Pictures, *, more: Sequence[dict[str, Any]] = ()) -> Path:
     """A file of questions of one's own: yes/no, free, and without an image."""
     rows: list[dict[str, Any]] = [{"question": "Is there a dog in the image?", "answer": "no"}]
-    for index, (path, objects) in enumerate(pictures(coco)):
+    for index, (path, objects) in enumerate(found):
         _copy(path, folder / f"{index}.png")
         for word in (objects[0], _absent(objects)):
-            rows.append(
-                {"image": f"{index}.png", "question": _ask(word), "answer": "yes" if word in objects else "No."}
-            )
-        rows.append({"image": f"{index}.png", "question": "What is in the image?", "answer": objects, "id": index})
-    return lines(folder / "questions.jsonl", rows)
+            rows.append({"image": f"{index}.png", "question": ask(word), "answer": "yes" if word in objects else "No."})
+        rows.append(
+            {"image": f"{index}.png", "question": "What is in the image?", "answer": list(objects), "id": index}
+        )
+    return lines(folder / "questions.jsonl", [*rows, *more])

@@ -10,21 +10,7 @@ from typing import Any
 import vlmfix
 from golden.bench import Bench, done, say
 
-VERBS = (
-    "eval",
-    "methods",
-    "info",
-    "score",
-    "calibrate",
-    "tune",
-    "power",
-    "inspect",
-    "compare",
-    "plot",
-    "run",
-    "serve",
-    "export",
-)
+VERBS = ("eval", "methods", "info", "score", "calibrate", "tune", "power", "inspect", "compare", "plot")
 SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme")
 
 CHOICES: dict[str, dict[str, str]] = {

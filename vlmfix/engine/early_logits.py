@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedModelError
-from vlmfix.methods.base import Method
-from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.blocks import final_norm
+
+if TYPE_CHECKING:
+    from vlmfix.engine.forwards import EditedForward
+    from vlmfix.methods.base import Method
+    from vlmfix.model.anatomy import Anatomy
 
 
 class EarlyHead:

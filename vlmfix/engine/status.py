@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmfix.methods.base import Method
-from vlmfix.methods.views import Forward
+
+if TYPE_CHECKING:
+    from vlmfix.methods.views import Forward
 
 
 class Counters:

@@ -104,8 +104,7 @@ def test_similar_words_count_as_the_object(data):
     assert counts == {"chair_num": 3, "chair_score": 1, "safe_cover_score": 2, "hallu_cover_score": 1}
     alone = describe(data, "cat", similarity=similarity)
     assert alone == {"chair_num": 2, "chair_score": 0, "safe_cover_score": 2, "hallu_cover_score": 1}
-    nearer = describe(data, "cat dog", similarity=lambda first, second: similarity(first, second) + 0.01)
-    assert nearer["chair_score"] == 0
+    assert describe(data, "cat dog", similarity=similarity, threshold=0.79)["chair_score"] == 0
     table = score_responses(data, {1: "cat", 2: ""}, nouns=words, similarity=similarity, similarity_name="mine")
     assert table.similarity == "mine"
 
@@ -305,22 +304,6 @@ def test_score_amber(tmp_path, capsys):
 def test_score_amber_mismatch(tmp_path, capsys, rows, message):
     assert score(tmp_path, rows) == 2
     assert message in capsys.readouterr().err
-
-
-def test_byte_order_mark_and_wrong_encoding(tmp_path, capsys):
-    path, folder = tmp_path / "r.jsonl", str(write_amber(tmp_path / "amber"))
-    path.write_text('{"id": 3, "response": "No"}', encoding="utf-8-sig")
-    assert main(["score", "amber", str(path), "--data", folder]) == 0
-    path.write_text('{"id": 3, "response": "No"}', encoding="utf-16")
-    assert main(["score", "amber", str(path), "--data", folder]) == 2
-    assert "UTF-16" in capsys.readouterr().err
-
-
-def test_truncated_responses(tmp_path, capsys):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"id": 3, "response": "No"}\n{"id": 4, "resp')
-    assert main(["score", "amber", str(path), "--data", str(write_amber(tmp_path / "amber"))]) == 2
-    assert "r.jsonl line 2: not JSON" in capsys.readouterr().err
 
 
 # Word vectors are the user's.

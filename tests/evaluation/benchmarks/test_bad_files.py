@@ -315,6 +315,8 @@ FIELDS: list[tuple[str, Callable[[Any], object], str]] = [
     ("rated.jsonl", lambda r: r.update(rating=9), "line 2: expected 'rating' from 0 to 6"),
     ("mme.jsonl", lambda r: r.update(task="smell"), "line 2: MME has no task 'smell'"),
     ("mme.jsonl", lambda r: r.update(question="Is it 0?"), r"mme\.jsonl: MME existence, image 0\.jpg: expected one"),
+    ("mme.jsonl", lambda r: r.update(image="30.jpg"), "expected one answer to each of two questions"),
+    ("mme.jsonl", lambda r: r.update(answer=None), "line 2: 'answer' is null"),
     ("mme.jsonl", lambda r: r.update(label=5), "line 2: expected the label yes or no"),
     ("mme.jsonl", lambda r: r.update(answer=["Yes"]), "line 2: expected text in 'answer'"),
     ("run/answers.jsonl", lambda r: r.pop("key"), "line 2: expected a JSON object with a 'key'"),

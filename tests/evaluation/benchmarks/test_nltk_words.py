@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from shared_data import DATA, needs_data
 
-from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer, punkt_tokens
+from vlmfix.evals.benchmarks.nltk_data import punkt_tokens
+from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer
 
 nltk = pytest.importorskip("nltk")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families.saved_llava import build_coco_folder, build_tiny_llava
+from families.saved_llava import build_coco_folder, build_tiny_llava, write_lines
 
 import vlmfix
 from vlmfix.cli import main
@@ -26,7 +26,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     build_tiny_llava(folder / "m")
     build_coco_folder(folder / "c", num_images=6)
+    ids = [10 * (i // 3 + 1) for i in range(9)]
+    asked = [
+        {"question_id": i, "image": f"COCO_val2014_{image:012d}.jpg", "text": f"Is there a {name} in the image?"}
+        | {"label": "yes" if i % 2 else "no"}
+        for i, (image, name) in enumerate(zip(ids, ("dog", "cat", "tv") * 3, strict=True))
+    ]
+    write_lines(folder / "coco_pope_random.json", asked)
     return folder
+
+
+@pytest.fixture(scope="module")
+def expected(home: Path) -> dict[str, dict[str, Any]]:
+    """The answers of a run whose batches fit."""
+    found = run(home, home / "stock")
+    assert results(home / "stock")["halved_batches"] == []
+    return found
 
 
 class Memory:
@@ -72,7 +87,18 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Memory]]
 
 def run(home: Path, out: Path, *more: object) -> dict[str, dict[str, Any]]:
     words = ["eval", "--model", home / "m", "--data", home / "c", "--out", out, "--max-new-tokens", TOKENS]
-    words += ["--pope-max-new-tokens", 2, "--batch-size", 6, "--method", *METHODS[1:], "--no-controls", *more]
+    words += [
+        "--pope-questions",
+        home / "coco_pope_random.json",
+        "--pope-max-new-tokens",
+        2,
+        "--batch-size",
+        6,
+        "--method",
+        *METHODS[1:],
+        "--no-controls",
+        *more,
+    ]
     assert main([str(word) for word in words]) == 0
     lines = (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     return {record["key"]: record for record in map(json.loads, lines)}
@@ -83,10 +109,10 @@ def results(out: Path) -> Any:
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_half_the_rows_give_the_same_answers(step: int, home: Path, tmp_path: Path, small_memory: Any) -> None:
+def test_half_the_rows_give_the_same_answers(
+    step: int, home: Path, expected: dict[str, dict[str, Any]], tmp_path: Path, small_memory: Any
+) -> None:
     """In the prompt, and in the middle of decoding a caption, with and without a patch."""
-    expected = run(home, tmp_path / "stock")
-    assert results(tmp_path / "stock")["halved_batches"] == []
     made = small_memory(2, step=step)
     found = run(home, tmp_path / "small")
     (memory,) = made
@@ -110,9 +136,9 @@ def test_half_the_rows_give_the_same_answers(step: int, home: Path, tmp_path: Pa
 def test_what_did_not_fit_is_not_tried_again(home: Path, tmp_path: Path, small_memory: Any) -> None:
     """Once per method for the shortest batch, not once per batch; a method that fits is left alone."""
     made = small_memory(3, only=lambda model: "vhr" in str(vlmfix.status(model)))
-    found = run(home, tmp_path / "run", "--benchmark", "pope")
-    assert len(found) > 5 * 6 * len(METHODS), "many batches"
-    assert [rows for rows, *_ in made[0].failures] == [6], made[0].failures
+    found = run(home, tmp_path / "run", "--benchmark", "pope", "--batch-size", 4)
+    assert len(found) == 9 * len(METHODS), "three batches of each"
+    assert [rows for rows, *_ in made[0].failures] == [4], made[0].failures
     assert {record["method"] for record in found.values() if "rows" in record} == {"vhr"}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import by_name
 from families.tiny_llava import RAGGED, Sample, collate, forward, generate, position_ids, sample, words
+from invariants import close, continued
 from method_parameters import parameters_of
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -24,15 +25,11 @@ from vlmfix.methods.registry import make_method
 METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if getattr(cls, "uses_branch", False))
 METHODS = [name for name in METHODS if name not in ("edited", "sid")]  # whose branches run apart: see test_edited
 EACH = pytest.mark.parametrize("name", METHODS)
-NEEDS_CACHE = {"lqcd", "m3id"}
+NEEDS_CACHE = {"flb", "lqcd", "m3id"}
 """An answer cannot be told from the question without a cache, and every turn has a question of its own."""
 ONE = collate([RAGGED[0]])
 TEXT = collate([RAGGED[2]])
 EVEN = collate([sample(3, 1, 6, seed=1), sample(3, 1, 6, seed=11)])
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def patch(model: Any, name: str, **changes: Any) -> Any:
@@ -380,14 +377,7 @@ def test_attention_methods_act_in_the_own_branch_only(build: Any, name: str, kin
         found = []
         for chosen in ([method], [pai], None, [pai, method]):
             vlmfix.unpatch(model) if chosen is None else vlmfix.patch(model, chosen)
-            cache, mask = DynamicCache(config=model.config), inputs["attention_mask"]
-            forward(model, inputs, past_key_values=cache, use_cache=True)
-            for token in forced[:, -3:].T:
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-                options = {"attention_mask": mask, "position_ids": position_ids(mask)[:, -1:]}
-                with torch.no_grad():
-                    out = model(input_ids=token[:, None], past_key_values=cache, use_cache=True, **options)
-            found.append(out.logits[:, -1])
+            found.append(continued(model, inputs, forced[:, -3:, None].unbind(1))[-1].logits[:, -1])
         contrasted, boosted, plain, both = found
         if name == "lqcd":
             continue  # linear in neither alone: see test_decoding_lqcd
@@ -487,7 +477,7 @@ def test_watched_states_are_those_of_the_own_branch(build: Any, name: str, by_co
 # Families.
 
 
-@EACH
+@pytest.mark.parametrize("name", [*METHODS, "flb"])
 @pytest.mark.parametrize(
     "family", ["llava_next", "qwen2_vl", "gemma3", "mllama", "qwen3_5", "paligemma", "minicpmv4_6", "phi4_multimodal"]
 )

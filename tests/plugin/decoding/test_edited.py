@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import by_name
 from families.tiny_llava import IMAGE, RAGGED, Sample, collate, forward, generate, words
+from invariants import close, continued
 from transformers import DynamicCache
 
 import vlmfix
@@ -25,24 +26,14 @@ EDITS = [
     vlmfix.MMA(layers=":"),
     vlmfix.EAH(layers=[1], threshold=0.01),
 ]
-EACH = pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def forced(model: Any, inputs: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The logits of every step of a given answer ``[batch, steps + 1, vocab]``."""
-    cache, mask = DynamicCache(config=model.config), inputs["attention_mask"]
-    found = [forward(model, inputs, past_key_values=cache, use_cache=True).logits[:, -1]]
-    for token in tokens.T:
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        positions = (mask.cumsum(1) - 1)[:, -1:]
-        with torch.no_grad():
-            options = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            found.append(model(input_ids=token[:, None], use_cache=True, **options).logits[:, -1])
-    return torch.stack(found, dim=1)
+    return torch.stack([step.logits[:, -1] for step in continued(model, inputs, tokens[..., None].unbind(1))], dim=1)
+
+
+EACH = pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
 
 
 @EACH

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from families.tiny_llava import RAGGED, collate, forward, generate, sample
+from invariants import close
 from transformers import DynamicCache
 
 import vlmfix
@@ -25,10 +26,6 @@ CONTRASTS = [
     vlmfix.LQCD(beta=0.0, hint=(7, 8), behind=2, neutralise=False),
 ]
 EACH = pytest.mark.parametrize("method", CONTRASTS, ids=lambda method: method.name)
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # model.forward(...) instead of model(...).

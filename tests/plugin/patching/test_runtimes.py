@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,10 +34,23 @@ QUANTISED = {
 }
 
 
+@pytest.fixture
+def _without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpack four bits here: quanto's function in C++ would first be compiled, which takes most of a minute."""
+    from optimum.quanto.library.extensions import cpp
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        assert bits == 4
+        return torch.cat([packed & 0x0F, packed >> 4])
+
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+
+
 # Caches.
 
 
 @needs_quanto
+@pytest.mark.usefixtures("_without_a_compiler")
 @METHODS
 def test_a_quantised_cache(sinky: Any, method: Any) -> None:
     """Strength zero is bitwise stock, the method acts, and a batch without padding equals its singles."""
@@ -53,6 +67,7 @@ def test_a_quantised_cache(sinky: Any, method: Any) -> None:
 
 
 @needs_quanto
+@pytest.mark.usefixtures("_without_a_compiler")
 def test_rows_over_quantised_keys_are_redistributed_by_the_formula(build: Any) -> None:
     """The masks line up with what the cache gives back, also behind its residual part."""
     from transformers import QuantizedCache

@@ -1,0 +1,1 @@
+"""``vlmfix score``: scores what somebody else generated, from files alone."""
