@@ -25,7 +25,6 @@ from vlmfix.evals.benchmarks.object_questions import SPLITS as POPE_SPLITS
 from vlmfix.evals.benchmarks.object_questions import PopeQuestion, build_questions
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.data.coco import CocoData, load_image
-from vlmfix.evals.stats.bootstrap import bootstrap
 from vlmfix.evals.stats.table import Table
 from vlmfix.evals.testbed import MODEL_DIR, MODELS, PROMPTS, model_folder, prepare
 from vlmfix.evals.testbed.scenes import IMAGE_SIZE, NAMES, SPLITS, scene_kind
@@ -207,7 +206,7 @@ def _pope(
 def _intervals(table: Table, names: Sequence[str]) -> dict[str, list[float]]:
     """95 % bootstrap intervals over images, in percent."""
     figures = {figure.name: figure.statistic for figure in table.FIGURES}
-    found = {name: bootstrap(figures[name], table) for name in names}
+    found = {name: figures[name].interval(table) for name in names}
     return {name: [round(100 * interval.low, 1), round(100 * interval.high, 1)] for name, interval in found.items()}
 
 

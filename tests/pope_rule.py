@@ -1,12 +1,24 @@
-"""POPE's published rule, checked on questions that were made elsewhere."""
+"""POPE's published rule, checked on questions that were made elsewhere; and answers that scores stand for."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.object_questions import ObjectStatistics, PopeQuestion
+from vlmfix.evals.benchmarks.yes_no import YesNoTable, yes_no_columns
+
+
+def score_logits(
+    labels: Sequence[bool], scores: Sequence[float], *, image_ids: Sequence[int], bias: float = 0.0
+) -> YesNoTable:
+    """Predict yes where ``score + bias > 0``; the scores in the table stay as given."""
+    columns = yes_no_columns(labels, [score > -bias for score in scores], scores)
+    items = tuple(map(str, range(len(labels))))
+    return YesNoTable(np.asarray(image_ids, dtype=np.int64), columns, items=items)
 
 
 def check_questions(questions: Iterable[PopeQuestion], ground_truth: Mapping[int, Collection[str]]) -> dict[str, int]:

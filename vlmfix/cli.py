@@ -39,7 +39,7 @@ VERBS = {
     "eval": Verb("vlmfix.evals.evaluate", "evaluate methods against 'none' on CHAIR, POPE and other benchmarks"),
     "methods": Verb("vlmfix.methods.listing", "list the methods with their parameters and papers", False),
     "info": Verb("vlmfix.info", "show what the plugin sees in a model, and which methods it takes", False),
-    "score": Verb("vlmfix.evals.score_files.command", "score captions or answers in a file, without a model"),
+    "score": Verb("vlmfix.evals.score_files", "score captions or answers in a file, without a model"),
     "calibrate": Verb("vlmfix.evals.calibrate", "learn what a method needs to know about a model, from a few images"),
     "tune": Verb("vlmfix.evals.tune.command", "search a method's parameters, and confirm the choice on other images"),
     "power": Verb("vlmfix.evals.power", "how small a difference n images can show", False),

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,15 +44,9 @@ from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
 from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
-from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE
+from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE, Anatomy
 from vlmfix.model.uncopied import Uncopied
 from vlmfix.recipes import placement_notes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from vlmfix.model.anatomy import Anatomy
-
 
 PATCH_ATTRIBUTE = "_vlmfix_patch"
 """The attribute of a patched model, and of the models inside it, that holds the ``Patch``."""

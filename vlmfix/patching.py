@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel
 
 from vlmfix.engine.status import Status, describe
 from vlmfix.errors import MethodError, UnsupportedFeatureError
@@ -18,9 +20,6 @@ from vlmfix.methods.measured import Calibration
 from vlmfix.model.anatomy import analyse, unwrap
 from vlmfix.model.uncopied import standing
 from vlmfix.recipes import check_placement, layers_with, resolve_methods
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger("vlmfix")
 

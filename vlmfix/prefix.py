@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -18,14 +18,11 @@ from transformers.cache_utils import DynamicLayer
 
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, rows_of, state_of
-from vlmfix.model.anatomy import FORWARD_KWARG, analyse
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
 from vlmfix.model.devices import input_device
 from vlmfix.patching import find_patch
-
-if TYPE_CHECKING:
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +227,7 @@ def check_shares_prefix(anatomy: Anatomy) -> None:
         UnsupportedFeatureError: See :func:`shared_prefix`.
     """
     name = type(anatomy.model).__name__
-    if anatomy.kinds != {"joint"} or anatomy.projector is not None or not anatomy.image_token_ids:
+    if not (anatomy.reads_image_tokens and anatomy.image_token_ids):
         raise UnsupportedFeatureError(
             f"{name} has no image tokens in its prompt, so there is no prefix up to the last."
         )

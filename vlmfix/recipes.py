@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from vlmfix.errors import DataError, MethodError
 from vlmfix.files import read_json
 from vlmfix.methods.base import Method
 from vlmfix.methods.measured import Calibration
 from vlmfix.methods.registry import make_method, method_from_dict, recipe_entry
-
-if TYPE_CHECKING:
-    from vlmfix.model.anatomy import Anatomy, AttentionKind
+from vlmfix.model.anatomy import Anatomy, AttentionKind
 
 
 def load_recipe(path: str | Path) -> tuple[Method, ...]:

@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 from vlmfix.errors import VlmfixError
 
 from ..data.answers import FileAnswers
-from ..data.samples import Answers, Sample
+from ..data.samples import Answers, Sample, effort
 from ..data.write import write_text
 from ..options import EvalOptions
+from ..stats.bootstrap import finite
 from ..stats.figures import Figure
-from ..stats.intervals import finite, interval_dict
-from ..stats.table import Table, summary
-from .effort import effort
+from ..stats.table import Table, differences, summary
 from .yes_no import paired_answers
 
 if TYPE_CHECKING:
     from .choice import RunData
-    from .marked_text import MarkedText
+    from .coco_objects import MarkedText
 
 EARLY_STOP, YES_BIAS = "early stop", "yes bias"
 """The controls that need no method: the baseline with descriptions ended earlier, or with its yes/no threshold
@@ -135,11 +134,8 @@ class Benchmark(ABC):
             other: What it is compared with, about the same images.
             seed: Seed of the bootstrap.
         """
-        return {
-            figure.key: interval_dict(figure.statistic.difference(table, other, seed=seed))
-            for figure in cls.figures
-            if figure.column and all(figure.statistic.is_defined(each) for each in (table, other))
-        }
+        found = differences([figure for figure in cls.figures if figure.column], table, other, seed)
+        return {f"{cls.name}.{name}": interval for name, interval in found.items()}
 
     def side_tables(self, answers: Answers) -> Mapping[str, Table]:
         """Further tables of a method's answers that ``counts.json`` keeps, by their :attr:`side_names`."""
@@ -165,7 +161,8 @@ class Benchmark(ABC):
 
     def counts(self, table: Any) -> dict[str, Any]:
         """Integer counts, under the official names where there are any, with ``unparsed`` answers."""
-        return {"n": len(table)}
+        counts: dict[str, Any] = table.counts()
+        return counts
 
     def breakdown(self, table: Any) -> dict[str, dict[str, float]]:
         """Row name -> figure name -> value as printed (percentages, points), for a table of its own."""
@@ -225,11 +222,6 @@ class Benchmark(ABC):
     @classmethod  # noqa: B027
     def add_score_arguments(cls, parser: ArgumentParser) -> None:
         """Add what ``vlmfix score NAME`` needs to know beside the file of answers (``FILE``, ``--out``, ...)."""
-
-    @classmethod
-    def reads_files(cls) -> bool:
-        """Whether ``vlmfix score`` knows its files."""
-        return cls.from_files.__func__ is not Benchmark.from_files.__func__  # type: ignore[attr-defined]
 
     @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[Benchmark, Answers]:
@@ -296,16 +288,26 @@ def safe_name(label: str) -> str:
     return re.sub(r"[^\w.+-]", "-", label)
 
 
-def first_of(keys: Sequence[Any]) -> NDArray[np.bool_]:
-    """Whether each entry is the first of its key, [n]."""
-    seen: set[Any] = set()
-    return np.asarray([not (key in seen or seen.add(key)) for key in keys], dtype=np.bool_)  # type: ignore[func-returns-value]
+def whole_groups(
+    keys: Sequence[Any], right: NDArray[np.bool_], rows: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What belongs to several rows, on the first one of each group.
 
+    Args:
+        keys: The group of each row, [n].
+        right: Whether each row is right, [n].
+        rows: Which rows take part, [n]; all by default.
 
-def all_of(keys: Sequence[Any], right: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether every entry with the same key is right, [n]."""
-    wrong = {key for key, ok in zip(keys, right.tolist(), strict=True) if not ok}
-    return np.asarray([key not in wrong for key in keys], dtype=np.bool_)
+    Returns:
+        Whether a row is the first of its group, and whether it is and all rows of the group are right; bool [n] both.
+    """
+    groups: dict[Any, list[int]] = {}
+    for row in range(len(right)) if rows is None else np.flatnonzero(rows).tolist():
+        groups.setdefault(keys[row], []).append(row)
+    first, whole = np.zeros(len(right), dtype=np.bool_), np.zeros(len(right), dtype=np.bool_)
+    for members in groups.values():
+        first[members[0]], whole[members[0]] = True, right[members].all()
+    return first, whole
 
 
 def distinct(samples: Sequence[Sample]) -> tuple[Sample, ...]:

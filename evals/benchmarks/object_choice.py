@@ -9,7 +9,7 @@ from pathlib import Path
 from vlmfix.errors import DataError, VlmfixError
 
 from ..data.records import read_ids
-from ..data.source import dataset_rows, find_image, is_dataset, row_image
+from ..data.source import choose, dataset_rows, find_image, is_dataset, row_image
 from ..options import EvalOptions
 from .choice import PAPER_IMAGES, RunData
 from .coco_objects import ChairMatcher, ground_truth
@@ -18,10 +18,8 @@ from .object_questions import PopeQuestion, PopeSplit, build_questions, load_que
 #: What makes a model answer with one word; ``{question}`` is the question.
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
 
-
 MIN_OBJECTS = 3
 """Images with fewer objects are not asked about."""
-
 
 Asked = tuple[list[PopeQuestion], dict[int, Path]]
 
@@ -113,9 +111,8 @@ def _limited(questions: Sequence[PopeQuestion], options: EvalOptions, limit: int
     ids = sorted({question.image_id for question in questions})
     if options.ids is not None:
         ids = sorted(set(ids) & set(read_ids(options.ids, "--ids")))
-    if limit is not None and limit < len(ids):
-        ids = random.Random(options.seed).sample(ids, limit)
-    kept = [question for question in questions if question.image_id in set(ids)]
+    chosen = set(choose(ids, limit, options.seed))
+    kept = [question for question in questions if question.image_id in chosen]
     if not kept:
         raise DataError("the POPE question files and --ids have no image in common; give matching files")
     return kept

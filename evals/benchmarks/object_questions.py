@@ -17,21 +17,20 @@ from typing import Any, Literal, get_args
 
 from vlmfix.errors import DataError
 
+from ..data.matching import Row, id_text, image_name, plain
 from ..data.records import read_rows
 
 PopeSplit = Literal["random", "popular", "adversarial"]
 
-
 SPLITS: tuple[PopeSplit, ...] = get_args(PopeSplit)
 
-
-# The first release replaced every "a" of the template before a vowel, hence "imange".
+#: POPE's question. The first release replaced every "a" of the template before a vowel, hence "imange".
 _QUESTION = re.compile(r"\s*Is there an? (?P<object>.+?) in the im(?:an|a)ge\?", re.IGNORECASE)
-
 
 # GQA names some of its images "n123.jpg"; a number is never cut out of any other name.
 _IMAGE_ID = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_|n)?(\d+)\.\w+", re.ASCII)
 
+_QUESTIONS_OF_A_SPLIT = 3000  # of POPE's current release
 
 _REMEDY = (
     "download coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json from RUCAIBox/POPE, or "
@@ -131,6 +130,35 @@ def _question(row: Mapping[str, Any], split: str, where: str) -> PopeQuestion:
     return PopeQuestion(
         number, int(image_number[1]), image, asked["object"], text, label == "yes", str(row.get("category", split))
     )
+
+
+def without_removed(rows: Sequence[Row], questions: Sequence[PopeQuestion]) -> Sequence[Row]:
+    """The rows without answers to questions of POPE that RePOPE leaves out, as in its official script.
+
+    The question that stands beside such an answer is one of POPE's, about an image of RePOPE, and not asked there.
+
+    Args:
+        rows: Of an answer file.
+        questions: Those of RePOPE.
+    """
+    splits = list(dict.fromkeys(q.split for q in questions))
+    ids = {(q.split, q.question_id) for q in questions}
+    asked = {(q.split, image_name(q.image), plain(q.text)) for q in questions}
+    images = {image for _, image, _ in asked}
+
+    def is_removed(row: Row) -> bool:
+        said = [split for split in splits if row.fields.get("split") in (None, split)]
+        found = next((match for text in row.texts.values() if (match := _QUESTION.search(text))), None)
+        number = id_text(row.fields.get("question_id"))
+        if found is None or any((split, number) in ids for split in said):
+            return False
+        known = number.isdecimal() and 1 <= int(number) <= _QUESTIONS_OF_A_SPLIT
+        if row.image is None:
+            return known
+        there = any((split, row.image, plain(found[0])) in asked for split in said)
+        return (known or not number) and row.image in images and not there
+
+    return [row for row in rows if not is_removed(row)] or rows
 
 
 def question_text(name: str) -> str:

@@ -93,9 +93,11 @@ def _defined_in(module: str, name: str) -> type[Benchmark]:
 def names_of_files() -> dict[str, str]:
     """The benchmarks that files may answer and a line on each, read without importing any."""
     found = {name: f"of another package ({entry.value})" for name, entry in _foreign().items()}
-    for path in _HERE.glob("*/files.py"):
-        line = re.search(r'summary: ClassVar\[str\] = "(.*)"', path.with_name("task.py").read_text(encoding="utf-8"))
-        found[path.parent.name] = line[1] if line else ""
+    for path in _HERE.glob("*/task.py"):
+        text = path.read_text(encoding="utf-8")
+        line = re.search(r'summary: ClassVar\[str\] = "(.*)"', text)
+        if line and ("def from_files" in text or path.with_name("files.py").is_file()):
+            found[path.parent.name] = line[1]
     return dict(sorted(found.items()))
 
 

@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ..stats.figures import Auc, Figure, SumStatistic, divide, share, stacked
-from ..stats.intervals import FloatArray, interval_dict
-from ..stats.table import Key, Table
+from ..stats.bootstrap import FloatArray, interval_dict
+from ..stats.figures import Auc, Column, Figure, SumStatistic, divide, one, read_column, share, stacked
+from ..stats.table import Table, check_columns
 from ..stats.tests import mcnemar
 
 Parser = Literal["official", "official_raw", "opera", "vcd", "lmms", "vlmeval", "repope"]
@@ -129,13 +129,22 @@ def readings(text: str, parser: Parser = "official") -> set[bool | None]:
     return {None if is_unparsed(text, each) else parse_answer(text, each) for each in asked}
 
 
-def _yes(table: Any) -> NDArray[np.bool_]:
+def says_yes(table: Any) -> NDArray[np.bool_]:
+    """Which answers say yes, [n]."""
     return np.asarray(table.prediction == 1)
 
 
+CELLS: Mapping[str, Column] = {
+    "TP": lambda table: says_yes(table) & table.label,
+    "FP": lambda table: says_yes(table) & ~table.label,
+    "TN": lambda table: (table.prediction == 0) & ~table.label,
+    "FN": lambda table: (table.prediction == 0) & table.label,
+}
+"""The confusion matrix; open answers are in none of its cells."""
+
+
 def _confusion(table: Any) -> FloatArray:
-    yes, no = table.prediction == 1, table.prediction == 0
-    return stacked(yes & table.label, yes & ~table.label, no & ~table.label, no & table.label)
+    return stacked(*(read_column(cell)(table) for cell in CELLS.values()))
 
 
 def _mcc(sums: FloatArray) -> FloatArray:
@@ -152,10 +161,10 @@ def _positives(table: Any) -> NDArray[np.bool_]:
 
 
 ACCURACY = share("correct", _counted)
-YES_RATIO = share(_yes, _counted)
-PRECISION = share(lambda t: _yes(t) & t.label, _yes, empty=0.0)
-RECALL = share(lambda t: _yes(t) & t.label, _positives, empty=0.0)
-F1 = share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + _positives(t), empty=0.0)
+YES_RATIO = share(says_yes, _counted)
+PRECISION = share(lambda t: says_yes(t) & t.label, says_yes, empty=0.0)
+RECALL = share(lambda t: says_yes(t) & t.label, _positives, empty=0.0)
+F1 = share(lambda t: 2 * (says_yes(t) & t.label), lambda t: says_yes(t).astype(int) + _positives(t), empty=0.0)
 MCC = SumStatistic(_confusion, _mcc)
 """Matthews correlation; 0 if a margin of the confusion matrix is empty."""
 
@@ -167,7 +176,7 @@ class YesNoTable(Table):
     Columns as in the module's text, without ``margin`` and ``questions``.
 
     Attributes:
-        parser: How the answers were read; "score" if predictions come from scores.
+        parser: How the answers were read.
     """
 
     FIGURES: ClassVar[tuple[Figure, ...]] = (
@@ -180,12 +189,9 @@ class YesNoTable(Table):
         Figure("auc", "AUC", 1, Auc(), head_control=True, help="how often a yes question scores above a no question"),
     )
 
-    parser: str = "official"
+    COUNTS: ClassVar[Mapping[str, Column]] = {"n": one, **CELLS, "unparsed": "unparsed"}
 
-    def counts(self) -> dict[str, int]:
-        """n, the confusion matrix (open answers are in none of its cells), and the unparsed answers."""
-        tp, fp, tn, fn = (int(count) for count in _confusion(self).sum(axis=0))
-        return {"n": len(self), "TP": tp, "FP": fp, "TN": tn, "FN": fn, "unparsed": int(self.unparsed.sum())}
+    parser: str = "official"
 
 
 def yes_no_columns(
@@ -212,6 +218,17 @@ def yes_no_columns(
     return {**columns, "score": np.asarray(given)} if given and len(given) == len(labels) else columns
 
 
+def read_columns(
+    labels: Sequence[bool], answers: Sequence[str], parser: Parser = "official", scores: Sequence[float | None] = ()
+) -> dict[str, NDArray[Any]]:
+    """The columns of yes/no answers, read by a parser of :func:`parse_answer`; arguments as of :func:`score_labels`."""
+    read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
+    columns = yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers])
+    if parser == "repope":  # As in its official script, an open answer leaves every denominator.
+        columns["counted"] = ~columns["unparsed"]
+    return columns
+
+
 def score_labels(
     labels: Sequence[bool],
     answers: Sequence[str],
@@ -236,51 +253,18 @@ def score_labels(
     Raises:
         DataError: no questions, different lengths, a score that is not finite, or an unknown parser.
     """
-    _check_lengths(len(labels), answers=answers, image_ids=image_ids, splits=splits, items=items, scores=scores)
-    read = [parse_answer(text, parser, label=bool(label)) for text, label in zip(answers, labels, strict=True)]
-    _check_finite(scores)
-    columns = yes_no_columns(labels, read, scores, unparsed=[is_unparsed(text, parser) for text in answers])
-    if parser == "repope":  # As in its official script, an open answer leaves every denominator.
-        columns["counted"] = ~columns["unparsed"]
+    given = {"splits": splits or None, "items": items or None, "scores": scores or None}
+    check_columns("POPE", len(labels), answers=answers, image_ids=image_ids, **given)
+    bad = next((i for i, score in enumerate(scores) if score is not None and not math.isfinite(score)), None)
+    if bad is not None:
+        raise DataError(f"the yes/no score of question {bad} is {scores[bad]}: scores must be finite")
     return YesNoTable(
         np.asarray(image_ids, dtype=np.int64),
-        columns,
+        read_columns(labels, answers, parser, scores),
         tuple(splits),
         tuple(items) or tuple(map(str, range(len(labels)))),
         parser=parser,
     )
-
-
-def score_logits(
-    labels: Sequence[bool], scores: Sequence[float], *, image_ids: Sequence[int], bias: float = 0.0
-) -> YesNoTable:
-    """Predict yes where ``score + bias > 0``; the scores in the table stay as given.
-
-    Raises:
-        DataError: no questions, different lengths, or a score that is not finite.
-    """
-    _check_lengths(len(labels), scores=scores, image_ids=image_ids)
-    _check_finite(scores)
-    columns = yes_no_columns(labels, [score > -bias for score in scores], scores)
-    items = tuple(map(str, range(len(labels))))
-    return YesNoTable(np.asarray(image_ids, dtype=np.int64), columns, items=items, parser="score")
-
-
-def _check_lengths(n: int, **columns: Sequence[object]) -> None:
-    if not n:
-        raise DataError("POPE got no questions to score: give at least one")
-    for name, column in columns.items():
-        if len(column) != n and (len(column) or name in ("answers", "image_ids")):
-            raise DataError(
-                f"POPE got {n} questions but {len(column)} {name.replace('_', ' ')}: give one per question, "
-                "in the same order"
-            )
-
-
-def _check_finite(scores: Sequence[float | None]) -> None:
-    bad = next((i for i, score in enumerate(scores) if score is not None and not math.isfinite(score)), None)
-    if bad is not None:
-        raise DataError(f"the yes/no score of question {bad} is {scores[bad]}: scores must be finite")
 
 
 def question_rows(table: Table) -> NDArray[np.int64]:
@@ -290,19 +274,23 @@ def question_rows(table: Table) -> NDArray[np.int64]:
     return np.flatnonzero(table.columns.get("questions", np.ones(len(table))))
 
 
-def distinct_rows(keys: Sequence[Key]) -> list[int]:
-    """Rows with every question about an image once: splits of a benchmark may share questions."""
+def mcnemar_once(table: Table, baseline: Table) -> dict[str, Any]:
+    """McNemar's test of two methods' answers to the same questions, for JSON.
+
+    It takes every question about an image once: splits share their positives, and one answer counted three times would
+    make the test see more evidence than there is.
+    """
     first: dict[tuple[int, str], int] = {}
-    for row, (image_id, _, item) in enumerate(keys):
+    for row, (image_id, _, item) in enumerate(table.keys):
         first.setdefault((image_id, item), row)
-    return list(first.values())
+    once = list(first.values())
+    test = mcnemar(table.take(once), baseline.take(once))
+    found = {"only_method": test.only_a, "only_baseline": test.only_b, "p_value": test.p_value}
+    return {"questions": len(once), **found}
 
 
 def paired_answers(table: Table, baseline: Table, seed: int) -> dict[str, Any] | None:
     """McNemar's test and the difference in MCC of a method's yes/no answers to the baseline's; None without any.
-
-    The test takes every question once: splits share their positives, and one answer counted three times would make the
-    test see more evidence than there is.
 
     Args:
         table: The method's answers.
@@ -313,14 +301,5 @@ def paired_answers(table: Table, baseline: Table, seed: int) -> dict[str, Any] |
     if not len(rows):
         return None
     own, other = table.take(rows), baseline.take(rows)
-    once = distinct_rows(own.keys)
-    test = mcnemar(own.take(once), other.take(once))
-    return {
-        "mcnemar": {
-            "questions": len(once),
-            "only_method": test.only_a,
-            "only_baseline": test.only_b,
-            "p_value": test.p_value,
-        },
-        "mcc": interval_dict(MCC.difference(own, other, seed=seed)),
-    }
+    mcc = interval_dict(MCC.difference(own, other, seed=seed))
+    return {"mcnemar": mcnemar_once(own, other), "mcc": mcc}

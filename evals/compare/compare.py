@@ -27,9 +27,8 @@ from ..scores.controls import (
     stored_versions,
 )
 from ..scores.counts import RunCounts
-from ..scores.differences import correct_controls, correct_rows
-from ..scores.verdicts import verdict
-from ..stats.intervals import CONFIDENCE, RESAMPLES, finite
+from ..scores.verdicts import correct_controls, correct_rows, verdict
+from ..stats.bootstrap import CONFIDENCE, RESAMPLES, finite
 from ..stats.table import Table, summary
 from .shared_rows import Shared, differing, obstacle, share
 
@@ -79,7 +78,7 @@ def compare_runs(
         runs: At least one; they are called A, B, ... in this order.
         against: The row to compare with, such as ``"B:vhr"``; default: the baseline of the first run.
         methods: Labels of the methods to show, in every run (``vhr``) or in one (``A:vhr``); default: all. Baselines
-            are always there.
+            and the reference are always there.
         across_prompts: Compare answers to different prompts too.
         seed: Seed of the bootstrap.
 
@@ -88,7 +87,7 @@ def compare_runs(
     """
     named = dict(zip(run_names(len(runs)), runs, strict=True))
     shared, left_out = _shared(named, across_prompts)
-    rows = _rows(named, shared, methods)
+    rows = _rows(named, shared, methods, against)
     reference = _reference(rows, against)
     entries = [_entry(row, reference, seed) for row in rows]
     controls = [line for name in named for line in _controls([row for row in rows if row.run == name], seed)]
@@ -150,7 +149,10 @@ def _shared(runs: Mapping[str, RunCounts], across_prompts: bool) -> tuple[dict[s
     return shared, left_out
 
 
-def _rows(runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: Sequence[str]) -> list[Row]:
+def _rows(
+    runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: Sequence[str], against: str | None
+) -> list[Row]:
+    """The rows to show: the baselines, the reference, and those that are asked for with their head controls."""
     rows: list[Row] = []
     known: set[str] = set()
     labels = []
@@ -158,9 +160,10 @@ def _rows(runs: Mapping[str, RunCounts], shared: Mapping[str, Shared], methods: 
         for entry in run.results["methods"]:
             label = str(entry["label"])
             labels.append(f"{name}:{label}")
-            own = {text for each in (label, entry.get("parent")) for text in (each, f"{name}:{each}")}
+            named = [each for each in (label, entry.get("parent")) if each is not None]
+            own = {*named, *(f"{name}:{each}" for each in named)}
             known |= own
-            if methods and entry["role"] != "baseline" and own.isdisjoint(methods):
+            if methods and entry["role"] != "baseline" and own.isdisjoint({*methods, against}):
                 continue
             tables = {b: run.benchmarks[b].methods[label].take(found.rows[name]) for b, found in shared.items()}
             controls = {

@@ -17,7 +17,6 @@ from ..stats.table import Key
 #: Settings of a benchmark that say which rows it has; the rows themselves are compared.
 _ROWS = ("image_ids", "ground_truth", "questions", "items")
 
-
 #: Settings that change the answers without changing what is asked or how it is scored.
 _LENGTHS = ("max_new_tokens",)
 

@@ -43,7 +43,7 @@ class Given:
         Args:
             score: Its yes-minus-no logit, if there is one.
         """
-        return Answer(self.text, (), bool(self.cut_off), (), score, 0.0)
+        return Answer(self.text, truncated=bool(self.cut_off), score=score)
 
 
 @dataclass
@@ -54,6 +54,8 @@ class AnswerFile:
         path: The file.
         text_key: The key of the model's text, if the user says.
         thinking: What to do with thinking before an answer: leave it out, or keep it.
+        subset: Whether questions may lack an answer.
+        by_order: Whether the user says that the answers are in the order of the questions.
         usual: The names of the model's text that messages name first.
         doubts: Why the answers should not be scored, to be said if nothing else is wrong.
         notes: What the reader of the figures must know, one line each.
@@ -63,6 +65,8 @@ class AnswerFile:
     path: Path
     text_key: str | None = None
     thinking: Thinking = "strip"
+    subset: bool = False
+    by_order: bool = False
     usual: tuple[str, ...] = ("caption", "text", "answer", "response")
     doubts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -71,7 +75,8 @@ class AnswerFile:
     @classmethod
     def of(cls, path: Path, options: Namespace) -> AnswerFile:
         """A file as the options say it is to be read, none of which needs to be there."""
-        return cls(path, getattr(options, "text_key", None), getattr(options, "thinking", "strip"))
+        names = ("text_key", "thinking", "subset", "by_order")
+        return cls(path, **{name: getattr(options, name) for name in names if hasattr(options, name)})
 
     def rows(self, what: str = "answer file") -> list[Row]:
         """The rows, in one form whatever tool wrote them, without those that hold no answer.
@@ -80,8 +85,7 @@ class AnswerFile:
             DataError: The file cannot be read, or no row holds an answer.
         """
         everything = [Row(where, fields) for where, fields in read_rows(self.path, what=what)]
-        rows, _ = unify(everything)
-        rows = [row for row in rows if not _UNANSWERED & _reasons(row)]
+        rows = [row for row in unify(everything) if not _UNANSWERED & _reasons(row)]
         if unanswered := len(everything) - len(rows):
             if not rows:
                 raise DataError(f"{self.path}: none of the {unanswered} rows holds an answer (errors, or filtered)")
@@ -90,33 +94,72 @@ class AnswerFile:
         return rows
 
     def matched(
-        self, rows: Sequence[Row], asked: Sequence[Asked], *, remedy: str, subset: bool = False, **how: Any
+        self,
+        rows: Sequence[Row],
+        asked: Sequence[Asked],
+        *,
+        fields: Sequence[str] = ("question_id",),
+        source: str = "the question file",
+        remedy: str = "--subset scores those that are there",
     ) -> dict[int, Row]:
         """The row that answers each question, by index and in the order of the questions.
 
         Args:
             rows: Of this file.
             asked: The questions.
-            remedy: What to do if one has no answer.
-            subset: Whether questions may lack an answer.
-            how: As of :func:`vlmfix.evals.data.matching.match`.
+            fields: The names of the parts of a question's key.
+            source: How a message names the question file.
+            remedy: What to do if a question has no answer; empty if the caller sees to that.
 
         Raises:
             DataError: As of :func:`vlmfix.evals.data.matching.match`; a question has several answers, or none; or a
                 label beside an answer is not the question's.
         """
-        pairs = match(rows, asked, doubts=self.doubts, **how)
+        pairs = match(rows, asked, fields=fields, source=source, by_order=self.by_order, doubts=self.doubts)
         for index, row in pairs:
             _check_label(row, asked[index])
         found, repeated = once(pairs, asked)
         self.repeats(repeated)
         lacking = [question for i, question in enumerate(asked) if i not in found]
-        if lacking and not subset:
+        if lacking and remedy and not self.subset:
             raise DataError(
                 f"{self.path} answers {len(found)} of {len(asked)} questions; the first without an answer is "
                 f"{lacking[0].name}: {remedy}"
             )
+        if remedy:
+            self.covers({"questions": (len(found), len(asked))})
         return dict(sorted(found.items()))
+
+    def covers(self, parts: Mapping[str, tuple[int, int]]) -> None:
+        """Note how much of a benchmark is answered.
+
+        Args:
+            parts: Name of a part -> how many of its items are answered, and how many there are.
+        """
+        self.facts["answered"] = {name: {"answered": there, "of": total} for name, (there, total) in parts.items()}
+        if lacking := [f"{there} of {total} {name}" for name, (there, total) in parts.items() if there < total]:
+            self.notes.append(f"SUBSET: {', '.join(lacking)}; not comparable with figures of the whole")
+
+    def labels(self, rows: Sequence[Row], remedy: str = "every line needs one") -> list[bool]:
+        """The labels of rows that bring their own.
+
+        Args:
+            rows: Of this file.
+            remedy: What to do about a row without one.
+
+        Raises:
+            DataError: A row has none, or one that is neither yes nor no.
+        """
+        found = [_label_of(row, remedy) for row in rows]
+        if any(key == "answer" for key, _ in found):
+            self.notes.append("'answer' is taken for the label, because another key holds the model's text")
+        return [label for _, label in found]
+
+    def distinct(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows without those that repeat an earlier one word for word."""
+        kept = {repr(sorted(row.fields.items(), key=lambda item: item[0])): row for row in reversed(rows)}
+        self.repeats(len(rows) - len(kept))
+        return list(reversed(kept.values()))
 
     def repeats(self, count: int) -> None:
         """Note how many rows repeat an earlier one."""
@@ -127,22 +170,20 @@ class AnswerFile:
     def given(
         self,
         rows: Sequence[Row],
-        questions: Sequence[str] = (),
-        truths: Sequence[frozenset[str]] = (),
+        asked: Sequence[Asked] = (),
         reads: Reading | None = None,
     ) -> list[Given]:
         """The model's text of each row.
 
         Args:
             rows: Of this file.
-            questions: The question of each row, if they are known.
-            truths: The spellings of each row's right answer, if they are known.
+            asked: The question of each row, with the spellings of its right answer, as far as they are known.
             reads: What parsers make of a yes/no answer.
 
         Raises:
             DataError: No field is the model's text for sure; or what is, holds no text, the truth, or the question.
         """
-        choice = TextChoice(rows, questions, truths or [frozenset()] * len(rows), reads, self.usual)
+        choice = TextChoice(rows, asked or [Asked(())] * len(rows), reads, self.usual)
         keys, notes = choice.keys(self.text_key)
         self.notes += notes
         if keys:
@@ -186,7 +227,7 @@ def yes_no(label: bool) -> frozenset[str]:
     return frozenset(spelling for spelling, value in WORDS.items() if value == label)
 
 
-def label_of(row: Row, remedy: str = "every line needs one") -> tuple[str, bool]:
+def _label_of(row: Row, remedy: str) -> tuple[str, bool]:
     """The label of a row that brings its own: under the names that only the truth has, if they agree.
 
     ``answer`` is taken for the label only beside a field that only a model's text has.
@@ -279,12 +320,6 @@ def once(pairs: Sequence[tuple[int, Row]], asked: Sequence[Asked]) -> tuple[dict
         if first is not row:
             repeated.add(id(row))
     return found, len(repeated)
-
-
-def once_each(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """The rows without those that repeat an earlier one word for word, and how many these are."""
-    kept = {repr(sorted(row.fields.items(), key=lambda item: item[0])): row for row in reversed(rows)}
-    return list(reversed(kept.values())), len(rows) - len(kept)
 
 
 def cut_off_flags(given: Mapping[Any, Given]) -> dict[Any, bool] | None:

@@ -16,11 +16,8 @@ _FAILED = "Failed to obtain answer via API"
 _CUSTOM_ID = re.compile(r"(?:(?:request|req|task|question|q|id|row|item)[-_:]?|(.+)[-_:/])?(\d+)")
 
 
-def unify(rows: Sequence[Row]) -> tuple[list[Row], int]:
-    """Rows in one form.
-
-    Returns:
-        Those that hold an answer, and how many do not, because the call failed.
+def unify(rows: Sequence[Row]) -> list[Row]:
+    """Rows in one form, without those that hold no answer because the call failed.
 
     Raises:
         DataError: A row has several answers, or none that is a text; or there are several rows per question, one for
@@ -42,7 +39,7 @@ def unify(rows: Sequence[Row]) -> tuple[list[Row], int]:
             fields = row.fields
         if fields is not None and not any(isinstance(v, str) and _FAILED in v for v in fields.values()):
             found.append(row if fields is row.fields else Row(row.where, fields))
-    return found, len(rows) - len(found)
+    return found
 
 
 def _is_api(fields: Mapping[str, Any]) -> bool:

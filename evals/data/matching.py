@@ -83,6 +83,17 @@ class Row:
                 return image_name(value)
         return None
 
+    def code(self, key: str, largest: int) -> int:
+        """A whole number from 0 to ``largest`` under a key.
+
+        Raises:
+            DataError: It is something else.
+        """
+        value = id_text(self.fields.get(key))
+        if value not in map(str, range(largest + 1)):
+            raise DataError(f"{self.where}: expected {key!r} from 0 to {largest}, found {self.fields.get(key)!r}")
+        return int(value)
+
     def id(self, fields: Sequence[str]) -> tuple[str, ...] | None:
         """The values of its id fields; None if it lacks one."""
         values = tuple(id_text(self.fields.get(name)) for name in fields)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
-from .matching import ASK_KEYS, SPLIT_KEYS, Row, is_asked, plain
+from .matching import ASK_KEYS, SPLIT_KEYS, Asked, Row, is_asked, plain
 from .records import IMAGE_KEYS, text_of
 from .thinking import without_thinking
 
@@ -64,15 +64,13 @@ class TextChoice:
 
     Attributes:
         rows: The file's.
-        questions: The question of each row; empty where it is not known.
-        truths: The spellings of the right answer of each row; empty where there is none.
+        asked: The question of each row, as far as it is known.
         reads: How yes/no answers are read; None for other answers.
         usual: The names that messages name first.
     """
 
     rows: Sequence[Row]
-    questions: Sequence[str]
-    truths: Sequence[frozenset[str]]
+    asked: Sequence[Asked]
     reads: Reading | None = None
     usual: tuple[str, ...] = ()
 
@@ -145,8 +143,7 @@ class TextChoice:
         """Whether a value is the question of a row, or reads like one where that is not known."""
         if not isinstance(value, str):
             return False
-        asked = self.questions[index] if self.questions else ""
-        if asked:
+        if asked := self.asked[index].text:
             return is_asked(value, asked)
         beside = [v for key in ASK_KEYS if isinstance(v := self.rows[index].fields.get(key), str)]
         return value.strip().endswith("?") or plain(value) in map(plain, beside)
@@ -185,7 +182,7 @@ class TextChoice:
                 constant = len(rows) > 1 and len(set(map(str, values))) == 1  # A prompt for all images.
                 if constant or all(self._is_question(i, v) for i, v in zip(rows, values, strict=True)):
                     continue
-            if all(word(v) in self.truths[i] for i, v in zip(rows, values, strict=True)):
+            if all(word(v) in self.asked[i].truth for i, v in zip(rows, values, strict=True)):
                 continue
             if not self._is_reading(other, key):
                 self._refuse_difference(key, other)
@@ -193,7 +190,7 @@ class TextChoice:
     def _refuse_truth(self, keys: Sequence[str], given: bool) -> list[str]:
         """Refuse the right answers where another text may be the model's; return what the reader must know."""
         texts = [without_thinking(str(row.fields[k])).answer for row, k in zip(self.rows, keys, strict=True)]
-        if not all(word(text) in truth for text, truth in zip(texts, self.truths, strict=True)):
+        if not all(word(text) in asked.truth for text, asked in zip(texts, self.asked, strict=True)):
             return []
         others = [
             k for k in dict.fromkeys(k for row in self.rows for k in row.fields) if self._may_be_text(k, keys, texts)

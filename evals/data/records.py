@@ -23,19 +23,15 @@ from . import tabular
 Records = Sequence[tuple[str, Mapping[str, Any]]]
 """Pairs of a place for messages ("FILE line 3") and a JSON object."""
 
-
 WRAPPERS = ("annotations", "sentences", "captions", "answers", "results", "data")
-
 
 IMAGE_KEYS = (
     *("image_id", "image", "image_path", "img_id", "image_name", "image_file", "file_name", "filename", "img"),
     *("img_path", "image_source"),
 )
 
-
 #: No caption is that long; a text that is comes from a file that lost its line breaks.
 MAX_CHARACTERS = 1_000_000
-
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlmfix.errors import DataError
 
@@ -15,6 +15,7 @@ from .write import write_bytes
 
 PREFIX = "datasets:"
 
+T = TypeVar("T", str, int)
 
 #: A row of a data set with its place, for messages.
 Row = tuple[str, Mapping[str, Any]]
@@ -25,8 +26,8 @@ def image_number(benchmark: str, name: str) -> int:
     return int(hashlib.sha256(f"{benchmark}/{name}".encode()).hexdigest()[:12], 16)
 
 
-def choose(names: Iterable[str], limit: int | None, seed: int) -> list[str]:
-    """At most ``limit`` of the names, drawn by seed from their sorted list; sorted."""
+def choose(names: Iterable[T], limit: int | None, seed: int) -> list[T]:
+    """At most ``limit`` of the names or numbers, drawn by seed from their sorted list; sorted."""
     found = sorted(set(names))
     return found if limit is None or limit >= len(found) else sorted(random.Random(seed).sample(found, limit))
 
@@ -110,7 +111,7 @@ def _load(location: str, config: str | None, split: str | None) -> Any:
         ) from error
 
 
-def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None, column: str = "image") -> Path | None:
+def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None) -> Path | None:
     """The file of a row's image; None where the row has none.
 
     Bytes out of a data set are kept in the cache folder, under their digest.
@@ -118,7 +119,7 @@ def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None, co
     Raises:
         DataError: The image is named, but there is no such file.
     """
-    value = row.get(column)
+    value = row.get("image")
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return _kept(bytes(value["bytes"]), Path(value.get("path") or "image").suffix)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..benchmarks.base import Benchmark
-    from ..benchmarks.marked_text import MarkedText
+    from ..benchmarks.coco_objects import MarkedText
     from ..data.samples import Answers, Sample
     from ..run.methods import MethodSpec
 

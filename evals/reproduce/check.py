@@ -92,7 +92,6 @@ def _measured(table: Table, folder: Path, key: str, method: str, baseline: str |
 
     from ..benchmarks.columns import figure_of
     from ..scores.counts import load_run
-    from ..stats.bootstrap import bootstrap, paired_bootstrap
 
     benchmark, _, name = key.partition(".")
     tables: Mapping[str, Any] = load_run(folder).benchmarks[benchmark].methods
@@ -101,9 +100,9 @@ def _measured(table: Table, folder: Path, key: str, method: str, baseline: str |
             raise DataError(f"{folder} has no method {label!r}; it has {', '.join(tables)}")
     statistic = mean_f1() if name == "mean_f1" else figure_of(key).statistic
     if baseline is None:
-        interval = bootstrap(statistic, tables[method])
+        interval = statistic.interval(tables[method])
     else:
-        interval = paired_bootstrap(statistic, tables[method], tables[baseline])
+        interval = statistic.difference(tables[method], tables[baseline])
     scale = _scale(key)
     return Measured(interval.estimate * scale, interval.low * scale, interval.high * scale)
 

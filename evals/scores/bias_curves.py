@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..stats.bootstrap import drawn
+from ..stats.bootstrap import CONFIDENCE, FloatArray, Interval, drawn, percentile_interval
 from ..stats.figures import SumStatistic, sums_per_image
-from ..stats.intervals import CONFIDENCE, FloatArray, Interval, percentile_interval
 from ..stats.table import Table
 
 _CELLS = 200_000  # numbers held at once: resamples times places on the curve

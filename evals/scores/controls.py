@@ -13,8 +13,8 @@ from ..benchmarks.base import EARLY_STOP, YES_BIAS, Benchmark
 from ..benchmarks.registry import benchmark_class
 from ..benchmarks.yes_no import question_rows
 from ..data.samples import Answers
+from ..stats.bootstrap import RESAMPLES, Interval, finite, interval_dict
 from ..stats.figures import Figure, SumStatistic
-from ..stats.intervals import RESAMPLES, Interval, finite, interval_dict
 from ..stats.table import Table
 from .bias_curves import BiasCurve, EarlyStop, YesBias
 from .early_stop import stopped_versions
@@ -25,14 +25,11 @@ if TYPE_CHECKING:
 #: Benchmark -> method label -> table.
 Tables = Mapping[str, Mapping[str, Any]]
 
-
 #: Benchmark -> method label -> name of a control -> its table.
 ControlTables = dict[str, dict[str, dict[str, Table]]]
 
-
 #: Benchmark -> name of a control -> the baseline under every bias.
 Curves = Mapping[str, Mapping[str, BiasCurve]]
-
 
 HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
 

@@ -28,12 +28,9 @@ if TYPE_CHECKING:
 
 COUNTS = "counts.json"
 
-
 SCHEMA_VERSION = 1
 
-
 _KINDS = {"b": "bool", "i": "int", "u": "int", "f": "float"}
-
 
 _DTYPES: Mapping[str, Any] = {"bool": np.bool_, "int": np.int64, "float": np.float64}
 

@@ -27,19 +27,6 @@ from ..stats.table import Table
 _SMALLEST_BIAS = float(np.nextafter(0.0, 1.0))
 
 
-def stop_length(num_tokens: int, eos_gaps: Sequence[float], bias: float) -> int:
-    """How many tokens greedy decoding keeps under an EOS bias: the first step t with ``eos_gaps[t] <= bias``.
-
-    Args:
-        num_tokens: Tokens of the unbiased description.
-        eos_gaps: Per step, the largest logit of another token minus the EOS logit.
-        bias: On the EOS logit, >= 0; 0 keeps everything.
-    """
-    if bias <= 0:
-        return num_tokens
-    return next((t for t, gap in enumerate(eos_gaps[:num_tokens]) if gap <= bias), num_tokens)
-
-
 def stopped_versions(benchmark: Benchmark, answers: Answers, decode: Callable[[list[int]], str]) -> list[Table]:
     """The baseline's tables with every image cut not at all, once, twice, ...
 

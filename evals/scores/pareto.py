@@ -26,10 +26,8 @@ from ..tables import Table, difference_cell, interval_cell, number
 
 SECONDS_TIE = 0.05
 
-
 FEWEST_BATCHES = 4
 """With fewer nothing is known about times."""
-
 
 LEGEND = (
     "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "

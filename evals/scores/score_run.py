@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..benchmarks.registry import Tasks
 from ..data.samples import Answers
-from ..stats.intervals import CONFIDENCE, RESAMPLES
+from ..stats.bootstrap import CONFIDENCE, RESAMPLES
 from .controls import ControlTables, Curves, control_lines, curve_points, run_curves
 from .counts import count_run
-from .differences import correct_controls, correct_rows
+from .verdicts import correct_controls, correct_rows
 
 if TYPE_CHECKING:
     from ..run.methods import MethodSpec

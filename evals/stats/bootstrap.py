@@ -1,4 +1,4 @@
-"""Paired statistics of two methods on the same images.
+"""Resampled images, and percentile intervals of what is made of them.
 
 Images are resampled, not questions, because the answers about one image are not independent. A resample is a weight per
 image: how often it was drawn.
@@ -6,88 +6,99 @@ image: how often it was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from .intervals import CONFIDENCE, RESAMPLES, FloatArray, Interval, percentile_interval
+FloatArray = NDArray[np.float64]
+
+RESAMPLES = 2000
+
+CONFIDENCE = 0.95
 
 _CHUNK = 4_000_000  # resampling weights held at once (32 MB)
 
 
-class Weighted(Protocol):
-    """A figure that is known for every choice of images (see ``figures.Statistic``)."""
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with a percentile bootstrap interval.
 
-    def of(self, table: Any, /) -> float:
-        """The figure of a whole table."""
+    Attributes:
+        estimate: The figure (or difference) on all images.
+        low: Lower end; NaN with fewer than two images.
+        high: Upper end; NaN with fewer than two images.
+        n: Number of images (clusters).
+        undefined: Resamples in which the figure had a zero denominator; they are left out.
+        p_value: Of a difference, two-sided: the smallest alpha at which the interval of confidence 1 - alpha excludes
+            zero, at least 2 / (resamples + 1). NaN for a single figure, and where there is no interval.
+    """
 
-    def weighted(self, table: Any, weights: FloatArray, /) -> FloatArray:
-        """The figure when each image counts as often as ``weights``, float64 [k, images], say: float64 [k]."""
+    estimate: float
+    low: float
+    high: float
+    n: int
+    undefined: int = 0
+    p_value: float = math.nan
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(
-    statistic: Weighted,
-    table_a: Any,
-    table_b: Any,
-    *,
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
+def percentile_interval(
+    estimate: float, draws: FloatArray, n: int, confidence: float, *, difference: bool = False
 ) -> Interval:
-    """Interval of the difference ``statistic(table_a) - statistic(table_b)``: the method first, the baseline second.
-
-    Both tables are resampled with the same images, so what makes an image hard cancels.
+    """The percentile interval, and for a difference the p-value, of bootstrap resamples.
 
     Args:
-        statistic: The figure.
-        table_a: Table of the method.
-        table_b: Table of the baseline: the same images, and as many rows of each.
-        n_resamples: Bootstrap resamples.
-        seed: Of the resampling; the result is a function of the arguments.
-        confidence: Coverage of the percentile interval.
-
-    Raises:
-        DataError: the tables are empty or not about the same images, or a number is out of range.
+        estimate: The figure on all images.
+        draws: float64 [resamples], NaN where the figure is undefined; empty where nothing was resampled.
+        n: Number of images.
+        confidence: Coverage of the interval.
+        difference: Whether zero means "no difference", so that there is a p-value.
     """
-    n = _images(table_a)
-    if not np.array_equal(np.sort(table_a.image_ids), np.sort(table_b.image_ids)):
-        raise DataError(
-            f"the two tables are not about the same images ({n} and {_images(table_b)} images, "
-            f"{len(table_a.image_ids)} and {len(table_b.image_ids)} rows): score both methods on the same ids"
-        )
-
-    def difference(weights: FloatArray) -> FloatArray:
-        return statistic.weighted(table_a, weights) - statistic.weighted(table_b, weights)
-
-    draws = drawn(difference, n, n_resamples=n_resamples, seed=seed, confidence=confidence)
-    return percentile_interval(statistic.of(table_a) - statistic.of(table_b), draws, n, confidence, difference=True)
+    defined = np.sort(draws[~np.isnan(draws)])
+    undefined = len(draws) - len(defined)
+    if not len(defined):
+        return Interval(estimate, math.nan, math.nan, n, undefined)
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    p_value = _inverted(defined) if difference else math.nan
+    return Interval(estimate, float(low), float(high), n, undefined, p_value)
 
 
-def bootstrap(
-    statistic: Weighted,
-    table: Any,
-    *,
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> Interval:
-    """Interval of one figure of one table; arguments and errors as in :func:`paired_bootstrap`."""
-    n = _images(table)
+def _inverted(draws: FloatArray) -> float:
+    """Two-sided p-value by inverting the percentile interval of sorted draws, float64 [k].
 
-    def figure(weights: FloatArray) -> FloatArray:
-        return statistic.weighted(table, weights)
+    ``np.quantile`` interpolates between the draws, at level i / (k - 1) draw i. The interval at alpha excludes zero iff
+    alpha / 2 is below the level up to which the quantiles are >= 0 on one side (<= 0 on the other).
+    """
+    k = len(draws)
+    tails = []
+    for side in (draws, -draws[::-1]):
+        upto = int(np.searchsorted(side, 0.0, side="right"))  # draws on the wrong side of zero, or on it
+        if upto == 0 or upto == k:
+            tails.append(upto / k)
+        else:
+            below, above = side[upto - 1], side[upto]
+            tails.append((upto - 1 + (0.0 - below) / (above - below)) / (k - 1))
+    return float(min(1.0, max(2 * min(tails), 2 / (k + 1))))
 
-    draws = drawn(figure, n, n_resamples=n_resamples, seed=seed, confidence=confidence)
-    return percentile_interval(statistic.of(table), draws, n, confidence)
+
+def finite(summary: Mapping[str, float]) -> dict[str, float | None]:
+    """A summary for JSON, which has no NaN: undefined figures become null."""
+    return {name: None if math.isnan(value) else value for name, value in summary.items()}
 
 
-def _images(table: Any) -> int:
-    if not len(table.image_ids):
-        raise DataError("a table has no rows: there is nothing to compare")
-    return len(np.unique(table.image_ids))
+def interval_dict(interval: Interval) -> dict[str, Any]:
+    """An interval for JSON, undefined numbers as null."""
+    return finite(asdict(interval))
 
 
 def drawn(

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bootstrap import paired_bootstrap
-from .intervals import CONFIDENCE, RESAMPLES, FloatArray, Interval
+from vlmfix.errors import DataError
+
+from .bootstrap import CONFIDENCE, FloatArray, Interval, drawn, percentile_interval
 
 _PIECE = 250  # resamples of an AUC at once, which bounds the memory at as many weights per question
 
@@ -44,15 +45,44 @@ class Statistic(ABC):
         """The figure of a whole table, NaN where it is undefined."""
         return float(self.weighted(table, np.ones((1, len(np.unique(table.image_ids)))))[0])
 
-    def difference(self, table: Any, other: Any, *, seed: int = 0) -> Interval:
-        """Paired interval of the table's figure minus another table's, over resampled images.
+    def interval(self, table: Any, *, confidence: float = CONFIDENCE, **options: Any) -> Interval:
+        """Percentile interval of the figure of one table; arguments and errors as of :meth:`difference`."""
+        n = _images(table)
+        draws = drawn(lambda weights: self.weighted(table, weights), n, confidence=confidence, **options)
+        return percentile_interval(self.of(table), draws, n, confidence)
+
+    def difference(self, table: Any, other: Any, *, confidence: float = CONFIDENCE, **options: Any) -> Interval:
+        """Paired percentile interval of the table's figure minus another table's, over resampled images.
+
+        Both tables are resampled with the same images, so what makes an image hard cancels.
 
         Args:
             table: The method's table.
-            other: The baseline's, about the same images.
-            seed: Seed of the bootstrap.
+            other: The baseline's: the same images, and as many rows of each.
+            confidence: Coverage of the interval.
+            options: ``n_resamples`` and ``seed`` of :func:`~vlmfix.evals.stats.bootstrap.drawn`.
+
+        Raises:
+            DataError: the tables are empty or not about the same images, or a number is out of range.
         """
-        return paired_bootstrap(self, table, other, n_resamples=RESAMPLES, seed=seed, confidence=CONFIDENCE)
+        n = _images(table)
+        if not np.array_equal(np.sort(table.image_ids), np.sort(other.image_ids)):
+            raise DataError(
+                f"the two tables are not about the same images ({n} and {_images(other)} images, "
+                f"{len(table.image_ids)} and {len(other.image_ids)} rows): score both methods on the same ids"
+            )
+
+        def figure(weights: FloatArray) -> FloatArray:
+            return self.weighted(table, weights) - self.weighted(other, weights)
+
+        draws = drawn(figure, n, confidence=confidence, **options)
+        return percentile_interval(self.of(table) - self.of(other), draws, n, confidence, difference=True)
+
+
+def _images(table: Any) -> int:
+    if not len(table.image_ids):
+        raise DataError("a table has no rows: there is nothing to compare")
+    return len(np.unique(table.image_ids))
 
 
 @dataclass(frozen=True)
@@ -74,7 +104,7 @@ class SumStatistic(Statistic):
         return table is not None and all(hasattr(table, name) for name in self.needs)
 
     def weighted(self, table: Any, weights: FloatArray) -> FloatArray:
-        """See :meth:`Statistic.weighted`."""
+        """The figure of the weighted sums."""
         return self.value(weights @ sums_per_image(self.columns(table), table.image_ids))
 
     def of(self, table: Any) -> float:
@@ -198,7 +228,8 @@ Column = str | Callable[[Any], ArrayLike]
 """A column of a table: its name, or how it is computed."""
 
 
-def _read(column: Column) -> Callable[[Any], ArrayLike]:
+def read_column(column: Column) -> Callable[[Any], ArrayLike]:
+    """How a column is read off a table."""
     if callable(column):
         return column
     return lambda table: np.asarray(getattr(table, column), dtype=np.float64)
@@ -212,7 +243,7 @@ def share(numerator: Column, denominator: Column = one, *, empty: float = math.n
         denominator: Another; by default one per row, which makes a mean.
         empty: Its value where the denominator sums to zero.
     """
-    above, below = _read(numerator), _read(denominator)
+    above, below = read_column(numerator), read_column(denominator)
     return SumStatistic(
         lambda table: stacked(above(table), below(table)),
         lambda sums: divide(sums[..., 0], sums[..., 1], empty),
@@ -220,10 +251,8 @@ def share(numerator: Column, denominator: Column = one, *, empty: float = math.n
     )
 
 
-def auc(scores: Iterable[float], labels: Iterable[bool]) -> float:
+def auc(scores: ArrayLike, labels: ArrayLike) -> float:
     """Area under the ROC curve: how often a positive scores above a negative, ties counted half.
-
-    The Mann-Whitney statistic from mean ranks, exact for ties.
 
     Args:
         scores: [n], higher means yes.
@@ -232,14 +261,8 @@ def auc(scores: Iterable[float], labels: Iterable[bool]) -> float:
     Returns:
         0 to 1; NaN if there are no positives or no negatives.
     """
-    values, positive = np.asarray(list(scores), dtype=np.float64), np.asarray(list(labels), dtype=np.bool_)
-    n_pos = int(positive.sum())
-    n_neg = len(positive) - n_pos
-    if not n_pos or not n_neg:
-        return math.nan
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # mean rank of equal scores, from 1
-    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    values, positive = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.bool_)
+    return float(_weighted_auc(*_ranked(values, positive), np.ones((1, len(positive))))[0])
 
 
 def _ranked(

@@ -31,7 +31,7 @@ def mcnemar(table_a: Any, table_b: Any) -> McNemar:
     """Exact McNemar test between two tables of yes/no answers to the same questions in the same order.
 
     Of the questions that only one of the two answers right, the first one's share is Binomial(1/2) if both are equally
-    good: p = min(1, 2 * P(X <= min(only_a, only_b))). It takes questions as independent; :func:`paired_bootstrap` does
+    good: p = min(1, 2 * P(X <= min(only_a, only_b))). It takes questions as independent; the intervals do
     not.
 
     Raises:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
-from families.model_types import REFUSED, UNBUILT, mapped, measured, refusal, row, rows
+import vlmfix
+from families.model_types import REFUSED, UNBUILT, mapped, measured, refusal, row, rows, shallow
 
 MATRIX = Path(__file__).with_name("FAMILIES.md")
 
@@ -38,6 +40,28 @@ def test_a_refused_type_is_refused(model_type: str) -> None:
     if model_type not in mapped():
         pytest.skip(f"transformers {transformers.__version__} does not map {model_type}")
     assert f"model_type {model_type!r}" in refusal(model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("ultravbert", "UltraVBertForMaskedLM"),
+        ("ultravbert", "UltraVBertModel"),
+        ("embedding_gemma2", "EmbeddingGemma2Model"),
+        ("paligemma", "PaliGemmaModel"),
+    ],
+)
+@pytest.mark.parametrize("method", ["none", "pai", "guidance"])
+def test_models_that_read_in_both_directions_and_generate_nothing_are_refused(
+    model_type: str, architecture: str, method: str
+) -> None:
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(shallow(model_type)())
+    with pytest.raises(vlmfix.UnsupportedModelError, match="AutoModelForImageTextToText"):
+        vlmfix.patch(model, method)
+    assert vlmfix.status(model) is None
 
 
 def test_the_matrix_lists_every_type() -> None:

@@ -10,7 +10,21 @@ from typing import Any
 import vlmfix
 from golden.bench import Bench, done, say
 
-VERBS = ("eval", "methods", "info", "score", "calibrate", "tune", "power", "inspect", "compare", "plot")
+VERBS = (
+    "eval",
+    "methods",
+    "info",
+    "score",
+    "calibrate",
+    "tune",
+    "power",
+    "inspect",
+    "compare",
+    "plot",
+    "run",
+    "serve",
+    "export",
+)
 SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme")
 
 CHOICES: dict[str, dict[str, str]] = {

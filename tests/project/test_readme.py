@@ -118,5 +118,7 @@ def test_options_the_readme_names_exist() -> None:
             known |= set(re.findall(r"[\"'](--[a-z][\w-]*)[\"']", script.read_text(encoding="utf-8")))
     launchers = {"--nproc-per-node", "--multi_gpu", "--num_processes", "--cpu"}  # torchrun's, accelerate's
     launchers |= {"--headless", "--window-size", "--screenshot"}  # a browser's
+    launchers |= {"--model_args", "--tasks", "--use_cache", "--its-own"}  # those of programs in vlmfix run
+    launchers |= {"--port", "--trust-remote-code"}  # of transformers serve
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", EVERYTHING))
     assert len(named) > 30 and named - known <= launchers

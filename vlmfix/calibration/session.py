@@ -145,7 +145,7 @@ def open_session(
         if value < 1:
             raise MethodError(f"{name} must be at least 1, got {value}.")
     anatomy = analyse(model)
-    if anatomy.projector is not None or anatomy.kinds != {"joint"}:
+    if not anatomy.reads_image_tokens:
         raise UnsupportedFeatureError(
             f"{type(anatomy.model).__name__} cannot be calibrated: its answers do not come from a prompt with image "
             "tokens that its text attention reads. Pass what the method needs yourself: heads=[(layer, head), ...]."

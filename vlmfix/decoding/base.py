@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from vlmfix.engine.prompt_pass import NO_TEXT
 from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.recipes import check_placement
-
-if TYPE_CHECKING:
-    from vlmfix.model.anatomy import Anatomy
 
 
 class OtherTokens(NamedTuple):
@@ -207,10 +206,7 @@ class WithoutImage(DecodingMethod):
         """
         kept = tuple(place for place, image in enumerate(is_image) if not image)
         if not kept:
-            raise UnsupportedFeatureError(
-                "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a "
-                "question."
-            )
+            raise UnsupportedFeatureError(NO_TEXT)
         return OtherTokens(tuple(ids[place] for place in kept), kept)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,10 @@ from vlmfix.decoding.other_image import looks_of
 from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.forwards import EditedForward, StockForward
 from vlmfix.engine.plan import PatchedSite, make_sites
-
-if TYPE_CHECKING:
-    from vlmfix.methods.base import Method
-    from vlmfix.methods.sequence import SequenceState
-    from vlmfix.model.anatomy import Anatomy
-    from vlmfix.model.attention import AttentionCall
+from vlmfix.methods.base import Method
+from vlmfix.methods.sequence import SequenceState
+from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.attention import AttentionCall
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Arguments ``[batch, length]`` that give each token a kind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,15 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput
 from vlmfix.decoding.beam_search import Beams
 from vlmfix.decoding.branch import TOKEN_TYPES
 from vlmfix.decoding.caches import is_plain, with_new_layers
+from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.engine.forwards import StockForward
+from vlmfix.engine.plan import PatchedSite
+from vlmfix.engine.status import Counters
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import state_of
-from vlmfix.model.anatomy import FORWARD_KWARG
-from vlmfix.model.attention import explicit_scores, masked_softmax
-
-if TYPE_CHECKING:
-    from vlmfix.decoding.opera import OPERA
-    from vlmfix.engine.plan import PatchedSite
-    from vlmfix.engine.status import Counters
-    from vlmfix.model.anatomy import Anatomy
-    from vlmfix.model.attention import AttentionCall
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
+from vlmfix.model.attention import AttentionCall, explicit_scores, masked_softmax
 
 NOT_BESIDE_IT = (
     *("assistant_model", "prompt_lookup_num_tokens", "custom_generate"),

@@ -6,15 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from vlmfix.decoding.base import DecodingMethod
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
-
-if TYPE_CHECKING:
-    from vlmfix.decoding.base import DecodingMethod
 
 OTHER_IMAGES_KWARG = "vlmfix_images"
 """The keyword argument in which ``generate`` hands on ``OtherImages`` when it has encoded the images itself."""

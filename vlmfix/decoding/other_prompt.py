@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,12 +12,10 @@ from vlmfix.decoding.base import DecodingMethod, OtherTokens
 from vlmfix.decoding.branch import NOT_HANDED_ON, TOKEN_TYPES, Branch
 from vlmfix.decoding.other_image import OtherImages, is_image_argument, looks_of, replace_images
 from vlmfix.engine.calls import tokens_of
+from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.images import blank_images
-
-if TYPE_CHECKING:
-    from vlmfix.engine.forwards import EditedForward
-    from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass

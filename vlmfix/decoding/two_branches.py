@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -36,17 +36,14 @@ from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, forget_pr
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
+from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.prompt_pass import positions_kept
 from vlmfix.engine.stand_ins import DRAFTS, RefuseDrafts
+from vlmfix.engine.status import Counters
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.forward import squared_move
-from vlmfix.model.anatomy import FORWARD_KWARG
-
-if TYPE_CHECKING:
-    from vlmfix.engine.forwards import EditedForward
-    from vlmfix.engine.status import Counters
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
 
 _NO_DRAFTS = "Assisted decoding checks several tokens at once, and a decoding method contrasts the next one only."
 

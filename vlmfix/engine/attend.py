@@ -7,11 +7,13 @@ result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from vlmfix.engine.base_output import BaseOutput, is_measured, opening_of, write_opened_rows
+from vlmfix.engine.plan import Numbered, PatchedSite
+from vlmfix.methods.base import Method
 from vlmfix.methods.views import Forward, Layer, Rows
 from vlmfix.model.attention import (
     AttentionCall,
@@ -20,11 +22,6 @@ from vlmfix.model.attention import (
     masked_softmax,
     weighted_values,
 )
-
-if TYPE_CHECKING:
-    from vlmfix.engine.plan import Numbered, PatchedSite
-    from vlmfix.methods.base import Method
-
 
 Edits = Sequence[tuple["Method", "Layer"]]
 """Methods that edit a layer, in the order of the path, each with its view of the layer."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import AttentionInterface
 
+from vlmfix.engine.forwards import MISSING, reached_from_outside
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import SITE_ATTRIBUTE
 from vlmfix.model.attention import AttentionCall
 from vlmfix.model.refusals import check_selection
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from vlmfix.engine.plan import PatchedSite
-
 
 ATTENTION_NAME = "vlmfix"
 """The name in ``AttentionInterface``. A plain word: transformers gives names with 'sdpa', 'flash' or '/' a meaning."""
@@ -54,17 +51,13 @@ class NameOfBoth(str):
     __hash__ = str.__hash__
 
 
-_MISSING = object()
-"""Marks an attention call that did not come through the patched model's forward."""
-
-
 def vlmfix_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: Any,
-    vlmfix: Any = _MISSING,
+    vlmfix: Any = MISSING,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Let what travels with the forward compute a module's attention; the signature is that of transformers.
@@ -89,12 +82,8 @@ def vlmfix_attention(
     call = AttentionCall(site, module, query, key, value, attention_mask, kwargs)
     if vlmfix is None:
         return call.base()
-    if vlmfix is _MISSING:
-        raise UnsupportedFeatureError(
-            f"The attention module {site.name} of a patched model was reached without going through the model's own "
-            "forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
-            "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
-        )
+    if vlmfix is MISSING:
+        raise reached_from_outside(f"The attention module {site.name}")
     if site.selects_keys:
         check_selection(site)
     if kwargs.get("cache") is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+from vlmfix.methods.base import Method
+from vlmfix.methods.views import Forward, Layer
 from vlmfix.model.attention import (
     AttentionCall,
     Opening,
@@ -17,10 +18,6 @@ from vlmfix.model.attention import (
     visible_keys,
     weighted_values,
 )
-
-if TYPE_CHECKING:
-    from vlmfix.methods.base import Method
-    from vlmfix.methods.views import Forward, Layer
 
 
 class BaseOutput:

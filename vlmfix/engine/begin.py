@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from vlmfix.engine.calls import (
     answer_length,
@@ -18,22 +21,15 @@ from vlmfix.engine.calls import (
     tokens_of,
 )
 from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.engine.prompt_pass import begin_methods, encoded_text_only_heads, text_only_heads
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import SequenceState, extend_mask, from_the_end, keep_state, state_of
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.images import ImageFinder, attended_keys, brings_pictures
 from vlmfix.model.vision_tower import VisionRecorder
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from vlmfix.engine.plan import PatchedSite
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
 
 
 class ForwardBeginner:

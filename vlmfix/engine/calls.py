@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.sequence import SequenceState
 from vlmfix.model.images import brings_pictures
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlmfix.methods.sequence import SequenceState
-
 
 _NO_LABEL = -100
 """What stands in the place of a label where a token is not to be predicted."""

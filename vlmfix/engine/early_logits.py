@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedModelError
+from vlmfix.methods.base import Method
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.blocks import final_norm
-
-if TYPE_CHECKING:
-    from vlmfix.engine.forwards import EditedForward
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
 
 
 class EarlyHead:

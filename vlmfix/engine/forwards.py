@@ -6,21 +6,30 @@ answers with what methods do there; a ``StockForward`` edits nothing, and its su
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from vlmfix.engine.attend import attend
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import SHARED, SequenceState
 from vlmfix.methods.views import Forward, Layer
+from vlmfix.model.attention import AttentionCall
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+MISSING = object()
+"""Marks a call of a part of a patched model to which no forward has come down."""
 
-    from vlmfix.engine.plan import PatchedSite
-    from vlmfix.methods.base import Method
-    from vlmfix.model.attention import AttentionCall
+
+def reached_from_outside(what: str) -> UnsupportedFeatureError:
+    """Return the error for a part of a patched model that was not reached through the model's own forward."""
+    return UnsupportedFeatureError(
+        f"{what} of a patched model was reached without going through the model's own forward, so vlmfix cannot know "
+        "where the image is. Call the whole model (model(...) or model.generate(...)), or take the patch off first: "
+        "vlmfix.unpatch(model)."
+    )
 
 
 class StockForward:

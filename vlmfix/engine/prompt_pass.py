@@ -7,29 +7,24 @@ forward (tens of tokens), run once per prompt before the prompt itself; no metho
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from vlmfix.engine.forwards import EditedForward, StockForward, StreamRecorder
+from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.sequence import SHARED
+from vlmfix.methods.sequence import SHARED, SequenceState
 from vlmfix.methods.views import Prompt
-from vlmfix.model.anatomy import FORWARD_KWARG, image_markers
-from vlmfix.model.images import blank_images
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, image_markers
+from vlmfix.model.attention import AttentionCall
+from vlmfix.model.images import Encoded, blank_images
+from vlmfix.model.vision_tower import VisionRecorder
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import nn
-
-    from vlmfix.engine.plan import PatchedSite
-    from vlmfix.methods.sequence import SequenceState
-    from vlmfix.model.anatomy import Anatomy
-    from vlmfix.model.attention import AttentionCall
-    from vlmfix.model.images import Encoded
-    from vlmfix.model.vision_tower import VisionRecorder
+NO_TEXT = "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
 
 
 _OF_TOKENS = frozenset({"attention_mask", "position_ids", "token_type_ids"})
@@ -218,9 +213,7 @@ def _lengths(keep: torch.Tensor) -> list[int]:
     """Return how many tokens of each prompt are kept."""
     lengths: list[int] = keep.sum(1).tolist()
     if min(lengths) == 0:
-        raise UnsupportedFeatureError(
-            "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
-        )
+        raise UnsupportedFeatureError(NO_TEXT)
     return lengths
 
 

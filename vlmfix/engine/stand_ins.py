@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.model.anatomy import FORWARD_KWARG
-
-if TYPE_CHECKING:
-    from torch import nn
-
 
 PROMPT_END_KWARG = "vlmfix_prompt_end"
 """The keyword argument in which ``generate`` tells the forwards that read a prompt how long it is, earlier turns

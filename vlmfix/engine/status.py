@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from vlmfix.methods.base import Method
-
-if TYPE_CHECKING:
-    from vlmfix.methods.views import Forward
+from vlmfix.methods.views import Forward
 
 
 class Counters:

@@ -11,27 +11,19 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmfix.engine.base_output import is_measured
-from vlmfix.engine.forwards import EditedForward
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.engine.forwards import MISSING, EditedForward, reached_from_outside
+from vlmfix.engine.plan import Numbered, PatchedSite
+from vlmfix.methods.base import Method
 from vlmfix.methods.views import Block
-from vlmfix.model.anatomy import FORWARD_KWARG
+from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy
 from vlmfix.model.blocks import BlockKind, ResidualBlocks, find_blocks
 from vlmfix.model.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from vlmfix.engine.plan import Numbered, PatchedSite
-    from vlmfix.methods.base import Method
-    from vlmfix.model.anatomy import Anatomy
-
-
-_MISSING = object()
-"""Marks a forward that did not pass through the patched model."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +73,9 @@ class BlockHooks:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Attach the forward to the layer, so that its block hooks can find it; edit the image as it enters."""
-        forward = kwargs.get(FORWARD_KWARG, _MISSING)
-        if forward is _MISSING:
-            raise UnsupportedFeatureError(
-                f"Decoder layer {self.blocks.layer_idx} of a patched model was reached without going through the "
-                "model's own forward, so vlmfix cannot know where the image is. Call the whole model (model(...) or "
-                "model.generate(...)), or take the patch off first: vlmfix.unpatch(model)."
-            )
+        forward = kwargs.get(FORWARD_KWARG, MISSING)
+        if forward is MISSING:
+            raise reached_from_outside(f"Decoder layer {self.blocks.layer_idx}")
         self._attach(forward)
         edited = self._forward()
         if "embedding" not in self.edits or edited is None or not edited.is_prefill:

@@ -133,6 +133,11 @@ class Anatomy:
         """The kinds of attention of its sites."""
         return frozenset(site.kind for site in self.sites)
 
+    @property
+    def reads_image_tokens(self) -> bool:
+        """Whether its prompts hold the image's tokens, and all its text attention reads them there."""
+        return self.kinds == {"joint"} and self.projector is None
+
     def is_image(self, ids: torch.Tensor) -> torch.Tensor:
         """Return which ids stand for image tokens: bool, of the same shape."""
         return torch.isin(ids, torch.tensor(self.image_token_ids, device=ids.device))
@@ -182,7 +187,8 @@ def analyse(model: object) -> Anatomy:
     if not image_token_ids and not any(site.kind == "image" for site in sites):
         raise UnsupportedModelError(
             f"{kind} has no image token in its config, so vlmfix cannot find images in a prompt. It patches "
-            "vision-language models; if this is one, set model.config.image_token_id = <id of the image token>."
+            "vision-language models whose prompts hold a token for every image feature; if this is one, set "
+            "model.config.image_token_id = <id of that token>."
         )
     if not sites:
         raise UnsupportedModelError(

@@ -8,20 +8,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.anatomy import AttentionSite
 from vlmfix.model.images import block_mask_rows
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlmfix.model.anatomy import AttentionSite
-
 
 SINKS = ("s_aux", "sinks")
 """What models call learned terms of the softmax that belong to no key (gpt-oss, Inkling 2)."""

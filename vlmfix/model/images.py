@@ -6,17 +6,14 @@ import re
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vlmfix.model.anatomy import Anatomy
 
 
 def of_new_tokens(per_token: torch.Tensor, past: int, q_len: int) -> torch.Tensor:

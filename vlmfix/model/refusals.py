@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
@@ -13,12 +14,19 @@ MASKED_KERNELS = ("eager", "sdpa")
 """The attention functions to which sparse indexers hand the keys they select in the mask."""
 
 
+_ANOTHER = "Load a model that is one: transformers.AutoModelForImageTextToText.from_pretrained(...)."
+
+
 class Site(Protocol):
     """What is asked of a text attention module (``vlmfix.model.anatomy.AttentionSite``)."""
 
     @property
     def name(self) -> str:
         """Its path in the model."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
 
     @property
     def kind(self) -> str:
@@ -43,17 +51,22 @@ def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[Site]) ->
 
     Raises:
         UnsupportedModelError: It merges encoder and answer in one softmax, does not generate token by token, selects
-            keys out of sight of the mask, or is split by tensor parallelism.
+            keys out of sight of the mask, reads in both directions, or is split by tensor parallelism.
     """
     if getattr(model.config, "is_encoder_decoder", False) and all(site.kind == "joint" for site in sites):
         raise UnsupportedModelError(
             f"{kind} attends to the prompt that its encoder has read and to the answer in one softmax, so its keys are "
-            "not in the order of a prompt; vlmfix does not know where the image is among them."
+            f"not in the order of a prompt; vlmfix does not know where the image is among them. {_ANOTHER}"
         )
     if model.can_generate() and not isinstance(model, GenerationMixin):
         raise UnsupportedModelError(
             f"{kind} does not generate its answer token by token. vlmfix patches autoregressive models: a prompt "
-            "is read once, and each step adds a token."
+            f"is read once, and each step adds a token. {_ANOTHER}"
+        )
+    if not model.can_generate() and any(is_two_way(site) for site in sites):
+        raise UnsupportedModelError(
+            f"{kind} reads a text in both directions and generates none (encoders, masked language models, retrieval). "
+            f"vlmfix patches autoregressive models: a prompt is read once, and each step adds a token. {_ANOTHER}"
         )
     for site in sites:
         if site.selects_keys:
@@ -64,6 +77,11 @@ def check_supported(model: PreTrainedModel, kind: str, sites: Sequence[Site]) ->
             "need. Load it with device_map='auto' instead of tp_plan."
         )
     # The model without its head: the image-free pass runs it, and users may call it.
+
+
+def is_two_way(site: Site) -> bool:
+    """Whether a module lets every token of a prompt see those behind it (PaliGemma's do, and it generates)."""
+    return site.kind == "joint" and getattr(site.module, "is_causal", True) is False
 
 
 def check_selection(site: Site, kind: type[VlmfixError] = UnsupportedFeatureError) -> None:

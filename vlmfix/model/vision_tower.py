@@ -6,17 +6,14 @@ import functools
 import inspect
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError
+from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.uncopied import Uncopied
-
-if TYPE_CHECKING:
-    from vlmfix.model.anatomy import Anatomy
-
 
 POSITION_ARGUMENTS = {"position_embeddings", "freqs_ci", "rotary_pos_emb", "cu_seqlens"}
 """Arguments of an attention module that turns queries and keys by their positions, or packs images into one row."""

@@ -276,7 +276,7 @@ def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
             from two branches acts, or the inputs hold no ``input_ids`` or are padded on the right.
     """
     anatomy = analyse(model)
-    if anatomy.kinds != {"joint"} or anatomy.projector is not None:
+    if not anatomy.reads_image_tokens:
         raise UnsupportedFeatureError(
             f"{probe} looks at self-attention over a prompt that holds the image's tokens, which "
             f"{type(anatomy.model).__name__} has not: {_reason(anatomy)}. Use a model whose prompt holds image tokens "

@@ -17,15 +17,12 @@ from vlmfix.errors import DataError
 
 AmberTask = Literal["generative", "existence", "state", "number", "action", "relation"]
 
-
 TASKS: tuple[AmberTask, ...] = get_args(AmberTask)
-
 
 _REMEDY = (
     "give the folder data/ of junyangwang0410/AMBER, with annotations.json, relation.json and safe_words.txt as they "
     "were released"
 )
-
 
 _TASK_OF_TYPE: Mapping[str, AmberTask] = {
     "generative": "generative",

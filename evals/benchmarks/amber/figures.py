@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
-from ...stats.figures import Figure, SumStatistic, divide, share, stacked
-from ...stats.intervals import FloatArray
+from ...stats.bootstrap import FloatArray
+from ...stats.figures import Column, Figure, SumStatistic, divide, share, stacked
 from ...stats.table import Table
 from ..yes_no import yes_no_columns
 from .data import TASKS, AmberData, AmberItem, AmberTask
@@ -51,7 +51,6 @@ _PREFIX: Mapping[AmberTask, str] = {
     "relation": "asso",
 }
 
-
 #: The official names of the figures (spelt as printed), and the dimensions they sum over.
 _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
     "Descriminative Task": ("existence", "state", "number", "action", "relation"),
@@ -63,6 +62,27 @@ _GROUPS: Mapping[str, tuple[AmberTask, ...]] = {
     "Relation": ("relation",),
 }
 
+_DESCRIPTION_SUMS: Mapping[str, Column] = {
+    "chair_num": "nouns",
+    "chair_score": "hallucinated",
+    "safe_cover_num": "truth_objects",
+    "safe_cover_score": "covered",
+    "hallu_cover_num": "cognitive_objects",
+    "hallu_cover_score": "cognitive",
+    "non_hallu_num": "descriptions",
+    "non_hallu_score": lambda table: table.descriptions & ~table.hallucinating,
+}
+"""Official name -> column, of descriptions."""
+
+_QUESTION_SUMS: Mapping[str, Column] = {
+    "qa_correct_num": "questions",
+    "qa_correct_score": "correct",
+    "qa_no_num": "truth_no",
+    "qa_no_score": "right_no",
+    "qa_ans_no_num": "answered_no",
+    "qa_ans_no_score": "right_no",
+}
+"""Likewise of questions; the counts of a dimension have its prefix before them."""
 
 _EMPTY = 0.001
 
@@ -152,36 +172,13 @@ class AmberTable(Table):
         """The sums under the official names (metrics.txt), as integers, with ``unparsed`` and ``empty``."""
         counts: dict[str, int] = {}
         if self.descriptions.any():
-            counts |= {
-                "chair_num": int(self.nouns.sum()),
-                "chair_score": int(self.hallucinated.sum()),
-                "safe_cover_num": int(self.truth_objects.sum()),
-                "safe_cover_score": int(self.covered.sum()),
-                "hallu_cover_num": int(self.cognitive_objects.sum()),
-                "hallu_cover_score": int(self.cognitive.sum()),
-                "non_hallu_num": int(self.descriptions.sum()),
-                "non_hallu_score": int((self.descriptions & ~self.hallucinating).sum()),
-                "empty": self.empty,
-            }
+            counts |= self.sums(_DESCRIPTION_SUMS) | {"empty": self.empty}
         if self.columns["questions"].any():
-            task = np.asarray(self.splits)
-            tasks = [name for name in _PREFIX if name in self.splits]
-            parts = {name: self._question_counts(task == name) for name in tasks}
-            counts |= {name: sum(part[name] for part in parts.values()) for name in parts[tasks[0]]}
-            counts |= {f"{_PREFIX[name]}_{count}": n for name in tasks for count, n in parts[name].items()}
-            counts["unparsed"] = int(self.unparsed.sum())
+            counts |= self.sums(_QUESTION_SUMS) | self.sums({"unparsed": "unparsed"})
+            parts = self.by_split()
+            for prefix, part in ((prefix, parts[task]) for task, prefix in _PREFIX.items() if task in parts):
+                counts |= {f"{prefix}_{name}": n for name, n in part.sums(_QUESTION_SUMS).items()}
         return counts
-
-    def _question_counts(self, rows: NDArray[np.bool_]) -> dict[str, int]:
-        right_no = int(self.right_no[rows].sum())
-        return {
-            "qa_correct_num": int(rows.sum()),
-            "qa_correct_score": int(self.correct[rows].sum()),
-            "qa_no_num": int(self.truth_no[rows].sum()),
-            "qa_no_score": right_no,
-            "qa_ans_no_num": int(self.answered_no[rows].sum()),
-            "qa_ans_no_score": right_no,
-        }
 
     def figures(self) -> dict[str, dict[str, float]]:
         """What the official script prints, under its names: percentages with one decimal.
@@ -219,7 +216,6 @@ def score_responses(
     nouns: Nouns | None = None,
     similarity: Similarity | None = None,
     similarity_name: str | None = None,
-    threshold: float = 0.8,
     image_ids: Mapping[int, int] | None = None,
     scores: Mapping[int, float | None] = MappingProxyType({}),
 ) -> AmberTable:
@@ -233,7 +229,6 @@ def score_responses(
             :func:`~vlmfix.evals.benchmarks.amber.objects.tagged_nouns`.
         similarity: Similarity of two words, or None for exact words only.
         similarity_name: Its name, for the table.
-        threshold: Two words are one if their similarity is above it (official: 0.8).
         image_ids: Item id -> number of its image; by default each item has its own.
         scores: Item id -> logit of yes minus that of no, of questions that it is known of.
 
@@ -247,7 +242,7 @@ def score_responses(
     if captions and nouns is None:
         known_lemmas(data)
         nouns = tagged_nouns()
-    same = None if similarity is None else compared(similarity, threshold)
+    same = None if similarity is None else compared(similarity)
     rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
     counted = np.asarray(rows, dtype=np.int64).reshape(len(captions), len(DESCRIPTION_COUNTS))
     ids = [item.id for item in (*captions, *questions)]

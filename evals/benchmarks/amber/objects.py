@@ -12,17 +12,17 @@ from typing import Any
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 
-from ..nltk_data import perceptron_tagger, punkt_tokens
+from ..nltk_words import perceptron_tagger, punkt_tokens
 from .data import AmberData, AmberItem
 
 Similarity = Callable[[str, str], float]
 
-
 #: What :func:`caption_counts` counts, in this order.
 DESCRIPTION_COUNTS = ("nouns", "hallucinated", "covered", "truth_objects", "cognitive", "cognitive_objects")
 
-
 Nouns = Callable[[str], list[str]]
+
+THRESHOLD = 0.8
 
 
 @functools.cache
@@ -80,13 +80,13 @@ def spacy_similarity(model: str = "en_core_web_lg") -> Similarity:
     return lambda first, second: float(parse(first).similarity(parse(second)))
 
 
-def compared(similarity: Similarity, threshold: float) -> Callable[[str, str], bool]:
-    """Whether two words are one, by their similarity."""
+def compared(similarity: Similarity) -> Callable[[str, str], bool]:
+    """Whether two words are one: if their similarity is above the official threshold."""
     known: dict[tuple[str, str], bool] = {}  # Word vectors are slow, and the same words come again and again.
 
     def same(first: str, second: str) -> bool:
         if (first, second) not in known:
-            known[first, second] = similarity(first, second) > threshold
+            known[first, second] = similarity(first, second) > THRESHOLD
         return known[first, second]
 
     return same

@@ -1,8 +1,12 @@
-"""AMBER as a task: images to describe, and yes/no questions about existence, attributes and relations."""
+"""AMBER as a task: images to describe, and yes/no questions about existence, attributes and relations.
+
+``vlmfix score amber`` takes rows with ``id`` and the response, which is read word by word as the official script does.
+"""
 
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -14,15 +18,18 @@ from numpy.typing import NDArray
 
 from vlmfix.errors import DataError
 
+from ...data.answers import AnswerFile, FileAnswers, yes_no
+from ...data.matching import Asked, id_text
 from ...data.samples import Answers, Sample
 from ...data.source import choose, find_file, find_image, image_number, is_dataset
 from ...data.write import digest
 from ...options import EvalOptions
+from ...tables import number, plain_table
 from ...testbed import CAPTION_TOKENS
-from ..base import Benchmark, distinct, write_list
+from ..base import Benchmark, ScoredFile, distinct, write_list
 from ..choice import RunData, answer_limit
-from ..yes_no import parse_answer
-from .data import QUERY_FILES, AmberData, AmberItem, load_amber, read_queries
+from ..yes_no import parse_answer, readings
+from .data import QUERY_FILES, AmberData, AmberItem, load_amber, load_texts, read_queries
 from .figures import AmberTable, score_responses
 from .objects import Nouns, known_lemmas, spacy_similarity, tagged_nouns
 
@@ -30,12 +37,13 @@ from .objects import Nouns, known_lemmas, spacy_similarity, tagged_nouns
 #: word (its authors compare the logits of Yes and No), so this is VLMEvalKit's.
 PROMPT = "{question} Please answer yes or no."
 
-
 NEW_TOKENS = 512
 """The limit of a description."""
 
-
 _ANSWERS = {True: "Yes", False: "No"}
+
+#: How the official script's names of question groups are shown; the JSON file keeps them as they are spelt there.
+_SPELT = {"Descriminative Task": "All", "Exsitence": "Existence"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Amber(Benchmark):
         prompt: Template of the questions with ``{question}``.
         max_new_tokens: Limits of a description's and of an answer's length.
         spacy: Model of the word similarity, or None for exact words only.
+        word_by_word: Whether an answer must be "Yes" or "No"; otherwise just one of the words must be in it.
     """
 
     name: ClassVar[str] = "amber"
@@ -109,6 +118,7 @@ class Amber(Benchmark):
     prompt: str
     max_new_tokens: tuple[int, int]
     spacy: str | None = None
+    word_by_word: bool = False
 
     @classmethod
     def make(cls, options: EvalOptions, data: RunData) -> Amber:
@@ -124,7 +134,6 @@ class Amber(Benchmark):
         limits = (long, answer_limit(options))
         made = cls(tuple(queries), annotations, (), prompt, limits, options.spacy)
         if made._described:
-            known_lemmas(annotations)
             made._nouns  # noqa: B018  Likewise a missing tagger.
         return replace(made, samples=distinct([made.sample(query) for query in queries]))
 
@@ -143,7 +152,8 @@ class Amber(Benchmark):
         found = {}
         for query in self.queries:
             text = answers[self.sample(query).key].text
-            read = None if query.item.task == "generative" else parse_answer(text, "vlmeval")
+            raw = self.word_by_word or query.item.task == "generative"
+            read = None if raw else parse_answer(text, "vlmeval")
             found[query.item.id] = text if read is None else _ANSWERS[read]
         return found
 
@@ -162,6 +172,7 @@ class Amber(Benchmark):
     @cached_property
     def _nouns(self) -> Nouns:
         """Tags each different description once: the early stop scores the same ones again and again."""
+        known_lemmas(self.data)
         return cache(tagged_nouns())
 
     def score(self, answers: Answers) -> AmberTable:
@@ -170,10 +181,10 @@ class Amber(Benchmark):
         return score_responses(
             self.data,
             self.responses(answers),
-            nouns=self._nouns if self._described else None,
+            nouns=self._nouns if self._described and not self.word_by_word else None,
             similarity=None if self.spacy is None else spacy_similarity(self.spacy),
             similarity_name=self.spacy,
-            image_ids={q.item.id: image_number(self.name, q.image) for q in self.queries},
+            image_ids={q.item.id: image_number(self.name, q.image) for q in self.queries if q.path is not None},
             scores={i: answers[key].score for i, key in keys.items()},
         )
 
@@ -187,16 +198,12 @@ class Amber(Benchmark):
             "an answer is read as Yes or No if just one of the words is in it"
         )
 
-    def counts(self, table: AmberTable) -> dict[str, int]:
-        """The official counts, with unparsed answers and empty descriptions."""
-        return table.counts()
-
     def breakdown(self, table: AmberTable) -> dict[str, dict[str, float]]:
         """Per dimension, as the official script prints: percentages with one decimal.
 
         The last row answers every question by the larger one of the logits of Yes and No, as AMBER's authors do.
         """
-        shown = {"Descriminative Task": "all questions", "Exsitence": "Existence"}
+        shown = {**_SPELT, "Descriminative Task": "all questions"}
         found = {shown.get(k, k): dict(v) for k, v in table.figures().items() if k != "Generative Task"}
         asked = np.flatnonzero(table.columns["questions"])
         if len(asked) and np.isfinite(table.margin[asked]).all():
@@ -208,6 +215,87 @@ class Amber(Benchmark):
         write_list(
             folder / "amber.json", [{"id": i, "response": text} for i, text in sorted(self.responses(answers).items())]
         )
+
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add the annotations and the word similarity."""
+        parser.add_argument(
+            "--data",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="folder with annotations.json, relation.json and safe_words.txt",
+        )
+        parser.add_argument(
+            "--spacy",
+            metavar="MODEL",
+            help="word similarity, officially en_core_web_lg (default: none, exact words only)",
+        )
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Amber, FileAnswers]:
+        """Read responses.
+
+        Raises:
+            DataError: A line has no id or no text, an id occurs twice or is unknown, or its question is another one.
+        """
+        data, texts = load_amber(options.data), load_texts(options.data)
+        file = AnswerFile.of(path, options)
+        file.usual = ("response", "answer", "text", "caption")
+        rows = file.rows()
+        for row in rows:
+            key = id_text(row.fields.get("id"))
+            if not key.isdecimal() or int(key) not in data.items:
+                found = row.fields.get("id")
+                raise DataError(f"{row.where}: expected 'id', an item of AMBER's annotations, found {found!r}")
+        items = list(data.items.values())
+        asked = [
+            Asked(
+                (str(item.id),),
+                *texts.get(item.id, ("", "")),
+                frozenset() if item.label is None else yes_no(item.label),
+                kind="item",
+            )
+            for item in items
+        ]
+        matched = file.matched(rows, asked, fields=("id",), source="AMBER", remedy="")
+        picked = [items[index] for index in matched]
+        questions = all(item.label is not None for item in picked)
+        given = file.given(list(matched.values()), [asked[index] for index in matched], readings if questions else None)
+        parts = {
+            f"{task} items": (sum(i.task == task for i in picked), sum(i.task == task for i in items))
+            for task in dict.fromkeys(item.task for item in items)
+        }
+        if options.subset:
+            data = replace(data, items={item.id: item for item in picked})
+        else:  # A task may be left out as a whole; its groups are not shown then.
+            parts = {task: there for task, there in parts.items() if there[0]}
+        file.covers(parts)
+        queries = tuple(AmberQuery(item, str(item.id), None, str(item.id)) for item in picked)
+        made = cls(queries, data, (), "{question}", (0, 0), options.spacy, word_by_word=True)
+        return made, FileAnswers(file, map(made.sample, queries), [each.answer() for each in given])
+
+    def report_file(self, own: ScoredFile, other: ScoredFile | None, seed: int) -> tuple[dict[str, Any], str]:
+        """The official figures, per dimension."""
+        table: AmberTable = own.table
+        counts, figures, score = table.counts(), table.figures(), table.official_score()
+        summary = {} if score is None else {"AMBER": score}
+        result = {"similarity": table.similarity, "counts": counts, "figures": dict(figures), "summary": summary}
+        lines = [f"AMBER, word similarity {table.similarity} (official: en_core_web_lg), {own.path}"]
+        if generative := figures.pop("Generative Task", None):
+            cells = [number(value, percent=False) for value in generative.values()]
+            columns = ["descriptions", *generative, "empty"]
+            lines.append(plain_table([columns, [str(counts["non_hallu_num"]), *cells, str(counts["empty"])]]))
+        if figures:
+            rows = [
+                [_SPELT.get(name, name), *(number(value, percent=False) for value in group.values())]
+                for name, group in figures.items()
+            ]
+            lines.append(plain_table([["questions", *next(iter(figures.values()))], *rows]))
+            lines.append(
+                f"unparsed: {counts['unparsed']} of {counts['qa_correct_num']} (neither 'Yes' nor 'No': wrong)"
+            )
+        return result, "\n".join([*lines, *(f"AMBER score: {value:.2f}" for value in summary.values())])
 
 
 def _figures(answered_no: NDArray[np.bool_], truth_no: NDArray[np.bool_]) -> dict[str, float]:

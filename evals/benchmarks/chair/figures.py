@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from vlmfix.errors import DataError
 
 from ...data.write import digest
-from ...stats.figures import Figure, share
+from ...stats.figures import Column, Figure, one, share
 from ...stats.table import Table
 from ..coco_objects import ChairMatcher, ChairMode
 
@@ -64,17 +64,16 @@ def count_mentions(
     }
 
 
-def mention_counts(table: Table) -> dict[str, int]:
-    """Corpus sums of the columns of :func:`count_mentions`."""
-    return {
-        "captions": len(table),
-        "hallucinated_captions": int((table.hallucinated > 0).sum()),
-        "mentions": int(table.mentions.sum()),
-        "hallucinated_mentions": int(table.hallucinated.sum()),
-        "gt_objects": int(table.gt_objects.sum()),
-        "recalled_gt_objects": int(table.recalled.sum()),
-        "generated_distinct": int(table.distinct.sum()),
-    }
+MENTION_COUNTS: Mapping[str, Column] = {
+    "captions": one,
+    "hallucinated_captions": lambda table: table.hallucinated > 0,
+    "mentions": "mentions",
+    "hallucinated_mentions": "hallucinated",
+    "gt_objects": "gt_objects",
+    "recalled_gt_objects": "recalled",
+    "generated_distinct": "distinct",
+}
+"""Official name -> column of :func:`count_mentions`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +81,8 @@ class ChairTable(Table):
     """What CHAIR counts, one row per caption, by image id.
 
     Columns: those of :func:`count_mentions`; ``words`` int64 [n], pieces when the caption is split at single spaces
-        (length
-    as in the POPE paper), 0 for an empty caption; ``tokens`` int64 [n], tokens after merging two-word names (length as
-    in OPERA's script), present only with the punkt tokenizer, which alone counts them exactly.
+    (length as in the POPE paper), 0 for an empty caption; ``tokens`` int64 [n], tokens after merging two-word names
+    (length as in OPERA's script), present only with the punkt tokenizer, which alone counts them exactly.
 
     Attributes:
         nodes: The objects each caption mentions, in order.
@@ -132,6 +130,7 @@ class ChairTable(Table):
         Figure("length_words", "words", 0, share("words"), percent=False, help="words per caption"),
         Figure("length_tokens", "tokens", 0, share(lambda t: t.columns.get("tokens", np.nan * t.words)), column=False),
     )
+    COUNTS: ClassVar[Mapping[str, Column]] = {**MENTION_COUNTS, "tokens_after_double_words": "tokens"}
     PER_ROW: ClassVar[tuple[str, ...]] = (*Table.PER_ROW, "nodes", "hallucinated_nodes", "hallucinated_words")
 
     nodes: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
@@ -139,13 +138,6 @@ class ChairTable(Table):
     hallucinated_words: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     mode: ChairMode = "original"
     ground_truth_mode: ChairMode = "original"
-
-    def counts(self) -> dict[str, int]:
-        """Corpus sums; ``tokens_after_double_words`` is present only if the tokenizer counts them exactly."""
-        counts = mention_counts(self)
-        if "tokens" in self.columns:
-            counts["tokens_after_double_words"] = int(self.tokens.sum())
-        return counts
 
 
 def score_captions(

@@ -22,7 +22,8 @@ from vlmfix.errors import DataError, UnsupportedFeatureError, how_to_install
 from ...data.answers import AnswerFile, FileAnswers, Given, cut_off_flags
 from ...data.records import image_id_of
 from ...data.samples import Answers, Sample
-from ...stats.intervals import CONFIDENCE, finite, interval_dict
+from ...stats.bootstrap import CONFIDENCE, finite
+from ...stats.table import differences
 from ...tables import difference_cell, interval_cell, number, plain_table
 from ..base import ScoredFile
 from ..coco_objects import ChairMatcher
@@ -91,8 +92,21 @@ class ChairFile(Chair):
 
     @classmethod
     def from_files(cls, path: Path, options: argparse.Namespace) -> tuple[Chair, FileAnswers]:
-        """See :func:`read_chair`."""
-        return read_chair(path, options)
+        """Read captions and the ground truth of their images.
+
+        Raises:
+            DataError: A file is missing or broken, or an image has no ground truth.
+            UnsupportedFeatureError: The mode needs nltk, which is not installed.
+        """
+        mode: ScoringMode = options.mode
+        file = AnswerFile.of(path, options)
+        captions = read_captions(file)
+        matcher = ChairMatcher(caption_mode(mode))
+        truth = load_ground_truth(options.ground_truth, sorted(captions), mode)
+        samples = tuple(Sample(cls.name, i, None, "") for i in sorted(captions))
+        counter = matcher if matcher.exact_tokens else _token_counter()
+        made = cls(samples, truth.objects, matcher, 0, mode, truth, counter, cut_off_flags(captions))
+        return made, FileAnswers(file, samples, [captions[sample.image_id].answer() for sample in samples])
 
     def score(self, answers: Answers) -> ChairTable:
         """Count the objects of every caption, and its tokens."""
@@ -147,24 +161,18 @@ class ChairFile(Chair):
 
     def _compared(self, own: ScoredFile, other: ScoredFile, seed: int) -> dict[str, Any]:
         texts = (self.captions(own.answers), other.task.captions(other.answers))
-        for (path, captions), (their_path, theirs) in (
-            ((own.path, texts[0]), (other.path, texts[1])),
-            ((other.path, texts[1]), (own.path, texts[0])),
-        ):
-            lacking = sorted(set(captions) - set(theirs))
-            if lacking:
+        files = [(own.path, texts[0]), (other.path, texts[1])]
+        for (path, captions), (their_path, theirs) in (files, files[::-1]):
+            if lacking := sorted(set(captions) - set(theirs)):
                 raise DataError(
                     f"{their_path} has no caption of {len(lacking)} images that {path} has one of (first: image "
                     f"{lacking[0]}); a paired comparison needs the same images in both: leave these out, or caption "
                     "them"
                 )
-        differences = {
-            figure.name: interval_dict(figure.statistic.difference(own.table, other.table, seed=seed))
-            for figure in ChairTable.FIGURES
-            if figure.name != "length_tokens"
-        }
+        figures = [figure for figure in ChairTable.FIGURES if figure.name != "length_tokens"]
+        found = differences(figures, own.table, other.table, seed)
         matched = length_matched(texts, (own.table, other.table), self.truth, self.matcher, seed)
-        return {"differences": differences, "length_matched": matched, "confidence": CONFIDENCE}
+        return {"differences": found, "length_matched": matched, "confidence": CONFIDENCE}
 
 
 def read_captions(file: AnswerFile) -> dict[int, Given]:
@@ -187,31 +195,6 @@ def read_captions(file: AnswerFile) -> dict[int, Given]:
         repeated += first is not given
     file.repeats(repeated)
     return found
-
-
-def read_chair(path: Path, options: argparse.Namespace) -> tuple[Chair, FileAnswers]:
-    """Read captions and the ground truth of their images.
-
-    Args:
-        path: The captions, as the module says.
-        options: As typed.
-
-    Raises:
-        DataError: A file is missing or broken, or an image has no ground truth.
-        UnsupportedFeatureError: The mode needs nltk, which is not installed.
-    """
-    if options.mode not in MODES:
-        raise DataError(f"CHAIR is scored in mode {', '.join(MODES)}, not {options.mode!r}")
-    mode: ScoringMode = options.mode
-    file = AnswerFile.of(path, options)
-    captions = read_captions(file)
-    matcher = ChairMatcher(caption_mode(mode))
-    truth = load_ground_truth(options.ground_truth, sorted(captions), mode)
-    samples = tuple(Sample(Chair.name, i, None, "") for i in sorted(captions))
-    flags = cut_off_flags(captions)
-    counter = matcher if matcher.exact_tokens else _token_counter()
-    task = ChairFile(samples, truth.objects, matcher, 0, mode, truth, counter, flags)
-    return task, FileAnswers(file, samples, [captions[sample.image_id].answer() for sample in samples])
 
 
 def _token_counter() -> ChairMatcher | None:

@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 from ...data.samples import Answers, Sample
 from ...data.write import digest
 from ...options import EvalOptions
-from ...stats.intervals import finite
+from ...stats.bootstrap import finite
 from ...stats.table import Table
 from ...testbed import CAPTION_TOKENS
 from ..base import Benchmark, write_lines
 from ..choice import RunData
-from ..coco_objects import ChairMatcher, ground_truth
-from ..marked_text import MarkedText, mark_objects
+from ..coco_objects import ChairMatcher, MarkedText, ground_truth, mark_objects
 from .figures import ChairTable, invented_by_category, score_captions
 from .text_quality import TextTable, length_matched, score_texts, text_differences
 

@@ -33,20 +33,17 @@ import numpy as np
 
 from vlmfix.errors import DataError
 
-from ...stats.figures import Figure, Statistic, share
-from ...stats.intervals import finite, interval_dict
-from ...stats.table import Table
+from ...stats.bootstrap import finite, interval_dict
+from ...stats.figures import Column, Figure, Statistic, one, share
+from ...stats.table import Table, differences
 from ..coco_objects import ChairMatcher
-from .figures import CHAIR_I, CHAIR_S, ChairTable, count_mentions, mention_counts
+from .figures import CHAIR_I, CHAIR_S, MENTION_COUNTS, ChairTable, count_mentions
 
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
-
 _PIECE = re.compile(r"\S+")
 
-
 _FINISHED = re.compile(r"[.!?…。！？][\"'”’)\]*\s]*\Z")
-
 
 _LOOPING = 0.5
 
@@ -73,8 +70,7 @@ def first_words(text: str, count: int) -> str:
 class TextTable(Table):
     """Counts of text quality, one row per caption, by image id.
 
-    Columns: ``four_grams`` int64 [n], runs of four words; ``repeated`` int64 [n], those that are repeats of an earlier
-        one;
+    Columns: ``four_grams`` int64 [n], runs of four words; ``repeated`` int64 [n], those that repeat an earlier one;
     ``repetition`` float64 [n], their share; ``looping`` bool [n], whether it is more than half; ``unfinished`` bool
     [n], no final punctuation; ``truncated`` bool [n], the token limit came before an end token, present only if that
     was recorded.
@@ -87,18 +83,14 @@ class TextTable(Table):
         Figure("truncation", "cut off", -1, share("truncated")),
     )
 
-    def counts(self) -> dict[str, int]:
-        """Corpus sums; ``truncated_captions`` is present only if truncation was recorded."""
-        counts = {
-            "captions": len(self),
-            "four_grams": int(self.four_grams.sum()),
-            "repeated_four_grams": int(self.repeated.sum()),
-            "looping_captions": int(self.looping.sum()),
-            "unfinished_captions": int(self.unfinished.sum()),
-        }
-        if "truncated" in self.columns:
-            counts["truncated_captions"] = int(self.truncated.sum())
-        return counts
+    COUNTS: ClassVar[Mapping[str, Column]] = {
+        "captions": one,
+        "four_grams": "four_grams",
+        "repeated_four_grams": "repeated",
+        "looping_captions": "looping",
+        "unfinished_captions": "unfinished",
+        "truncated_captions": "truncated",
+    }
 
 
 def score_texts(captions: Mapping[int, str], truncated: Mapping[int, bool] | None = None) -> TextTable:
@@ -199,11 +191,8 @@ def _common_images(table_a: ChairTable, table_b: ChairTable) -> list[int]:
 
 def text_differences(table: Table, baseline: Table, seed: int) -> dict[str, Any]:
     """Paired differences of a method's rates of repetition, loops and truncated captions to the baseline's."""
-    return {
-        figure.name: interval_dict(figure.statistic.difference(table, baseline, seed=seed))
-        for figure in TextTable.FIGURES
-        if figure.name != "unfinished" and figure.statistic.is_defined(table)
-    }
+    figures = [figure for figure in TextTable.FIGURES if figure.name != "unfinished"]
+    return differences(figures, table, baseline, seed)
 
 
 def length_matched(
@@ -228,7 +217,7 @@ def length_matched(
     }
     return {
         name: {
-            "counts": {"method": mention_counts(own), "baseline": mention_counts(other)},
+            "counts": {"method": own.sums(MENTION_COUNTS), "baseline": other.sums(MENTION_COUNTS)},
             "chair_i": _compared(CHAIR_I, own, other, seed),
             "chair_s": _compared(CHAIR_S, own, other, seed),
         }

@@ -36,15 +36,11 @@ from ..coco_objects import ChairMatcher, ChairMode, ground_truth, objects_by_wor
 
 ScoringMode = Literal["original", "nltk", "mixed"]
 
-
 MODES: tuple[ScoringMode, ...] = get_args(ScoringMode)
-
 
 _WHAT = "ground-truth file"
 
-
 _REMEDY = 'write {"mode": "nltk", "objects": {"139": ["book", "chair"]}}, or give a COCO folder'
-
 
 _HINTS: Mapping[str, ChairMode] = {"nltk": "nltk", "pattern": "original", "original": "original"}
 

@@ -1,30 +1,37 @@
-"""Questions of one's own as a task: yes/no ones are scored as POPE's, free ones by the words of the right answer."""
+"""Questions of one's own as a task: yes/no ones are scored as POPE's, free ones by the words of the right answer.
+
+They are JSON lines (or one JSON list) of image, question and answer::
+
+    {"image": "kitchen.jpg", "question": "Is there a dog in the image?", "answer": "no"}
+    {"image": "kitchen.jpg", "question": "What is on the table?", "answer": ["a cup", "a mug"]}
+
+``image`` is a file, relative to the file of questions; without it (or with null) the question is asked alone. An
+``answer`` of yes or no makes a yes/no question, anything else a free one; a list holds answers that are all right.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+
+from vlmfix.errors import DataError
 
 from ...data.records import read_rows
-from ...data.samples import Answers, Sample
-from ...data.source import choose, dataset_rows, image_number, is_dataset, row_image
-from ...data.write import digest, file_digest
-from ...options import EvalOptions
-from ...stats.figures import Auc, Figure, share
+from ...data.samples import Answers
+from ...data.source import dataset_rows, image_number, is_dataset, row_image
+from ...data.write import file_digest
+from ...stats.figures import Auc, Column, Figure, one, share
 from ...stats.table import Table
-from ..base import Benchmark, distinct, texts, write_lines
-from ..choice import RunData
-from ..yes_no import is_unparsed, parse_answer, yes_no_columns
-from .data import CustomQuestion, read_questions
+from ..base import write_lines
+from ..questions import Questions
+from ..yes_no import CELLS, is_unparsed, parse_answer, says_yes, yes_no_columns
 
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
-
 
 _ARTICLES = frozenset({"a", "an", "the"})
 
@@ -49,49 +56,88 @@ def contains(answer: str, right: Sequence[str]) -> bool:
     )
 
 
-PROMPT = "{question}"
-
-
-NEW_TOKENS = 64
-
-
-def load_questions(where: str) -> list[CustomQuestion]:
-    """Read questions of one's own.
-
-    Args:
-        where: A file (see ``data.questions``), or a data set with image, question and answer.
-
-    Raises:
-        DataError: See ``data.questions.read_questions``; or an image is missing.
-    """
-    if is_dataset(where):
-        return read_questions((place, row, row_image(row, place)) for place, row in dataset_rows(where))
-    path = Path(where)
-    return read_questions(
-        (place, row, row_image(row, place, path.parent)) for place, row in read_rows(path, what="file of questions")
-    )
-
-
-def _yes(table: Any) -> NDArray[np.bool_]:
-    return np.asarray(table.prediction == 1)
-
-
 @dataclass(frozen=True)
-class Custom(Benchmark):
-    """Questions of one's own, or those about some of the images.
+class CustomQuestion:
+    """One question.
 
     Attributes:
-        asked: The questions, in file order.
-        each: The sample of each.
-        samples: The different ones among them.
-        prompt: Template with ``{question}``.
-        max_new_tokens: Limit of an answer's length.
+        image: As the file names it; empty without one.
+        path: The image's file, or None.
+        text: The question.
+        label: Whether yes is right; None for a free question.
+        answers: The right answers of a free question; empty for a yes/no question.
+        row: The line it was read from, without the image's bytes.
     """
 
-    name: ClassVar[str] = "custom"
-    title: ClassVar[str] = "questions of one's own"
-    summary: ClassVar[str] = "questions of one's own from a file, yes/no or free"
-    figures = (
+    image: str
+    path: Path | None
+    text: str
+    label: bool | None
+    answers: tuple[str, ...]
+    row: Mapping[str, Any]
+
+    @property
+    def unit(self) -> str:
+        """What is chosen and resampled: the image, or a question without one."""
+        return f"question {self.text}" if self.path is None else f"image {self.path.name} {self.image}"
+
+    picture = unit
+
+    @property
+    def image_digest(self) -> str | None:
+        """Digest of the image's file."""
+        return None if self.path is None else file_digest(self.path)
+
+
+def read_questions(rows: Iterable[tuple[str, Mapping[str, Any], Path | None]]) -> list[CustomQuestion]:
+    """Read questions.
+
+    Args:
+        rows: Place for messages, fields, and the image's file.
+
+    Raises:
+        DataError: A row has no question or no answer, or a question about an image occurs twice; or there is no row.
+    """
+    found: list[CustomQuestion] = []
+    seen: dict[tuple[Path | None, str], str] = {}
+    for where, row, path in rows:
+        text = row.get("question")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: expected 'question' with a text, found {text!r}")
+        first = seen.setdefault((path, text), where)
+        if first != where:
+            raise DataError(f"{where}: the same question about the same image as {first}; ask it once")
+        right = _answers(row.get("answer"), where)
+        said = {each.strip().strip(".").lower() for each in right}
+        label = "yes" in said if len(said) == 1 and said <= {"yes", "no"} else None
+        image = row.get("image")
+        name = image if isinstance(image, str) else "" if path is None else path.name
+        kept = {name: value for name, value in row.items() if name != "image"}
+        found.append(CustomQuestion(name, path, text, label, right if label is None else (), kept))
+    if not found:
+        raise DataError("there are no questions; expected lines with image, question and answer")
+    return found
+
+
+def _answers(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return ("yes" if value else "no",)
+    given = value if isinstance(value, (list, tuple)) else [value]
+    right = tuple(str(each) for each in given if each is not None and str(each).strip())
+    if not right:
+        raise DataError(f"{where}: expected 'answer' (yes, no, a text, or a list of texts), found {value!r}")
+    return right
+
+
+@dataclass(frozen=True, eq=False)
+class CustomTable(Table):
+    """One row per question; the kind is the split.
+
+    Columns: those of yes/no answers (see :mod:`vlmfix.evals.benchmarks.yes_no`), where free questions have neither
+    label nor prediction; ``free``, ``exact`` and ``contains`` bool [n], the latter two false on yes/no questions.
+    """
+
+    FIGURES: ClassVar[tuple[Figure, ...]] = (
         Figure(
             "accuracy",
             "accuracy",
@@ -101,8 +147,10 @@ class Custom(Benchmark):
             head_control=True,
             headline=True,
         ),
-        Figure("f1", "F1", 1, share(lambda t: 2 * (_yes(t) & t.label), lambda t: _yes(t).astype(int) + t.label)),
-        Figure("yes_ratio", "yes", 0, share(_yes, "questions"), help="answers that say yes"),
+        Figure(
+            "f1", "F1", 1, share(lambda t: 2 * (says_yes(t) & t.label), lambda t: says_yes(t).astype(int) + t.label)
+        ),
+        Figure("yes_ratio", "yes", 0, share(says_yes, "questions"), help="answers that say yes"),
         Figure("auc", "AUC", 1, Auc(), help="how often a yes question scores above a no question"),
         Figure("exact", "exact", 1, share("exact", "free"), help="free answers equal to a right one"),
         Figure(
@@ -115,62 +163,67 @@ class Custom(Benchmark):
             help="that contain a right one",
         ),
     )
+    COUNTS: ClassVar[Mapping[str, Column]] = {
+        "n": one,
+        "yes_no": "questions",
+        **CELLS,
+        **{name: name for name in ("free", "exact", "contains", "unparsed")},
+    }
+
+
+@dataclass(frozen=True)
+class Custom(Questions):
+    """Questions of one's own, or those about some of the images; a question without an image counts as one."""
+
+    name: ClassVar[str] = "custom"
+    title: ClassVar[str] = "questions of one's own"
+    summary: ClassVar[str] = "questions of one's own from a file, yes/no or free"
+    figures = CustomTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
     row_by_row: ClassVar[bool] = True
+    identified_by: ClassVar[tuple[str, ...]] = ("image_digest", "text", "label", "answers")
+    new_tokens: ClassVar[int] = 64
 
     asked: tuple[CustomQuestion, ...]
-    each: tuple[Sample, ...]
-    samples: tuple[Sample, ...]
-    prompt: str
-    max_new_tokens: int
 
     @classmethod
-    def make(cls, options: EvalOptions, data: RunData) -> Custom:
-        """Read the questions and choose at most ``--limit`` images; a question without one counts as one."""
-        questions = load_questions(data.own(cls.name))
-        kept = set(choose((_unit(q) for q in questions), options.limit, options.seed))
-        asked = tuple(q for q in questions if _unit(q) in kept)
-        prompt, limit = options.prompt_of.get(cls.name, PROMPT), options.max_new_tokens or NEW_TOKENS
-        each = tuple(
-            Sample(
-                cls.name,
-                0 if q.path is None else image_number(cls.name, _unit(q)),
-                q.path,
-                prompt.replace("{question}", q.text),
-                limit,
-            )
-            for q in asked
-        )
-        return cls(asked, each, distinct(each), prompt, limit)
+    def load(cls, where: str) -> list[CustomQuestion]:
+        """Read questions of one's own.
 
-    def settings(self) -> dict[str, Any]:
-        """Prompt, length limit and a digest of questions, images and answers."""
-        images = {q.path: file_digest(q.path) for q in self.asked if q.path is not None}
-        asked = [[q.path and images[q.path], q.text, q.label, list(q.answers)] for q in self.asked]
-        return {"prompt": self.prompt, "max_new_tokens": self.max_new_tokens, "questions": digest(asked)}
+        Args:
+            where: A file in the module's form, or a data set with image, question and answer.
 
-    def score(self, answers: Answers) -> Table:
+        Raises:
+            DataError: See :func:`read_questions`; or an image is missing.
+        """
+        folder = None if is_dataset(where) else Path(where).parent
+        rows = dataset_rows(where) if is_dataset(where) else read_rows(Path(where), what="file of questions")
+        return read_questions((place, row, row_image(row, place, folder)) for place, row in rows)
+
+    def score(self, answers: Answers) -> CustomTable:
         """One row per question; free questions have no prediction."""
-        given = texts(self.each, answers)
+        given = list(zip(self.asked, self.texts(answers), strict=True))
         closed = np.asarray([q.label is not None for q in self.asked], dtype=np.bool_)
-        read = [None if q.label is None else parse_answer(t) for q, t in zip(self.asked, given, strict=True)]
-        unparsed = [q.label is not None and is_unparsed(t) for q, t in zip(self.asked, given, strict=True)]
-        columns = yes_no_columns([bool(q.label) for q in self.asked], read, unparsed=unparsed)
-        scores = np.asarray([np.nan if (s := answers[each.key].score) is None else s for each in self.each])
+        columns = yes_no_columns(
+            [bool(q.label) for q in self.asked],
+            [None if q.label is None else parse_answer(text) for q, text in given],
+            unparsed=[q.label is not None and is_unparsed(text) for q, text in given],
+        )
+        scores = np.asarray([np.nan if score is None else score for score in self.scores(answers)])
         if closed.any() and np.isfinite(scores[closed]).all():  # An AUC needs the score of every row.
             columns["score" if closed.all() else "margin"] = np.where(closed, scores, np.nan)
         columns |= {
             "questions": closed,
             "free": ~closed,
-            "exact": np.asarray([is_exact(t, q.answers) for q, t in zip(self.asked, given, strict=True)]),
-            "contains": np.asarray([contains(t, q.answers) for q, t in zip(self.asked, given, strict=True)]),
+            "exact": np.asarray([is_exact(text, q.answers) for q, text in given]),
+            "contains": np.asarray([contains(text, q.answers) for q, text in given]),
+            "label": columns["label"] & closed,
+            "correct": columns["correct"] & closed,
         }
-        columns["label"] = columns["label"] & closed
-        columns["correct"] = columns["correct"] & closed
-        return Table(
-            np.asarray([image_number(self.name, _unit(q)) for q in self.asked], dtype=np.int64),
+        return CustomTable(
+            np.asarray([image_number(self.name, q.unit) for q in self.asked], dtype=np.int64),
             columns,
-            tuple("yes/no" if q.label is not None else "free" for q in self.asked),
+            tuple("free" if q.label is None else "yes/no" for q in self.asked),
             tuple(q.text for q in self.asked),
         )
 
@@ -183,31 +236,10 @@ class Custom(Benchmark):
             f"(equal to a right answer, or containing one, articles and punctuation aside), on {images} images"
         )
 
-    def counts(self, table: Table) -> dict[str, Any]:
-        """Questions of both kinds, right ones, and the confusion matrix of the yes/no questions."""
-        closed, yes, label = table.questions, table.prediction == 1, table.label
-        return {
-            "n": len(table),
-            "yes_no": int(closed.sum()),
-            "TP": int((yes & label & closed).sum()),
-            "FP": int((yes & ~label & closed).sum()),
-            "TN": int((~yes & ~label & closed).sum()),
-            "FN": int((~yes & label & closed).sum()),
-            "free": int(table.free.sum()),
-            "exact": int(table.exact.sum()),
-            "contains": int(table.contains.sum()),
-            "unparsed": int(table.unparsed.sum()),
-        }
-
     def export(self, folder: Path, answers: Answers) -> None:
         """``custom.jsonl``: the lines as they were, the right answer under ``label``, the model's as ``answer``."""
         rows = [
             {"image": q.image or None, **q.row, "label": q.row["answer"], "answer": text}
-            for q, text in zip(self.asked, texts(self.each, answers), strict=True)
+            for q, text in zip(self.asked, self.texts(answers), strict=True)
         ]
         write_lines(folder / "custom.jsonl", rows)
-
-
-def _unit(question: CustomQuestion) -> str:
-    """What is chosen and resampled: the image, or a question without one."""
-    return f"question {question.text}" if question.path is None else f"image {question.path.name} {question.image}"

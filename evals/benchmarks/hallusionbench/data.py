@@ -17,7 +17,6 @@ from ...data.records import read_rows
 #: The fields that tell a question from all others.
 KEY_FIELDS = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
-
 _SOURCE = "download HallusionBench.json from tianyi-lab/HallusionBench"
 
 
@@ -36,6 +35,7 @@ class HallusionQuestion:
         reference: The right answer as a sentence.
         label: Whether yes is right.
         image: Path of the image below the folder of the images, or None.
+        path: The image's file; None without one, and where only answers are scored.
     """
 
     category: str
@@ -48,6 +48,7 @@ class HallusionQuestion:
     reference: str
     label: bool
     image: str | None
+    path: Path | None = None
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -55,9 +56,14 @@ class HallusionQuestion:
         return (self.category, self.subcategory, self.set_id, self.figure_id, self.question_id)
 
     @property
-    def set_name(self) -> str:
+    def unit(self) -> str:
         """The set of figures, which holds every variant of its questions: what is chosen and resampled."""
         return "/".join(self.key[:3])
+
+    @property
+    def picture(self) -> str:
+        """The figure's name."""
+        return "/".join(self.key[:4])
 
     @property
     def figure(self) -> tuple[str, ...] | None:

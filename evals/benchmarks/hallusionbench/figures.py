@@ -15,7 +15,7 @@ The diagnosis blames each wrong answer on language (LH), vision (VI) or either (
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from vlmfix.errors import DataError
 
 from ...data.source import image_number
-from ...stats.figures import Auc, Figure, share
-from ...stats.table import Table
-from ..base import all_of, first_of
+from ...stats.figures import Auc, Column, Figure, one, share
+from ...stats.table import Table, check_columns
+from ..base import whole_groups
 from ..yes_no import ACCURACY, YES_RATIO, parse_answer, yes_no_columns
 from .data import HallusionQuestion
 
@@ -38,8 +38,7 @@ INCORRECT, CORRECT, UNCLEAR = 0, 1, 2
 class HallusionTable(Table):
     """Judgements, one row per question; the category is the split.
 
-    Columns: ``code`` int8 [n], 0 incorrect, 1 correct, 2 unclear; ``correct`` bool [n], whether the answer counts as
-        correct;
+    Columns: ``code`` int8 [n], 0 incorrect, 1 correct, 2 unclear; ``correct`` bool [n], whether the answer counts;
     those of yes/no answers (see :mod:`vlmfix.evals.benchmarks.yes_no`) where the answer itself was read. On the first
     question of each group, figure, group of easy and group of hard variants ``groups``, ``figures``, ``easy`` and
     ``hard``, and ``group_right``, ``figure_right``, ``easy_right`` and ``hard_right`` if all its answers are correct,
@@ -62,6 +61,17 @@ class HallusionTable(Table):
         Figure("auc", "AUC", 1, Auc(), column=False),
     )
 
+    COUNTS: ClassVar[Mapping[str, Column]] = {
+        "total": one,
+        "correct": "correct",
+        "unclear": lambda table: table.code == UNCLEAR,
+        "easy_total": "easy",
+        "easy_correct": "easy_right",
+        "hard_total": "hard",
+        "hard_correct": "hard_right",
+        "unparsed": "unparsed",
+    }
+
     questions: tuple[HallusionQuestion, ...] = field(default=(), repr=False)
     same: NDArray[np.bool_] | None = field(default=None, repr=False)
     judge: str = ""
@@ -69,21 +79,16 @@ class HallusionTable(Table):
 
     def counts(self) -> dict[str, Any]:
         """Integer counts under the official names; LH, VI and Mix are there if ``same`` was judged."""
-        groups, right = int(self.groups.sum()), int(self.group_right.sum())
-        pair = {"total": groups, "total_q": len(self), "correct": right, "wrong": groups - right}
-        edited = np.asarray([q.visual_input == 2 for q in self.questions], dtype=np.bool_)
-        counts: dict[str, Any] = {
-            "total": len(self),
-            "correct": int(self.correct.sum()),
-            "unclear": int((self.code == UNCLEAR).sum()),
+        pair = self.sums({"total": "groups", "total_q": one, "correct": "group_right"})
+        pair["wrong"] = pair["total"] - pair["correct"]
+        edited = sum(q.visual_input == 2 for q in self.questions)
+        return {
+            **super().counts(),
             "consistency": self._consistency(),
             "pair": pair if self.same is None else pair | self._diagnosis(self.same),
+            "easy_q": len(self) - edited,
+            "hard_q": edited,
         }
-        for name, rows in (("easy", ~edited), ("hard", edited)):
-            counts[f"{name}_total"] = int(self.columns[name].sum())
-            counts[f"{name}_correct"] = int(self.columns[f"{name}_right"].sum())
-            counts[f"{name}_q"] = int(rows.sum())
-        return counts if self.judged else {**counts, "unparsed": int(self.unparsed.sum())}
 
     def _consistency(self) -> dict[str, int]:
         """Figures with all answers right, with none, and with some."""
@@ -151,7 +156,7 @@ def score_judgements(
     Raises:
         DataError: no questions, different lengths, or another code.
     """
-    _check(questions, codes=codes, same=same)
+    check_columns("HallusionBench", len(questions), codes=codes, same=same)
     bad = [i for i, code in enumerate(codes) if code not in (INCORRECT, CORRECT, UNCLEAR)]
     if bad:
         raise DataError(f"judge code {codes[bad[0]]!r} of question {bad[0]}: expected 0, 1 or 2")
@@ -174,7 +179,7 @@ def score_answers(
     Raises:
         DataError: no questions, or different lengths.
     """
-    _check(questions, answers=answers)
+    check_columns("HallusionBench", len(questions), answers=answers)
     read = [parse_answer(text, "vlmeval") for text in answers]
     codes = [UNCLEAR if r is None else int(r == q.label) for q, r in zip(questions, read, strict=True)]
     columns = yes_no_columns([q.label for q in questions], read, scores)
@@ -190,46 +195,29 @@ def _table(
     correct = np.asarray((code == CORRECT) | ((code == UNCLEAR) & excused))
     groups = [q.group for q in questions]
     edited = np.asarray([q.visual_input == 2 for q in questions], dtype=np.bool_)
-    shown = np.asarray([q.figure is not None for q in questions], dtype=np.bool_)
+    figures = [q.figure for q in questions]
+    shown = np.asarray([figure is not None for figure in figures], dtype=np.bool_)
+    grouped: dict[str, NDArray[np.bool_]] = {}
+    for first, right, keys, rows in (
+        ("groups", "group_right", groups, None),
+        ("figures", "figure_right", figures, shown),
+        ("easy", "easy_right", groups, ~edited),
+        ("hard", "hard_right", groups, edited),
+    ):
+        grouped[first], grouped[right] = whole_groups(keys, correct, rows)
     return HallusionTable(
-        np.asarray([image_number("hallusionbench", q.set_name) for q in questions], dtype=np.int64),
+        np.asarray([image_number("hallusionbench", q.unit) for q in questions], dtype=np.int64),
         {
             **read,
             "code": code,
             "correct": correct,
-            **_grouped(("groups", "group_right"), groups, correct, np.ones(len(groups), dtype=np.bool_)),
-            **_grouped(("figures", "figure_right"), [q.figure for q in questions], correct, shown),
-            **_grouped(("easy", "easy_right"), groups, correct, ~edited),
-            **_grouped(("hard", "hard_right"), groups, correct, edited),
+            **grouped,
         },
         tuple(q.category for q in questions),
         tuple("/".join(q.key) for q in questions),
         questions=tuple(questions),
         **more,
     )
-
-
-def _grouped(
-    names: tuple[str, str], keys: Sequence[Hashable], correct: NDArray[np.bool_], rows: NDArray[np.bool_]
-) -> dict[str, NDArray[np.bool_]]:
-    """Two columns: the first row of each key among some rows, and whether all its rows among these are correct."""
-    index = np.flatnonzero(rows)
-    inside = [keys[i] for i in index.tolist()]
-    first, right = np.zeros(len(keys), dtype=np.bool_), np.zeros(len(keys), dtype=np.bool_)
-    first[index] = first_of(inside)
-    right[index] = first_of(inside) & all_of(inside, correct[index])
-    return {names[0]: first, names[1]: right}
-
-
-def _check(questions: Sequence[HallusionQuestion], **columns: Sequence[object] | None) -> None:
-    if not questions:
-        raise DataError("HallusionBench got no questions to score: give at least one")
-    for name, column in columns.items():
-        if column is not None and len(column) != len(questions):
-            raise DataError(
-                f"HallusionBench got {len(questions)} questions but {len(column)} {name}: give one per question, in "
-                "the same order"
-            )
 
 
 def _causes(q: HallusionQuestion, code: int, original: int, same: bool) -> set[str]:

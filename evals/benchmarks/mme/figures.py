@@ -10,29 +10,49 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vlmfix.errors import DataError
 
 from ...data.source import image_number
-from ...stats.figures import Auc, Figure, SumStatistic, divide, one, share, stacked
-from ...stats.intervals import FloatArray
+from ...stats.bootstrap import FloatArray
+from ...stats.figures import Auc, Column, Figure, SumStatistic, divide, one, share, stacked
 from ...stats.table import Table
-from ..base import all_of, first_of
-from ..yes_no import ACCURACY, YES_RATIO, yes_no_columns
-from .data import OTHER_TASKS, TASKS, MmeAnswer, MmeTask
+from ..base import whole_groups
+from ..yes_no import ACCURACY, YES_RATIO, says_yes, yes_no_columns
 
-MmeParser = Literal["official", "lmms"]
-
-
-PARSERS: tuple[MmeParser, ...] = get_args(MmeParser)
+TASKS = ("existence", "count", "position", "color")
 
 
-IMAGES_PER_TASK = 30
+@dataclass(frozen=True)
+class MmeQuestion:
+    """One question of MME.
+
+    Attributes:
+        task: One of :data:`TASKS`.
+        image: Name of the image.
+        text: The question; MME's ask themselves for yes or no.
+        label: Whether yes is right.
+        path: The image's file; None where only answers are scored.
+    """
+
+    task: str
+    image: str
+    text: str
+    label: bool
+    path: Path | None = None
+
+    @property
+    def picture(self) -> str:
+        """The image, whose name other tasks may use too."""
+        return f"{self.task}/{self.image}"
+
+    unit = picture
 
 
 def _official(text: str) -> bool | None:
@@ -48,10 +68,10 @@ def _lmms(text: str) -> bool | None:
     return {"y": True, "n": False}[text] if text in ("y", "n") else _official(text)
 
 
-_RULES: Mapping[str, Callable[[str], bool | None]] = {"official": _official, "lmms": _lmms}
+PARSERS: Mapping[str, Callable[[str], bool | None]] = {"official": _official, "lmms": _lmms}
 
 
-def parse_answer(text: str, parser: MmeParser = "official") -> bool | None:
+def parse_answer(text: str, parser: str = "official") -> bool | None:
     """Read yes (True) or no (False) from an answer; None for anything else, which is wrong.
 
     Args:
@@ -62,9 +82,9 @@ def parse_answer(text: str, parser: MmeParser = "official") -> bool | None:
     Raises:
         DataError: unknown parser.
     """
-    if parser not in _RULES:
+    if parser not in PARSERS:
         raise DataError(f"unknown MME parser {parser!r}: choose one of {', '.join(PARSERS)}")
-    return _RULES[parser](text)
+    return PARSERS[parser](text)
 
 
 def _task_columns(table: Any) -> FloatArray:
@@ -106,22 +126,19 @@ class MmeTable(Table):
         Figure("yes_ratio", "yes", 0, YES_RATIO, help="answers that say yes"),
         Figure("auc", "AUC", 1, Auc(), column=False),
     )
+    COUNTS: ClassVar[Mapping[str, Column]] = {
+        "n": one,
+        "correct": "correct",
+        "images": "images",
+        "both_correct": "both_correct",
+        "yes": says_yes,
+        "unparsed": "unparsed",
+    }
 
-    def tasks(self) -> dict[MmeTask, MmeTable]:
+    def tasks(self) -> dict[str, MmeTable]:
         """The table of each task that was answered, in the official order."""
-        splits = np.asarray(self.splits)
-        return {task: self.take(np.flatnonzero(splits == task)) for task in TASKS if task in self.splits}
-
-    def counts(self) -> dict[str, int]:
-        """Questions, right answers, images, images with both answers right, answers yes, unparsed answers."""
-        return {
-            "n": len(self),
-            "correct": int(self.correct.sum()),
-            "images": int(self.images.sum()),
-            "both_correct": int(self.both_correct.sum()),
-            "yes": int((self.prediction == 1).sum()),
-            "unparsed": int(self.unparsed.sum()),
-        }
+        splits = self.by_split()
+        return {task: splits[task] for task in TASKS if task in splits}
 
     def total(self) -> float | None:
         """Sum of the four scores, 0 to 800; None unless all four tasks were answered."""
@@ -129,58 +146,41 @@ class MmeTable(Table):
 
 
 def score_answers(
-    answers: Iterable[MmeAnswer],
+    questions: Sequence[MmeQuestion],
+    answers: Sequence[str],
     *,
-    parser: MmeParser = "official",
-    images: int | None = IMAGES_PER_TASK,
+    parser: str = "official",
     scores: Sequence[float | None] = (),
 ) -> MmeTable:
     """Score the answers to the hallucination subset, or to some of its tasks.
 
     Args:
-        answers: In any order. Other tasks of MME are left out.
+        questions: In any order.
+        answers: One per question.
         parser: See :func:`parse_answer`.
-        images: How many images a task must have; None for any number.
         scores: Yes-minus-no logits of the answers, if there are any.
 
     Raises:
-        DataError: an unknown task, no answer to the subset, an image without exactly two different questions, or a
-            task without all its images.
+        DataError: no answer, or an image without exactly two different questions.
     """
-    kept: list[MmeAnswer] = []
-    pairs: dict[tuple[str, str], list[str]] = {}
-    for answer in answers:
-        if answer.task in OTHER_TASKS:
-            continue
-        if answer.task not in TASKS:
-            raise DataError(f"MME has no task {answer.task!r}; its hallucination subset is {', '.join(TASKS)}")
-        kept.append(answer)
-        pairs.setdefault((answer.task, answer.image), []).append(answer.question)
-    if not kept:
+    if not questions:
         raise DataError(f"no answer belongs to the hallucination subset of MME ({', '.join(TASKS)})")
-    _check_pairs(pairs, images)
-    columns = yes_no_columns([a.label for a in kept], [parse_answer(a.answer, parser) for a in kept], scores)
-    keys = [(answer.task, answer.image) for answer in kept]
-    first = first_of(keys)
-    return MmeTable(
-        np.asarray([image_number("mme", f"{task}/{image}") for task, image in keys], dtype=np.int64),
-        {**columns, "images": first, "both_correct": first & all_of(keys, columns["correct"])},
-        tuple(answer.task for answer in kept),
-        tuple(answer.question for answer in kept),
-    )
-
-
-def _check_pairs(pairs: Mapping[tuple[str, str], Sequence[str]], images: int | None) -> None:
-    for (task, image), asked in pairs.items():
+    pairs: dict[str, list[str]] = {}
+    for question in questions:
+        pairs.setdefault(question.picture, []).append(question.text)
+    for picture, asked in pairs.items():
         if len(set(asked)) != 2 or len(asked) != 2:
+            task, _, image = picture.partition("/")
             raise DataError(
                 f"MME {task}, image {image}: expected one answer to each of two questions, found "
                 f"{len(asked)} answers to {len(set(asked))}: answer each question once"
             )
-    for task in dict.fromkeys(task for task, _ in pairs):
-        found = sum(each == task for each, _ in pairs)
-        if images is not None and found != images:
-            raise DataError(
-                f"MME {task}: expected answers about {images} images, found {found}: answer all of its questions, "
-                "or leave the task out"
-            )
+    columns = yes_no_columns([q.label for q in questions], [parse_answer(text, parser) for text in answers], scores)
+    pictures = [question.picture for question in questions]
+    images, both_correct = whole_groups(pictures, columns["correct"])
+    return MmeTable(
+        np.asarray([image_number("mme", picture) for picture in pictures], dtype=np.int64),
+        {**columns, "images": images, "both_correct": both_correct},
+        tuple(question.task for question in questions),
+        tuple(question.text for question in questions),
+    )

@@ -1,21 +1,43 @@
-"""POPE: yes/no questions about objects (Li et al. 2023, arXiv:2305.10355)."""
+"""POPE: yes/no questions about objects (Li et al. 2023, arXiv:2305.10355).
+
+In a file for ``vlmfix score pope`` answers find their questions by image and question, by ``question_id`` (with
+``split`` or ``category`` where several question files repeat ids), or in the order of the questions if every question
+beside an answer says so, or if asked to. Without question files every line must carry its ``label``, and ``image`` if
+several questions are about one image.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vlmfix.errors import DataError
+
+from ...data.answers import AnswerFile, FileAnswers, yes_no
+from ...data.matching import Asked, Row
+from ...data.records import number_of
 from ...data.samples import Answer, Answers, Sample
 from ...data.write import digest
 from ...options import EvalOptions
-from ...stats.intervals import finite
-from ..base import Benchmark, safe_name, write_lines
+from ...stats.bootstrap import CONFIDENCE, finite
+from ...stats.table import differences
+from ...tables import difference_cell, interval_cell, number, p_cell, plain_table
+from ..base import Benchmark, ScoredFile, safe_name, write_lines
 from ..choice import RunData, answer_limit
 from ..object_choice import PROMPT, choose_questions
-from ..object_questions import SPLITS, PopeQuestion
-from ..yes_no import Parser, YesNoTable, score_labels
+from ..object_questions import SPLITS, PopeQuestion, load_questions, without_removed
+from ..questions import add_by_order
+from ..yes_no import PARSERS, Parser, YesNoTable, mcnemar_once, readings, score_labels
+
+_COLUMNS = ("n", "accuracy", "precision", "recall", "F1", "yes", "MCC")
+
+_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio", "mcc")
+
+_REMEDY = "answer it, leave its question file out, or type --subset to score what is answered"
 
 
 @dataclass(frozen=True)
@@ -28,6 +50,7 @@ class Pope(Benchmark):
         prompt: Template with ``{question}``.
         max_new_tokens: Limit of the answer's length.
         parser: Rule that reads yes or no.
+        split_by_split: Whether each split has answers of its own, even to questions that splits share, as in files.
     """
 
     name: ClassVar[str] = "pope"
@@ -36,12 +59,14 @@ class Pope(Benchmark):
     figures = YesNoTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
     row_by_row: ClassVar[bool] = True
+    file_flag: ClassVar[str] = "--answers"
 
     asked: tuple[PopeQuestion, ...]
     samples: tuple[Sample, ...]
     prompt: str
     max_new_tokens: int
     parser: Parser = "official"
+    split_by_split: bool = False
 
     @classmethod
     def make(cls, options: EvalOptions, data: RunData) -> Pope:
@@ -60,7 +85,9 @@ class Pope(Benchmark):
         return list(dict.fromkeys(question.split for question in self.asked))
 
     def prompt_text(self, question: PopeQuestion) -> str:
-        """What the model is asked of a question."""
+        """What the model is asked of a question; in a file, what tells its answer from all others."""
+        if self.split_by_split:
+            return f"{question.split} {question.question_id}: {question.text}"
         return self.prompt.replace("{question}", question.text)
 
     def settings(self) -> dict[str, Any]:
@@ -95,21 +122,13 @@ class Pope(Benchmark):
         images = len({q.image_id for q in self.asked})
         return f"POPE {self.parser} parser, {len(self.asked)} questions ({sizes}) on {images} images"
 
-    def counts(self, table: YesNoTable) -> dict[str, int]:
-        """The confusion matrix of all questions, and unparsed answers."""
-        return table.counts()
-
     def details(
         self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int
     ) -> dict[str, Any]:
         """Counts and summary of each split and of all."""
         table: YesNoTable = tables[label]
-        found: dict[str, Any] = {"parser": table.parser, "splits": self.splits, "all": _figures(table)}
-        for split in self.splits:
-            found[split] = _figures(table.take([row for row, each in enumerate(table.splits) if each == split]))
-        f1 = [found[split]["summary"]["f1"] for split in self.splits]
-        # The figure LLaVA prints; the table's F1 pools all questions.
-        return {**found, "mean_f1_of_splits": sum(f1) / len(f1)}
+        found = _split_figures(table)
+        return {"parser": table.parser, "all": _figures(table), **found["splits"], **found, "splits": self.splits}
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``pope_SPLIT.jsonl``: one line per question in file order, with what the official script reads of both files.
@@ -130,6 +149,174 @@ class Pope(Benchmark):
             ]
             write_lines(folder / f"pope_{safe_name(split)}.jsonl", rows)
 
+    @classmethod
+    def add_score_arguments(cls, parser: ArgumentParser) -> None:
+        """Add what scoring needs to know beside the answers."""
+        parser.add_argument(
+            "--questions",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help="POPE question files (default: labels beside the answers)",
+        )
+        parser.add_argument("--parser", choices=PARSERS, default="official", help="reads yes or no (default: official)")
+        parser.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
+        add_by_order(parser)
+
+    @classmethod
+    def from_files(cls, path: Path, options: Namespace) -> tuple[Pope, FileAnswers]:
+        """Read answers, and the questions that they are to.
+
+        Raises:
+            DataError: Questions and answers do not match, or a file is missing or broken.
+        """
+        file = AnswerFile.of(path, options)
+        rows = file.rows()
+        asked, rows = _asked(file, rows, options) if options.questions else _from_labels(file, rows)
+        known = [Asked((), q.text, truth=yes_no(q.label)) for q in asked]
+        given = file.given(rows, known, partial(readings, parser=options.parser))
+        scores = [None if options.scores is None else number_of(row.fields, row.where, options.scores) for row in rows]
+        made = cls(tuple(asked), (), "{question}", 0, options.parser, split_by_split=True)
+        samples = [Sample(cls.name, q.image_id, None, made.prompt_text(q)) for q in asked]
+        return made, FileAnswers(file, samples, [g.answer(score) for g, score in zip(given, scores, strict=True)])
+
+    def report_file(self, own: ScoredFile, other: ScoredFile | None, seed: int) -> tuple[dict[str, Any], str]:
+        """One row per split, and the differences to a baseline."""
+        with_auc = "score" in own.table.columns
+        result: dict[str, Any] = {"parser": self.parser, **_split_figures(own.table)}
+        text = f"POPE, parser {self.parser}, {own.path}\n"
+        if other is None:
+            text += plain_table(self._rows(own, with_auc))
+        else:
+            result["baseline"] = self._compared(own, other, seed)
+            text += plain_table(self._rows(own, with_auc, other, result["baseline"]))
+            text += "\n" + _mcnemar_line(result["baseline"]["mcnemar"])
+        if (left := int(own.table.unparsed.sum())) and "counted" in own.table.columns:
+            accuracy = number(float(own.table.correct.mean()))
+            text += f"\n{left} unparsed answers are in no figure; as wrong ones, the accuracy of all is {accuracy}"
+        if len(self.splits) > 1:
+            text += f"\nmean F1 of the splits: {number(result['mean_f1_of_splits'])}"
+        return result, text
+
+    def _compared(self, own: ScoredFile, other: ScoredFile, seed: int) -> dict[str, Any]:
+        table, baseline = own.table, other.table
+        if table.question_ids != baseline.question_ids or (table.label != baseline.label).any():
+            raise DataError(
+                f"{other.path} and {own.path} do not answer the same questions in the same order: give --questions and "
+                "question_id, or put them in one order"
+            )
+        others = baseline.by_split()
+        return {
+            "file": str(other.path),
+            **other.facts,
+            **_split_figures(baseline),
+            "differences": {
+                split: differences(part.FIGURES, part, others[split], seed) for split, part in table.by_split().items()
+            },
+            "confidence": CONFIDENCE,
+            "mcnemar": mcnemar_once(table, baseline),
+        }
+
+    def _rows(
+        self,
+        own: ScoredFile,
+        with_auc: bool,
+        other: ScoredFile | None = None,
+        compared: Mapping[str, Any] | None = None,
+    ) -> list[list[str]]:
+        names = (*_FIGURES, *(["auc"] if with_auc else []))
+        rows = [["split", *_COLUMNS, *(["AUC"] if with_auc else []), "unparsed"]]
+        for split, table in own.table.by_split().items():
+            rows.append([split, *_cells(table, names)])
+            if other is not None and compared is not None:
+                found = compared["differences"][split]
+                rows.append(["  baseline", *_cells(other.table.by_split()[split], names)])
+                rows.append(["  difference", "", *(difference_cell(found.get(name)) for name in names), ""])
+                rows.append(["  95 %", "", *(interval_cell(found.get(name)) for name in names), ""])
+        return rows
+
 
 def _figures(table: YesNoTable) -> dict[str, Any]:
     return {"counts": table.counts(), "summary": finite(table.summary())}
+
+
+def _split_figures(table: YesNoTable) -> dict[str, Any]:
+    """Counts and summary of each split, and their mean F1, which LLaVA prints; a table's F1 pools all questions."""
+    splits = {split: _figures(part) for split, part in table.by_split().items()}
+    f1 = [part["summary"]["f1"] for part in splits.values()]
+    return {"splits": splits, "mean_f1_of_splits": sum(f1) / len(f1)}
+
+
+def _asked(file: AnswerFile, rows: Sequence[Row], options: Namespace) -> tuple[list[PopeQuestion], list[Row]]:
+    """The questions of the question files that are answered, and the row that answers each."""
+    questions = _questions(options.questions)
+    if any("repope" in path.name.lower() for path in options.questions):
+        file.notes.append("the labels are RePOPE's: not comparable with figures of POPE")
+        everything, rows = rows, without_removed(rows, questions)
+        if removed := len(everything) - len(rows):
+            file.facts["removed"] = removed
+            file.notes.append(f"{removed} answers to questions that RePOPE leaves out are ignored")
+    file.facts["questions"] = {
+        path.name: sum(q.split == split for q in questions)
+        for path, split in zip(options.questions, dict.fromkeys(q.split for q in questions), strict=False)
+    }
+    found = file.matched(
+        rows,
+        [Asked((q.question_id,), q.text, q.image, yes_no(q.label), q.split) for q in questions],
+        remedy=_REMEDY,
+        source="the question files",
+    )
+    return [questions[index] for index in found], list(found.values())
+
+
+def _questions(files: Sequence[Path]) -> list[PopeQuestion]:
+    """The questions of several files.
+
+    Raises:
+        DataError: Two files are of one split: two releases, or one file twice.
+    """
+    questions: list[PopeQuestion] = []
+    of_split: dict[str, tuple[Path, int]] = {}
+    for path in files:
+        own = load_questions(path)
+        for split in dict.fromkeys(q.split for q in own):
+            count = sum(q.split == split for q in own)
+            first, others = of_split.setdefault(split, (path, count))
+            if first is not path:
+                raise DataError(
+                    f"{first} and {path} both hold {split} questions ({others} and {count}): releases differ in "
+                    "questions and labels (POPE's first has 2910 random ones, the current one 3000; RePOPE corrects "
+                    "labels) and are never merged: give one of them"
+                )
+        questions += own
+    return questions
+
+
+def _from_labels(file: AnswerFile, rows: Sequence[Row]) -> tuple[list[PopeQuestion], list[Row]]:
+    """Questions made of rows that bring their labels."""
+    if all(row.image is not None and row.texts for row in rows):
+        rows = file.distinct(rows)
+    labels = file.labels(rows, "without --questions every line needs one")
+    images: dict[str, int] = {}
+    known = all(row.image is not None for row in rows)
+    asked = []
+    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        name = str(row.image) if row.image is not None else ""
+        cluster = images.setdefault(name, len(images)) if known else place
+        text = next(iter(row.texts.values()), None)
+        item = f"{name}: {text}" if text is not None else f"{name}:{place}"
+        asked.append(PopeQuestion(str(place), cluster, name, "", item, label, "all"))
+    return asked, list(rows)
+
+
+def _cells(table: YesNoTable, names: Sequence[str]) -> list[str]:
+    summary, counts = table.summary(), table.counts()
+    return [str(counts["n"]), *(number(summary.get(name)) for name in names), str(counts["unparsed"])]
+
+
+def _mcnemar_line(test: Mapping[str, Any]) -> str:
+    return (
+        f"McNemar over {test['questions']} distinct questions: only {test['only_method']} right here, only "
+        f"{test['only_baseline']} in the baseline, p = {p_cell(test['p_value'])} (exact, questions independent)"
+    )

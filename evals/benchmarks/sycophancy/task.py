@@ -137,7 +137,7 @@ class Sycophancy(Benchmark):
 
     def counts(self, table: SycophancyTable) -> dict[str, Any]:
         """Counts per condition, and the unparsed answers of all."""
-        counts: dict[str, Any] = {str(condition): part for condition, part in table.counts().items()}
+        counts = table.counts()
         return {**counts, "unparsed": sum(part["unparsed"] for part in counts.values())}
 
     def breakdown(self, table: SycophancyTable) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from vlmfix.errors import DataError, VlmfixError
 from vlmfix.evals.benchmarks.amber import task as amber
 from vlmfix.evals.benchmarks.choice import RunData
 from vlmfix.evals.benchmarks.custom import task as custom
-from vlmfix.evals.benchmarks.custom.data import read_questions
-from vlmfix.evals.benchmarks.custom.task import contains, is_exact
+from vlmfix.evals.benchmarks.custom.task import contains, is_exact, read_questions
 from vlmfix.evals.benchmarks.hallusionbench import task as hallusionbench
 from vlmfix.evals.benchmarks.mme import task as mme
 from vlmfix.evals.benchmarks.mmhal import task as mmhal
@@ -66,7 +66,7 @@ def saved(rows: list[dict[str, Any]], folder: Path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["parquet", "folder", "disk"])
 def test_mme_from_a_data_set_is_mme_from_its_folder(tmp_path: Path, kind: str) -> None:
     folder = benchmark_data.mme(tmp_path / "mme")
-    questions = mme.load_questions(str(folder))
+    questions = mme.Mme.load(str(folder))
     assert len(questions) == 4 * 3 * 2
     rows = [
         {"question_id": f"{q.task}/{q.image}", "image": q.path, "question": q.text, "category": q.task}
@@ -74,7 +74,7 @@ def test_mme_from_a_data_set_is_mme_from_its_folder(tmp_path: Path, kind: str) -
         for q in questions
     ]
     rows.append({**rows[0], "category": "OCR", "question_id": "OCR/1.png"})
-    found = mme.load_questions(saved(rows, tmp_path / "set", kind))
+    found = mme.Mme.load(saved(rows, tmp_path / "set", kind))
     assert [(q.task, q.image, q.text, q.label) for q in found] == [
         (q.task, q.image, q.text, q.label) for q in questions
     ]
@@ -102,7 +102,7 @@ def test_custom_from_a_folder_of_images(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path / "images" / f"{index}.png")
         rows.append({"file_name": f"{index}.png", "question": "Is it day?", "answer": "no"})
     write_lines(tmp_path / "images" / "metadata.jsonl", rows)
-    found = custom.load_questions(f"datasets:{tmp_path / 'images'}")
+    found = custom.Custom.load(f"datasets:{tmp_path / 'images'}")
     assert [(q.text, q.label) for q in found] == [("Is it day?", False)] * 2
     digests = [file_digest(path) for path, _ in benchmark_data.scenes(2)]
     assert [file_digest(q.path) for q in found if q.path] == digests
@@ -110,25 +110,27 @@ def test_custom_from_a_folder_of_images(tmp_path: Path) -> None:
 
 def test_custom_from_json_through_the_library(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", [{"question": "Is snow black?", "answer": "no"}])
-    assert custom.load_questions(f"datasets:{path}")[0].label is False
+    assert custom.Custom.load(f"datasets:{path}")[0].label is False
 
 
 def test_hallusionbench_from_a_data_set(tmp_path: Path) -> None:
     folder = benchmark_data.hallusionbench(tmp_path / "hallusionbench")
     rows = json.loads((folder / "HallusionBench.json").read_text())
     given = [{**row, "image": folder / row["filename"] if row["filename"] else None} for row in rows]
-    own, found = (hallusionbench.load_questions(w) for w in (str(folder), saved(given, tmp_path / "set", "parquet")))
-    assert [q.key for q, _ in found] == [q.key for q, _ in own]
-    assert [p and file_digest(p) for _, p in found] == [p and file_digest(p) for _, p in own]
-    assert sum(path is None for _, path in found) == 2
+    own, found = (
+        hallusionbench.HallusionBench.load(w) for w in (str(folder), saved(given, tmp_path / "set", "parquet"))
+    )
+    assert [q.key for q in found] == [q.key for q in own]
+    assert [q.path and file_digest(q.path) for q in found] == [q.path and file_digest(q.path) for q in own]
+    assert sum(q.path is None for q in found) == 2
 
 
 def test_mmhal_from_a_data_set(tmp_path: Path) -> None:
     folder = benchmark_data.mmhal(tmp_path / "mmhal")
-    items, rows, paths = mmhal.load_items(str(folder))
-    given = [{**row, "image": path} for row, path in zip(rows, paths, strict=True)]
-    found = mmhal.load_items(saved(given, tmp_path / "set", "parquet"))
-    assert found[0] == items and [file_digest(p) for p in found[2]] == [file_digest(p) for p in paths]
+    items = mmhal.Mmhal.load(str(folder))
+    found = mmhal.Mmhal.load(saved([{**item.row, "image": item.path} for item in items], tmp_path / "set", "parquet"))
+    assert [replace(item, path=None) for item in found] == [replace(item, path=None) for item in items]
+    assert [file_digest(item.path) for item in found] == [file_digest(item.path) for item in items]
 
 
 def test_pope_from_a_data_set_and_from_files_with_images(tmp_path: Path) -> None:
@@ -308,20 +310,20 @@ def test_labels_of_own_questions(answer: Any, label: bool | None, answers: tuple
 def test_broken_questions_of_ones_own(tmp_path: Path, line: dict[str, Any], message: str) -> None:
     path = benchmark_data.custom(tmp_path / "custom", 2, more=[line])
     with pytest.raises(DataError, match=message):
-        custom.load_questions(str(path))
+        custom.Custom.load(str(path))
 
 
 def test_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none of MME's tasks"):
-        mme.load_questions(str(tmp_path))
+        mme.Mme.load(str(tmp_path))
     folder = benchmark_data.mme(tmp_path / "mme")
     (folder / "existence" / "0000.png").unlink()
     with pytest.raises(DataError, match=r"0000\.txt has no image"):
-        mme.load_questions(str(folder))
+        mme.Mme.load(str(folder))
     (folder / "existence" / "0000.txt").write_text("Is there a dog?\n")
     shutil.copy(folder / "existence" / "0001.png", folder / "existence" / "0000.png")
     with pytest.raises(DataError, match=r"0000.txt line 1: expected a question, a tab"):
-        mme.load_questions(str(folder))
+        mme.Mme.load(str(folder))
 
     folder = benchmark_data.amber(tmp_path / "amber", 2, described=False)
     (folder / "image" / "AMBER_2.jpg").unlink()
@@ -336,11 +338,11 @@ def test_broken_folders(tmp_path: Path) -> None:
     folder = benchmark_data.hallusionbench(tmp_path / "hallusionbench")
     (folder / "VD" / "map" / "0_0.png").unlink()
     with pytest.raises(DataError, match=r"no image \./VD/map/0_0\.png of question VD/map/0/0/0"):
-        hallusionbench.load_questions(str(folder))
+        hallusionbench.HallusionBench.load(str(folder))
     folder = benchmark_data.mmhal(tmp_path / "mmhal")
     (folder / "1_o.jpg").unlink()
     with pytest.raises(DataError, match=r"1_o\.jpg of question 1"):
-        mmhal.load_items(str(folder))
+        mmhal.Mmhal.load(str(folder))
 
 
 @pytest.mark.parametrize(

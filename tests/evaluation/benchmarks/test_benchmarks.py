@@ -222,11 +222,11 @@ def test_amber_file_gives_the_same_counts(
 
 
 def test_mme_folder_gives_the_same_counts(finished: Path) -> None:
-    from vlmfix.evals.benchmarks.mme.data import load_results
     from vlmfix.evals.benchmarks.mme.figures import score_answers
+    from vlmfix.evals.benchmarks.mme.task import load_results
 
     for method in read(finished)["methods"]:
-        whole = score_answers(load_results(exported(finished, "mme", method["label"])), images=None)
+        whole = score_answers(*zip(*load_results(exported(finished, "mme", method["label"])), strict=True))
         counts = {task: table.counts() for task, table in whole.tasks().items()}
         assert counts == {task: method["mme"]["counts"][task] for task in counts} and len(counts) == 4
         assert whole.total() == pytest.approx(method["mme"]["summary"]["score"])

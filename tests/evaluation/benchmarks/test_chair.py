@@ -13,7 +13,7 @@ from shared_data import DATA, needs_data
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, double_words, ground_truth, objects_by_word, regex_tokens
-from vlmfix.evals.benchmarks.nltk_data import punkt_tokens
+from vlmfix.evals.benchmarks.nltk_words import punkt_tokens
 from vlmfix.evals.data.coco import CocoData
 
 MODES = {"pattern": "original", "nltk": "nltk"}

@@ -10,8 +10,10 @@ from families.saved_llava import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.mme.data import TASKS, MmeAnswer, load_results
-from vlmfix.evals.benchmarks.mme.figures import parse_answer, score_answers
+from vlmfix.evals.benchmarks.mme.figures import TASKS, MmeQuestion, MmeTable, parse_answer, score_answers
+from vlmfix.evals.benchmarks.mme.task import load_results
+
+Answered = tuple[MmeQuestion, str]
 
 
 @pytest.mark.parametrize(
@@ -42,14 +44,19 @@ def test_unknown_parser():
         parse_answer("yes", "other")  # type: ignore[arg-type]
 
 
-def pair(image: str, first: str, second: str, task: str = "count") -> list[MmeAnswer]:
-    return [MmeAnswer(task, image, "Is it so?", True, first), MmeAnswer(task, image, "Is it not?", False, second)]
+def pair(image: str, first: str, second: str, task: str = "count") -> list[Answered]:
+    asked = MmeQuestion(task, image, "Is it so?", True), MmeQuestion(task, image, "Is it not?", False)
+    return [(asked[0], first), (asked[1], second)]
+
+
+def scored(answers: Sequence[Answered]) -> MmeTable:
+    return score_answers([question for question, _ in answers], [text for _, text in answers])
 
 
 def test_scores_by_hand():
     answers = [*pair("a", "Yes", "No"), *pair("b", "Yes", "Yes"), *pair("c", "Perhaps", "No")]
     answers = answers[::2] + answers[1::2]  # the questions of an image need not follow each other
-    table = score_answers(answers, images=None).tasks()["count"]
+    table = scored(answers).tasks()["count"]
     assert table.images.tolist() == [True, True, True, False, False, False]  # the first questions of a, b and c
     assert table.correct.tolist() == [True, True, False, True, False, True]
     assert table.both_correct.tolist() == [True, False, False, False, False, False]
@@ -60,21 +67,14 @@ def test_scores_by_hand():
 
 def test_total_needs_all_four_tasks():
     tasks = {task: pair("a", "Yes", "No", task) for task in TASKS}
-    table = score_answers([answer for rows in tasks.values() for answer in rows][::-1], images=None)
+    table = scored([answer for rows in tasks.values() for answer in rows][::-1])
     assert list(table.tasks()) == list(TASKS) and table.total() == 800.0
-    assert score_answers([answer for task in TASKS[:3] for answer in tasks[task]], images=None).total() is None
-
-
-def test_other_tasks_are_left_out():
-    table = score_answers([*pair("a", "Yes", "No"), *pair("a", "No", "No", "OCR")], images=None)
-    assert list(table.tasks()) == ["count"]
+    assert scored([answer for task in TASKS[:3] for answer in tasks[task]]).total() is None
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        (pair("a", "Yes", "No", "smell"), "no task 'smell'"),
-        (pair("a", "Yes", "No", "OCR"), "no answer belongs"),
         ([], "no answer belongs"),
         (pair("a", "Yes", "No")[:1], "image a: .* found 1 answers to 1"),
         (pair("a", "Yes", "No")[:1] * 2, "found 2 answers to 1"),
@@ -83,31 +83,27 @@ def test_other_tasks_are_left_out():
 )
 def test_broken_answers(answers, message):
     with pytest.raises(DataError, match=message):
-        score_answers(answers, images=None)
-
-
-def test_a_task_must_be_complete():
-    with pytest.raises(DataError, match="30 images, found 1"):
-        score_answers(pair("a", "Yes", "No"))
+        scored(answers)
 
 
 # Files and the command line.
 
 
-def whole(tasks: Sequence[str] = TASKS, answers: tuple[str, str] = ("Yes", "No.")) -> list[MmeAnswer]:
+def whole(tasks: Sequence[str] = TASKS, answers: tuple[str, str] = ("Yes", "No.")) -> list[Answered]:
     return [a for task in tasks for i in range(30) for a in pair(f"{i}.jpg", *answers, task)]
 
 
-def as_row(answer: MmeAnswer, **more: Any) -> dict[str, Any]:
-    label = "Yes" if answer.label else "No"
-    row = {"task": answer.task, "image": answer.image, "question": answer.question, "label": label}
-    return {**row, "answer": answer.answer, **more}
+def as_row(answered: Answered, **more: Any) -> dict[str, Any]:
+    question, answer = answered
+    label = "Yes" if question.label else "No"
+    row = {"task": question.task, "image": question.image, "question": question.text, "label": label}
+    return {**row, "answer": answer, **more}
 
 
-def write_folder(folder: Path, answers: Sequence[MmeAnswer]) -> Path:
+def write_folder(folder: Path, answers: Sequence[Answered]) -> Path:
     folder.mkdir()
-    for task in {a.task for a in answers}:
-        rows = [(a.image, a.question, "Yes" if a.label else "No", a.answer) for a in answers if a.task == task]
+    for task in {q.task for q, _ in answers}:
+        rows = [(q.image, q.text, "Yes" if q.label else "No", text) for q, text in answers if q.task == task]
         (folder / f"{task}.txt").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
@@ -141,9 +137,9 @@ def test_score_mme(tmp_path, capsys):
 
 def test_score_one_task_with_the_other_parser(tmp_path, capsys):
     rows = [
-        {"category": a.task, "question_id": a.image, "question": a.question, "label": "yes" if a.label else "no"}
-        | {"response": a.answer}
-        for a in whole(["count"], ("Y", "Y"))
+        {"category": q.task, "question_id": q.image, "question": q.text, "label": "yes" if q.label else "no"}
+        | {"response": text}
+        for q, text in whole(["count"], ("Y", "Y"))
     ]
     path = write_lines(tmp_path / "a.jsonl", rows)
     assert score(tmp_path, path, "--parser", "lmms") == 0
@@ -152,6 +148,21 @@ def test_score_one_task_with_the_other_parser(tmp_path, capsys):
     assert score(tmp_path, path) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "60"  # unparsed
     assert json.loads((tmp_path / "o.json").read_text())["total"] is None
+
+
+def test_other_tasks_are_left_out_and_a_task_must_be_complete(tmp_path, capsys):
+    others = [as_row(a) for a in pair("1.jpg", "No", "No", "OCR")]
+    path = write_lines(tmp_path / "a.jsonl", [*others, *(as_row(a) for a in whole(["count"]))])
+    assert score(tmp_path, path) == 0
+    assert list(json.loads((tmp_path / "o.json").read_text())["tasks"]) == ["count"]
+    assert score(tmp_path, write_lines(tmp_path / "b.jsonl", others)) == 2
+    assert "no answer belongs" in capsys.readouterr().err
+    path = write_lines(tmp_path / "c.jsonl", [as_row(a) for a in pair("1.jpg", "Yes", "No")])
+    assert score(tmp_path, path) == 2
+    assert "answers to 1 of 30 images of count: answer them all" in capsys.readouterr().err
+    assert score(tmp_path, path, "--subset") == 0
+    assert "SUBSET: 1 of 30 images of count" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["answered"] == {"images of count": {"answered": 1, "of": 30}}
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,17 @@ from shared_data import DATA, needs_data
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.mmhal.data import TYPES, MmhalItem, load_mmhal
 from vlmfix.evals.benchmarks.mmhal.figures import (
+    TYPES,
+    MmhalItem,
+    MmhalTable,
     judge_prompt,
+    load_mmhal,
     parse_rating,
-    score_answers,
     score_judgements,
-    score_ratings,
 )
+from vlmfix.evals.benchmarks.mmhal.task import Judge, Mmhal
+from vlmfix.evals.data.samples import Answer, Sample
 
 ITEMS = [
     MmhalItem(i, TYPES[i % 8], f"image{i}", ("Cat", f"Thing {i}"), f"What is {i}?", f"It is {i}.") for i in range(16)
@@ -41,6 +44,10 @@ def test_ratings_are_read(text, rating):
     assert parse_rating(text) == rating
 
 
+def score_ratings(items: list[MmhalItem], ratings: list[int], judge: str = "unnamed") -> MmhalTable:
+    return score_judgements(items, [f"Rating: {rating}" for rating in ratings], judge=judge)
+
+
 def test_figures_by_hand():
     table = score_ratings(ITEMS, [6, 3, 2, 0, 5, 1, 4, 3, *[3] * 8], judge="by hand")
     assert table.counts() == {"n": 16, "rating_sum": 48, "hallucinated": 3, "unparsed": 0}
@@ -55,30 +62,32 @@ def test_unclear_judgements_are_rated_zero_and_counted():
     assert table.counts() == {"n": 3, "rating_sum": 5, "hallucinated": 2, "unparsed": 2}
 
 
-def test_the_judge_is_pluggable():
+def test_the_judge_is_pluggable(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLMFIX_CACHE", str(tmp_path))
     prompts = []
 
     def judge(prompt: str) -> str:
         prompts.append(prompt)
         return f"Rating: {len(prompts)}"
 
-    table = score_answers(ITEMS[:3], ["a", "b", "c"], judge, judge_name="counter", instruction="Rate it.")
-    assert table.rating.tolist() == [1, 2, 3] and table.judge == "counter"
-    assert prompts[1] == judge_prompt(ITEMS[1], "b", instruction="Rate it.")
-    for part in ("Rate it.", "Cat, Thing 1", "What is 1?", "It is 1.", "b"):
+    each = tuple(Sample("mmhal", item.index, None, item.text) for item in ITEMS[:3])
+    answers = {sample.key: Answer(text) for sample, text in zip(each, "abc", strict=True)}
+    task = Mmhal(tuple(ITEMS[:3]), each, judge=Judge("counter", judge))
+    table = task.score(answers)
+    assert table is not None and table.rating.tolist() == [1, 2, 3] and table.judge == "counter"
+    assert prompts[1] == judge_prompt(ITEMS[1], "b")
+    for part in ("Cat, Thing 1", "What is 1?", "It is 1.", "b"):
         assert part in prompts[1]
+    assert judge_prompt(ITEMS[1], "b", instruction="Rate it.").startswith("Rate it.")
+    again = task.score(answers)
+    assert again is not None and again.rating.tolist() == [1, 2, 3] and len(prompts) == 3, "asked for once"
 
 
 def test_scoring_errors():
     with pytest.raises(DataError, match="no questions"):
-        score_ratings([], [])
+        score_judgements([], [])
     with pytest.raises(DataError, match="16 questions but 1"):
         score_judgements(ITEMS, ["Rating: 1"])
-    with pytest.raises(DataError, match="16 questions but 1"):
-        score_answers(ITEMS, ["a"], str)
-    for rating in (7, -1):
-        with pytest.raises(DataError, match=f"rating {rating} of question 1"):
-            score_ratings(ITEMS[:2], [3, rating])
 
 
 # Templates.
@@ -89,7 +98,7 @@ def entry(item: MmhalItem, **more: Any) -> dict[str, Any]:
         "question_type": item.type,
         "image_id": item.image_id,
         "image_content": list(item.image_content),
-        "question": item.question,
+        "question": item.text,
         "gt_answer": item.reference,
         "model_answer": "",
         **more,

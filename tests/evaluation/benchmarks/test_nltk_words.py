@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from shared_data import DATA, needs_data
 
-from vlmfix.evals.benchmarks.nltk_data import punkt_tokens
-from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer
+from vlmfix.evals.benchmarks.nltk_words import FastTagger, FastTokenizer, punkt_tokens
 
 nltk = pytest.importorskip("nltk")
 

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from pope_rule import check_questions
+from pope_rule import check_questions, score_logits
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
@@ -20,7 +20,6 @@ from vlmfix.evals.benchmarks.yes_no import (
     is_unparsed,
     parse_answer,
     score_labels,
-    score_logits,
 )
 from vlmfix.evals.data.coco import CocoData
 from vlmfix.evals.data.samples import Answer

@@ -10,7 +10,7 @@ from declared import CHAIR_STATISTICS
 from shared_data import DATA, needs_data
 
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.figures import mention_counts, score_captions
+from vlmfix.evals.benchmarks.chair.figures import MENTION_COUNTS, score_captions
 from vlmfix.evals.benchmarks.chair.text_quality import (
     first_words,
     is_finished,
@@ -20,7 +20,6 @@ from vlmfix.evals.benchmarks.chair.text_quality import (
     score_texts,
 )
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
-from vlmfix.evals.stats.bootstrap import paired_bootstrap
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair", "hot dog", "tree", "sky", "the", "and")
 MATCHER = ChairMatcher()
@@ -158,7 +157,7 @@ def test_equal_words_against_cutting_and_scoring_again():
     for found, expected in zip(match_by_words(a, b, *tables, truth, MATCHER), naive_by_words(a, b, truth), strict=True):
         assert columns(found) == columns(expected)
         assert found.gt_objects.tolist() == expected.gt_objects.tolist()
-        assert mention_counts(found).items() <= expected.counts().items()
+        assert found.sums(MENTION_COUNTS).items() <= expected.counts().items()
     assert found.mentions.sum() < tables[1].mentions.sum(), "something was cut"
 
 
@@ -194,10 +193,10 @@ def test_a_method_that_only_shortens_has_no_gain_left():
     short = {i: " ".join(text.split()[: int(rng.integers(2, 7))]) + "." for i, text in long.items()}
     tables = [score_captions(captions, truth, MATCHER) for captions in (short, long)]
     chair_i = CHAIR_STATISTICS["chair_i"]
-    assert paired_bootstrap(chair_i, *tables).high < -0.1
+    assert chair_i.difference(*tables).high < -0.1
     for pair in both_ways(short, long, truth):
         assert columns(pair[0]) == columns(pair[1])
-        found = paired_bootstrap(chair_i, *pair)
+        found = chair_i.difference(*pair)
         assert (found.estimate, found.low, found.high, found.p_value) == (0, 0, 0, 1)
 
 
@@ -206,7 +205,7 @@ def test_a_better_method_of_the_same_length_keeps_its_gain():
     good = {i: "a dog and a dog" for i in range(40)}
     bad = {i: "a dog and a cat" if i % 2 else "a cat and a dog" for i in range(40)}
     for pair in both_ways(good, bad, truth):
-        assert paired_bootstrap(CHAIR_STATISTICS["chair_i"], *pair).estimate == -0.5
+        assert CHAIR_STATISTICS["chair_i"].difference(*pair).estimate == -0.5
 
 
 def test_a_shorter_but_worse_method_is_exposed():
@@ -219,7 +218,7 @@ def test_a_shorter_but_worse_method_is_exposed():
 def test_an_empty_caption_leaves_nothing_to_compare():
     for pair in both_ways({1: ""}, {1: "a dog"}, {1: ["dog"]}):
         assert all(math.isnan(CHAIR_STATISTICS["chair_i"].of(table)) for table in pair)
-        assert mention_counts(pair[1])["mentions"] == 0
+        assert pair[1].sums(MENTION_COUNTS)["mentions"] == 0
 
 
 def test_other_images_are_refused():

@@ -449,3 +449,31 @@ def test_the_official_figures_of_repopes_parser(tmp_path: Path, capsys: pytest.C
         {theirs: expected[theirs] for theirs in names.values()}
     )
     assert "3 unparsed answers are in no figure" in capsys.readouterr().out
+
+
+@needs_data("new/repope_synthetic", "expected_new.json")
+def test_answers_to_questions_that_repope_leaves_out_are_ignored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = DATA / "new" / "repope_synthetic"
+    expected = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]["RePOPE"]
+    asked = {row["question_id"]: row for _, row in read_rows(folder / "coco_pope_random.json")}
+    rows = [
+        {"question_id": row["question_id"], "question": asked[row["question_id"]]["text"], "response": row["text"]}
+        for _, row in read_rows(folder / "answers.jsonl")
+    ]
+    words = ("--questions", folder / "coco_repope_random.json", "--parser", "repope")
+    pictured = [{**row, "image": asked[row["question_id"]]["image"]} for row in rows]
+    for given in (rows, pictured, pictured[::-1]):
+        found = score(tmp_path, "pope", write_lines(tmp_path / "a.jsonl", given), *words)
+        assert found["removed"] == expected["answers_ignored"]
+        counts = found["splits"]["random"]["counts"]
+        assert counts == {
+            **{name: expected[name] for name in ("TP", "FP", "TN", "FN")},
+            "n": expected["rows"],
+            "unparsed": expected["none"],
+        }
+    assert "4 answers to questions that RePOPE leaves out are ignored" in capsys.readouterr().out
+    assert "no random question 10" in error_of(capsys, "pope", folder / "answers.jsonl", *words)
+    other = [{**row, "question": "Is there a zebra in the image?"} for row in pictured]
+    assert "zebra" in error_of(capsys, "pope", write_lines(tmp_path / "b.jsonl", other), *words)

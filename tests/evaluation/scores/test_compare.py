@@ -123,6 +123,7 @@ def test_any_row_can_be_the_reference(tmp_path: Path) -> None:
         compared(a, against="C:m")
     assert list(by_label(compared(a, methods=["A:m"]))) == ["A:none", "A:m"]
     assert list(by_label(compared(a, b, methods=["B:m"]))) == ["A:none", "B:none", "B:m"]
+    assert list(by_label(compared(a, b, methods=["B:m"], against="A:m"))) == ["A:none", "A:m", "B:none", "B:m"]
     for unknown in ("x", "B:m"):
         with pytest.raises(DataError, match=f"no run has a method '{unknown}'; they have A:none, A:m"):
             compared(a, methods=[unknown])

@@ -4,14 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from pope_rule import score_logits
 
 from vlmfix.evals.benchmarks.chair.task import Chair
-from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, score_logits
+from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO
 from vlmfix.evals.scores.bias_curves import EarlyStop
 from vlmfix.evals.scores.controls import bias_curves, bias_lines
-from vlmfix.evals.scores.differences import correct_controls
-from vlmfix.evals.scores.verdicts import verdict
-from vlmfix.evals.stats.bootstrap import paired_bootstrap
+from vlmfix.evals.scores.verdicts import correct_controls, verdict
 from vlmfix.evals.stats.table import Table
 
 RECALL, CHAIR_I = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
@@ -80,7 +79,7 @@ def test_intervals_against_an_early_stop_cover_what_they_say(skill, bias):
         curve = EarlyStop(cut)
         (found,) = curve.differences(RECALL, method, [CHAIR_I], seed=seed, n_resamples=200)
         fixed = curve.table(curve.nearest(RECALL, RECALL.of(method)))
-        held = paired_bootstrap(CHAIR_I, method, fixed, seed=seed, n_resamples=200)
+        held = CHAIR_I.difference(method, fixed, seed=seed, n_resamples=200)
         covered += found.low <= truth <= found.high
         covered_fixed += held.low <= truth <= held.high
     assert 0.93 <= covered / runs <= 0.97

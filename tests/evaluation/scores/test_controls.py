@@ -2,24 +2,36 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pope_rule import score_logits
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
 from vlmfix.evals.benchmarks.chair.task import Chair
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
-from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, YesNoTable, score_labels, score_logits
+from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, YesNoTable, score_labels
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.run.methods import MethodSpec
 from vlmfix.evals.scores.bias_curves import EarlyStop
 from vlmfix.evals.scores.controls import bias_curves, control_lines
-from vlmfix.evals.scores.early_stop import stop_length, stopped_versions
+from vlmfix.evals.scores.early_stop import stopped_versions
 from vlmfix.evals.stats.table import Table
 
 matcher = ChairMatcher()
+
+
+def stop_length(num_tokens: int, eos_gaps: Sequence[float], bias: float) -> int:
+    """How many tokens greedy decoding keeps under a bias >= 0 on the end token: the first step with a gap up to it.
+
+    0 keeps everything, also a tie that greedy decoding passed over.
+    """
+    if bias <= 0:
+        return num_tokens
+    return next((t for t, gap in enumerate(eos_gaps[:num_tokens]) if gap <= bias), num_tokens)
 
 
 def yes_bias_control(table: YesNoTable, target: float) -> SimpleNamespace:

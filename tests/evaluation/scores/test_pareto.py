@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vlmfix.evals.benchmarks.effort import pace
+from vlmfix.evals.data.samples import pace
 from vlmfix.evals.scores.pareto import Point, front, pareto, pareto_table
 from vlmfix.evals.scores.verdicts import WORDS, verdict, verdict_legend
 

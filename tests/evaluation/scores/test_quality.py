@@ -10,7 +10,7 @@ from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import paired_answers, score_labels
 from vlmfix.evals.report.rows import answers_table, quality_table
 from vlmfix.evals.report.summary import legend
-from vlmfix.evals.scores import differences as quality
+from vlmfix.evals.scores import verdicts as quality
 from vlmfix.evals.scores.verdicts import verdict
 from vlmfix.evals.stats.tests import mcnemar
 from vlmfix.evals.tables import Table, difference_cell, interval_cell, p_cell

@@ -20,8 +20,7 @@ from vlmfix.evals.power import (
     power_table,
     read_pilot,
 )
-from vlmfix.evals.stats.bootstrap import paired_bootstrap
-from vlmfix.evals.stats.intervals import interval_dict
+from vlmfix.evals.stats.bootstrap import interval_dict
 
 
 def test_closed_form():
@@ -80,10 +79,10 @@ def test_deviation_from_an_interval_is_that_of_the_images():
         rate = table.hallucinated.sum() / table.mentions.sum()
         contributions.append((table.hallucinated - rate * table.mentions) / table.mentions.mean())
     expected = (contributions[0] - contributions[1]).std()
-    interval = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b)
+    interval = CHAIR_STATISTICS["chair_i"].difference(a, b)
     assert deviation_of_interval(interval_dict(interval), 0.95) == pytest.approx(expected, rel=0.06)
     a, b = pope_table(200, 1), pope_table(200, 2)
-    interval = paired_bootstrap(POPE_STATISTICS["accuracy"], a, b, confidence=0.9)
+    interval = POPE_STATISTICS["accuracy"].difference(a, b, confidence=0.9)
     expected = (a.correct.astype(float) - b.correct).reshape(200, 6).mean(axis=1).std()
     assert deviation_of_interval(interval_dict(interval), 0.9) == pytest.approx(expected, rel=0.06)
 

@@ -12,7 +12,6 @@ from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.chair.figures import ChairTable, score_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import YesNoTable, score_labels
-from vlmfix.evals.stats.bootstrap import bootstrap, paired_bootstrap
 from vlmfix.evals.stats.figures import SumStatistic, share, stacked
 
 OBJECTS = ("dog", "cat", "car", "person", "cup", "chair")
@@ -77,7 +76,7 @@ def test_bootstrap_equals_recomputing_every_resampled_table(statistics, make):
         for row in weights:
             images = np.repeat(np.arange(12), row)
             brute.append(take(a, images).summary()[name] - take(b, images).summary()[name])
-        interval = paired_bootstrap(statistic, a, b, n_resamples=50, seed=5)
+        interval = statistic.difference(a, b, n_resamples=50, seed=5)
         assert (interval.low, interval.high) == pytest.approx(np.quantile(brute, [0.025, 0.975]), abs=1e-12)
         assert interval.estimate == pytest.approx(a.summary()[name] - b.summary()[name], abs=1e-12)
         assert interval.n == 12
@@ -92,7 +91,7 @@ def test_bootstrap_quantiles_equal_full_enumeration():
     )
     wrong, said = table.hallucinated, table.mentions
     exact = np.sort([wrong[list(i)].sum() / said[list(i)].sum() for i in itertools.product(range(4), repeat=4)])
-    interval = bootstrap(CHAIR_STATISTICS["chair_i"], table, n_resamples=40_000, confidence=0.9)
+    interval = CHAIR_STATISTICS["chair_i"].interval(table, n_resamples=40_000, confidence=0.9)
     below = [(exact < interval.low - 1e-12).mean(), (exact > interval.high + 1e-12).mean()]
     upto = [(exact <= interval.low + 1e-12).mean(), (exact >= interval.high - 1e-12).mean()]
     assert max(below) <= 0.05 + 0.01 and min(upto) >= 0.05 - 0.01
@@ -104,7 +103,7 @@ def test_interval_of_a_mean_difference_equals_the_closed_form():
     a, b = chair_table(n, seed=1, wordy=0.7), chair_table(n, seed=2, wordy=0.5)
     difference = (a.words - b.words).astype(float)
     half = 1.959964 * difference.std() / math.sqrt(n)
-    interval = paired_bootstrap(CHAIR_STATISTICS["length_words"], a, b, n_resamples=8000)
+    interval = CHAIR_STATISTICS["length_words"].difference(a, b, n_resamples=8000)
     assert interval.estimate == pytest.approx(difference.mean(), abs=1e-12)
     assert interval.high - interval.estimate == pytest.approx(half, rel=0.06)
     assert interval.estimate - interval.low == pytest.approx(half, rel=0.06)
@@ -117,7 +116,7 @@ def test_interval_of_a_ratio_agrees_with_the_delta_method():
     r = CHAIR_STATISTICS["chair_i"].of(table)
     residual = table.hallucinated - r * table.mentions
     error = residual.std() / math.sqrt(n) / table.mentions.mean()
-    interval = bootstrap(CHAIR_STATISTICS["chair_i"], table, n_resamples=8000)
+    interval = CHAIR_STATISTICS["chair_i"].interval(table, n_resamples=8000)
     assert (interval.high - interval.low) / 2 == pytest.approx(1.959964 * error, rel=0.06)
 
 
@@ -132,17 +131,17 @@ def test_intervals_equal_scipys():
     theirs = stats.bootstrap(
         samples, chair_i, paired=True, vectorized=True, method="percentile", n_resamples=20_000, rng=1
     ).confidence_interval
-    ours = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b, n_resamples=20_000)
+    ours = CHAIR_STATISTICS["chair_i"].difference(a, b, n_resamples=20_000)
     width = ours.high - ours.low
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02 * width)
 
 
 def test_pairing_removes_what_the_images_share():
     a = chair_table(300, seed=4)
-    assert paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, a) == paired_bootstrap(CHAIR_STATISTICS["f1"], a, a)
-    same = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, a)
+    assert CHAIR_STATISTICS["chair_i"].difference(a, a) == CHAIR_STATISTICS["f1"].difference(a, a)
+    same = CHAIR_STATISTICS["chair_i"].difference(a, a)
     assert (same.estimate, same.low, same.high, same.excludes_zero) == (0, 0, 0, False)
-    assert bootstrap(CHAIR_STATISTICS["chair_i"], a).high > bootstrap(CHAIR_STATISTICS["chair_i"], a).low
+    assert CHAIR_STATISTICS["chair_i"].interval(a).high > CHAIR_STATISTICS["chair_i"].interval(a).low
 
 
 def test_images_are_resampled_not_questions():
@@ -153,51 +152,51 @@ def test_images_are_resampled_not_questions():
     answers = ["Yes" if r else "No" for r in right for _ in range(6)]
     six = score_labels([True] * 6 * images, answers, image_ids=[i for i in range(images) for _ in range(6)])
     accuracy = POPE_STATISTICS["accuracy"]
-    a, b = bootstrap(accuracy, once, seed=1), bootstrap(accuracy, six, seed=1)
+    a, b = accuracy.interval(once, seed=1), accuracy.interval(six, seed=1)
     assert (b.low, b.high, b.n) == pytest.approx((a.low, a.high, a.n))
-    by_question = bootstrap(accuracy, replace(six, image_ids=np.arange(6 * images)), seed=1)
+    by_question = accuracy.interval(replace(six, image_ids=np.arange(6 * images)), seed=1)
     assert by_question.high - by_question.low < 0.6 * (a.high - a.low)
 
 
 def test_a_seed_fixes_the_interval():
     a, b = chair_table(50, 1), chair_table(50, 2)
     f1 = CHAIR_STATISTICS["f1"]
-    assert paired_bootstrap(f1, a, b, seed=7) == paired_bootstrap(f1, a, b, seed=7)
-    assert paired_bootstrap(f1, a, b, seed=7) != paired_bootstrap(f1, a, b, seed=8)
+    assert f1.difference(a, b, seed=7) == f1.difference(a, b, seed=7)
+    assert f1.difference(a, b, seed=7) != f1.difference(a, b, seed=8)
     state = np.random.get_state()[1].copy()  # noqa: NPY002 - the global generator must stay untouched
-    paired_bootstrap(f1, a, b)
+    f1.difference(a, b)
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
 
 
 def test_chunking_does_not_change_the_resamples(monkeypatch):
     a, b = chair_table(30, 1), chair_table(30, 2)
-    whole = paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b)
+    whole = CHAIR_STATISTICS["chair_i"].difference(a, b)
     monkeypatch.setattr("vlmfix.evals.stats.bootstrap._CHUNK", 100)
-    assert paired_bootstrap(CHAIR_STATISTICS["chair_i"], a, b) == whole
+    assert CHAIR_STATISTICS["chair_i"].difference(a, b) == whole
 
 
 def test_rows_may_come_in_another_order():
     a, b = pope_table(10, 1), pope_table(10, 2)
     shuffled = take(b, range(9, -1, -1))
     accuracy = POPE_STATISTICS["accuracy"]
-    assert paired_bootstrap(accuracy, a, shuffled) == paired_bootstrap(accuracy, a, b)
+    assert accuracy.difference(a, shuffled) == accuracy.difference(a, b)
 
 
 def test_more_confidence_is_wider_and_no_two_images_no_interval():
     a, b = chair_table(50, 1), chair_table(50, 2)
-    wide, narrow = (paired_bootstrap(CHAIR_STATISTICS["f1"], a, b, confidence=c) for c in (0.99, 0.5))
+    wide, narrow = (CHAIR_STATISTICS["f1"].difference(a, b, confidence=c) for c in (0.99, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
-    one = bootstrap(CHAIR_STATISTICS["f1"], take(a, [3]))
+    one = CHAIR_STATISTICS["f1"].interval(take(a, [3]))
     assert math.isnan(one.low) and math.isnan(one.high) and one.n == 1
 
 
 def test_undefined_resamples_are_counted():
     table = score_captions({1: "a dog", 2: "a tree"}, {1: ["cat"], 2: ["cat"]}, ChairMatcher())
-    interval = bootstrap(CHAIR_STATISTICS["chair_i"], table, n_resamples=400)
+    interval = CHAIR_STATISTICS["chair_i"].interval(table, n_resamples=400)
     assert 60 < interval.undefined < 140  # both draws are image 2: a quarter
     assert (interval.low, interval.high) == (1, 1)
     silent = score_captions({1: "a tree", 2: "a tree"}, {1: ["cat"], 2: ["cat"]}, ChairMatcher())
-    assert bootstrap(CHAIR_STATISTICS["chair_i"], silent, n_resamples=10).undefined == 10
+    assert CHAIR_STATISTICS["chair_i"].interval(silent, n_resamples=10).undefined == 10
 
 
 def test_a_statistic_of_ones_own():
@@ -212,10 +211,10 @@ def test_errors():
     a, b = chair_table(5, 1), chair_table(6, 2)
     f1 = CHAIR_STATISTICS["f1"]
     with pytest.raises(DataError, match="same images"):
-        paired_bootstrap(f1, a, b)
+        f1.difference(a, b)
     with pytest.raises(DataError, match="n_resamples"):
-        bootstrap(f1, a, n_resamples=0)
+        f1.interval(a, n_resamples=0)
     with pytest.raises(DataError, match="confidence"):
-        bootstrap(f1, a, confidence=95)
+        f1.interval(a, confidence=95)
     with pytest.raises(DataError, match="no rows"):
-        bootstrap(f1, a.take([]))
+        f1.interval(a.take([]))

@@ -12,7 +12,6 @@ from test_stats import chair_table, pope_table
 from vlmfix.evals.benchmarks.chair.text_quality import score_texts
 from vlmfix.evals.benchmarks.yes_no import YesNoTable, score_labels
 from vlmfix.evals.power import detectable
-from vlmfix.evals.stats.bootstrap import paired_bootstrap
 from vlmfix.evals.stats.figures import Auc, SumStatistic
 from vlmfix.evals.stats.tests import holm, mcnemar
 
@@ -46,7 +45,7 @@ def test_every_paired_interval_is_scipys(statistics: Any, make: Any, name: str) 
 
     options = {"paired": True, "vectorized": True, "method": "percentile", "n_resamples": 10_000}
     theirs = scipy_stats.bootstrap(columns, difference, rng=1, **options).confidence_interval
-    ours = paired_bootstrap(statistic, a, b, n_resamples=10_000)
+    ours = statistic.difference(a, b, n_resamples=10_000)
     width = ours.high - ours.low
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.04 * width)
 
@@ -87,7 +86,7 @@ def test_p_value_of_a_mean_difference_is_that_of_the_paired_t_test(shift: float)
         score_texts({i: " ".join(["w"] * int(words)) for i, words in enumerate(lengths)}) for lengths in (own, other)
     ]
     mean = SumStatistic(lambda t: np.column_stack([t.four_grams, np.ones(len(t))]), lambda s: s[..., 0] / s[..., 1])
-    ours = paired_bootstrap(mean, *tables, n_resamples=20_000)
+    ours = mean.difference(*tables, n_resamples=20_000)
     theirs = scipy_stats.ttest_rel(own, other).pvalue
     assert ours.p_value == pytest.approx(theirs, rel=0.2, abs=2e-4)
 
@@ -99,7 +98,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         common = rng.random(80)
         right = [np.where(rng.random(80) < 0.5, common, rng.random(80)) < rate for rate in (0.8, 0.7)]
         a, b = (score_labels([True] * 80, ["Yes" if r else "No" for r in row], image_ids=range(80)) for row in right)
-        found = paired_bootstrap(accuracy, a, b, n_resamples=400, seed=seed)
+        found = accuracy.difference(a, b, n_resamples=400, seed=seed)
         hits += found.low <= 0.1 <= found.high
     assert 0.91 < hits / 300 < 0.985
 

@@ -31,6 +31,7 @@ from vlmfix.methods.allpath import AllPath
 from vlmfix.methods.measured import HALLUCINATION_HEADS, HeadStatistics, Shape
 from vlmfix.methods.registry import method_from_dict
 from vlmfix.methods.spin import SPIN
+from vlmfix.model.attention import AttentionCall
 from vlmfix.recipes import load_recipe, save_recipe
 
 TABLE = HeadStatistics.from_dict(STATISTICS)
@@ -58,8 +59,12 @@ class Slices:
 
 
 def planted(weights: torch.Tensor, generated: torch.Tensor, **constants: Any) -> Any:
-    """A layer for one call of a hook, with all keys visible."""
-    return SimpleNamespace(call=None, keys=lambda name, like: generated, constant=lambda make: constants["constant"])
+    """A layer for one call of a hook, whose only row sees all keys."""
+    query, key = weights[..., :1], weights[:, :1].transpose(2, 3)
+    call = AttentionCall(SimpleNamespace(implementation="sdpa"), None, query, key, key, None, {})
+    return SimpleNamespace(
+        call=call, rows=(0, 1), keys=lambda name, like: generated, constant=lambda make: constants["constant"]
+    )
 
 
 @pytest.mark.parametrize("gate", ["mean", "share"])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import DataError, VlmfixError
 
-from ..flags import verb_parser
+from .flags import verb_parser
 
 if TYPE_CHECKING:
-    from ..benchmarks.base import Benchmark, ScoredFile
+    from .benchmarks.base import Benchmark, ScoredFile
 
 SEED = 0
 """Of the bootstrap."""
@@ -33,7 +33,7 @@ evaluation tools write. The model's text is found by its key and held against th
 
 def add_score(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers, with every benchmark that reads files."""
-    from ..benchmarks.registry import names_of_files
+    from .benchmarks.registry import names_of_files
 
     parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=_BenchmarkParser)
@@ -57,7 +57,7 @@ class _BenchmarkParser(argparse.ArgumentParser):
         self._own = actions
 
     def _fill(self) -> None:
-        from ..benchmarks.registry import file_class
+        from .benchmarks.registry import file_class
 
         name, self.name = self.name, ""
         if name:
@@ -117,8 +117,8 @@ def score(options: argparse.Namespace) -> str:
     Raises:
         VlmfixError: A file cannot be read or scored, or the two files do not answer the same questions.
     """
-    from ..benchmarks.registry import file_class
-    from ..data.write import SCHEMA_VERSION, write_json
+    from .benchmarks.registry import file_class
+    from .data.write import SCHEMA_VERSION, write_json
 
     kind = file_class(options.benchmark)
     own = _scored(kind, _file(options), options)
@@ -146,7 +146,7 @@ def _file(options: argparse.Namespace) -> Path:
 
 
 def _scored(kind: type[Benchmark], path: Path, options: argparse.Namespace) -> ScoredFile:
-    from ..benchmarks.base import ScoredFile
+    from .benchmarks.base import ScoredFile
 
     try:
         task, answers = kind.from_files(path, options)
@@ -159,8 +159,8 @@ def _scored(kind: type[Benchmark], path: Path, options: argparse.Namespace) -> S
 
 def _declared(kind: type[Benchmark], own: ScoredFile) -> tuple[dict[str, Any], str]:
     """The figures that a benchmark declares, and its counts."""
-    from ..stats.intervals import finite
-    from ..tables import plain_table
+    from .stats.bootstrap import finite
+    from .tables import plain_table
 
     if own.table is None:
         raise DataError(f"{own.path} cannot be scored: {own.task.about()}")
@@ -175,8 +175,8 @@ def _declared(kind: type[Benchmark], own: ScoredFile) -> tuple[dict[str, Any], s
 
 def _compared(kind: type[Benchmark], own: ScoredFile, other: ScoredFile) -> tuple[dict[str, Any], str]:
     """A baseline's figures and the differences to it, by the figures that a benchmark declares."""
-    from ..stats.intervals import CONFIDENCE
-    from ..tables import difference_cell, interval_cell, plain_table
+    from .stats.bootstrap import CONFIDENCE
+    from .tables import difference_cell, interval_cell, plain_table
 
     if own.table is None or other.table is None or own.table.keys != other.table.keys:
         raise DataError(f"{other.path} and {own.path} do not answer the same questions")
@@ -192,13 +192,13 @@ def _compared(kind: type[Benchmark], own: ScoredFile, other: ScoredFile) -> tupl
 
 
 def _summary(kind: type[Benchmark], scored: ScoredFile) -> dict[str, Any]:
-    from ..stats.intervals import finite
-    from ..stats.table import summary
+    from .stats.bootstrap import finite
+    from .stats.table import summary
 
     return finite(summary(scored.table, kind.figures))
 
 
 def _cells(shown: Sequence[Any], summary: Mapping[str, Any]) -> list[str]:
-    from ..tables import number
+    from .tables import number
 
     return [number(summary.get(figure.name), percent=figure.percent) for figure in shown]

@@ -1,1 +1,0 @@
-"""``vlmfix score``: scores what somebody else generated, from files alone."""
