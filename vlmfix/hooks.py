@@ -293,7 +293,7 @@ class Patch:
         """Describe the patch."""
         prompts, prompts_without_image, decode_steps, edited = self.counters.read()
         moved = self.counters.read_moved()
-        notes = (*self.notes, *(each.note() for each in self._rewriters.values()))
+        notes = (*self.notes, *filter(None, (each.note() for each in self._rewriters.values())))
         notes = notes if self.is_whole() else (*notes, _NOT_WHOLE)
         if self.refusals:
             notes = (*notes, f"{len(self.refusals)} calls were refused: {self.refusals[-1]}")

@@ -355,8 +355,8 @@ class Method(Parametrised):
             counters: Those of the patch.
 
         Returns:
-            A callable with the arguments of ``generate``, an attribute ``stock`` and a method ``note()``, a line for
-            ``vlmfix.status``.
+            A callable with the arguments of ``generate``, an attribute ``stock`` and a method ``note()``: a line for
+            ``vlmfix.status``, or nothing.
         """
         raise NotImplementedError
 

@@ -112,6 +112,9 @@ def token_ends(tokenizer: Any, ids: Sequence[int], text: str) -> list[int]:
     ends: list[int] = []
     for count in range(1, len(ids) + 1):
         part = decode(tokenizer, ids[:count])
+        if text.startswith(part):
+            ends.append(max(len(part), ends[-1] if ends else 0))
+            continue
         # A decoder may write the end of a text (a space, half a character) differently from its middle.
         same = next(
             (i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a.lower() != b.lower()),

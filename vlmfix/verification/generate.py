@@ -45,7 +45,7 @@ class GenerateVerified:
 
     def note(self) -> str:
         """Return what was done so far."""
-        return f"verify: {self._judge.totals}"
+        return f"verify: {self._judge.totals}" if self._judge.totals.asked else ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, and leave out what is doubted; prompts without an image get the model's own answer.
@@ -156,6 +156,8 @@ class _Answers:
         texts.judge([given[row][0] for row in rows], [read[row] for row in rows])
         changed: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
+            if not texts.has_doubts(place):
+                continue
             ids, rest = given[row]
             kept: list[int] = []
             pieces = Pieces(tokenizer, ids, read[row], kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,12 +130,12 @@ class Texts:
         if not any(new):
             return
         asked = self._looked.ask([list(firsts) for firsts in new])
-        said = self._looked.said([each if firsts else [] for each, firsts in zip(ids, new, strict=True)])
         rule, totals = self._judge.rule, self._judge.totals
+        said = self._looked.said([each if firsts else [] for each, firsts in zip(ids, new, strict=True)])
         for known, firsts, answers, tokens, logs in zip(self._known, new, asked, ids, said, strict=True):
             places = token_ends(self._judge.tokenizer, tokens, decode(self._judge.tokenizer, tokens)) if firsts else []
             for name, start in firsts.items():
-                token = next((at for at, end in enumerate(places) if end > start), len(places) - 1)
+                token = min(bisect_right(places, start), len(places) - 1)
                 probability = math.exp(logs[token])
                 odds = rule.odds(answers[name].with_image, probability)
                 known[name] = (answers[name], probability, odds)
@@ -148,6 +149,10 @@ class Texts:
         said = self._followers[row].edit(text, sentence, lambda phrase: self._is_doubted(row, phrase))
         self._judge.totals.sentences += said != text[sentence.start : sentence.end]
         return said
+
+    def has_doubts(self, row: int) -> bool:
+        """Whether a word of a text that was judged is doubted."""
+        return any(odds < self._judge.rule.limit for _, _, odds in self._known[row].values())
 
     def _is_doubted(self, row: int, phrase: NounPhrase) -> bool:
         return self._known[row][phrase.name][2] < self._judge.rule.limit
