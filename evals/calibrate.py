@@ -33,7 +33,11 @@ class CalibrateOptions(DataOptions):
     """The options of ``vlmfix calibrate``."""
 
     method: str = option(
-        "act, adhh, adaiat, allpath, iri, vaf or var", group=MODEL, default=MISSING, name="method", metavar="METHOD"
+        "act, adhh, adaiat, allpath, iri, vaf, var or verify",
+        group=MODEL,
+        default=MISSING,
+        name="method",
+        metavar="METHOD",
     )
     exclude: tuple[Path, ...] = option(
         "refuse to run if one of these image ids is used", group=IMAGES, default=(), metavar="FILE"

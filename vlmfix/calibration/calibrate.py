@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration import act, adaiat, adhh, allpath, iri, vaf, var
+from vlmfix.calibration import act, adaiat, adhh, allpath, iri, vaf, var, verify
 from vlmfix.calibration.session import Found, Session, open_session
 from vlmfix.errors import MethodError
 from vlmfix.methods.measured import Calibration, plain
@@ -22,7 +22,9 @@ from vlmfix.observe.samples import CalibrationSample, Mentions, choose
 logger = logging.getLogger("vlmfix")
 
 
-SEARCHES = {module.__name__.rpartition(".")[2]: module for module in (act, adaiat, adhh, allpath, iri, vaf, var)}
+SEARCHES = {
+    module.__name__.rpartition(".")[2]: module for module in (act, adaiat, adhh, allpath, iri, vaf, var, verify)
+}
 """By method: the module that learns it. Its ``search`` does, and its ``LEARNED`` names the parameters that are."""
 
 
@@ -53,6 +55,7 @@ def calibrate(
     iri       yes/no questions with answers   per layer, how much of a yes its blocks restore
     vaf       any                             per layer, the half of the heads that look at the image
     var       any                             hidden dimensions that mark sinks
+    verify    images, at best with objects    what each kind of evidence says about a word
     ========= =============================== =======================================================
 
     The model may be patched or not: the stock model is looked at, and left as it was found. The same samples and seed
@@ -73,7 +76,8 @@ def calibrate(
         max_new_tokens: Limit of captions.
         **options: Options of the search (act: ``share``; adhh: ``count``, ``variants``; adaiat: ``min_generated``;
             allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``; var:
-            ``sink_threshold``, ``sink_share``) and parameters of the method (``beta=0.5``).
+            ``sink_threshold``, ``sink_share``;
+            verify: ``labels``) and parameters of the method (``beta=0.5``).
 
     Returns:
         The method and how it came about. ``vlmfix.patch(model, calibration)`` takes it as it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,38 @@ class Rule:
             asked: ``ln P(yes) - ln P(no)``.
             said: Probability of the word where it was said.
         """
-        said = min(max(said, LEAST), 1 - LEAST)
-        return self.bias + self.asked_weight * asked + self.said_weight * math.log(said / (1 - said))
+        return self.bias + self.asked_weight * asked + self.said_weight * odds_of(said)
+
+
+def odds_of(probability: float) -> float:
+    """Return the log odds of a probability."""
+    probability = min(max(probability, LEAST), 1 - LEAST)
+    return math.log(probability / (1 - probability))
+
+
+def first_places(text: str) -> dict[str, int]:
+    """Return the object words of a text, and where each first stands."""
+    found: dict[str, int] = {}
+    for sentence in read_sentences(text):
+        for phrase in sentence.phrases:
+            if phrase.is_object:
+                found.setdefault(phrase.name, sentence.span(phrase)[0])
+    return found
+
+
+def probabilities(
+    tokenizer: Any, ids: Sequence[int], places: Mapping[str, int], logs: Sequence[float]
+) -> dict[str, float]:
+    """Return how likely words were where they were said: the probability of the token that each begins with.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The tokens of the text.
+        places: Where the words begin in it.
+        logs: The log probability of each token.
+    """
+    ends = token_ends(tokenizer, ids, decode(tokenizer, ids)) if places else []
+    return {name: math.exp(logs[min(bisect_right(ends, at), len(ends) - 1)]) for name, at in places.items()}
 
 
 @dataclass(frozen=True)
@@ -133,10 +163,7 @@ class Texts:
         rule, totals = self._judge.rule, self._judge.totals
         said = self._looked.said([each if firsts else [] for each, firsts in zip(ids, new, strict=True)])
         for known, firsts, answers, tokens, logs in zip(self._known, new, asked, ids, said, strict=True):
-            places = token_ends(self._judge.tokenizer, tokens, decode(self._judge.tokenizer, tokens)) if firsts else []
-            for name, start in firsts.items():
-                token = min(bisect_right(places, start), len(places) - 1)
-                probability = math.exp(logs[token])
+            for name, probability in probabilities(self._judge.tokenizer, tokens, firsts, logs).items():
                 odds = rule.odds(answers[name].with_image, probability)
                 known[name] = (answers[name], probability, odds)
                 totals.asked += 1
