@@ -30,6 +30,8 @@ from vlmfix.methods.adhh import ADHH as ADHH
 from vlmfix.methods.allpath import AllPath as AllPath
 from vlmfix.methods.base import Method as Method
 from vlmfix.methods.cmai import CMAI as CMAI
+from vlmfix.methods.deco import DeCo as DeCo
+from vlmfix.methods.dola import DoLa as DoLa
 from vlmfix.methods.eah import EAH as EAH
 from vlmfix.methods.fia import FIA as FIA
 from vlmfix.methods.hgai import HGAI as HGAI

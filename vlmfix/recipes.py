@@ -116,10 +116,10 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
     alone = [method.name for method in chosen if method.searches]
     if alone and len(chosen) > 1:
         raise MethodError(f"{alone[0]} is a search of its own, which reads unedited attention. Choose it alone.")
-    decoding = [method.name for method in chosen if method.replaces_logits]
+    decoding = [method.name for method in chosen if method.replaces_logits or method.rewrites_logits]
     if len(decoding) > 1:
         raise MethodError(
-            f"{' and '.join(decoding)} both decide on the next token, each against a branch of its own, and no order "
+            f"{' and '.join(decoding)} both decide on the next token, and no order "
             "of them is defined. Choose one; methods that edit attention can go with it."
         )
     return tuple(sorted(chosen, key=_place_on_path))
@@ -127,7 +127,7 @@ def resolve_methods(spec: Any, parameters: Mapping[str, Any], anatomy: Anatomy) 
 
 def _place_on_path(method: Method) -> int:
     attention = (method.opens_mask, method.edits_scores, method.edits_weights, method.edits_heads)
-    places = (*attention, bool(method.edits_blocks), method.replaces_logits)
+    places = (*attention, bool(method.edits_blocks), method.replaces_logits or method.rewrites_logits)
     return places.index(True) if True in places else len(places)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmfix.engine.base_output import is_measured
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.methods.base import Method
@@ -33,7 +34,7 @@ class EarlyHead:
         if self.mixing and not isinstance(head, nn.Module):
             raise UnsupportedModelError(
                 f"{type(anatomy.language_model).__name__} has no language-model head to read early layers with. "
-                "Patch the model that generates, or set sla_alpha=0."
+                "Patch the model that generates, or choose a method that mixes no logits."
             )
         self._head = head
         self._loss_function: Any = getattr(anatomy.language_model, "loss_function", None)
@@ -92,6 +93,10 @@ class EarlyHead:
             early = [self._read(each, normed=method.early_norm).to(logits.device) for each in states]
             after = method.mix_logits(after, early)
         mixed = torch.where(mask[..., None], after.to(logits.dtype), before)
+        if is_measured(forward):
+            numbers = [index for index, _ in self.mixing]
+            stock, edited = (each.float().softmax(-1) for each in (before, mixed))
+            forward.record_move(numbers, stock, edited, mask[..., None])
         if start > 0:
             mixed = torch.cat([logits[:batch, :start], mixed], dim=1)
         return mixed if batch == logits.shape[0] else torch.cat([mixed, logits[batch:]])

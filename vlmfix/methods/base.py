@@ -77,6 +77,8 @@ class Method(Parametrised):
     """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
     replaces_logits: ClassVar[bool] = False
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
+    rewrites_logits: ClassVar[bool] = False
+    """Whether :meth:`mix_logits` decides on the next token, so that no decoding method goes with it."""
     searches: ClassVar[bool] = False
     """Whether it is a search of its own in the place of ``generate``, beside which no other method acts."""
     rewrites_answers: ClassVar[bool] = False

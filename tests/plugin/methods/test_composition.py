@@ -29,9 +29,10 @@ def method(name: str, model: Any) -> Method:
 
 SEARCHES = {name for name in NAMES if vlmfix.list_methods()[name].searches}
 """Composes with none: see its own tests."""
-DECODING = [name for name in NAMES if vlmfix.list_methods()[name].replaces_logits]
-ONE_ENGINE = (set(DECODING) - {"guidance", "vcd"}) | SEARCHES
-"""Decoding methods that compose as those two do: branches of equal and of unequal length."""
+LISTED = vlmfix.list_methods()
+DECODING = [name for name in NAMES if LISTED[name].replaces_logits or LISTED[name].rewrites_logits]
+ONE_ENGINE = (set(DECODING) - {"guidance", "vcd", "dola"}) | SEARCHES
+"""Decoding methods that compose as those three do: branches of equal and of unequal length, and early logits."""
 PAIRS = [
     pair for pair in itertools.combinations(NAMES, 2) if not set(pair) <= set(DECODING) and ONE_ENGINE.isdisjoint(pair)
 ]
@@ -57,7 +58,7 @@ def test_every_pair_composes(sinky: Any, first: str, second: str) -> None:
 
 def place(each: Method) -> int:
     attention = (each.opens_mask, each.edits_scores, each.edits_weights, each.edits_heads)
-    return (*attention, bool(each.edits_blocks), each.replaces_logits).index(True)
+    return (*attention, bool(each.edits_blocks), each.replaces_logits or each.rewrites_logits).index(True)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

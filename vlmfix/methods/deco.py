@@ -1,0 +1,62 @@
+"""DeCo: Dynamic Correction Decoding (Wang et al., ICLR 2025, arXiv 2410.11779)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlmfix.methods.early import EarlyLogits
+from vlmfix.methods.parameters import Range, parameter
+
+
+@dataclass(frozen=True)
+class DeCo(EarlyLogits):
+    """Raise, among the likeliest next tokens, those that an upper middle layer is sure of.
+
+    Candidates C are the ``top_k`` most likely tokens, or as many of them as together reach ``top_p``. Early layer j
+    reads logits ``e_j`` through the model's final norm and head, with probabilities ``p_j``. The layer j* that gives a
+    candidate the largest probability pi of all is chosen, and the candidates' logits become
+    ``l + alpha pi e_j*``; other tokens cannot be chosen.
+
+    Since the end token is seldom a candidate where an object could follow, captions can run on: look at the share of
+    truncated ones beside CHAIR. ``cut=False`` (ours) lets all tokens be chosen.
+    """
+
+    name = "deco"
+    paper = "arXiv 2410.11779"
+    summary = "raises the likely tokens that an upper middle layer is sure of"
+    early_norm = True
+
+    alpha: float = parameter(
+        0.6, low=0, search=Range(0.1, 1.0), remark="0: nothing is added", help="Strength. Default: the released code's."
+    )
+    top_p: float = parameter(0.9, low=0, high=1, help="Probability that the candidates reach together.")
+    top_k: int = parameter(20, low=1, help="Most candidates.")
+    cut: bool = parameter(True, help="Whether only candidates may be chosen, as released.")
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is added and nothing cut."""
+        return self.alpha == 0 and not self.cut
+
+    def default_candidates(self, num_layers: int) -> Sequence[int]:
+        """Outputs of layers 19 to 27 of 32, as released; of other depths, there in proportion (a heuristic)."""
+        first, last = round(20 / 32 * num_layers) - 1, round(28 / 32 * num_layers) - 1
+        return range(max(first, 0), max(last, first, 0) + 1)
+
+    def mix_logits(self, logits: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Correct fp32 ``[batch, rows, vocab]``."""
+        probabilities, ids = logits.softmax(-1).topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        before = probabilities.cumsum(-1) - probabilities
+        is_candidate = (before < self.top_p) | (torch.arange(ids.shape[-1], device=ids.device) == 0)
+        raised, most = torch.zeros_like(logits), torch.zeros_like(logits[..., :1])
+        for each in early:
+            of_candidates = each.softmax(-1).gather(-1, ids).masked_fill(~is_candidate, 0.0)
+            sure = of_candidates.amax(-1, keepdim=True)
+            raised = torch.where(sure > most, each, raised)  # of equal ones the lower layer
+            most = torch.maximum(most, sure)
+        corrected = logits + self.alpha * most * raised if self.alpha else logits
+        allowed = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, is_candidate)
+        return torch.where(allowed, corrected, -torch.inf if self.cut else corrected)
