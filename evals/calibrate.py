@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 TESTBED_IMAGES = 40
 
-
 COCO_IMAGES = 500
-
 
 POPE_SPLIT = "adversarial"
 """Which absent objects are asked for: those that often occur together with a present one, as AllPath's authors do."""

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 EXPORT = "official"
 """The folder of a run that holds the answers in the benchmarks' own formats."""
 
-
 logger = logging.getLogger("vlmfix.evals")
 
 

@@ -28,7 +28,6 @@ TESTBED_SPLITS = ("heldout", "heldout2", "calibration")
 _PROMPT_FLAGS = {"chair": "--prompt", "pope": "--pope-prompt"}
 """Benchmarks whose prompts have flags of their own, which other verbs have too."""
 
-
 Made = TypeVar("Made", bound="Options")
 
 

@@ -68,7 +68,6 @@ VCD): CHAIR_s is 45 to 50, CHAIR_i 13 to 15 with 7.5 mentions, and the variance 
 which is a clustering of 0.15. The accuracy is what LLaVA-1.5 is printed with; answers to POPE were looked at on the
 embedded model only, where they are not clustered at all, and 0.05 leaves some room for other models."""
 
-
 CORRELATION = 0.5
 """Between two methods on one image. The released captions have 0.48 to 0.96: this is the cautious end."""
 

@@ -25,7 +25,6 @@ GROUPS = ("all layers", "first third", "middle third", "last third")
 SHOWN_SINKS = 8
 """Tokens listed by the attention they receive."""
 
-
 MIN_ROWS = 8
 """Tokens seen by fewer rows are not listed, as they are no attention sinks."""
 

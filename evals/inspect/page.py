@@ -44,7 +44,6 @@ def percent(value: float | None, digits: int = 0) -> str:
 SAME = 0.75
 """A probability that keeps this share of another one counts as about the same."""
 
-
 GONE = 0.5
 """A probability below this share of another one has dropped."""
 

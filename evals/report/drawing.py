@@ -23,7 +23,6 @@ _DPI = 150
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom; y runs down."""
 
-
 _DIRECTIONS = ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (-1, -1), (1, 1), (-1, 1))
 
 

@@ -116,7 +116,6 @@ VERDICTS = {
 }
 """What a line of the controls' table says."""
 
-
 CONTROLS_EXPLAINED = (
     "early stop: none's own captions, ended as soon as the end token comes within a fixed margin, chosen so that "
     "recall is the method's. yes bias: a constant added to none's yes-minus-no logit, chosen so that the share of "

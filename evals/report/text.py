@@ -20,7 +20,6 @@ from .summary import glossary, legend, main_table, markdown_main, summarise
 TERMINAL_WIDTH = 120
 """Columns of the full report."""
 
-
 BRIEF_WIDTH = 100
 """Columns of the short one."""
 

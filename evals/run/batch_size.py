@@ -16,14 +16,11 @@ from .models import ModelSource
 
 AUTO = "auto"
 
-
 OF_TESTBED = {"testbed": 64, "smol": 32}
 """Samples per batch of the embedded models, by the name of their source."""
 
-
 LARGEST = 256
 """More rows make no step faster, and an interrupted batch is generated again as a whole."""
-
 
 SHARE = 0.6
 """Of the memory that weights leave free. The rest is for kernels, second branches and fragments."""

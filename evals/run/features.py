@@ -23,7 +23,6 @@ from .image_rows import Layout, OtherLayout, picked, positions_of, rows_of, same
 
 METHOD = "get_image_features"
 
-
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 

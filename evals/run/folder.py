@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ANSWERS = "answers.jsonl"
 
-
 CONFIG = "config.json"
 
 

@@ -24,7 +24,6 @@ from ..testbed import RECIPE
 ALL = "all"
 """Among the names of methods: every method that the model takes as it comes."""
 
-
 DEFAULT_METHODS = ("vhr", "var")
 Strengths = Mapping[str, Mapping[str, Any]]
 """Parameters of the methods that do not run at their defaults, by name."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _ASKS_PER_SETTING = 10
 """How often the optimiser may repeat itself before a space counts as exhausted."""
 
-
 _DIGITS = 3
 """Of a number tried: a recipe should be readable, and no figure is known better."""
 

@@ -16,9 +16,7 @@ from ..options import EvalOptions
 
 TESTBED_IMAGES = 200
 
-
 COCO_IMAGES = 200
-
 
 CONFIRM_IMAGES = 500
 
