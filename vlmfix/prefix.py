@@ -147,7 +147,7 @@ class Prefix:
                     "while the model is patched with it."
                 )
             own = self.methods.index(method)
-            learned |= {(index, site): rows_of(v, rows) for (n, site), v in self.learned.items() if n == own}
+            learned |= {(index, site): rows_of(v, rows, len(self)) for (n, site), v in self.learned.items() if n == own}
         valid = self.attention_mask[rows].bool()
         return SequenceState(
             methods,

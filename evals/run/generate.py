@@ -57,13 +57,20 @@ class StepRecorder(LogitsProcessor):  # type: ignore[misc]
             self._score = self._words.log_odds(scores)
         return scores
 
-    def gaps(self) -> list[list[float]]:
-        """Return the end-token gaps, one list of steps per row (all rows as long as the longest)."""
+    def gaps(self, rows: Sequence[Sequence[int]] = ()) -> list[list[float]]:
+        """Return the end-token gaps, a list of steps per sample.
+
+        Args:
+            rows: Per step, the samples that were there; by default all of them in all steps.
+        """
         if not self._gaps:
             return []
-        gaps = torch.stack(self._gaps, dim=1)
-        gaps = gaps.nan_to_num(LARGEST_GAP, LARGEST_GAP, -LARGEST_GAP).clamp(max=LARGEST_GAP)
-        return [[round(value, 5) for value in row] for row in gaps.tolist()]
+        known = torch.cat(self._gaps).nan_to_num(LARGEST_GAP, LARGEST_GAP, -LARGEST_GAP).clamp(max=LARGEST_GAP)
+        found: list[list[float]] = [[] for _ in self._gaps[0]]
+        samples = [sample for step in rows or [range(len(found))] * len(self._gaps) for sample in step]
+        for sample, value in zip(samples, known.tolist(), strict=True):
+            found[sample].append(round(value, 5))
+        return found
 
     def scores(self) -> list[float | None]:
         """Return yes minus no of the first step, one per row; None where it is not finite."""
@@ -97,9 +104,9 @@ class Generator:
         }[records]
         start = time.perf_counter()
         inputs = inputs.to(input_device(self.model), self.model.dtype)
-        answered = answer(self.model, inputs, max_new_tokens, processors=[recorder])
+        answered = answer(self.model, inputs, max_new_tokens, processors=[recorder], drop_ended=True)
         seconds = round((time.perf_counter() - start) / len(answered.tokens), 6)
-        gaps, scores = recorder.gaps(), recorder.scores()
+        gaps, scores = recorder.gaps(answered.rows), recorder.scores()
         return [
             Answer(
                 self.processor.tokenizer.decode(words, skip_special_tokens=True).strip(),

@@ -294,7 +294,7 @@ class Method(Parametrised):
 
     def reorder(self, learned: Any, beams: torch.Tensor) -> Any:
         """Follow a reordering of the batch: row ``i`` continues row ``beams[i]``."""
-        return rows_of(learned, beams) if self.reorders else learned
+        return rows_of(learned, beams, len(beams)) if self.reorders else learned
 
     def settle(self, learned: Mapping[int, Any]) -> None:
         """See everything learned in a prompt (by site index) once it is over: the one place that may synchronise."""

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from vlmfix.errors import UnsupportedFeatureError
+
 STATE_ATTRIBUTE = "_vlmfix"
 """The attribute of a cache object that holds its ``SequenceState``."""
 
@@ -78,6 +80,30 @@ class SequenceState:
             key_masks={},
         )
 
+    def picked(self, rows: torch.Tensor) -> SequenceState:
+        """Return the state of some samples of the batch, int64 ``[picked]``.
+
+        Raises:
+            UnsupportedFeatureError: Another branch goes along with the batch, or what a method learned has no rows.
+        """
+        if self.branch is not None:
+            raise UnsupportedFeatureError("The second branch of a decoding method belongs to its whole batch.")
+        known = (self.image_mask, self.valid_mask, self.input_ids, self.learned, self.decoded)
+        image_mask, valid_mask, input_ids, learned, decoded = rows_of(known, rows, len(self.image_mask))
+        has_image = image_mask.any(1)
+        return replace(
+            self,
+            image_mask=image_mask,
+            valid_mask=valid_mask,
+            input_ids=input_ids,
+            any_image=bool(has_image.any()),
+            all_images=bool(has_image.all()),
+            learned=learned,
+            decoded=decoded,
+            key_masks={},
+            constants={},
+        )
+
     def reorder(self, beams: torch.Tensor) -> None:
         """Follow a reordering of the batch by beam search; beams of one prompt share its masks."""
         for key, value in self.learned.items():
@@ -120,13 +146,25 @@ def from_the_end(mask: torch.Tensor) -> torch.Tensor:
     return mask.flip(1).cumsum(1).flip(1)
 
 
-def rows_of(learned: Any, rows: torch.Tensor) -> Any:
-    """Return what a method learned for some rows of a batch, int64 ``[n]``: in tensors and in dataclasses of them."""
-    if isinstance(learned, torch.Tensor) and learned.dim():
-        return learned.index_select(0, rows.to(learned.device))
-    if is_dataclass(learned) and not isinstance(learned, type):
-        return replace(learned, **{each.name: rows_of(getattr(learned, each.name), rows) for each in fields(learned)})
-    return learned
+def rows_of(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    """Return what is known about some rows of a batch: tensors ``[batch, ...]``, and what holds them.
+
+    Raises:
+        UnsupportedFeatureError: It is something else, whose rows nobody knows.
+    """
+    if isinstance(value, torch.Tensor) and value.dim() and len(value) == batch:
+        return value.index_select(0, rows.to(value.device))
+    if isinstance(value, (tuple, list)):
+        found = [rows_of(each, rows, batch) for each in value]
+        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+    if isinstance(value, dict):
+        return {key: rows_of(each, rows, batch) for key, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: rows_of(getattr(value, each.name), rows, batch) for each in fields(value)})
+    is_number = isinstance(value, torch.Tensor) and not value.dim()
+    if value is not None and not is_number and not isinstance(value, (bool, int, float, str)):
+        raise UnsupportedFeatureError(f"Nobody knows which rows of a {type(value).__name__} belong to which sample.")
+    return value
 
 
 def extend_mask(known: torch.Tensor | None, new: torch.Tensor, past: int, fill: bool = False) -> torch.Tensor:

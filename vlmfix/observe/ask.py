@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.none import NoMethod
 from vlmfix.methods.selection import resolve_layers
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
+from vlmfix.observe.unfinished import answered_in_stages, can_drop
 from vlmfix.patching import find_patch, patched
 
 Answers = Sequence[Sequence[int]]
@@ -31,11 +33,13 @@ class Answered:
         tokens: Generated (or given) ids per sample, an end token included.
         has_end: Whether a sample's last id is an end token; else the answer was cut off.
         logits: Per step, fp32 ``[batch, vocab]``, before any processor; empty unless asked for.
+        rows: Per step, the samples that the model and its logits processors saw; empty where it was always all.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     has_end: tuple[bool, ...]
     logits: tuple[torch.Tensor, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
 
     @property
     def words(self) -> tuple[tuple[int, ...], ...]:
@@ -71,6 +75,7 @@ def answer(
     answers: Answers | None = None,
     logits: bool = False,
     processors: Sequence[LogitsProcessor] = (),
+    drop_ended: bool = False,
 ) -> Answered:
     """Let a model answer a batch by one beam without sampling, whatever its own generation settings are.
 
@@ -81,31 +86,24 @@ def answer(
         answers: Ids to give instead of the model's own choice.
         logits: Whether to keep the logits of every step.
         processors: Logits processors that act after the model's own.
+        drop_ended: Whether samples whose answer has ended leave the batch, where model and patch allow it: the others
+            come sooner, and equal up to rounding. Not with ``answers`` or ``logits``.
 
     Returns:
         What was answered.
     """
-    filler = _padding_id(model)
     if answers is not None:
         max_new_tokens = max(map(len, answers))
-        processors = (*processors, GivenAnswer(answers, filler))
-    out = model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=filler,
-        logits_processor=LogitsProcessorList(processors),
-        output_logits=logits,
-        return_dict_in_generate=True,
-    )
-    # A decoder-only model repeats the prompt; an encoder-decoder model begins with one start token.
-    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    rows: list[list[int]] = out.sequences[:, start:].tolist()
+        processors = (*processors, GivenAnswer(answers, _padding_id(model)))
     ends = end_token_ids(model)
+    seen: Sequence[tuple[int, ...]] = ()
+    if drop_ended and can_drop(model, len(inputs["input_ids"])):
+        go_on = partial(_generated, model, processors=processors)
+        rows, seen = answered_in_stages(go_on, inputs, max_new_tokens, ends)
+    else:
+        out = _generated(model, inputs, max_new_tokens, processors=processors, output_logits=logits)
+        # A decoder-only model repeats the prompt; an encoder-decoder model begins with one start token.
+        rows = out.sequences[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :].tolist()
     if answers is None:
         stops = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     else:  # generate stops where every sample of the batch has ended
@@ -113,7 +111,25 @@ def answer(
         stops = list(map(len, rows))
     tokens = tuple(tuple(row[:stop]) for row, stop in zip(rows, stops, strict=True))
     has_end = tuple(ids[-1] in ends for ids in tokens)
-    return Answered(tokens, has_end, tuple(each.float() for each in out.logits or ()) if logits else ())
+    return Answered(tokens, has_end, tuple(each.float() for each in out.logits or ()) if logits else (), tuple(seen))
+
+
+def _generated(
+    model: Any, inputs: Mapping[str, Any], max_new_tokens: int, *, processors: Sequence[LogitsProcessor], **more: Any
+) -> Any:
+    return model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=_padding_id(model),
+        logits_processor=LogitsProcessorList(processors),
+        return_dict_in_generate=True,
+        **more,
+    )
 
 
 def next_logits(model: Any, inputs: Mapping[str, Any], rows: int = 1, **options: Any) -> torch.Tensor:
