@@ -24,6 +24,8 @@ BOS, EOS, IMAGE, VIDEO = 1, 2, 3, 70
 FIRST_WORD, LAST_WORD = 4, 63
 START, END, BREAK, TAG = 64, 65, 66, 67
 """Ids that wrap, break or label images in a prompt; ids from 64 on are never words."""
+MEDIA = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+"""As most configs call them."""
 VOCAB_SIZE = 96
 PICTURE = (3, 24, 24)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from families.base import END, IMAGE, START, VIDEO, family, parts, stacked, text, vision
+from families.base import END, IMAGE, MEDIA, START, VIDEO, family, parts, stacked, text, vision
 from families.qwen import GRID, PATCHES
 
 SHORT = {
@@ -108,7 +108,6 @@ nemotron_h_omni = family(
         audio_config=None,
         vision_hidden_size=16,
         projector_hidden_size=32,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )

@@ -9,6 +9,7 @@ import torch
 from families.base import (
     END,
     IMAGE,
+    MEDIA,
     PICTURE,
     START,
     TAG,
@@ -173,8 +174,7 @@ gemma4 = family(
         ),
         vision(patch_size=4, num_key_value_heads=2, head_dim=8, pooling_kernel_size=2, position_embedding_size=16),
         audio_config=None,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         audio_token_id=72,
         boi_token_id=START,
         eoi_token_id=END,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from families.base import IMAGE, START, VIDEO, family, parts, rope, text, variant, vision, without
-from families.qwen import DEEP, GLM_IDS, GLM_TOWER, IDS, PATCHES, QWEN, mrope, qwen3_5_text, qwen_tower
+from families.base import MEDIA, START, family, parts, rope, text, variant, vision, without
+from families.qwen import DEEP, GLM_IDS, GLM_TOWER, GRIDDED, IDS, PATCHES, QWEN, mrope, qwen3_5_text, qwen_tower
 
 # GLM-V's kin.
 
@@ -90,8 +90,7 @@ qwen3_omni_moe = family(
             "output_dim": 32,
             "downsample_hidden_size": 8,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         audio_token_id=72,
         audio_start_token_id=73,
         user_token_id=75,
@@ -117,7 +116,7 @@ exaone4_5 = family(
     "exaone4_5",
     "Exaone4_5_ForConditionalGeneration",
     title="exaone4_5 (sliding layers)",
-    **{**QWEN, "annotate": None, "text_positions": True},
+    **GRIDDED,
     needs_transformers="5.10",
     notes="three of four layers slide; grouped heads in the vision tower",
     config=parts(
@@ -129,21 +128,19 @@ exaone4_5 = family(
             layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         ),
         qwen_tower(num_key_value_heads=1, fullatt_block_indexes=[1], window_size=16),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )
 
 hyperclovax_vision_v2 = family(
     "hyperclovax_vision_v2",
     "HyperCLOVAXVisionV2ForConditionalGeneration",
-    **{**QWEN, "annotate": None, "text_positions": True},
+    **GRIDDED,
     needs_transformers="5.10",
     config=parts(
         "HyperCLOVAXVisionV2Config",
         text("hyperclovax", head_dim=8),
         qwen_tower(model_type="qwen2_5_vl_vision", fullatt_block_indexes=[1], window_size=16),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )

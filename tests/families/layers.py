@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from families.base import END, IMAGE, START, VIDEO, family, parts, rope, stacked, text, token_types, vision
-from families.qwen import BLOCK, DEEP, GRID, IDS, PATCHES, QWEN, mrope, qwen_tower
+from families.base import END, IMAGE, MEDIA, START, VIDEO, family, parts, rope, stacked, text, token_types, vision
+from families.qwen import DEEP, GRIDDED, IDS, PATCHES, QWEN, mrope, qwen_tower
 
 cosmos3_omni = family(
     "cosmos3_omni",
@@ -45,18 +45,14 @@ muse_glimmer = family(
     "muse_glimmer",
     "MuseGlimmerForConditionalGeneration",
     title="muse_glimmer (softcap, sliding layers)",
-    block=BLOCK,
-    picture=(PATCHES, 3 * 2 * 4 * 4),
-    encode=stacked(joined=True, image_grid_thw=GRID),
-    visual_ids=(IMAGE, VIDEO),
+    **GRIDDED,
     needs_transformers="5.23",
     notes="three of four layers slide; layers without rotary positions",
     config=parts(
         "MuseGlimmerConfig",
         text("muse_glimmer_text", head_dim=8, sliding_window=12, **rope()),
         MUSE_TOWER,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         out_hidden_size=64,
         projector_hidden_size=32,
     ),
@@ -66,10 +62,7 @@ muse_spark = family(
     "muse_spark",
     "MuseSparkForConditionalGeneration",
     title="muse_spark (sliding layers, norm per head)",
-    block=BLOCK,
-    picture=(PATCHES, 3 * 2 * 4 * 4),
-    encode=stacked(joined=True, image_grid_thw=GRID),
-    visual_ids=(IMAGE, VIDEO),
+    **GRIDDED,
     needs_transformers="5.23",
     notes="a norm per head behind the attention undoes factors; three of four layers slide; mixture of experts",
     config=parts(
@@ -92,8 +85,7 @@ muse_spark = family(
             "num_hidden_layers": 2,
             "out_hidden_size": 32,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         audio_token_id=72,
         out_hidden_size=64,
         projector_hidden_size=32,
@@ -148,8 +140,7 @@ gemma4_unified = family(
         ),
         {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
         audio_config=None,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         audio_token_id=72,
         boi_token_id=START,
         eoi_token_id=END,

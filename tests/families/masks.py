@@ -10,6 +10,7 @@ from families.base import (
     BREAK,
     END,
     IMAGE,
+    MEDIA,
     PAD,
     START,
     TAG,
@@ -166,7 +167,6 @@ minicpmv4_6 = family(
         text("qwen3", head_dim=8),
         vision(image_size=32, patch_size=4),
         insert_layer_id=0,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )

@@ -7,6 +7,7 @@ import torch
 from families.base import (
     END,
     IMAGE,
+    MEDIA,
     PICTURE,
     START,
     VIDEO,
@@ -131,8 +132,7 @@ perception_lm = family(
         "PerceptionLMConfig",
         text(),
         lambda: tower(layout="tokens", first_token=True, model_args={"embed_dim": 16}),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )
 

@@ -9,6 +9,7 @@ import torch
 from families.base import (
     END,
     IMAGE,
+    MEDIA,
     START,
     VIDEO,
     Annotator,
@@ -28,14 +29,14 @@ from families.base import (
 GRID = (1, 4, 4)
 PATCHES = 16
 BLOCK = (START, *(IMAGE,) * 4, END)
-QWEN = {
+GRIDDED = {
     "block": BLOCK,
     "picture": (PATCHES, 3 * 2 * 4 * 4),
     "encode": stacked(joined=True, image_grid_thw=GRID),
-    "annotate": token_types("mm_token_type_ids"),
     "visual_ids": (IMAGE, VIDEO),
-    "text_positions": False,
 }
+QWEN = {**GRIDDED, "annotate": token_types("mm_token_type_ids"), "text_positions": False}
+"""Of models that count their own positions."""
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 GLM_IDS = {
     "image_token_id": IMAGE,
@@ -184,10 +185,7 @@ kimi_k25 = family(
     "kimi_k25",
     "Kimi_K25ForConditionalGeneration",
     title="kimi_k25 (MLA)",
-    block=BLOCK,
-    picture=(PATCHES, 3, 4, 4),
-    encode=stacked(joined=True, image_grid_thw=GRID),
-    visual_ids=(IMAGE, VIDEO),
+    **{**GRIDDED, "picture": (PATCHES, 3, 4, 4)},
     needs_transformers="5.10",
     notes="latent attention: values are narrower than keys; 4 key heads",
     config=parts(
@@ -226,8 +224,7 @@ video_llama_3 = family(
         "VideoLlama3Config",
         text("qwen2"),
         without(vision(patch_size=4), "image_size"),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
     ),
 )
 

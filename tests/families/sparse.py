@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from families.base import BREAK, END, IMAGE, VIDEO, family, parts, rope, stacked, text, vision, without
-from families.qwen import BLOCK, GLM_IDS, GRID, IDS, PATCHES, QWEN, qwen_tower
+from families.base import BREAK, END, IMAGE, MEDIA, VIDEO, family, parts, rope, stacked, text, vision, without
+from families.qwen import GLM_IDS, GRIDDED, IDS, PATCHES, QWEN, qwen_tower
 
 TOPK = 8
 """How many keys a row sees; the tiny prompts are longer."""
@@ -43,10 +43,7 @@ minimax_m3_vl = family(
     "minimax_m3_vl",
     "MiniMaxM3SparseForConditionalGeneration",
     title="minimax_m3_vl (sparse blocks)",
-    block=BLOCK,
-    picture=(PATCHES, 3 * 2 * 4 * 4),
-    encode=stacked(joined=True, image_grid_thw=GRID),
-    visual_ids=(IMAGE, VIDEO),
+    **GRIDDED,
     needs_transformers="5.23",
     notes="each row sees the blocks of keys that an indexer selects, in two of four layers",
     config=parts(
@@ -110,10 +107,7 @@ dots3_note = family(
     "dots3_note",
     "Dots3NoteForConditionalGeneration",
     title="dots3_note (sparse MLA, sliding layers)",
-    block=BLOCK,
-    picture=(PATCHES, 3 * 4 * 4),
-    encode=stacked(joined=True, image_grid_thw=GRID),
-    visual_ids=(IMAGE, VIDEO),
+    **{**GRIDDED, "picture": (PATCHES, 3 * 4 * 4)},
     needs_transformers="5.23",
     notes="each row sees the keys that an indexer selects, in two of four layers; head outputs are gated",
     config=parts(
@@ -158,8 +152,7 @@ dots3_note = family(
             "downsample_hidden_size": 8,
             "feature_size": 16,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        **MEDIA,
         audio_token_id=72,
     ),
 )

@@ -13,11 +13,8 @@ from families.tiny_llava import (
     RAGGED,
     attention_modules,
     collate,
-    for_tests,
     forward,
     generate,
-    strengthen,
-    words,
 )
 from torch import nn
 
@@ -132,148 +129,19 @@ def test_attention_outside_the_interface_is_refused(tiny: Any) -> None:
 # Other families: the machinery is bitwise neutral, and both methods act.
 
 
-def _qwen2_5_vl() -> tuple[Any, dict[str, torch.Tensor]]:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "fullatt_block_indexes": [1],
-            "window_size": 16,
-        },
-        image_token_id=IMAGE,
-        video_token_id=60,
-        vision_start_token_id=61,
-        vision_end_token_id=62,
-    )
-    ids = [1, *words(4, 1), 61, *[IMAGE] * 4, 62, *[min(word, 59) for word in words(6, 2)]]
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator),
-        "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "mm_token_type_ids": torch.tensor([[int(token == IMAGE) for token in ids]]),
-    }
-    return Qwen2_5_VLForConditionalGeneration(config), inputs
-
-
-def _gemma3() -> tuple[Any, dict[str, torch.Tensor]]:
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-
-    config = Gemma3Config(
-        text_config={
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
-        mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=61,
-        eoi_token_index=62,
-    )
-    ids = [1, *words(4, 1), 61, *[IMAGE] * 4, 62, *words(6, 2)]
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-        "token_type_ids": torch.tensor([[int(token == IMAGE) for token in ids]]),
-    }
-    return Gemma3ForConditionalGeneration(config), inputs
-
-
-def _smolvlm() -> tuple[Any, dict[str, torch.Tensor]]:
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
-    config = SmolVLMConfig(
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "pad_token_id": 0,
-        },
-        scale_factor=2,
-        image_token_id=IMAGE,
-        pad_token_id=0,
-    )
-    ids = [1, *words(4, 1), *[IMAGE] * 4, *words(6, 2)]
-    inputs = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-        "pixel_values": torch.randn(1, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
-    }
-    return SmolVLMForConditionalGeneration(config), inputs
-
-
-@pytest.mark.parametrize("family", [_qwen2_5_vl, _gemma3, _smolvlm], ids=["qwen2_5_vl", "gemma3", "smolvlm"])
-def test_other_families(family: Any) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, inputs = family()
-        strengthen(model)
-    for_tests(model.eval())
-    stock = generate(model, inputs, 4)
-    anatomy = analyse(model)
-    assert [site.layer_idx for site in anatomy.sites] == [0, 1, 2, 3]
-    assert not any("vision" in site.name for site in anatomy.sites)
-    vlmfix.patch(model, "none")
-    assert torch.equal(generate(model, inputs, 4)[1], stock[1])
+@pytest.mark.families
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm"])
+def test_var_acts_in_other_families(name: str) -> None:
+    family = by_name(name)
+    if family.unavailable():
+        pytest.skip(str(family.unavailable()))
+    model, inputs = family.build(), family.collate([family.single()])
+    stock = generate(model, inputs, 4)[1]
     options = {"sink_dims": list(range(32)), "sink_threshold": 2.6, "layers": ":", "nonsink_ratio": 0.1}
-    for name, parameters in (
-        ("vhr", {"layers": ":"}),
-        ("var", options),
-    ):
-        vlmfix.patch(model, name, **parameters)
-        edited = generate(model, inputs, 4)[1]
-        assert vlmfix.status(model).edited[0] > 0
-        assert vlmfix.status(model).prompts_without_image == 0
-        assert (edited - stock[1]).abs().max() > 0.01
-    vlmfix.unpatch(model)
-    assert torch.equal(generate(model, inputs, 4)[1], stock[1])
+    vlmfix.patch(model, "var", **options)
+    edited = generate(model, inputs, 4)[1]
+    assert vlmfix.status(model).edited[0] > 0 and vlmfix.status(model).prompts_without_image == 0
+    assert (edited - stock).abs().max() > 0.01
 
 
 def test_images_are_found_by_the_id_of_the_config(tiny: Any) -> None:
