@@ -73,6 +73,11 @@ class TwoBranches:
         self._method = method
         self._index = index
         self._counters = counters
+        layers = {
+            kind: {site.module.layer_idx for site in anatomy.sites if site.kind == kind} for kind in anatomy.kinds
+        }
+        # Layers of cross-attention keep image features in the cache (Mllama), as many as there may be tokens.
+        self._caches_tokens_only = layers.pop("image", set()) <= set().union(*layers.values())
         edit = method.branch_edit(anatomy) if method.uses_branch else None
         self._edits = None if edit is None else BranchEdits(anatomy, edit)
 
@@ -263,11 +268,13 @@ class TwoBranches:
         arguments, branch = prompt.arguments, prompt.branch
         if cache is None and own_cache is not None and is_plain(own_cache):
             cache = emptied(own_cache)  # the model made its own
-        may_share = all(method is self._method or method.is_identity for method in forward.methods)
+        is_alone = all(method is self._method or method.is_identity for method in forward.methods)
+        may_share = is_alone and self._caches_tokens_only
         if may_share and own_cache is not None and cache is not None and copy_columns(cache, own_cache, prompt.shared):
             arguments = prompt.behind_shared()
         logits, filled = self._run(arguments, cache, branch.valid, use_cache=own_cache is not None)
-        if own_cache is not None and PairedCache.fits(own_cache, filled) and self._edits_can_split(forward):
+        fits = own_cache is not None and self._caches_tokens_only and PairedCache.fits(own_cache, filled)
+        if fits and self._edits_can_split(forward):
             branch.pair = PairedCache(own_cache, filled)
             branch.pair.show(own_cache)
         else:
