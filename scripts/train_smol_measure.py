@@ -58,6 +58,7 @@ def captions_by_length(reader: Reader, folder: Path, scenes: Sequence[RenderedSc
             "chair": {name: round(100 * value, 1) for name, value in table.summary().items() if "length" not in name},
             "invented_per_caption": round(float(table.hallucinated.sum()) / len(texts), 2),
             "repeats_a_sentence": sum(_repeats(text) for text in texts),
+            "begin_alike": Counter(" ".join(text.split()[:4]) for text in texts).most_common(1)[0][1],
             "unfinished": sum(not text.rstrip().endswith(".") for text in texts),
             "texts": texts,
         }
@@ -87,11 +88,16 @@ def beyond_existence(reader: Reader, scenes: Sequence[RenderedScene]) -> dict[st
         frequent = Counter(truth for truth, _, _ in answers).most_common(1)[0][1]
         found[kind] = {
             "n": len(answers),
-            "accuracy": round(100 * sum(truth == answer for truth, answer, _ in answers) / len(answers), 1),
-            "blank": round(100 * sum(truth == guess for truth, _, guess in answers) / len(answers), 1),
+            "accuracy": round(100 * sum(_is_right(truth, answer) for truth, answer, _ in answers) / len(answers), 1),
+            "blank": round(100 * sum(_is_right(truth, guess) for truth, _, guess in answers) / len(answers), 1),
             "most_frequent_answer": round(100 * frequent / len(answers), 1),
         }
     return found
+
+
+def _is_right(truth: str, first_word: str) -> bool:
+    """Whether an answer begins rightly; of a long word only the first piece is read."""
+    return len(first_word) > 0 and truth.startswith(first_word)
 
 
 @torch.inference_mode()
