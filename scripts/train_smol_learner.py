@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 __all__ = ["Learner", "save_atomically"]
 
-WEIGHTS = {CAPTION: 0.4, OBJECT: 1.0, ANSWER: 2.0, END: 0.1, CHAT: 0.3, STOP: 0.2}
+WEIGHTS = {CAPTION: 0.4, OBJECT: 1.0, ANSWER: 2.0, END: 0.1, CHAT: 0.3, STOP: 0.17}
 """Weight of each kind of label in the loss, which is the weighted mean: what names an object matters most."""
 
 
