@@ -31,7 +31,7 @@ from ...stats.bootstrap import FloatArray
 from ...stats.figures import Column, Figure, SumStatistic, divide, share, stacked
 from ...stats.table import Table
 from ..yes_no import yes_no_columns
-from .data import TASKS, AmberData, AmberItem, AmberTask
+from .data import TASKS, AmberData, AmberTask
 from .objects import (
     DESCRIPTION_COUNTS,
     Nouns,
@@ -83,6 +83,11 @@ _QUESTION_SUMS: Mapping[str, Column] = {
     "qa_ans_no_score": "right_no",
 }
 """Likewise of questions; the counts of a dimension have its prefix before them."""
+
+_NONE = (0,) * len(DESCRIPTION_COUNTS)
+
+_WORDS = {"Yes": True, "No": False}
+"""The only answers that are read."""
 
 _EMPTY = 0.001
 
@@ -236,54 +241,39 @@ def score_responses(
         DataError: no responses, an unknown id, a task with missing answers, or a vocabulary the default lemmas do not
             cover.
     """
-    items = [data.items[i] for i in _checked_ids(data, responses)]
-    captions = [item for item in items if item.task == "generative"]
-    questions = [item for item in items if item.task != "generative"]
-    if captions and nouns is None:
+    items = sorted((data.items[i] for i in _checked_ids(data, responses)), key=lambda item: item.task != "generative")
+    described = np.asarray([item.task == "generative" for item in items], dtype=np.bool_)
+    if described.any() and nouns is None:
         known_lemmas(data)
         nouns = tagged_nouns()
     same = None if similarity is None else compared(similarity)
-    rows = [caption_counts(nouns(responses[item.id]), item, data, same) for item in captions] if nouns else []
-    counted = np.asarray(rows, dtype=np.int64).reshape(len(captions), len(DESCRIPTION_COUNTS))
-    ids = [item.id for item in (*captions, *questions)]
+    counted = np.asarray(
+        [
+            caption_counts(nouns(responses[item.id]), item, data, same)
+            if nouns and item.task == "generative"
+            else _NONE
+            for item in items
+        ],
+        dtype=np.int64,
+    )
+    columns: dict[str, NDArray[Any]] = dict(zip(DESCRIPTION_COUNTS, counted.T, strict=True))
+    columns |= {"descriptions": described, "hallucinating": columns["hallucinated"] > 0, "questions": ~described}
+    said = [None if item.task == "generative" else _WORDS.get(responses[item.id]) for item in items]
+    columns |= yes_no_columns([bool(item.label) for item in items], said)
+    answered_no, truth_no = columns["prediction"] == 0, ~columns["label"] & ~described
+    columns |= {"answered_no": answered_no, "truth_no": truth_no, "right_no": answered_no & truth_no}
+    columns["unparsed"][described], columns["prediction"][described] = False, 0
+    margins = [np.nan if (score := scores.get(item.id)) is None else score for item in items]
+    columns["margin"] = np.where(described, np.nan, np.asarray(margins, dtype=np.float64))
     return AmberTable(
-        np.asarray([(image_ids or {}).get(i, i) for i in ids], dtype=np.int64),
-        {
-            **_description_columns(counted, len(questions)),
-            **_question_columns(questions, responses, len(captions), scores),
-        },
-        tuple(item.task for item in (*captions, *questions)),
-        tuple(map(str, ids)),
-        empty=sum(not responses[item.id].strip() for item in captions),
+        np.asarray([(image_ids or {}).get(item.id, item.id) for item in items], dtype=np.int64),
+        columns,
+        tuple(item.task for item in items),
+        tuple(str(item.id) for item in items),
+        empty=sum(not responses[item.id].strip() for item in items if item.task == "generative"),
         dimensions=tuple(task for task in _PREFIX if any(item.task == task for item in data.items.values())),
         similarity="none" if similarity is None else (similarity_name or "custom"),
     )
-
-
-def _description_columns(counted: NDArray[np.int64], questions: int) -> dict[str, NDArray[Any]]:
-    """The columns of descriptions, from their counts [n, 6], with zeros behind them for the questions."""
-    padded = np.concatenate([counted, np.zeros((questions, counted.shape[1]), dtype=np.int64)])
-    columns: dict[str, NDArray[Any]] = dict(zip(DESCRIPTION_COUNTS, padded.T, strict=True))
-    described = np.arange(len(padded)) < len(counted)
-    return {**columns, "descriptions": described, "hallucinating": columns["hallucinated"] > 0}
-
-
-def _question_columns(
-    questions: Sequence[AmberItem], responses: Mapping[int, str], captions: int, scores: Mapping[int, float | None]
-) -> dict[str, NDArray[Any]]:
-    """The columns of questions, with nothing before them for the captions; "Yes" and "No" alone are read."""
-    words = {"Yes": True, "No": False}
-    read = yes_no_columns([bool(q.label) for q in questions], [words.get(responses[q.id]) for q in questions])
-    label, prediction = read["label"], read["prediction"]
-    read |= {
-        "questions": np.ones(len(questions), dtype=np.bool_),
-        "right_no": (prediction == 0) & ~label,
-        "answered_no": prediction == 0,
-        "truth_no": ~label,
-    }
-    columns = {name: np.concatenate([np.zeros(captions, dtype=part.dtype), part]) for name, part in read.items()}
-    margins = [np.nan if (score := scores.get(q.id)) is None else score for q in questions]
-    return {**columns, "margin": np.asarray([*[np.nan] * captions, *margins], dtype=np.float64)}
 
 
 def _checked_ids(data: AmberData, responses: Mapping[int, str]) -> list[int]:
