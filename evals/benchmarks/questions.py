@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Questions(Benchmark):
     max_new_tokens: int = 0
 
     @classmethod
+    @abstractmethod
     def load(cls, where: str) -> Sequence[Question]:
         """Read the questions and find their images.
 
@@ -79,7 +81,6 @@ class Questions(Benchmark):
         Raises:
             DataError: A file is missing or broken, or an image is missing.
         """
-        raise NotImplementedError
 
     @classmethod
     def make(cls: type[Self], options: EvalOptions, data: RunData) -> Self:
