@@ -57,11 +57,11 @@ class _BenchmarkParser(argparse.ArgumentParser):
         self._own = actions
 
     def _fill(self) -> None:
-        from .benchmarks.registry import file_class
+        from .benchmarks.registry import benchmark_class
 
         name, self.name = self.name, ""
         if name:
-            _add_benchmark(self, file_class(name))
+            _add_benchmark(self, benchmark_class(name))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as any parser does."""
@@ -117,10 +117,10 @@ def score(options: argparse.Namespace) -> str:
     Raises:
         VlmfixError: A file cannot be read or scored, or the two files do not answer the same questions.
     """
-    from .benchmarks.registry import file_class
+    from .benchmarks.registry import benchmark_class
     from .data.write import SCHEMA_VERSION, write_json
 
-    kind = file_class(options.benchmark)
+    kind = benchmark_class(options.benchmark)
     own = _scored(kind, _file(options), options)
     other = None if options.baseline is None else _scored(kind, options.baseline, options)
     result, text = own.task.report_file(own, other, SEED) or _declared(kind, own)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlmfix.errors import VlmfixError
 from vlmfix.evals.benchmarks.chair.figures import score_captions
-from vlmfix.evals.benchmarks.chair.files import read_captions
+from vlmfix.evals.benchmarks.chair.task import read_captions
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ChairMode, objects_by_word
 from vlmfix.evals.data.answers import AnswerFile
 

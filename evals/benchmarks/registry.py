@@ -59,7 +59,9 @@ def benchmark_class(name: str) -> type[Benchmark]:
     from .base import Benchmark
 
     if (_HERE / name / "task.py").is_file():
-        return _defined_in(f".{name}.task", name)
+        module = importlib.import_module(f".{name}.task", __package__)
+        defined = (each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__)
+        return next(each for each in defined if isinstance(each, type) and issubclass(each, Benchmark))
     entry = _foreign().get(name)
     if entry is None:
         raise VlmfixError(f"unknown --benchmark {name!r}; choose from {', '.join(benchmark_names())}")
@@ -75,39 +77,15 @@ def benchmark_class(name: str) -> type[Benchmark]:
     return found
 
 
-def _defined_in(module: str, name: str) -> type[Benchmark]:
-    """The benchmark of a name that a module defines."""
-    from .base import Benchmark
-
-    found = importlib.import_module(module, __package__)
-    return next(
-        value
-        for value in vars(found).values()
-        if isinstance(value, type)
-        and issubclass(value, Benchmark)
-        and value.__module__ == found.__name__
-        and value.name == name
-    )
-
-
 def names_of_files() -> dict[str, str]:
     """The benchmarks that files may answer and a line on each, read without importing any."""
     found = {name: f"of another package ({entry.value})" for name, entry in _foreign().items()}
     for path in _HERE.glob("*/task.py"):
         text = path.read_text(encoding="utf-8")
         line = re.search(r'summary: ClassVar\[str\] = "(.*)"', text)
-        if line and ("def from_files" in text or path.with_name("files.py").is_file()):
+        if line and "def from_files" in text:
             found[path.parent.name] = line[1]
     return dict(sorted(found.items()))
-
-
-def file_class(name: str) -> type[Benchmark]:
-    """The benchmark of a name as files answer it: what ``files.py`` in its folder defines, else the benchmark itself.
-
-    Raises:
-        VlmfixError: As of :func:`benchmark_class`.
-    """
-    return _defined_in(f".{name}.files", name) if (_HERE / name / "files.py").is_file() else benchmark_class(name)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from shared_data import DATA, needs_data
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.benchmarks.chair.files import read_captions
+from vlmfix.evals.benchmarks.chair.task import read_captions
 from vlmfix.evals.benchmarks.chair.truth import load_ground_truth
 from vlmfix.evals.benchmarks.yes_no import PARSERS
 from vlmfix.evals.data.answers import AnswerFile
