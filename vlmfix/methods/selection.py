@@ -97,14 +97,14 @@ def all_but(words: str, first: int = 0, last: int = 0) -> DefaultLayers:
     return DefaultLayers(words, lambda num_layers: tuple(range(first, num_layers - last)) or (num_layers // 2,))
 
 
-def scaled_layers(first: int, last: int, depth: int = 32) -> DefaultLayers:
-    """The layers ``first..last`` (inclusive) of a model of ``depth`` layers, scaled to the model's own depth."""
+def scaled_layers(first: int, last: int) -> DefaultLayers:
+    """The layers ``first..last`` (inclusive) of a model of 32 layers, scaled to the model's own depth."""
 
     def choose(num_layers: int) -> tuple[int, ...]:
-        low, high = round(first / depth * num_layers), round(last / depth * num_layers)
+        low, high = round(first / 32 * num_layers), round(last / 32 * num_layers)
         return tuple(range(min(low, num_layers - 1), min(max(high, low), num_layers - 1) + 1))
 
-    return DefaultLayers(f"{first}..{last} (inclusive) of {depth}, scaled to the model's depth", choose)
+    return DefaultLayers(f"{first}..{last} (inclusive) of 32, scaled to the model's depth", choose)
 
 
 def resolve_layers(spec: Sequence[int] | str, num_layers: int, name: str = "method") -> tuple[int, ...]:

@@ -59,17 +59,14 @@ def sink_dims_for(anatomy: Anatomy) -> tuple[int, ...]:
     if known is not None:
         logger.info("Sink dimensions %s, from %s.", known.dims, known.source)
         return known.dims
-    found = _search(anatomy, None)
+    found = find_sink_dims(anatomy.model)
     logger.info("Sink dimensions %s, found by vlmfix.find_sink_dims.", found or "none")
     return found
 
 
+@torch.no_grad()
 def find_sink_dims(
-    model: object,
-    input_ids: torch.Tensor | None = None,
-    *,
-    max_dims: int = 3,
-    dominance: float = 5.0,
+    model: object, input_ids: torch.Tensor | None = None, *, max_dims: int = 3, dominance: float = 5.0
 ) -> tuple[int, ...]:
     """Find the hidden dimensions that mark attention sinks in a language model.
 
@@ -90,15 +87,9 @@ def find_sink_dims(
         The dimensions, largest first; empty when none stands out.
 
     Raises:
-        MethodError: ``input_ids`` is not a batch of texts.
+        MethodError: ``input_ids`` is not a batch of texts, or the model reads no image's tokens by self-attention.
     """
-    return _search(analyse(model), input_ids, max_dims=max_dims, dominance=dominance)
-
-
-@torch.no_grad()
-def _search(
-    anatomy: Anatomy, input_ids: torch.Tensor | None, *, max_dims: int = 3, dominance: float = 5.0
-) -> tuple[int, ...]:
+    anatomy = analyse(model)
     if "joint" not in anatomy.kinds:
         raise MethodError(
             f"find_sink_dims: {type(anatomy.model).__name__} has no self-attention over a prompt that holds the "
@@ -140,10 +131,8 @@ def _search(
     return tuple(dim for dim in order if standing_out[dim])
 
 
-def _random_texts(anatomy: Anatomy, num_texts: int = 8, length: int = 16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = anatomy.text_config.vocab_size
-    ids = torch.randint(0, vocab_size, (num_texts, length), generator=generator)
+def _random_texts(anatomy: Anatomy) -> torch.Tensor:
+    ids = torch.randint(0, anatomy.text_config.vocab_size, (8, 16), generator=torch.Generator().manual_seed(0))
     first = anatomy.text_config.bos_token_id
     if isinstance(first, int):
         ids[:, 0] = first
