@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: Verif
         logger.info("verify: %d of %d captions", counts["captions"], len(samples))
     counts.update(true=len(true), false=len(false), other=len(other), words=len(own))
     weights = _from_labels(true, false) if labels else _from_answers(own, other)
-    found = dict(zip(LEARNED, (round(weight, 4) for weight in weights), strict=True))
+    found: dict[str, Any] = dict(zip(LEARNED, (round(weight, 4) for weight in weights), strict=True))
     scores = {"true": torch.tensor(true), "false": torch.tensor(false)} if labels else {}
     options = {"labels": labels, "cost_tokens": questioner.cost.tokens}
     return Found(dataclasses.replace(method, **found), dict(counts), scores, (), options)

@@ -156,7 +156,8 @@ class Branch:
         if other is None:
             other = own
         own, other = (each.expand(*each.shape[:-2], batch, -1)[..., -1:] for each in (own, other))
-        dims = torch.broadcast_shapes(own.shape[:-2], other.shape[:-2])  # Qwen-VL: one for all, in a further call
+        # Qwen-VL: one for all, in a further call
+        dims = torch.broadcast_shapes(own.shape[:-2], other.shape[:-2])  # type: ignore[no-untyped-call]
         return torch.cat([each.expand(*dims, batch, 1) for each in (own, other)], dim=-2)
 
 
