@@ -46,27 +46,16 @@ class Flag:
 
     help: str
     group: str
-    name: str | None
-    metavar: str | None
-    choices: tuple[str, ...] | None
-    at_least: float | None
-    word: str | None
+    name: str | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    at_least: float | None = None
+    word: str | None = None
 
 
-def option(
-    help: str,
-    *,
-    group: str,
-    default: Any = None,
-    name: str | None = None,
-    metavar: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    at_least: float | None = None,
-    word: str | None = None,
-) -> Any:
+def option(help: str, *, default: Any = None, **flag: Any) -> Any:
     """A dataclass field that is an option of a verb; see :class:`Flag`. The default ``MISSING`` makes it required."""
-    flag = Flag(help, group, name, metavar, choices, at_least, word)
-    return field(default=default, metadata={"flag": flag})
+    return field(default=default, metadata={"flag": Flag(help, **flag)})
 
 
 def check_options(options: Any) -> None:
