@@ -323,14 +323,14 @@ def test_a_cropped_answer_leaves_nothing_behind(tiny: Any, name: str) -> None:
 
 @each_of([name for name in EDITS if name not in ("vhr", "vista")])  # they keep what the prompt's end chose
 def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(tiny: Any, name: str) -> None:
-    """Its last picture and a sink word go; what a method cannot take back is refused."""
+    """Its last picture and a word on either side go; what a method cannot take back is refused."""
     acting(tiny, name, **({"layers": [0]} if name == "var" else {}))  # what enters other layers was edited
     each = RAGGED[0]
-    longer = Sample((*each.ids, SINK_WORD, *[IMAGE] * 9), torch.cat([each.pixels, pictures(1, 6)]))
+    longer = Sample((*each.ids, SINK_WORD, *[IMAGE] * 9, 21), torch.cat([each.pixels, pictures(1, 6)]))
     kept, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
     forward(tiny, collate([longer]), past_key_values=kept, use_cache=True)
     forward(tiny, collate([each]), past_key_values=fresh, use_cache=True)
-    kept.crop(-10)
+    kept.crop(-11)
     for one, two in zip(kept.layers, fresh.layers, strict=True):  # other rows of the longer prompt were edited
         one.keys.copy_(two.keys)
         one.values.copy_(two.values)
