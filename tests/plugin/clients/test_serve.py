@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,9 +40,7 @@ CHOICES: list[Any] = [
 @pytest.fixture(scope="module")
 def server(processor_folder: Path) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
     """A client, and the process of the server it asks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["vhr", "--set", "alpha=3", "layers=:", "--", str(processor_folder)]
     words += ["--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(
@@ -51,18 +50,32 @@ def server(processor_folder: Path) -> Iterator[tuple[Any, subprocess.Popen[str]]
         stderr=subprocess.STDOUT,
         text=True,
     )
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
     try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, process.communicate()[0]
-                time.sleep(0.5)
-        yield client, process
+        while not listens(port):
+            assert process.poll() is None, process.communicate()[0]
+        yield client_of(port), process
     finally:
         process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    """Whether a server listens; waits a moment if not."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        time.sleep(0.5)
+        return False
+    return True
+
+
+def client_of(port: int) -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def ask(client: Any, folder: Path, number: int, choice: Any = "not named", **options: Any) -> Any:
@@ -134,6 +147,30 @@ def test_what_the_patch_did_is_told_at_the_end(server: Any, processor_folder: Pa
     said, _ = process.communicate(timeout=120)
     assert "LlavaForConditionalGeneration patched with VHR(layers=(0, 1, 2), alpha=3" in said, said
     assert "prompts (0 without an image)" in said
+
+
+@pytest.mark.slow
+def test_transformers_serve_of_a_folder_with_a_recipe(
+    processor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a word of vlmfix on the command line."""
+    from transformers.cli.serve import Serve
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    folder = shutil.copytree(processor_folder, tmp_path / "model")
+    vlmfix.save_recipe_beside_weights(folder, "vhr", alpha=0.5, layers=":")
+    port = free_port()
+    told = {"device": "cpu", "dtype": "float32", "trust_remote_code": True, "non_blocking": True}
+    serve = Serve(force_model=str(folder), host="127.0.0.1", port=port, **told)
+    try:
+        while not listens(port):
+            assert serve._thread.is_alive()
+        said = [ask(client_of(port), folder, number).choices[0].message.content for number in range(2)]
+    finally:
+        serve.kill_server()
+    model = vlmfix.patch(stock(processor_folder), "vhr", alpha=0.5, layers=":")
+    assert said == [answer(model, processor_folder, picture(number)) for number in range(2)]
 
 
 def test_what_the_server_is_given_stands_behind_dashes(capsys: pytest.CaptureFixture[str]) -> None:
