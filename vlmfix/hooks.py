@@ -24,7 +24,7 @@ from vlmfix.decoding.other_image import OTHER_IMAGES_KWARG
 from vlmfix.decoding.two_branches import TwoBranches
 from vlmfix.engine.attention_function import ATTENTION_NAME, NameOfBoth
 from vlmfix.engine.begin import ForwardBeginner
-from vlmfix.engine.calls import every_row, parameter_names, tokens_of
+from vlmfix.engine.calls import every_row, parameter_names, refuse_replica, tokens_of
 from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import make_sites
@@ -249,6 +249,8 @@ class Patch:
                 kwargs[FORWARD_KWARG].hold_past()
             return (args, kwargs) if told else None
         inputs = self._by_name(module, args, kwargs)
+        if self.beginner.runs_passes or self.branches is not None:
+            refuse_replica(called, module, inputs)
         forward = self.beginner.begin(module, inputs, told.get(PROMPT_END_KWARG))
         if forward is None:
             return args, {**kwargs, FORWARD_KWARG: None}

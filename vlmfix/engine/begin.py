@@ -38,6 +38,7 @@ class ForwardBeginner:
     Attributes:
         images: Finds the image tokens of a prompt.
         vision: Records the vision tower, for methods that read it.
+        runs_passes: Whether a prompt is read in passes beside its own forward.
         can_tell_drafts: Whether something in a forward tells drafted tokens from a further turn.
     """
 
@@ -51,6 +52,7 @@ class ForwardBeginner:
         self._compared = frozenset(
             site.index for site in sites if any(method.needs_text_only_heads for _, method in site.heads)
         )
+        self.runs_passes = bool(self._compared) or any(method.reads_prompt for method in active)
         self._keeps_ids = bool(self._compared) or any(method.needs_ids for method in active)
         self._needs_past = any(site.is_sliding for site in sites) or any(each.needs_past for each in active)
         self._needs_cache = [method.name for method in active if method.needs_cache]

@@ -113,6 +113,24 @@ def check_batch(known: SequenceState, batch: int) -> None:
         )
 
 
+def refuse_replica(called: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Refuse a replica (``DataParallel``) on another device than its model: passes beside a forward run the model.
+
+    Args:
+        called: The module that was called.
+        model: The module it is, or is a replica of.
+        inputs: The call's arguments by name.
+    """
+    tokens, weights = tokens_of(inputs), next(model.parameters(), None)
+    if called is model or tokens is None or weights is None or tokens.device == weights.device:
+        return
+    raise UnsupportedFeatureError(
+        f"This is a replica (DataParallel) of a patched {type(model).__name__} on {tokens.device}, and a method of the "
+        f"patch also runs the model itself, which is on {weights.device}. Run one process per device (torchrun, "
+        "accelerate launch) instead of DataParallel."
+    )
+
+
 def refuse_export() -> None:
     """Refuse to be traced by ``torch.export``; older versions of torch do not tell."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)

@@ -75,6 +75,18 @@ def test_a_replica_has_the_role_of_its_model(tiny: Any, name: str) -> None:
     torch.testing.assert_close(last(replica), last(tiny), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "is_refused"), [("vhr", True), ("vcd", True), ("vista", True), ("pai", False)])
+def test_a_replica_elsewhere_is_refused_where_the_model_itself_is_run(tiny: Any, name: str, is_refused: bool) -> None:
+    """``DataParallel`` sends replicas to other devices, and a pass beside the forward would stay on the first."""
+    on(tiny, name)
+    replica = tiny._replicate_for_data_parallel()
+    elsewhere = {name: value.to("meta") for name, value in ONE.items()}
+    with pytest.raises(Exception) as failed, torch.no_grad():
+        replica(**elsewhere)
+    assert isinstance(failed.value, vlmfix.UnsupportedFeatureError) == is_refused
+    assert ("one process per device" in str(failed.value)) == is_refused
+
+
 def same_or_refused(run: Any, expected: torch.Tensor) -> bool:
     """Whether it was refused."""
     try:
