@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from method_parameters import parameters_of
+from method_parameters import IN_FORWARDS, parameters_of
 from PIL import Image
 from transformers import AttentionInterface, BatchFeature
 
@@ -387,8 +387,12 @@ MACHINERY: dict[str, Callable[[Trial], Cell]] = {
 
 
 def method_columns() -> tuple[str, ...]:
-    """The methods registered, the identity left out."""
-    return tuple(name for name in vlmfix.list_methods() if name != "none")
+    """The methods registered that act in forwards, the identity left out.
+
+    Those that rewrite answers need words. They take the models whose prompts share a prefix, which
+    ``tests/plugin/engine/test_prefix.py`` measures for every family.
+    """
+    return tuple(name for name in IN_FORWARDS if name != "none")
 
 
 def measure(trial: Trial, column: str) -> Cell:

@@ -105,6 +105,9 @@ ADJECTIVES = _words(
 )
 """Those that may stand before a name without being a part of it."""
 
+NO_HEADS = ADJECTIVES - _words("orange light glass stone brick metal plastic male female adult professional")
+"""Adjectives that are no names either: "a little further away"."""
+
 NAME_BEGINNINGS = _words(
     "potted stuffed traffic teddy baby toy city body party fly family luxury utility safety battery jewelry"
 )

@@ -136,7 +136,7 @@ def _phrase_at(words: Sequence[str], first: int) -> NounPhrase | None:
     plural = lexicon.is_plural(head) or counted
     if measure in ("pair", "slice", "piece", "bunch", "row", "pile", "stack", "bit", "team", "view"):
         plural = lexicon.is_plural(measure) or (opening[0] not in lexicon.SINGULAR_DETERMINERS and opening[0] != "the")
-    is_object = not lexicon.is_abstract(head) and len(head) > 1
+    is_object = not lexicon.is_abstract(head) and len(head) > 1 and head not in lexicon.NO_HEADS
     definite = bool(opening) and (
         opening[0] in ("the", "this", "that", "these", "those", "both", "all") or opening[0] in lexicon.POSSESSIVES
     )
