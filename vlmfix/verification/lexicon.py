@@ -31,7 +31,7 @@ DETERMINERS = (
 PREPOSITIONS = _words(
     "of in on at by with near from to into onto over under behind beside besides between among above below around "
     "across along against inside outside through throughout towards toward within without for about up down off out "
-    "past beneath underneath atop during like next alongside amidst amid upon via"
+    "past beneath underneath atop during like next alongside amidst amid upon via despite except"
 )
 
 CONJUNCTIONS = _words("and or but nor yet so while as if because since although though whereas than plus")
@@ -101,7 +101,9 @@ ADJECTIVES = _words(
     "stone brick concrete plastic leather open closed empty full fresh ripe delicious clean dirty wet dry sunny "
     "cloudy clear modern vintage beautiful pretty nice cute fluffy furry single main same round square rectangular "
     "glass busy lively different various red-and-white multicolored striped plaid floral public professional male "
-    "female adult electric electronic digital polar medium medium-sized mid-sized bare raw"
+    "female adult electric electronic digital polar medium medium-sized mid-sized bare raw casual natural neat "
+    "popular unique social urban rural serene cozy warm cold cool calm peaceful playful vibrant festive lush "
+    "grassy sandy snowy rocky dynamic inviting comfortable relaxed picturesque high low second third first"
 )
 """Those that may stand before a name without being a part of it."""
 
@@ -135,14 +137,14 @@ ABSTRACT = _words(
     "composition impression appearance character ambiance depth display attire fun enjoyment sport sports game match "
     "glance look eye contrast surface surfaces surroundings weather season night morning afternoon evening viewer "
     "photographer observer level height length width vicinity care skill skills balance others one ones rest meantime "
-    "order variety series set sets tone tones hint support gathering occasion charm beauty nature significance "
-    "portion majority spot spots section sections layout design pattern patterns possibility concept theme sight "
-    "spectacle pose manner form means result need needs today half instance example idea information stage proximity "
-    "center-left center-right highlight least air shade habitat backdrop excitement essence energy progress talent "
-    "turn break ride jump trick play shot thrill interaction movement behavior warmth session journey passion comfort "
-    "contact elegance mode routine treat meal-time amount third half session task effort bond work such black white "
-    "red blue wind breeze rain flight height transportation traffic greenery company content camaraderie gesture "
-    "stance leisure peace speed depth distance name hobby"
+    "order series set sets tone tones hint support gathering occasion charm beauty nature significance portion "
+    "majority spot spots section sections layout design pattern patterns possibility concept theme sight spectacle "
+    "pose manner form means result need needs today half instance example idea information stage proximity center- "
+    "left center-right highlight least air shade habitat backdrop excitement essence energy progress talent turn "
+    "break ride jump trick play shot thrill interaction movement behavior warmth session journey passion comfort "
+    "contact elegance mode routine treat meal-time amount third task effort bond work such black white red blue wind "
+    "breeze rain flight transportation traffic greenery company content camaraderie gesture stance leisure peace "
+    "speed name hobby boundary catch course leap sip source bunch scheme unity swirl grace pace share"
 )
 """Heads that name nothing that could be seen and be absent."""
 
