@@ -175,7 +175,7 @@ def test_commands(command: str, desk: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 IN_PYTHON = [path for path in DOCUMENTS if blocks(path, "python") and path.parent.name != "clients"]
-"""Those of clients run in plugin/clients/test_readme.py, with stand-ins for what is not installed."""
+"""Those of clients run in plugin/clients/test_clients_readme.py, with stand-ins for what is not installed."""
 
 
 @pytest.mark.parametrize("document", IN_PYTHON, ids=named)
