@@ -40,13 +40,13 @@ def trusted(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_whoever_trusts_the_folder_gets_a_patched_model(folder: Path, expected: str) -> None:
+def test_whoever_trusts_the_folder_gets_a_patched_model(folder: Path, processor_folder: Path, expected: str) -> None:
     model = trusted(folder)
     assert vlmfix.status(model) is None
     assert answer(model, folder, picture(0)) == expected
     assert answer(model, folder, picture(0)) == expected
     assert vlmfix.status(model).prompts == 2 and vlmfix.status(model).methods[0].alpha == 0.5
-    plain = answer(stock(folder), folder, picture(0))
+    plain = answer(stock(processor_folder), folder, picture(0))  # older versions trust every folder
     assert answer(model, folder, picture(0), vlmfix=None) == plain
     assert answer(vlmfix.unpatch(model), folder, picture(0)) == plain
     assert answer(trusted(folder), folder, picture(0), vlmfix=None) == plain  # also in the first call
@@ -63,7 +63,7 @@ def test_a_pipeline(folder: Path, expected: str) -> None:
         return_full_text=False,
         generate_kwargs={"max_new_tokens": 8, "do_sample": False},
     )
-    assert said[0]["generated_text"] == expected
+    assert said[0]["generated_text"].strip() == expected
 
 
 def test_without_trust(folder: Path, expected: str) -> None:
@@ -74,9 +74,9 @@ def test_without_trust(folder: Path, expected: str) -> None:
         vlmfix.from_pretrained(folder)
 
 
-def test_a_patch_of_ones_own_goes_before(folder: Path) -> None:
+def test_a_patch_of_ones_own_goes_before(folder: Path, processor_folder: Path) -> None:
     model = vlmfix.patch(trusted(folder), "none")
-    assert answer(model, folder, picture(0)) == answer(stock(folder), folder, picture(0))
+    assert answer(model, folder, picture(0)) == answer(stock(processor_folder), folder, picture(0))
     assert vlmfix.status(model).methods[0].name == "none" and vlmfix.status(model).prompts == 1
 
 
