@@ -51,7 +51,8 @@ def can_drop(model: Any, batch: int) -> bool:
     """Whether a batch's answers can be continued without some of its rows.
 
     Not with few rows, where a step takes as long with fewer. Nor where a model keeps more than keys and values of all
-    tokens (encoders, sliding windows, recurrent states) or positions of a whole batch, or decodes from two branches.
+    tokens (encoders, sliding windows, recurrent states) or positions of a whole batch, decodes
+    from two branches, or where a method rewrites answers, which it must be given whole.
     """
     if batch < FEWEST:
         return False
@@ -62,7 +63,10 @@ def can_drop(model: Any, batch: int) -> bool:
         and all(getattr(model.generation_config, name, None) is None for name in _FROM_THE_PROMPT_ON)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=anatomy.text_config).layers)
         and not any("rope_deltas" in vars(module) for module in model.modules())
-        and not any(each.replaces_logits and not each.is_identity for each in (() if patch is None else patch.methods))
+        and not any(
+            (each.replaces_logits or each.rewrites_answers) and not each.is_identity
+            for each in (() if patch is None else patch.methods)
+        )
     )
 
 

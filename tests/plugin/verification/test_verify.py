@@ -19,7 +19,9 @@ from vlmfix.evals.testbed import load
 from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.methods.registry import method_from_dict
 from vlmfix.model.anatomy import analyse
+from vlmfix.observe.ask import answer
 from vlmfix.observe.prompts import PromptBuilder, encode
+from vlmfix.observe.unfinished import can_drop
 from vlmfix.verification.ask import Questioner
 
 IMAGES = [Image.fromarray(make_scene(image_id("calibration", index)).pixels) for index in (4, 7, 9, 1)]
@@ -139,6 +141,17 @@ def test_more_may_be_lost_more_is_left_out(model: Any, processor: Any) -> None:
     assert gone == sorted(gone) and gone[0] < gone[-1]
 
 
+def test_answers_are_not_judged_before_they_are_whole(model: Any, processor: Any) -> None:
+    inputs = inputs_of(processor, IMAGES * 3)
+    vlmfix.patch(model, "verify", **STRICT)
+    assert not can_drop(model, len(IMAGES) * 3)
+    found = answer(model, inputs, 70, drop_ended=True)
+    whole = texts(processor, inputs, answers(model, inputs))
+    assert [processor.tokenizer.decode(list(ids)).strip() for ids in found.words] == [each.strip() for each in whole]
+    vlmfix.patch(model, "verify", lost_per_false=0)
+    assert can_drop(model, len(IMAGES) * 3)
+
+
 def test_status_counts_words(model: Any, processor: Any) -> None:
     vlmfix.patch(model, "verify", **STRICT)
     answers(model, inputs_of(processor, IMAGES))
@@ -162,6 +175,9 @@ def test_what_goes_with_tokens_is_refused_and_a_cache_is_cut_where_the_text_was(
     assert out.past_key_values.get_seq_length() == same
     with pytest.raises(UnsupportedFeatureError, match="pixel_values"):
         model.generate(input_ids=inputs["input_ids"], max_new_tokens=2)
+    with pytest.raises(UnsupportedFeatureError, match="Give it whole prompts"):
+        vlmfix.shared_prefix(model, inputs)
+    assert vlmfix.shared_prefix(model, inputs, stock=True).is_stock
     with pytest.raises(UnsupportedFeatureError, match="input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 128), max_new_tokens=2)
 
