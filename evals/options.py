@@ -181,8 +181,8 @@ class EvalOptions(BenchmarkOptions):
         choices=TESTBED_SPLITS,
     )
     benchmark_data: tuple[str, ...] = option(
-        "the benchmark's own folder (amber, mme, hallusionbench, mmhal), a file of questions (custom), the folder of "
-        "the images that --pope-questions name (pope), or datasets:PATH_OR_ID[#SPLIT] for the datasets library",
+        "a file of questions (custom), the folder of the images that --pope-questions name (pope), the benchmark's own "
+        "folder (others), or datasets:PATH_OR_ID[#SPLIT] for the datasets library",
         group=IMAGES,
         default=(),
         metavar="NAME=PATH",

@@ -1,0 +1,1 @@
+"""DASH-B: objects that pictures only suggest."""
