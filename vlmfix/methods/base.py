@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vlmfix.errors import MethodError
-from vlmfix.methods.parameters import Parameter, Parametrised, SearchSpace, described, is_off
-from vlmfix.methods.selection import (
-    ALL_LAYERS,
-    LAYERS_IN_WORDS,
-    DefaultLayers,
-    HeadSpec,
-    LayerSpec,
-    check_heads,
-    heads_of,
-    resolve_layers,
-)
+from vlmfix.methods.parameters import SearchSpace, is_off
+from vlmfix.methods.selection import InLayers
 from vlmfix.methods.sequence import rows_of
 from vlmfix.methods.views import EditedRows, PromptRows
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Self
 
     from vlmfix.methods.views import Block, Layer, Prompt
     from vlmfix.model.anatomy import Anatomy, AttentionKind
@@ -32,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method(Parametrised):
+class Method(InLayers):
     """Base class of all methods: a frozen dataclass of its parameters, declared with ``parameters.parameter``.
 
     A method stands at one or more places on the path of attention, overrides only their hooks and declares them in
@@ -48,12 +36,8 @@ class Method(Parametrised):
     """Its short name: that of its file."""
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    default_layers: ClassVar[DefaultLayers] = ALL_LAYERS
-    """The layers it edits unless ``layers`` says otherwise."""
     search_space = SearchSpace()
     """Parameters that ``vlmfix tune`` searches, and between what: see ``parameter(search=...)``."""
-    search_layers: ClassVar[tuple[LayerSpec, ...]] = ()
-    """Values of ``layers`` that it searches too, the default first."""
     opens_mask: ClassVar[bool] = False
     edits_scores: ClassVar[bool] = False
     edits_weights: ClassVar[bool] = False
@@ -90,17 +74,6 @@ class Method(Parametrised):
     needs_text_keys: ClassVar[bool] = True
     """Whether it weighs image keys against text keys, and so means nothing where all keys are one or the other."""
 
-    layers: LayerSpec = dataclasses.field(
-        default=None,
-        kw_only=True,
-        metadata=described("Decoder layers it acts in, see ``LayerSpec``. Default: ", expected=LAYERS_IN_WORDS),
-    )
-
-    @classmethod
-    def meaning_of(cls, name: str, known: Parameter) -> str:
-        """Return what a parameter means: of ``layers``, the default too."""
-        return f"{known.help}{cls.default_layers.words}." if name == "layers" else known.help
-
     @property
     def counts(self) -> str:
         """What ``vlmfix.status`` counts of it."""
@@ -110,11 +83,6 @@ class Method(Parametrised):
     def is_identity(self) -> bool:
         """Whether the parameters switch the method off: then nothing is computed and outputs are bitwise stock."""
         return is_off(self)
-
-    @property
-    def layer_indices(self) -> tuple[int, ...]:
-        """The layers of a bound method."""
-        return tuple(layer for layer in self.layers or () if isinstance(layer, int))
 
     @property
     def prompt_rows(self) -> PromptRows:
@@ -186,37 +154,9 @@ class Method(Parametrised):
         """Whether the final norm stands between those layers and the head."""
         return False
 
-    @property
-    def only_heads(self) -> HeadSpec:
-        """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers.
-
-        By default those that its parameter ``heads`` lists, if it has one.
-        """
-        heads: HeadSpec | str = getattr(self, "heads", None)
-        return None if isinstance(heads, str) else heads
-
     def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
         """Return the factors of head outputs of a bound method, by (layer, head); ``None`` if prompts change them."""
         return {} if self.is_identity else None
-
-    def bind(self, anatomy: Anatomy) -> Self:
-        """Return a copy with everything that depends on the model resolved (layers, dimensions).
-
-        Raises:
-            MethodError: Layers or heads that the model does not have.
-        """
-        num_layers = anatomy.num_layers
-        if self.layers is None:
-            layers = self.default_layers(num_layers)
-        else:
-            layers = resolve_layers(self.layers, num_layers, self.name)
-        if self.only_heads is not None:
-            with_heads = check_heads(self.name, self.only_heads, anatomy, self.attention_kinds)
-            chosen = with_heads if self.layers is None else with_heads & set(layers)
-            if with_heads and not chosen:
-                raise MethodError(f"{self.name}: layers={self.layers!r} holds none of the listed heads.")
-            layers = tuple(sorted(chosen)) or layers
-        return dataclasses.replace(self, layers=layers)
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """What a user should know about this method on this model; shown by ``vlmfix.status``."""
@@ -230,13 +170,6 @@ class Method(Parametrised):
         What is returned becomes ``layer.shared``.
         """
         raise NotImplementedError
-
-    def heads_in(self, layer_idx: int) -> Sequence[int] | None:
-        """Return which query heads' scores or weights it edits or observes in a layer; ``None`` for all.
-
-        Its hooks may then be given these heads alone, or with others: ``layer.heads`` says which.
-        """
-        return None if self.only_heads is None else heads_of(self.only_heads, layer_idx)
 
     @property
     def mask_bias(self) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vlmfix.errors import MethodError
+from vlmfix.methods.parameters import Parameter, Parametrised, described
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from vlmfix.methods.views import Layer
     from vlmfix.model.anatomy import Anatomy, AttentionKind
@@ -148,3 +151,71 @@ def _bound(text: str | None, num_layers: int) -> int | None:
     if not text:
         return None
     return round(float(text) * num_layers) if "." in text else int(text)
+
+
+@dataclass(frozen=True)
+class InLayers(Parametrised):
+    """What methods share about the layers and heads that they act in."""
+
+    name: ClassVar[str] = ""
+    """Its short name: that of its file."""
+    default_layers: ClassVar[DefaultLayers] = ALL_LAYERS
+    """The layers it edits unless ``layers`` says otherwise."""
+    search_layers: ClassVar[tuple[LayerSpec, ...]] = ()
+    """Values of ``layers`` that it searches too, the default first."""
+
+    layers: LayerSpec = dataclasses.field(
+        default=None,
+        kw_only=True,
+        metadata=described("Decoder layers it acts in, see ``LayerSpec``. Default: ", expected=LAYERS_IN_WORDS),
+    )
+
+    @classmethod
+    def meaning_of(cls, name: str, known: Parameter) -> str:
+        """Return what a parameter means: of ``layers``, the default too."""
+        return f"{known.help}{cls.default_layers.words}." if name == "layers" else known.help
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kinds of attention it acts in."""
+        raise NotImplementedError
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """The layers of a bound method."""
+        return tuple(layer for layer in self.layers or () if isinstance(layer, int))
+
+    @property
+    def only_heads(self) -> HeadSpec:
+        """The (layer, head) pairs it is confined to, each counted from 0; ``None`` for every head of its layers.
+
+        By default those that its parameter ``heads`` lists, if it has one.
+        """
+        heads: HeadSpec | str = getattr(self, "heads", None)
+        return None if isinstance(heads, str) else heads
+
+    def bind(self, anatomy: Anatomy) -> Self:
+        """Return a copy with everything that depends on the model resolved (layers, dimensions).
+
+        Raises:
+            MethodError: Layers or heads that the model does not have.
+        """
+        num_layers = anatomy.num_layers
+        if self.layers is None:
+            layers = self.default_layers(num_layers)
+        else:
+            layers = resolve_layers(self.layers, num_layers, self.name)
+        if self.only_heads is not None:
+            with_heads = check_heads(self.name, self.only_heads, anatomy, self.attention_kinds)
+            chosen = with_heads if self.layers is None else with_heads & set(layers)
+            if with_heads and not chosen:
+                raise MethodError(f"{self.name}: layers={self.layers!r} holds none of the listed heads.")
+            layers = tuple(sorted(chosen)) or layers
+        return dataclasses.replace(self, layers=layers)
+
+    def heads_in(self, layer_idx: int) -> Sequence[int] | None:
+        """Return which query heads' scores or weights it edits or observes in a layer; ``None`` for all.
+
+        Its hooks may then be given these heads alone, or with others: ``layer.heads`` says which.
+        """
+        return None if self.only_heads is None else heads_of(self.only_heads, layer_idx)
