@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import MethodError, UnsupportedModelError
 from vlmfix.patching import MethodSpec, find_patch, patch
-from vlmfix.recipes import check_placement, resolve_methods, save_recipe
+from vlmfix.recipes import check_placement, load_recipe, resolve_methods, save_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +31,10 @@ from vlmfix.clients.beside_weights import generate
 
 
 _PATCHING = threading.Lock()
+
+
+_DONE = "vlmfix_patched"
+"""Marks what stands in for ``generate`` of a model that has been patched by its recipe, or by somebody else."""
 
 
 def save_recipe_beside_weights(folder: str | Path, method: MethodSpec | None = None, **parameters: Any) -> None:
@@ -92,12 +96,17 @@ def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     Raises:
         MethodError: The recipe is gone, or see ``patch``.
     """
+    ours = vars(model).get("generate")
+    ours = ours if _is_ours(ours) else getattr(ours, "stock", None)
+    was_done = not _is_ours(ours) or _DONE in vars(ours)
     with _PATCHING:
-        if _is_ours(vars(model).get("generate")) and find_patch(model) is None:
+        if _is_ours(vars(model).get("generate")) and not was_done and find_patch(model) is None:
+            # It stays where it is, under the patch, so that no other thread meets a model that is patched by half.
             _patch_by_recipe(model)
-    if _is_ours(getattr(vars(model).get("generate"), "stock", None)):  # patched by somebody else since it was loaded
-        return type(model).generate(model, *args, **kwargs)
-    return model.generate(*args, **kwargs)
+        if _is_ours(ours):
+            vars(ours)[_DONE] = True
+    # Once that is done, whoever comes here comes from the patch, or from a model that was unpatched.
+    return type(model).generate(model, *args, **kwargs) if was_done else model.generate(*args, **kwargs)
 
 
 def _is_ours(function: object) -> bool:
@@ -114,6 +123,7 @@ def _patch_by_recipe(model: PreTrainedModel, **where: Any) -> None:
             f"There is no {RECIPE_FILE} beside the weights of {model.name_or_path}. Write one with "
             "vlmfix.save_recipe_beside_weights(folder, 'vhr'), or patch the model: vlmfix.patch(model, 'vhr')."
         )
-    if _is_ours(vars(model).get("generate")):
-        del model.__dict__["generate"]
-    patch(model, recipe)
+    methods = load_recipe(recipe)
+    if any(each.searches for each in methods) and _is_ours(vars(model).get("generate")):
+        del model.__dict__["generate"]  # a search refuses models with a generate of their own
+    patch(model, methods)
