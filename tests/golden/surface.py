@@ -25,10 +25,13 @@ VERBS = (
     "serve",
     "export",
 )
-SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb")
+SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench")
 
 CHOICES: dict[str, dict[str, str]] = {
-    "--benchmark": {"eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb", "tune": "chair pope"},
+    "--benchmark": {
+        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench",
+        "tune": "chair pope",
+    },
     "--split": {"": "heldout heldout2 calibration"},
     "--dtype": {"": "auto float32 bfloat16 float16"},
     "--chair-mode": {"": "original nltk"},

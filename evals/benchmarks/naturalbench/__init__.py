@@ -1,0 +1,1 @@
+"""NaturalBench: two questions about two images, each with either answer."""
