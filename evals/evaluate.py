@@ -177,8 +177,8 @@ def add_eval(verbs: Any) -> argparse.ArgumentParser:
         help_of={
             "benchmarks": f"benchmarks: {', '.join(benchmark_names())} (default: {' '.join(DEFAULT_BENCHMARKS)})",
             "limit": "number of images per benchmark, drawn by seed; sets of figures for hallusionbench, groups for "
-            "naturalbench, images per task for mme, images per right answer for dashb (default: 500; testbed 400, POPE "
-            "200, sycophancy 100; all of the others)",
+            "naturalbench, pairs for mmvp, images per task for mme, images per right answer for dashb (default: 500; "
+            "testbed 400, POPE 200, sycophancy 100; all of the others)",
             "max_new_tokens": "longest caption (default: 128 testbed, else 512) and open answer (default: 256 mmhal, "
             "else 64), in tokens",
         },

@@ -25,18 +25,22 @@ VERBS = (
     "serve",
     "export",
 )
-SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench")
+SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench", "mmvp")
 
 CHOICES: dict[str, dict[str, str]] = {
     "--benchmark": {
-        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench",
+        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench mmvp",
         "tune": "chair pope",
     },
     "--split": {"": "heldout heldout2 calibration"},
     "--dtype": {"": "auto float32 bfloat16 float16"},
     "--chair-mode": {"": "original nltk"},
     "--mode": {"chair": "original nltk mixed"},
-    "--parser": {"pope": "official official_raw opera vcd lmms vlmeval", "mme": "official lmms"},
+    "--parser": {
+        "pope": "official official_raw opera vcd lmms vlmeval",
+        "mme": "official lmms",
+        "mmvp": "letter_or_text lmms",
+    },
 }
 """What the help of an option must name, by verb; under an empty one for all."""
 

@@ -1,0 +1,1 @@
+"""MMVP: pairs of images that CLIP takes for alike."""

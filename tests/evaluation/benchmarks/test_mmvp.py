@@ -1,0 +1,203 @@
+"""MMVP: both rules, pairs and corrected labels by hand, refusals, the figures of lmms-eval, and a run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import benchmark_data
+import pytest
+from families.saved_llava import write_lines
+from run_folders import read
+from shared_data import DATA, needs_data
+
+from vlmfix.cli import main
+from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.mmvp.figures import MmvpQuestion, MmvpTable, parse_answer, score_answers
+from vlmfix.evals.benchmarks.mmvp.task import Mmvp
+
+OPTIONS = "(a) Open (b) Not open"
+
+
+@pytest.mark.parametrize(
+    ("text", "ours", "lmms"),
+    [
+        ("(a)", True, True),
+        ("B", False, False),
+        ("b)", False, False),
+        ("The answer is (b).", False, False),
+        ("I would say (b).", False, None),
+        ("**A**", True, None),
+        ("Open", True, None),
+        ("It is not open.", False, None),
+        ("(a) Not open", None, True),  # the letter and the words differ
+        ("Neither (a) nor (b)", None, True),
+        ("A dog", None, True),
+        ("Both", None, False),
+        ("Option A it is", True, True),
+        ("Opened", None, None),
+        ("", None, None),
+    ],
+)
+def test_parsers(text, ours, lmms):
+    assert parse_answer(text, OPTIONS) is ours
+    assert parse_answer(text, OPTIONS, "lmms") is lmms
+
+
+def test_unknown_parser():
+    with pytest.raises(DataError, match="letter_or_text, lmms"):
+        parse_answer("a", OPTIONS, "other")
+
+
+def questions(truth: str) -> list[MmvpQuestion]:
+    return [MmvpQuestion(i, f"Is door {(i + 1) // 2} open?", OPTIONS, a == "a") for i, a in enumerate(truth, 1)]
+
+
+def counted(table: MmvpTable) -> tuple[int, ...]:
+    counts = table.counts()
+    return counts["correct"], counts["n"], counts["pairs_correct"], counts["pairs"]
+
+
+def test_pairs_by_hand():
+    asked, said = questions("abbaab"), ["(a)", "(b)", "(a)", "(a)", "B", "B"]
+    assert counted(score_answers(asked, said)) == (4, 6, 1, 3)
+    assert counted(score_answers(asked[::-1], said[::-1])) == (4, 6, 1, 3)
+    assert counted(score_answers(asked, ["A"] * 6)) == (3, 6, 0, 3)
+    assert counted(score_answers(asked[:5], said[:5])) == (3, 5, 1, 2)
+    assert len(set(score_answers(asked, said).image_ids.tolist())) == 3
+
+
+@pytest.mark.parametrize("labels", ["ab", "ba"])
+def test_corrected_labels(labels):
+    asked = [
+        MmvpQuestion(number, "Are the tusks long or short?", "(a) Long (b) Short", label == "a")
+        for number, label in zip((99, 100), labels, strict=True)
+    ]
+    table = score_answers(asked, ["(a)", "(b)"])  # whichever release the file is
+    assert counted(table) == (2, 2, 1, 1)
+    assert (table.counts()["correct_corrected"], table.counts()["pairs_correct_corrected"]) == (0, 0)
+    others = [MmvpQuestion(99 + i, "Is it open?", OPTIONS, label == "a") for i, label in enumerate(labels)]
+    table = score_answers(others, ["(a)", "(b)"])
+    assert table.counts()["correct"] == table.counts()["correct_corrected"] == (2 if labels == "ab" else 0)
+
+
+def test_what_is_no_pair_is_refused():
+    for asked in (questions("aa"), [questions("ab")[0], MmvpQuestion(2, "Is it?", OPTIONS, False)]):
+        with pytest.raises(DataError, match="opposite right answers"):
+            score_answers(asked, ["a", "b"])
+    with pytest.raises(DataError, match="answered twice"):
+        score_answers([*questions("ab"), questions("ab")[0]], ["a", "b", "a"])
+
+
+# Files and the command line.
+
+
+def rows(truth: str = "abba") -> list[dict[str, Any]]:
+    return [
+        {"question_id": q.number, "prompt": q.text, "answer": "(a)" if q.label else "(b)"}
+        | {"response": "It is open" if q.label else "b", "model_id": "none"}
+        for q in questions(truth)
+    ]
+
+
+def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
+    path = write_lines(folder / "answers.jsonl", answers)
+    return main(["score", "mmvp", str(path), "--out", str(folder / "o.json"), *more])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "o.json").read_text())
+    return found
+
+
+def table_file(folder: Path, asked: list[MmvpQuestion]) -> Path:
+    """``Questions.csv``, whose first column is misspelt."""
+    lines = [f"{q.number},{q.question},{q.options},{'(a)' if q.label else '(b)'}" for q in asked]
+    folder.mkdir(exist_ok=True)
+    path = folder / "Questions.csv"
+    path.write_text("\n".join(["lndex,Question,Options,Correct Answer", *lines]) + "\n")
+    return path
+
+
+def test_ids_make_the_pairs(tmp_path, capsys):
+    asked = ["--questions", str(table_file(tmp_path, questions("abba")))]
+    assert score(tmp_path, [rows()[i] for i in (2, 0, 3, 1)], *asked) == 0
+    assert result(tmp_path)["summary"]["pair_accuracy"] == 1.0
+    assert score(tmp_path, rows()[:3], *asked) == 2
+    assert "answers 3 of 4 images, and 1 of 2 pairs wholly" in capsys.readouterr().err
+    assert score(tmp_path, rows()[:3], *asked, "--subset") == 0
+    assert "SUBSET: 3 of 4 images, 1 of 2 pairs" in capsys.readouterr().out
+    assert result(tmp_path)["counts"]["pairs"] == 1
+    assert score(tmp_path, rows()) == 2
+    assert "2 of 150 pairs" in capsys.readouterr().err
+
+
+def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
+    answers = rows()
+    answers[place] |= fields
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([*rows(), {**rows()[0], "response": "b"}], "is answered already"),
+        (changed(0, question_id=0), "expected an id from 1"),
+        (changed(0, question_id=99), "99"),
+        (changed(0, answer="(b)"), "belong to other questions"),
+        (changed(0, prompt="Is it another?"), "belong to other questions"),
+        ([{k: v for k, v in row.items() if k != "response"} for row in rows()], "expected one of response"),
+    ],
+)
+def test_refusals(tmp_path, capsys, answers, message):
+    assert score(tmp_path, answers, "--questions", str(table_file(tmp_path, questions("abba")))) == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_data("expected_new.json", "new/mmvp")
+def test_figures_of_lmms_eval(tmp_path):
+    folder, official = DATA / "new/mmvp", json.loads((DATA / "expected_new.json").read_text())["mmvp"]
+    expected, path = official["synthetic"], folder / "answers_synthetic.jsonl"
+    words = ["score", "mmvp", str(path), "--parser", "lmms", "--out", str(tmp_path / "o.json")]
+    for more in (["--questions", str(folder / "Questions_synthetic.csv")], ["--subset"]):
+        assert main([*words, *more]) == 0
+        found = result(tmp_path)
+        names = {"accuracy": "mmvp_accuracy", "pair_accuracy": "mmvp_pair_accuracy"}
+        assert {name: found["summary"][name] for name in names} == {name: expected[k] for name, k in names.items()}
+        assert (found["counts"]["correct"], found["counts"]["pairs"]) == (expected["correct"], expected["pairs"])
+    letters = {True: "A", False: "B", None: ""}
+    given = [json.loads(line)["response"] for line in path.read_text().splitlines()]
+    assert [letters[parse_answer(text, parser="lmms")] for text in given] == expected["letters"]
+    for case in official["parser_cases"]:
+        assert letters[parse_answer(case["answer"], parser="lmms")] == case["lmms_eval"]
+
+
+@needs_data("expected_new.json")
+def test_the_labels_that_were_corrected():
+    corrected = json.loads((DATA / "expected_new.json").read_text())["mmvp"]["corrected_labels"]
+    for number, label in corrected.items():
+        assert MmvpQuestion(int(number), "", "", True).corrected is (label == "(a)")
+    assert [n for n in range(1, 301) if MmvpQuestion(n, "", "", True).was_corrected] == [int(n) for n in corrected]
+
+
+# A run on the embedded model.
+
+
+def test_a_run_and_its_files(tmp_path):
+    folder = tmp_path / "mmvp"
+    table = table_file(folder, questions("abbaab"))
+    (folder / "MMVP Images").mkdir()
+    for number, (path, _) in enumerate(benchmark_data.scenes(6), 1):
+        shutil.copy(path, folder / "MMVP Images" / f"{number}.jpg")
+    out = tmp_path / "run"
+    words = ["eval", "--benchmark", "mmvp", "--benchmark-data", f"mmvp={folder}", "--method", "none", "--limit", "2"]
+    assert main([*words, "--out", str(out)]) == 0
+    part = read(out)["methods"][0]["mmvp"]
+    assert (part["counts"]["n"], part["counts"]["pairs"]) == (4, 2)
+    answers = out / "official" / "none" / "mmvp_answers.jsonl"
+    again = ["score", "mmvp", str(answers), "--out", str(tmp_path / "o.json"), "--subset", "--questions", str(table)]
+    assert main(again) == 0
+    assert result(tmp_path)["counts"] == part["counts"]
+    (folder / "MMVP Images" / "3.jpg").unlink()
+    with pytest.raises(DataError, match="question 3"):
+        Mmvp.load(str(folder))
