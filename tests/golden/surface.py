@@ -25,11 +25,11 @@ VERBS = (
     "serve",
     "export",
 )
-SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench", "mmvp")
+SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench", "mmvp", "mmstar")
 
 CHOICES: dict[str, dict[str, str]] = {
     "--benchmark": {
-        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench mmvp",
+        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench mmvp mmstar",
         "tune": "chair pope",
     },
     "--split": {"": "heldout heldout2 calibration"},

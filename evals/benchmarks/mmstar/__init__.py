@@ -1,0 +1,1 @@
+"""MMStar: what a model can do beside not hallucinating."""
