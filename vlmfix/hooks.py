@@ -108,7 +108,7 @@ class Patch:
         self.variants: Uncopied[str, Any] = Uncopied()
         self.counters = Counters(len(methods))
         self.block_hooks = make_block_hooks(anatomy, methods)
-        self.early_head = EarlyHead(anatomy, methods)
+        self.early_head = EarlyHead(anatomy, methods, self.counters)
         self.notes = tuple(
             note for method in methods for note in (*method.notes(anatomy), *placement_notes(method, anatomy))
         )

@@ -12,8 +12,10 @@ from torch import nn
 
 from vlmfix.engine.base_output import is_measured
 from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.status import Counters
 from vlmfix.errors import UnsupportedModelError
 from vlmfix.methods.base import Method
+from vlmfix.methods.forward import squared_move
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.blocks import final_norm
 
@@ -26,7 +28,8 @@ class EarlyHead:
         UnsupportedFeatureError: A method wants the final norm, and it was not found.
     """
 
-    def __init__(self, anatomy: Anatomy, methods: Sequence[Method]) -> None:
+    def __init__(self, anatomy: Anatomy, methods: Sequence[Method], counters: Counters) -> None:
+        self._counters = counters
         self.mixing = tuple(
             (index, each) for index, each in enumerate(methods) if each.early_layers and not each.is_identity
         )
@@ -94,9 +97,9 @@ class EarlyHead:
             after = method.mix_logits(after, early)
         mixed = torch.where(mask[..., None], after.to(logits.dtype), before)
         if is_measured(forward):
-            numbers = [index for index, _ in self.mixing]
-            stock, edited = (each.float().softmax(-1) for each in (before, mixed))
-            forward.record_move(numbers, stock, edited, mask[..., None])
+            move = squared_move(before.float().softmax(-1), mixed.float().softmax(-1), mask[..., None])
+            for index, _ in self.mixing:
+                self._counters.move(index, move)
         if start > 0:
             mixed = torch.cat([logits[:batch, :start], mixed], dim=1)
         return mixed if batch == logits.shape[0] else torch.cat([mixed, logits[batch:]])

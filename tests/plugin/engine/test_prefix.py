@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import vlmfix
 from vlmfix.errors import MethodError, UnsupportedFeatureError, UnsupportedModelError
 
-LEAVE_PREFIXES = {"none", "adaiat", "hgai", "iat", "iri", "modality_balance", "pai", "vaf", "var"}
+LEAVE_PREFIXES = {"none", "adaiat", "deco", "dola", "hgai", "iat", "iri", "modality_balance", "pai", "vaf", "var"}
 """Every other method edits or reads rows up to the last image token, or looks at the whole prompt."""
 
 
