@@ -32,7 +32,7 @@ EXEMPTIONS = (
     Exemption(ANY_OLD, r"::test_a_beam_scores_as_its_tokens_\w+\[.*", "upstream: scores of beams are no log-probs"),
     Exemption(
         ANY_OLD,
-        r"(test_special_\w+|test_decoding|test_recipes|test_anatomy|test_calibrate)\.py::.*\[.*(blip2_t5|florence2).*",
+        r"(test_special_\w+|test_decoding|test_recipes|test_anatomy|test_calibrate|test_info)\.py::.*\[.*(blip2_t5|florence2).*",
         "T5 does not dispatch its attention, Florence-2 hands no keywords on: refused",
     ),
     Exemption(
@@ -122,6 +122,16 @@ EXEMPTIONS = (
         since=(5, 0),
     ),
     Exemption(OLD_4, r"::test_four_bit_weights\[.*", "batches of the 4-bit kernel differ from single prompts"),
+    Exemption(
+        OLD_4,
+        r"test_generation_cases\.py::.*drafted_tokens_change_nothing.*",
+        "refused where a forward takes no logits_to_keep; upstream: looking drafts up needs an end token",
+    ),
+    Exemption(
+        OLD_4,
+        r"::test_the_answer_depends_on_the_image\[emu3\]",
+        "upstream: the unpatched model turns both pictures into the same words",
+    ),
     Exemption(OLD_4, r"::test_continuous_batching_\w+", "there is no paged cache for generate() yet"),
     Exemption(OLD_4, r"::test_the_image_free_pass_keeps_who_sees_whom\[.*", "upstream: PaliGemma's batch and cache"),
 )
