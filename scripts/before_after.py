@@ -22,6 +22,7 @@ import vlmfix
 from vlmfix.evals import testbed
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, MarkedText, mark_objects
 from vlmfix.evals.testbed.scenes import Split, image_id, make_scene
+from vlmfix.observe.prompts import PromptBuilder, encode
 
 SIZE, MARGIN, WIDTH, LINE = 300, 24, 1000, 30
 INK, PAPER = "#222222", "#ffffff"
@@ -35,9 +36,7 @@ def captions(
     shown, matcher = make_scene(image_id(split, scene)), ChairMatcher("original")
     image, objects = Image.fromarray(shown.pixels), {matcher.node(name) for name in shown.counts()}
     model, processor = testbed.load(model_name)
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(turn, add_generation_prompt=True)
-    inputs = processor(images=image, text=text, return_tensors="pt").to(model.dtype)
+    inputs = encode(processor, [PromptBuilder(processor)(prompt)], [image], model)
     said, start = [], inputs["input_ids"].shape[1]
     for name in ("none", method):
         vlmfix.patch(model, name)

@@ -28,6 +28,7 @@ from golden.data import lines, pictures
 
 import vlmfix
 from vlmfix.evals import testbed
+from vlmfix.observe.prompts import PromptBuilder, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -197,9 +198,8 @@ def given(desk: Path) -> dict[str, Any]:
     model, processor = testbed.load("tiny")
     image = Image.open(desk / "1.jpg")
     asked = ("Is there a dog in the image?", "Describe the image.")
-    turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}] for text in asked]
-    prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
-    inputs = processor(images=image, text=prompts[0], return_tensors="pt")
+    prompts = [PromptBuilder(processor)(text) for text in asked]
+    inputs = encode(processor, prompts[:1], [image], model)
     yes_ids = processor.tokenizer.convert_tokens_to_ids(["yes"])
     return {
         "vlmfix": vlmfix,

@@ -9,6 +9,13 @@ import torch
 
 from vlmfix.methods.early import EarlyLogits
 from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import DefaultLayers
+
+
+def _upper_middle(num_layers: int) -> tuple[int, ...]:
+    # The release counts the embedding as 0: its 20 to 28 are the outputs of layers 19 to 27.
+    first, last = (max(round(place / 32 * num_layers) - 1, 0) for place in (20, 28))
+    return tuple(range(first, max(first, last) + 1))
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,9 @@ class DeCo(EarlyLogits):
     paper = "arXiv 2410.11779"
     summary = "raises the likely tokens that an upper middle layer is sure of"
     early_norm = True
+    default_layers = DefaultLayers(
+        "19..27 (inclusive) of 32 as released, elsewhere in proportion (ours)", _upper_middle
+    )
 
     alpha: float = parameter(
         0.6, low=0, search=Range(0.1, 1.0), remark="0: nothing is added", help="Strength. Default: the released code's."
@@ -40,11 +50,6 @@ class DeCo(EarlyLogits):
     def is_identity(self) -> bool:
         """Whether nothing is added and nothing cut."""
         return self.alpha == 0 and not self.cut
-
-    def default_candidates(self, num_layers: int) -> Sequence[int]:
-        """Outputs of layers 19 to 27 of 32, as released; of other depths, there in proportion (a heuristic)."""
-        first, last = round(20 / 32 * num_layers) - 1, round(28 / 32 * num_layers) - 1
-        return range(max(first, 0), max(last, first, 0) + 1)
 
     def mix_logits(self, logits: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
         """Correct fp32 ``[batch, rows, vocab]``."""

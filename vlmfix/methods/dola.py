@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from vlmfix.methods.early import EarlyLogits
 from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.selection import DefaultLayers
 from vlmfix.model.anatomy import Anatomy
 
 
@@ -32,6 +34,7 @@ class DoLa(EarlyLogits):
 
     name = "dola"
     paper = "arXiv 2309.03883"
+    default_layers = DefaultLayers("those of ``depth``", lambda num_layers: tuple(range(num_layers)))
     summary = "contrasts the next token with what the early layer that differs most says"
 
     alpha: float = parameter(1.0, low=0, search=Range(0.1, 1.5), remark="0: no contrast", help="Strength (ours).")
@@ -53,20 +56,22 @@ class DoLa(EarlyLogits):
         """Whether nothing is contrasted and nothing cut."""
         return self.alpha == 0 == self.relative_top
 
-    def default_candidates(self, num_layers: int) -> Sequence[int]:
+    def bind(self, anatomy: Anatomy) -> DoLa:
+        """Choose the candidates, and refuse the last layer with the norm, whose logits are the model's own."""
+        layers = self._candidates(anatomy.num_layers) if self.layers is None else self.layers
+        bound = super(DoLa, dataclasses.replace(self, layers=layers)).bind(anatomy)
+        is_itself = bound.early_norm and anatomy.num_layers - 1 in bound.layer_indices
+        bound.require(not is_itself, "layers", "without the last one, which would contrast with itself")
+        return bound
+
+    def _candidates(self, num_layers: int) -> list[int]:
         """Every other layer of one half; of more than 40 layers, ten of the first or of the last 20."""
-        first, last = (0, num_layers // 2) if num_layers <= 40 else (0, 20)
-        if self.depth == "high":
-            first, last = (num_layers // 2, num_layers) if num_layers <= 40 else (num_layers - 20, num_layers)
+        if self.depth == "low":
+            first, last = 0, num_layers // 2 if num_layers <= 40 else 20
+        else:
+            first, last = num_layers // 2 if num_layers <= 40 else num_layers - 20, num_layers
         # The release counts the embedding as 0, which is left out: its candidate 2 is the output of layer 1.
         return [index - 1 for index in range(first, last, 2) if index > 0] or [0]
-
-    def check_candidates(self, anatomy: Anatomy) -> None:
-        """Refuse the last layer with the norm, whose logits are the model's own."""
-        is_last = anatomy.num_layers - 1 in self.layer_indices
-        self.require(
-            not (self.early_norm and is_last), "layers", "without the last one, which would contrast with itself"
-        )
 
     def mix_logits(self, logits: torch.Tensor, early: Sequence[torch.Tensor]) -> torch.Tensor:
         """Contrast fp32 ``[batch, rows, vocab]``."""
