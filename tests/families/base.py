@@ -237,6 +237,20 @@ def nested(key: str = "pixel_values", **per_picture: Any) -> Encoder:
     return encode
 
 
+def tiled(*, mask: str = "") -> Encoder:
+    """The tiles of all pictures of a sample in one row, missing ones zero; ``mask`` names which are there."""
+
+    def encode(pictures: Pictures) -> dict[str, torch.Tensor]:
+        like = next(picture for sample in pictures for picture in sample)
+        rows = [torch.cat([like[:0], *sample]) for sample in pictures]
+        most = max(len(row) for row in rows)
+        tiles = [torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows]
+        real = [[column < len(row) for column in range(most)] for row in rows]
+        return {"pixel_values": torch.stack(tiles), **({mask: torch.tensor(real)} if mask else {})}
+
+    return encode
+
+
 def token_types(*names: str, image: int = IMAGE) -> Annotator:
     """Inputs that are 1 at image tokens and 0 elsewhere."""
 
@@ -299,6 +313,11 @@ def text(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     }
 
 
+def gemma2_text() -> dict[str, Any]:
+    """A tiny Gemma 2: softcap, and every other layer slides."""
+    return text("gemma2", head_dim=8, query_pre_attn_scalar=16, sliding_window=12, attn_logit_softcapping=2.0)
+
+
 def vision(model_type: str | None = None, **changes: Any) -> dict[str, Any]:
     """A tiny vision tower: 24 x 24 pixels, patches of 8, 2 layers."""
     kind = {} if model_type is None else {"model_type": model_type}
@@ -312,6 +331,12 @@ def vision(model_type: str | None = None, **changes: Any) -> dict[str, Any]:
         "patch_size": 8,
         **changes,
     }
+
+
+def sam_tower(model_type: str | None = None, **changes: Any) -> dict[str, Any]:
+    """A tiny vision tower of Segment Anything."""
+    common = {"image_size": 32, "patch_size": 4, "output_channels": 16, "mlp_dim": 32, "window_size": 4}
+    return without(vision(model_type, **{**common, "global_attn_indexes": [1], **changes}), "intermediate_size")
 
 
 def rope(**parameters: Any) -> dict[str, Any]:

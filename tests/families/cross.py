@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -34,51 +34,32 @@ QUERIES = 6
 # BLIP-2 and InstructBLIP: generate() hands embeddings to the language model, past the model's own forward.
 
 
-def _qformer(**changes: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "encoder_hidden_size": 16,
-        "max_position_embeddings": 64,
-        **changes,
-    }
-
-
-def _opt() -> dict[str, Any]:
-    common = text("opt", ffn_dim=64, word_embed_proj_dim=32)
-    for name in ("num_key_value_heads", "intermediate_size"):
-        del common[name]
-    return common
-
-
-def _t5() -> dict[str, Any]:
-    return {
-        "model_type": "t5",
-        "vocab_size": VOCAB_SIZE,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 64,
-        "num_layers": 3,
-        "num_decoder_layers": 3,
-        "num_heads": 4,
-        "decoder_start_token_id": PAD,
-        "pad_token_id": PAD,
-        "eos_token_id": EOS,
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-    }
-
-
-def _blip(name: str, language: dict[str, Any], **changes: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        vision_config=vision(), qformer_config=_qformer(), text_config=language, num_query_tokens=QUERIES, **changes
-    )
-
+QFORMER = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "encoder_hidden_size": 16,
+    "max_position_embeddings": 64,
+}
+OPT = without(text("opt", ffn_dim=64, word_embed_proj_dim=32), "num_key_value_heads", "intermediate_size")
+T5 = {
+    "model_type": "t5",
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 3,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "decoder_start_token_id": PAD,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+_blip = partial(parts, vision=vision(), qformer_config=QFORMER, num_query_tokens=QUERIES)
 
 BLIP = {
     "block": (IMAGE,) * QUERIES,
@@ -97,14 +78,14 @@ blip2_opt = family(
     title="blip2 (opt)",
     **BLIP,
     notes="generate() passes the model's forward by; 4 key heads",
-    config=lambda: _blip("Blip2Config", _opt(), image_token_index=IMAGE),
+    config=_blip("Blip2Config", OPT, image_token_index=IMAGE),
 )
 
 blip2_t5 = variant(
     blip2_opt,
     "blip2_t5",
     "blip2 (t5)",
-    config=lambda: _blip("Blip2Config", _t5(), image_token_index=IMAGE),
+    config=_blip("Blip2Config", T5, image_token_index=IMAGE),
     annotate=decoder_start(PAD, 20),
     attention=6,
     side="right",
@@ -125,7 +106,7 @@ instructblip = family(
     **BLIP,
     annotate=_qformer_ids,
     notes="generate() passes the model's forward by",
-    config=lambda: _blip("InstructBlipConfig", text(), image_token_index=IMAGE),
+    config=_blip("InstructBlipConfig", text(), image_token_index=IMAGE),
 )
 
 instructblipvideo = family(
@@ -136,7 +117,7 @@ instructblipvideo = family(
     annotate=_qformer_ids,
     visual_ids=(VIDEO,),
     notes="videos of two frames; generate() passes the model's forward by",
-    config=lambda: _blip("InstructBlipVideoConfig", text(), video_token_index=VIDEO),
+    config=_blip("InstructBlipVideoConfig", text(), video_token_index=VIDEO),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -16,15 +16,16 @@ from families.base import (
     Pictures,
     family,
     parts,
+    sam_tower,
     stacked,
     text,
     token_types,
     variant,
     vision,
 )
-from families.gemma import gemma3
+from families.gemma import gemma3, gemma3_config
 from families.masks import minicpmv4_6
-from families.projector import deepseek_vl, got_ocr2, internvl
+from families.projector import deepseek_vl, got_ocr2, internvl, internvl_config
 from families.qwen import qwen3_5_text
 
 lighton_ocr = family(
@@ -43,63 +44,33 @@ lighton_ocr = family(
 )
 
 
-def _qianfan() -> Any:
-    from transformers import QianfanOCRConfig
-
-    return QianfanOCRConfig(
-        vision_config=vision(image_size=[16, 16], patch_size=[4, 4]),
-        text_config=text("qwen3", head_dim=8),
-        image_token_id=IMAGE,
-        image_seq_length=4,
-    )
-
-
 qianfan_ocr = variant(
     internvl,
     "qianfan_ocr",
     "qianfan_ocr",
     architecture="QianfanOCRForConditionalGeneration",
-    config=_qianfan,
+    config=internvl_config("QianfanOCRConfig", text("qwen3", head_dim=8)),
     needs_transformers="5.10",
 )
 
 
-def _chart() -> Any:
-    from transformers import PPChart2TableConfig
-
-    like = got_ocr2.config()
-    return PPChart2TableConfig(
-        vision_config={**vision_of(like), "model_type": "pp_chart2table_vision"},
-        text_config=text("qwen2"),
+pp_chart2table = variant(
+    got_ocr2,
+    "pp_chart2table",
+    "pp_chart2table",
+    config=parts(
+        "PPChart2TableConfig",
+        text("qwen2"),
+        sam_tower("pp_chart2table_vision"),
         image_token_index=IMAGE,
         image_seq_length=4,
-    )
+    ),
+    needs_transformers="5.10",
+)
 
-
-def vision_of(config: Any) -> dict[str, Any]:
-    """The tower of a tiny config."""
-    found: dict[str, Any] = config.vision_config.to_dict()
-    return found
-
-
-pp_chart2table = variant(got_ocr2, "pp_chart2table", "pp_chart2table", config=_chart, needs_transformers="5.10")
-
-
-def _shield() -> Any:
-    from transformers import ShieldGemma2Config
-
-    like = gemma3.config()
-    return ShieldGemma2Config(
-        text_config=like.text_config,
-        vision_config=like.vision_config,
-        mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=START,
-        eoi_token_index=END,
-    )
-
-
-shieldgemma2 = variant(gemma3, "shieldgemma2", "shieldgemma2", config=_shield, needs_transformers="5.23")
+shieldgemma2 = variant(
+    gemma3, "shieldgemma2", "shieldgemma2", config=gemma3_config("ShieldGemma2Config"), needs_transformers="5.23"
+)
 
 
 def _two_sizes(pictures: Pictures) -> dict[str, torch.Tensor]:
@@ -107,27 +78,18 @@ def _two_sizes(pictures: Pictures) -> dict[str, torch.Tensor]:
     return {"pixel_values": every, "high_res_pixel_values": every.repeat_interleave(4, -1).repeat_interleave(4, -2)}
 
 
-def _hybrid() -> Any:
-    from transformers import DeepseekVLHybridConfig
-
-    sharp = vision(
-        "sam_vision_model", image_size=96, patch_size=4, output_channels=16, mlp_dim=32, window_size=4, num_pos_feats=8
-    )
-    del sharp["intermediate_size"]
-    return DeepseekVLHybridConfig(
-        text_config=text(),
-        vision_config=vision("siglip_vision_model", vision_use_head=False),
-        high_res_vision_config={**sharp, "global_attn_indexes": [1]},
-        image_token_id=IMAGE,
-    )
-
-
 deepseek_vl_hybrid = variant(
     deepseek_vl,
     "deepseek_vl_hybrid",
     "deepseek_vl_hybrid",
     architecture="DeepseekVLHybridForConditionalGeneration",
-    config=_hybrid,
+    config=parts(
+        "DeepseekVLHybridConfig",
+        text(),
+        vision("siglip_vision_model", vision_use_head=False),
+        high_res_vision_config=sam_tower("sam_vision_model", image_size=96, num_pos_feats=8),
+        image_token_id=IMAGE,
+    ),
     encode=_two_sizes,
     notes="two vision towers",
 )
@@ -136,25 +98,21 @@ deepseek_vl_hybrid = variant(
 # MiniCPM-V's kin.
 
 
-def _minicpm(name: str, **changes: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        text_config=qwen3_5_text(),
-        vision_config=vision(image_size=32, patch_size=4),
-        insert_layer_id=0,
-        **MEDIA,
-        downsample_mode="16x",
-        **changes,
-    )
-
+_minicpm = partial(
+    parts,
+    text=qwen3_5_text(),
+    vision=vision(image_size=32, patch_size=4),
+    insert_layer_id=0,
+    **MEDIA,
+    downsample_mode="16x",
+)
 
 minicpmv4_7 = variant(
     minicpmv4_6,
     "minicpmv4_7",
     "minicpmv4_7 (hybrid linear)",
     architecture="MiniCPMV4_7ForConditionalGeneration",
-    config=lambda: _minicpm(
+    config=_minicpm(
         "MiniCPMV4_7Config",
         image_start_id=START,
         image_end_id=END,
@@ -173,7 +131,7 @@ minicpm_ocr = variant(
     "minicpm_ocr",
     "minicpm_ocr (hybrid linear)",
     architecture="MiniCPMOcrForConditionalGeneration",
-    config=lambda: _minicpm("MiniCPMOcrConfig"),
+    config=_minicpm("MiniCPMOcrConfig"),
     attention=2,
     needs_transformers="5.23",
     notes="a view and slices, each wrapped; softmax attention in two of four layers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -17,6 +17,7 @@ from families.base import (
     VOCAB_SIZE,
     Pictures,
     family,
+    gemma2_text,
     parts,
     stacked,
     text,
@@ -31,18 +32,15 @@ def _pali_types(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> di
     return {"token_type_ids": torch.zeros_like(ids)}
 
 
-def _paligemma(language: dict[str, Any]) -> Any:
-    from transformers import PaliGemmaConfig
-
-    return PaliGemmaConfig(
-        vision_config=vision("siglip_vision_model", vision_use_head=False, projection_dim=32),
-        text_config=language,
-        image_token_index=IMAGE,
-        projection_dim=32,
-        hidden_size=32,
-        vocab_size=VOCAB_SIZE,
-    )
-
+_paligemma = partial(
+    parts,
+    "PaliGemmaConfig",
+    vision=vision("siglip_vision_model", vision_use_head=False, projection_dim=32),
+    image_token_index=IMAGE,
+    projection_dim=32,
+    hidden_size=32,
+    vocab_size=VOCAB_SIZE,
+)
 
 PALIGEMMA = {
     "block": (IMAGE,) * 9,
@@ -59,7 +57,7 @@ paligemma = family(
     title="paligemma (gemma)",
     **PALIGEMMA,
     notes="image and prompt see each other",
-    config=lambda: _paligemma(text("gemma", head_dim=8)),
+    config=_paligemma(text("gemma", head_dim=8)),
 )
 
 paligemma2 = family(
@@ -68,9 +66,23 @@ paligemma2 = family(
     title="paligemma2 (gemma2)",
     **PALIGEMMA,
     notes="image and prompt see each other; softcap, sliding layers",
-    config=lambda: _paligemma(
-        text("gemma2", head_dim=8, query_pre_attn_scalar=16, sliding_window=12, attn_logit_softcapping=2.0)
+    config=_paligemma(gemma2_text()),
+)
+
+gemma3_config = partial(
+    parts,
+    text=text(
+        "gemma3_text",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
+    vision=vision("siglip_vision_model", image_size=16, patch_size=4, vision_use_head=False),
+    mm_tokens_per_image=4,
+    image_token_index=IMAGE,
+    boi_token_index=START,
+    eoi_token_index=END,
 )
 
 gemma3 = family(
@@ -80,21 +92,7 @@ gemma3 = family(
     picture=(3, 16, 16),
     annotate=token_types("token_type_ids"),
     notes="image tokens see each other; every other layer slides",
-    config=parts(
-        "Gemma3Config",
-        text(
-            "gemma3_text",
-            head_dim=8,
-            query_pre_attn_scalar=8,
-            sliding_window=12,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-        ),
-        vision("siglip_vision_model", image_size=16, patch_size=4, vision_use_head=False),
-        mm_tokens_per_image=4,
-        image_token_index=IMAGE,
-        boi_token_index=START,
-        eoi_token_index=END,
-    ),
+    config=gemma3_config("Gemma3Config"),
 )
 
 
@@ -148,14 +146,25 @@ gemma3n = family(
     ),
 )
 
+GEMMA4 = {
+    "block": (START, *(IMAGE,) * 4, END),
+    "annotate": token_types("mm_token_type_ids"),
+    "visual_ids": (IMAGE, VIDEO),
+}
+GEMMA4_TEXT = {
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 12,
+}
+GEMMA4_IDS = {**MEDIA, "audio_config": None, "audio_token_id": 72, "boi_token_id": START, "eoi_token_id": END}
+
 gemma4 = family(
     "gemma4",
     "Gemma4ForConditionalGeneration",
-    block=(START, *(IMAGE,) * 4, END),
+    **GEMMA4,
     picture=(16, 3 * 4 * 4),
     encode=stacked(image_position_ids=[[column, row] for row in range(4) for column in range(4)]),
-    annotate=token_types("mm_token_type_ids"),
-    visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.10",
     notes="image tokens see each other; head sizes differ by layer; shared keys in the last two layers, which read "
     "only the last row of a prompt",
@@ -163,20 +172,13 @@ gemma4 = family(
         "Gemma4Config",
         text(
             "gemma4_text",
-            head_dim=8,
-            global_head_dim=16,
+            **GEMMA4_TEXT,
             num_kv_shared_layers=2,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            sliding_window=12,
             vocab_size_per_layer_input=VOCAB_SIZE,
             hidden_size_per_layer_input=8,
             use_bidirectional_attention="vision",
         ),
         vision(patch_size=4, num_key_value_heads=2, head_dim=8, pooling_kernel_size=2, position_embedding_size=16),
-        audio_config=None,
-        **MEDIA,
-        audio_token_id=72,
-        boi_token_id=START,
-        eoi_token_id=END,
+        **GEMMA4_IDS,
     ),
 )

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from families.base import MEDIA, START, family, parts, rope, text, variant, vision, without
-from families.qwen import DEEP, GLM_IDS, GLM_TOWER, GRIDDED, IDS, PATCHES, QWEN, mrope, qwen3_5_text, qwen_tower
+from families.qwen import (
+    AUDIO,
+    DEEP,
+    GLM_IDS,
+    GLM_TOWER,
+    GRIDDED,
+    IDS,
+    PATCHES,
+    QWEN,
+    WINDOWS,
+    mrope,
+    qwen3_5_text,
+    qwen_tower,
+)
 
 # GLM-V's kin.
 
 
-def _glm46v(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        text_config=text("glm4v_text", **mrope()), vision_config=qwen_tower(**GLM_TOWER), **GLM_IDS
-    )
-
+_glm46v = partial(parts, text=text("glm4v_text", **mrope()), vision=qwen_tower(**GLM_TOWER), **GLM_IDS)
 
 glm46v = family(
-    "glm46v", "Glm46VForConditionalGeneration", **QWEN, needs_transformers="5.0", config=lambda: _glm46v("Glm46VConfig")
+    "glm46v", "Glm46VForConditionalGeneration", **QWEN, needs_transformers="5.0", config=_glm46v("Glm46VConfig")
 )
 
-glmga = variant(glm46v, "glmga", "glmga", config=lambda: _glm46v("GlmgaConfig"), needs_transformers="5.23")
+glmga = variant(glm46v, "glmga", "glmga", config=_glm46v("GlmgaConfig"), needs_transformers="5.23")
 
 glm_ocr = family(
     "glm_ocr",
@@ -79,17 +86,7 @@ qwen3_omni_moe = family(
             **rope(mrope_section=[1, 1, 2], mrope_interleaved=True),
         ),
         qwen_tower(**DEEP),
-        audio_config={
-            "d_model": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16,
-            "num_mel_bins": 8,
-            "max_source_positions": 20,
-            "n_window": 4,
-            "output_dim": 32,
-            "downsample_hidden_size": 8,
-        },
+        audio_config={**AUDIO, "downsample_hidden_size": 8},
         **MEDIA,
         audio_token_id=72,
         audio_start_token_id=73,
@@ -127,7 +124,7 @@ exaone4_5 = family(
             sliding_window=12,
             layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
         ),
-        qwen_tower(num_key_value_heads=1, fullatt_block_indexes=[1], window_size=16),
+        qwen_tower(num_key_value_heads=1, **WINDOWS),
         **MEDIA,
     ),
 )
@@ -140,7 +137,7 @@ hyperclovax_vision_v2 = family(
     config=parts(
         "HyperCLOVAXVisionV2Config",
         text("hyperclovax", head_dim=8),
-        qwen_tower(model_type="qwen2_5_vl_vision", fullatt_block_indexes=[1], window_size=16),
+        qwen_tower(model_type="qwen2_5_vl_vision", **WINDOWS),
         **MEDIA,
     ),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from families.base import END, IMAGE, MEDIA, START, VIDEO, family, parts, rope, stacked, text, token_types, vision
+from families.base import MEDIA, family, parts, rope, stacked, text, vision
+from families.gemma import GEMMA4, GEMMA4_IDS, GEMMA4_TEXT
 from families.qwen import DEEP, GRIDDED, IDS, PATCHES, QWEN, mrope, qwen_tower
 
 cosmos3_omni = family(
@@ -122,27 +123,15 @@ lfm3_vl = family(
 gemma4_unified = family(
     "gemma4_unified",
     "Gemma4UnifiedForConditionalGeneration",
-    block=(START, *(IMAGE,) * 4, END),
+    **GEMMA4,
     picture=(4, 3 * 8 * 8),
     encode=stacked(image_position_ids=[[column, row] for row in range(2) for column in range(2)]),
-    annotate=token_types("mm_token_type_ids"),
-    visual_ids=(IMAGE, VIDEO),
     needs_transformers="5.23",
     notes="patches enter without a vision tower; image tokens see each other; head sizes differ by layer",
     config=parts(
         "Gemma4UnifiedConfig",
-        text(
-            "gemma4_unified_text",
-            head_dim=8,
-            global_head_dim=16,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            sliding_window=12,
-        ),
+        text("gemma4_unified_text", **GEMMA4_TEXT),
         {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
-        audio_config=None,
-        **MEDIA,
-        audio_token_id=72,
-        boi_token_id=START,
-        eoi_token_id=END,
+        **GEMMA4_IDS,
     ),
 )

@@ -2,46 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from families.base import BREAK, END, IMAGE, PICTURE, START, TAG, VIDEO, family, parts, stacked, text, variant, vision
+from families.base import (
+    BREAK,
+    END,
+    IMAGE,
+    PICTURE,
+    START,
+    TAG,
+    VIDEO,
+    family,
+    gemma2_text,
+    parts,
+    stacked,
+    text,
+    variant,
+    vision,
+)
 
-
-def _llava(language: dict[str, Any], **changes: Any) -> Any:
-    from transformers import LlavaConfig
-
-    return LlavaConfig(
-        vision_config=vision("clip_vision_model"),
-        text_config=language,
-        image_token_index=IMAGE,
-        image_seq_length=9,
-        vision_feature_layer=-1,
-        **changes,
-    )
-
+_llava = partial(
+    parts,
+    "LlavaConfig",
+    vision=vision("clip_vision_model"),
+    image_token_index=IMAGE,
+    image_seq_length=9,
+    vision_feature_layer=-1,
+)
 
 llava = family(
     "llava",
     "LlavaForConditionalGeneration",
     title="llava (llama)",
     notes="one contiguous block per image",
-    config=lambda: _llava(text()),
+    config=_llava(text()),
 )
 
 llava_mistral = variant(
     llava,
     "llava_mistral",
     "llava (mistral, sliding window)",
-    config=lambda: _llava(text("mistral", sliding_window=12, head_dim=8)),
+    config=_llava(text("mistral", sliding_window=12, head_dim=8)),
     notes="every layer slides (BakLLaVA)",
 )
 llava_gemma2 = variant(
     llava,
     "llava_gemma2",
     "llava (gemma2, softcap)",
-    config=lambda: _llava(
-        text("gemma2", head_dim=8, query_pre_attn_scalar=16, sliding_window=12, attn_logit_softcapping=2.0)
-    ),
+    config=_llava(gemma2_text()),
     notes="softcap, alternating sliding layers",
 )
 
@@ -63,31 +71,26 @@ pixtral = family(
 )
 
 
-TILES = (3, *PICTURE)
-"""A base view and two tiles of an image of 24 x 48 pixels."""
-
-
-def _anyres(name: str, **changes: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        vision_config=vision("clip_vision_model"),
-        text_config=text(),
-        image_token_index=IMAGE,
-        image_grid_pinpoints=[[24, 48], [48, 24]],
-        vision_feature_layer=-1,
-        **changes,
-    )
-
+ANYRES = {
+    "block": (IMAGE,) * (9 + 3 * 7),
+    "picture": (3, *PICTURE),
+    "encode": stacked(image_sizes=(24, 48)),
+}
+"""A base view and two tiles of an image of 24 x 48 pixels, with row ends."""
 
 llava_next = family(
     "llava_next",
     "LlavaNextForConditionalGeneration",
-    block=(IMAGE,) * (9 + 3 * 7),
-    picture=TILES,
-    encode=stacked(image_sizes=(24, 48)),
+    **ANYRES,
     notes="tiles and row ends in one block",
-    config=lambda: _anyres("LlavaNextConfig"),
+    config=parts(
+        "LlavaNextConfig",
+        text(),
+        vision("clip_vision_model"),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[24, 48], [48, 24]],
+        vision_feature_layer=-1,
+    ),
 )
 
 llava_next_video = family(
@@ -112,9 +115,7 @@ llava_next_video = family(
 llava_onevision = family(
     "llava_onevision",
     "LlavaOnevisionForConditionalGeneration",
-    block=(IMAGE,) * (9 + 3 * 7),
-    picture=TILES,
-    encode=stacked(image_sizes=(24, 48)),
+    **ANYRES,
     visual_ids=(IMAGE, VIDEO),
     config=parts(
         "LlavaOnevisionConfig",
@@ -159,21 +160,17 @@ video_llava = family(
 )
 
 
-def _cohere(name: str, **changes: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        vision_config=vision("siglip_vision_model", image_size=32, vision_use_head=False),
-        text_config=text(
-            "cohere2",
-            sliding_window=12,
-            head_dim=8,
-            logit_scale=1.0,
-            layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
-        ),
-        **changes,
-    )
-
+_cohere = partial(
+    parts,
+    text=text(
+        "cohere2",
+        sliding_window=12,
+        head_dim=8,
+        logit_scale=1.0,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    ),
+    vision=vision("siglip_vision_model", image_size=32, vision_use_head=False),
+)
 
 aya_vision = family(
     "aya_vision",
@@ -182,7 +179,7 @@ aya_vision = family(
     picture=(2, 3, 32, 32),
     encode=stacked(joined=True),
     notes="tags between the tiles of an image",
-    config=lambda: _cohere("AyaVisionConfig", image_token_index=IMAGE),
+    config=_cohere("AyaVisionConfig", image_token_index=IMAGE),
 )
 
 cohere2_vision = family(
@@ -192,7 +189,7 @@ cohere2_vision = family(
     picture=(2, 3, 32, 32),
     encode=stacked(joined=True),
     notes="breaks between the tiles of an image",
-    config=lambda: _cohere("Cohere2VisionConfig", image_token_id=IMAGE, alignment_intermediate_size=64),
+    config=_cohere("Cohere2VisionConfig", image_token_id=IMAGE, alignment_intermediate_size=64),
 )
 
 mistral3 = family(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from families.base import (
@@ -60,21 +58,12 @@ llama4 = family(
 )
 
 
-def _encode_phi4(pictures: Pictures) -> dict[str, torch.Tensor]:
-    every = torch.stack([picture for sample in pictures for picture in sample])
-    return {
-        "image_pixel_values": every,
-        "image_sizes": torch.tensor([[16, 32]] * len(every)),
-        "image_attention_mask": torch.ones(*every.shape[:2], 4, 4),
-    }
-
-
 phi4_multimodal = family(
     "phi4_multimodal",
     "Phi4MultimodalForCausalLM",
     block=(IMAGE,) * (2 * 5 + 1 + 2 * 3),
     picture=(3, 3, 16, 16),
-    encode=_encode_phi4,
+    encode=stacked("image_pixel_values", image_sizes=(16, 32), image_attention_mask=torch.ones(3, 4, 4).tolist()),
     notes="the image id is in vision_config; fused projections",
     config=parts(
         "Phi4MultimodalConfig",
@@ -109,28 +98,7 @@ def _encode_molmo2(pictures: Pictures) -> dict[str, torch.Tensor]:
     }
 
 
-def _molmo2() -> Any:
-    from transformers import Molmo2Config
-
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-    return Molmo2Config(
-        text_config=text("molmo2_text", head_dim=8, additional_vocab_size=8, rope_scaling_layers=[0, 1, 2, 3]),
-        vision_config=vision(image_size=[16, 16], patch_size=4, num_position_embeddings=16, **heads),
-        adapter_config={
-            "vision_feature_layer": [-1, -2],
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "text_hidden_size": 32,
-            **heads,
-        },
-        image_start_token_id=START,
-        low_res_image_start_token_id=TAG,
-        image_end_token_id=END,
-        image_patch_id=IMAGE,
-        frame_start_token_id=85,
-        frame_end_token_id=86,
-    )
-
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
 
 molmo2 = family(
     "molmo2",
@@ -141,7 +109,24 @@ molmo2 = family(
     annotate=token_types("mm_token_type_ids"),
     needs_transformers="5.10",
     notes="image tokens see each other, also across images; row ends between them; features are added to embeddings",
-    config=_molmo2,
+    config=parts(
+        "Molmo2Config",
+        text("molmo2_text", head_dim=8, additional_vocab_size=8, rope_scaling_layers=[0, 1, 2, 3]),
+        vision(image_size=[16, 16], patch_size=4, num_position_embeddings=16, **HEADS),
+        adapter_config={
+            "vision_feature_layer": [-1, -2],
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "text_hidden_size": 32,
+            **HEADS,
+        },
+        image_start_token_id=START,
+        low_res_image_start_token_id=TAG,
+        image_end_token_id=END,
+        image_patch_id=IMAGE,
+        frame_start_token_id=85,
+        frame_end_token_id=86,
+    ),
 )
 
 

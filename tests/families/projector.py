@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from families.base import (
     END,
@@ -12,9 +12,9 @@ from families.base import (
     START,
     VIDEO,
     VOCAB_SIZE,
-    Pictures,
     family,
     parts,
+    sam_tower,
     stacked,
     text,
     vision,
@@ -31,13 +31,14 @@ got_ocr2 = family(
     config=parts(
         "GotOcr2Config",
         text("qwen2"),
-        without(
-            vision(image_size=32, patch_size=4, output_channels=16, mlp_dim=32, window_size=4, global_attn_indexes=[1]),
-            "intermediate_size",
-        ),
+        sam_tower(),
         image_token_index=IMAGE,
         image_seq_length=4,
     ),
+)
+
+internvl_config = partial(
+    parts, vision=vision(image_size=[16, 16], patch_size=[4, 4]), image_token_id=IMAGE, image_seq_length=4
 )
 
 internvl = family(
@@ -47,13 +48,7 @@ internvl = family(
     picture=(2, 3, 16, 16),
     encode=stacked(joined=True),
     notes="two tiles per image",
-    config=parts(
-        "InternVLConfig",
-        text("qwen2"),
-        vision(image_size=[16, 16], patch_size=[4, 4]),
-        image_token_id=IMAGE,
-        image_seq_length=4,
-    ),
+    config=internvl_config("InternVLConfig", text("qwen2")),
 )
 
 janus = family(
@@ -147,15 +142,6 @@ fast_vlm = family(
 )
 
 
-def _encode_lfm2(pictures: Pictures) -> dict[str, torch.Tensor]:
-    every = torch.stack([picture for sample in pictures for picture in sample])
-    return {
-        "pixel_values": every,
-        "spatial_shapes": torch.tensor([[4, 4]] * len(every)),
-        "pixel_attention_mask": torch.ones(every.shape[:2], dtype=torch.long),
-    }
-
-
 lfm2_vl = family(
     "lfm2_vl",
     "Lfm2VlForConditionalGeneration",
@@ -163,7 +149,7 @@ lfm2_vl = family(
     attention=2,
     block=(START, *(IMAGE,) * 4, END),
     picture=(16, 3 * 8 * 8),
-    encode=_encode_lfm2,
+    encode=stacked(spatial_shapes=(4, 4), pixel_attention_mask=[1] * 16),
     notes="attention in two of four layers",
     config=parts(
         "Lfm2VlConfig",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from families.base import (
     END,
@@ -12,9 +11,7 @@ from families.base import (
     MEDIA,
     START,
     VIDEO,
-    Annotator,
     Family,
-    Pictures,
     family,
     parts,
     rope,
@@ -72,24 +69,20 @@ qwen2_vl = family(
 )
 
 
-def _qwen2_5_vl(**changes: Any) -> Any:
-    from transformers import Qwen2_5_VLConfig
-
-    return Qwen2_5_VLConfig(
-        text_config=text("qwen2_5_vl_text", **mrope(**changes)),
-        vision_config=qwen_tower(fullatt_block_indexes=[1], window_size=16),
-        **IDS,
-    )
+WINDOWS = {"fullatt_block_indexes": [1], "window_size": 16}
 
 
-qwen2_5_vl = family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **QWEN, config=lambda: _qwen2_5_vl())
+def _qwen2_5_vl(**changes: Any) -> Callable[[], Any]:
+    return parts("Qwen2_5_VLConfig", text("qwen2_5_vl_text", **mrope(**changes)), qwen_tower(**WINDOWS), **IDS)
 
+
+qwen2_5_vl = family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", **QWEN, config=_qwen2_5_vl())
 
 qwen2_5_vl_sliding: Family = variant(
     qwen2_5_vl,
     "qwen2_5_vl_sliding",
     "qwen2_5_vl (sliding layers)",
-    config=lambda: _qwen2_5_vl(
+    config=_qwen2_5_vl(
         use_sliding_window=True,
         sliding_window=12,
         max_window_layers=2,
@@ -125,17 +118,22 @@ qwen3_vl_moe = family(
 )
 
 
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
+}
+
+
 def qwen3_5_text() -> dict[str, Any]:
     """Linear attention and, in every other layer, softmax attention with an output gate."""
     return text(
         "qwen3_5_text",
         head_dim=8,
         layer_types=["linear_attention", "full_attention"] * 2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
+        **LINEAR,
     )
 
 
@@ -228,6 +226,18 @@ video_llama_3 = family(
     ),
 )
 
+AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "n_window": 4,
+    "output_dim": 32,
+}
+
+
 qwen2_5_omni = family(
     "qwen2_5_omni",
     "Qwen2_5OmniThinkerForConditionalGeneration",
@@ -236,17 +246,8 @@ qwen2_5_omni = family(
     config=parts(
         "Qwen2_5OmniThinkerConfig",
         text("qwen2_5_omni_text", **mrope()),
-        qwen_tower(fullatt_block_indexes=[1], window_size=16),
-        audio_config={
-            "d_model": 16,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 16,
-            "num_mel_bins": 8,
-            "max_source_positions": 20,
-            "n_window": 4,
-            "output_dim": 32,
-        },
+        qwen_tower(**WINDOWS),
+        audio_config=AUDIO,
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         audio_token_index=72,
@@ -260,18 +261,10 @@ qwen2_5_omni = family(
 )
 
 
-def _ernie_types() -> Annotator:
-    def annotate(ids: torch.Tensor, mask: torch.Tensor, pictures: Pictures) -> dict[str, torch.Tensor]:
-        image = (ids == IMAGE).long()
-        return {"mm_token_type_ids": image, "moe_mm_token_type_ids": image}
-
-    return annotate
-
-
 ernie4_5_vl_moe = family(
     "ernie4_5_vl_moe",
     "Ernie4_5_VLMoeForConditionalGeneration",
-    **{**QWEN, "picture": (PATCHES, 3 * 4 * 4), "annotate": _ernie_types()},
+    **{**QWEN, "picture": (PATCHES, 3 * 4 * 4), "annotate": token_types("mm_token_type_ids", "moe_mm_token_type_ids")},
     needs_transformers="5.0",
     notes="experts for text and for images",
     config=parts(

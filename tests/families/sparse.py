@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from families.base import BREAK, END, IMAGE, MEDIA, VIDEO, family, parts, rope, stacked, text, vision, without
-from families.qwen import GLM_IDS, GRIDDED, IDS, PATCHES, QWEN, qwen_tower
+from families.base import BREAK, END, IMAGE, MEDIA, VIDEO, family, parts, stacked, text, vision, without
+from families.qwen import GLM_IDS, GRIDDED, IDS, LINEAR, PATCHES, QWEN, qwen_tower
 
 TOPK = 8
 """How many keys a row sees; the tiny prompts are longer."""
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
 EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 INDEX = {"index_topk": TOPK, "index_head_dim": 8, "index_n_heads": 16}
 """So many heads that no key scores zero with all of them: ties would be broken differently from call to call."""
@@ -25,11 +26,9 @@ mistral_large4 = family(
         "MistralLarge4Config",
         text(
             "mistral_large4_text",
-            num_key_value_heads=4,
-            kv_lora_rank=16,
             qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
             v_head_dim=16,
+            **LATENT,
             indexer_types=["full", "shared"] * 2,
             **EXPERTS,
             **INDEX,
@@ -83,11 +82,9 @@ glm5_next = family(
         "Glm5NextConfig",
         text(
             "glm5_next_text",
-            num_key_value_heads=4,
-            kv_lora_rank=16,
             q_lora_rank=16,
-            qk_nope_head_dim=8,
             v_head_dim=8,
+            **LATENT,
             linear_head_dim=8,
             linear_num_heads=4,
             hc_mult=2,
@@ -114,11 +111,9 @@ dots3_note = family(
         "Dots3NoteConfig",
         text(
             "dots3_note_text",
-            num_key_value_heads=4,
-            kv_lora_rank=16,
             q_lora_rank=16,
             qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
+            **LATENT,
             head_dim=16,
             v_head_dim=8,
             sliding_window=12,
@@ -172,10 +167,7 @@ qwen4_exp = family(
                 "qwen4_exp_text",
                 head_dim=8,
                 layer_types=["linear_attention", "indexed_attention"] * 2,
-                linear_key_head_dim=8,
-                linear_value_head_dim=8,
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
+                **LINEAR,
                 moe_intermediate_size=16,
                 shared_expert_intermediate_size=16,
                 num_experts=4,
@@ -187,7 +179,6 @@ qwen4_exp = family(
                 indexer_head_dim=8,
                 indexer_budget=TOPK,
                 indexer_compress_ratio=2,
-                **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0, mrope_interleaved=True),
             ),
             "intermediate_size",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -24,6 +24,8 @@ from families.base import (
     rope,
     stacked,
     text,
+    tiled,
+    variant,
     vision,
     without,
 )
@@ -57,43 +59,32 @@ idefics2 = family(
 IDEFICS3 = {
     "block": (TAG, START, *(IMAGE,) * 4, TAG, START + 1, *(IMAGE,) * 4, TAG),
     "picture": (2, 3, 16, 16),
-    "notes": "row and column tags between the tiles of an image",
 }
-
-
-def _encode_tiles(pictures: Pictures) -> dict[str, torch.Tensor]:
-    """Tiles of all pictures of a sample in one row, missing ones zero."""
-    rows = [torch.cat(list(sample)) if sample else torch.zeros(0, 3, 16, 16) for sample in pictures]
-    most = max(len(row) for row in rows)
-    return {"pixel_values": torch.stack([torch.cat([row, row.new_zeros(most - len(row), 3, 16, 16)]) for row in rows])}
-
-
-def _idefics3(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)(
-        vision_config=vision(image_size=16, patch_size=4),
-        text_config=text(),
-        scale_factor=2,
-        image_token_id=IMAGE,
-        pad_token_id=PAD,
-    )
+_idefics3 = partial(
+    parts,
+    text=text(),
+    vision=vision(image_size=16, patch_size=4),
+    scale_factor=2,
+    image_token_id=IMAGE,
+    pad_token_id=PAD,
+)
 
 
 idefics3 = family(
     "idefics3",
     "Idefics3ForConditionalGeneration",
     **IDEFICS3,
-    encode=_encode_tiles,
-    config=lambda: _idefics3("Idefics3Config"),
+    encode=tiled(),
+    config=_idefics3("Idefics3Config"),
+    notes="row and column tags between the tiles of an image",
 )
 
-smolvlm = family(
+smolvlm = variant(
+    idefics3,
     "smolvlm",
-    "SmolVLMForConditionalGeneration",
-    **IDEFICS3,
-    encode=_encode_tiles,
-    config=lambda: _idefics3("SmolVLMConfig"),
+    "smolvlm",
+    architecture="SmolVLMForConditionalGeneration",
+    config=_idefics3("SmolVLMConfig"),
 )
 
 

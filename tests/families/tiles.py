@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from families.base import (
     BREAK,
     END,
     IMAGE,
     START,
-    TAG,
-    Pictures,
     family,
     parts,
     rope,
+    sam_tower,
     stacked,
     text,
+    tiled,
     token_types,
     vision,
 )
 from families.qwen import DEEP, GRID, IDS, PATCHES, QWEN, qwen_tower
+from families.sparse import EXPERTS
+from families.special import IDEFICS3
 
-
-def _cohere_compass() -> Any:
-    from transformers import CohereCompassConfig
-
-    axes = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
-    return CohereCompassConfig(
-        text_config=text(
-            "cohere_compass_text",
-            sliding_window=12,
-            logit_scale=1.0,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            rope_parameters={"sliding_attention": axes, "full_attention": axes},
-        ),
-        vision_config=qwen_tower(**DEEP),
-        **IDS,
-    )
-
+AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "mrope_interleaved": True}
 
 cohere_compass = family(
     "cohere_compass",
@@ -47,13 +32,19 @@ cohere_compass = family(
     **QWEN,
     needs_transformers="5.23",
     notes="visual features also enter the first two layers",
-    config=_cohere_compass,
+    config=parts(
+        "CohereCompassConfig",
+        text(
+            "cohere_compass_text",
+            sliding_window=12,
+            logit_scale=1.0,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            rope_parameters={"sliding_attention": AXES, "full_attention": AXES},
+        ),
+        qwen_tower(**DEEP),
+        **IDS,
+    ),
 )
-
-
-def _rows(pictures: Pictures) -> dict[str, torch.Tensor]:
-    every = torch.cat([picture for sample in pictures for picture in sample])
-    return {"pixel_values": every, "image_grid_thw": torch.tensor([GRID] * (len(every) // PATCHES))}
 
 
 hunyuan_vl = family(
@@ -61,7 +52,7 @@ hunyuan_vl = family(
     "HunYuanVLForConditionalGeneration",
     block=(START, *(IMAGE,) * 8, END),
     picture=(PATCHES, 3 * 4 * 4),
-    encode=_rows,
+    encode=stacked(joined=True, image_grid_thw=GRID),
     annotate=token_types("mm_token_type_ids"),
     text_positions=False,
     needs_transformers="5.23",
@@ -114,31 +105,24 @@ step3p7 = family(
 )
 
 
-def _encode_granite(pictures: Pictures) -> dict[str, torch.Tensor]:
-    rows = [torch.cat(list(sample)) if sample else torch.zeros(0, 3, 16, 16) for sample in pictures]
-    most = max(len(row) for row in rows)
-    tiles = [torch.cat([row, row.new_zeros(most - len(row), 3, 16, 16)]) for row in rows]
-    real = [[True] * len(row) + [False] * (most - len(row)) for row in rows]
-    return {"pixel_values": torch.stack(tiles), "pixel_attention_mask": torch.tensor(real)}
+GRANITE = {
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.35,
+}
 
 
 granite_docling = family(
     "granite_docling",
     "GraniteDoclingForConditionalGeneration",
-    block=(TAG, START, *(IMAGE,) * 4, TAG, START + 1, *(IMAGE,) * 4, TAG),
-    picture=(2, 3, 16, 16),
-    encode=_encode_granite,
+    **IDEFICS3,
+    encode=tiled(mask="pixel_attention_mask"),
     needs_transformers="5.23",
     notes="row and column tags between the tiles of an image; visual features also enter the first layer",
     config=parts(
         "GraniteDoclingConfig",
-        text(
-            "granite_docling_text",
-            embedding_multiplier=1.0,
-            logits_scaling=1.0,
-            residual_multiplier=0.7,
-            attention_multiplier=0.35,
-        ),
+        text("granite_docling_text", **GRANITE),
         vision(image_size=16, patch_size=4, out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0]),
         image_token_id=IMAGE,
         pad_token_id=0,
@@ -155,13 +139,7 @@ granite4_vision = family(
     notes="tiles and row ends in one block; visual features enter two layers",
     config=parts(
         "Granite4VisionConfig",
-        text(
-            "granite4_vision_text",
-            embedding_multiplier=1.0,
-            logits_scaling=1.0,
-            residual_multiplier=0.7,
-            attention_multiplier=0.35,
-        ),
+        text("granite4_vision_text", **GRANITE),
         vision("siglip_vision_model", image_size=32, hidden_size=64, vision_use_head=False),
         image_token_index=IMAGE,
         image_grid_pinpoints=[[32, 64], [64, 32]],
@@ -211,18 +189,13 @@ emu3 = family(
 )
 
 
-def _ocr(name: str, language: str, tower: dict[str, Any], **changes: Any) -> Any:
-    import transformers
-
-    sharp = vision(
-        image_size=32, patch_size=2, output_channels=8, mlp_dim=32, window_size=4, downsample_channels=[8, 16]
-    )
-    del sharp["intermediate_size"]
-    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+def _ocr(name: str, language: str, tower: dict[str, Any], **changes: Any) -> Callable[[], Any]:
+    sharp = sam_tower(patch_size=2, output_channels=8, downsample_channels=[8, 16])
     dense_first = ["dense", "sparse", "sparse", "sparse"]
-    return getattr(transformers, name)(
-        text_config=text(language, mlp_layer_types=dense_first, n_group=1, topk_group=1, **experts, **changes),
-        vision_config={"sam_config": {**sharp, "global_attn_indexes": [1]}, "encoder_config": tower},
+    return parts(
+        name,
+        text(language, mlp_layer_types=dense_first, n_group=1, topk_group=1, **EXPERTS, **changes),
+        {"sam_config": sharp, "encoder_config": tower},
         image_token_id=IMAGE,
     )
 
@@ -235,9 +208,7 @@ unlimited_ocr = family(
     picture=(3, 32, 32),
     needs_transformers="5.23",
     notes="what is generated sees the prompt and a window; row ends and a separator are image tokens too",
-    config=lambda: _ocr(
-        "UnlimitedOcrConfig", "unlimited_ocr_text", vision(image_size=32, patch_size=8), sliding_window=4
-    ),
+    config=_ocr("UnlimitedOcrConfig", "unlimited_ocr_text", vision(image_size=32, patch_size=8), sliding_window=4),
 )
 
 deepseek_ocr2 = family(
@@ -247,5 +218,5 @@ deepseek_ocr2 = family(
     picture=(3, 32, 32),
     needs_transformers="5.10",
     notes="144 queries and a separator per image",
-    config=lambda: _ocr("DeepseekOcr2Config", "deepseek_ocr2_text", {**text("x", hidden_size=16, num_hidden_layers=2)}),
+    config=_ocr("DeepseekOcr2Config", "deepseek_ocr2_text", {**text("x", hidden_size=16, num_hidden_layers=2)}),
 )
