@@ -24,7 +24,7 @@ from families import (
 from families.base import Family
 from families.weights import strengthen
 
-__all__ = ["FAMILIES", "Family", "by_name", "strengthen"]
+__all__ = ["FAMILIES", "Family", "available", "by_name", "strengthen"]
 
 _MODULES = (
     *(llava, projector, cross, special),
@@ -59,3 +59,13 @@ def by_name(name: str) -> Family:
     if name not in _ALL:
         raise KeyError(f"no family {name!r}; there are {', '.join(_ORDER)}")
     return _ALL[name]
+
+
+def available(name: str) -> Family:
+    """Find a family for a test, which is skipped with the reason if this version of transformers lacks it."""
+    import pytest
+
+    family = by_name(name)
+    if (reason := family.unavailable()) is not None:
+        pytest.skip(reason)
+    return family

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pytest
 import torch
 
 import vlmfix
-from families import Family, by_name
+from families import Family, available
 from families.tiny_llava import generate
 from vlmfix.methods.base import Method
 
@@ -39,10 +38,7 @@ IDS = [f"{name}-{method}" for name, method, _ in CASES]
 
 def build(name: str) -> tuple[Family, Any]:
     """A family and its tiny model."""
-    family = by_name(name)
-    reason = family.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    family = available(name)
     return family, family.build()
 
 

@@ -11,21 +11,13 @@ import torch.nn.functional as F
 from invariants import close
 
 import vlmfix
-from families import by_name
-from families.base import Family
+from families import available
 from families.capability import Trial, measure
 from families.tiny_llava import generate
 from vlmfix.decoding.other_image import looks_of, packed, replace_images, unpacked
 from vlmfix.methods.base import Method
 
 SIZES = [(4, 4), (4, 8), (2, 6)]
-
-
-def available(name: str) -> Family:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
-    return family
 
 
 def by_patches(pictures: Sequence[torch.Tensor], patch: int) -> torch.Tensor:

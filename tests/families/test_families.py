@@ -15,7 +15,7 @@ import transformers
 from method_parameters import PARAMETERS
 
 import vlmfix
-from families import FAMILIES, by_name, capability
+from families import FAMILIES, available, by_name, capability
 from families.capability import Cell, Probe, Trial, difference, measure
 from families.tiny_llava import generate
 
@@ -46,9 +46,7 @@ def _trial(name: str) -> Trial:
 @pytest.fixture(params=[family.name for family in FAMILIES])
 def trial(request: pytest.FixtureRequest) -> Trial:
     """A family's tiny model; families this version of transformers lacks are skipped."""
-    reason = by_name(request.param).unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    available(request.param)
     for (name, version), reason in BROKEN.items():
         if name == request.param and transformers.__version__.startswith(version):
             pytest.skip(f"upstream: {reason}")

@@ -18,7 +18,7 @@ from method_parameters import parameters_of
 from transformers import DynamicCache
 
 import vlmfix
-from families import Family, by_name
+from families import Family, available, by_name
 from families.tiny_llava import generate
 
 NAMES = ("llava", "llava_mistral", "qwen2_vl", "qwen3_5", "gemma3", "paligemma", "idefics3", "mllama", "llama4")
@@ -229,9 +229,7 @@ def fails_upstream(name: str, case: Callable[[Any, Family], None]) -> str:
 
 @pytest.fixture(params=NAMES)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
-    found = by_name(request.param)
-    if (reason := found.unavailable()) is not None:
-        pytest.skip(reason)
+    found = available(request.param)
     yield found
 
 

@@ -538,9 +538,7 @@ def test_the_model_is_left_as_found_after_an_exception(patched: bool, model: Any
 
 def family_session(name: str) -> tuple[Any, Any]:
     """A session on a tiny model of a family whose only sample is the family's own."""
-    family = families.by_name(name)
-    if reason := family.unavailable():
-        pytest.skip(reason)
+    family = families.available(name)
     inputs = family.collate([family.sample()])
 
     class OneSample(Session):
@@ -599,9 +597,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["blip2_opt", "mllama", "florence2"])
 def test_models_without_image_tokens_in_their_prompt_are_refused(name: str) -> None:
-    family = families.by_name(name)
-    if reason := family.unavailable():
-        pytest.skip(reason)
+    family = families.available(name)
     with pytest.raises(UnsupportedFeatureError, match="cannot be calibrated"):
         vlmfix.calibrate(family.build(), "vaf", asked(1))
 

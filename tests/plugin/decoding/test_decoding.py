@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available, by_name
 from families.tiny_llava import RAGGED, Sample, collate, forward, generate, position_ids, sample, words
 from invariants import close, continued
 from method_parameters import parameters_of
@@ -483,9 +483,7 @@ def test_watched_states_are_those_of_the_own_branch(build: Any, name: str, by_co
 )
 def test_other_families(name: str, family: str) -> None:
     """Crops, patch lists with positions in three dimensions, images seen both ways, caches that cannot be joined."""
-    found = by_name(family)
-    if found.unavailable():
-        pytest.skip(str(found.unavailable()))
+    found = available(family)
     model = found.build()
     single = found.collate([found.single()])
     stock = generate(model, single, 4)[1]
@@ -506,9 +504,7 @@ def test_other_families(name: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "qwen2_vl"])
 def test_beams_and_draws_in_other_families(name: str, family: str) -> None:
     """Prompts repeated for their beams, whatever the layers of the cache hold."""
-    found = by_name(family)
-    if found.unavailable():
-        pytest.skip(str(found.unavailable()))
+    found = available(family)
     model = found.build()
     patch(model, name)
     samples = [found.sample(seed=1), found.sample(after=8, seed=2)]

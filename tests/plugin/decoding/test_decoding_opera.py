@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available, by_name
 from families.tiny_llava import IMAGE, PAD, RAGGED, collate, sample
 from naive.opera import NaiveOpera
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -331,9 +331,7 @@ def test_padding_changes_nothing(tiny: Any) -> None:
 
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_vl", "gemma3", "paligemma"])
 def test_other_families(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model = family.build()
     inputs = family.collate([family.single()])
     ids, score = search(model, inputs, 4, num_beams=3)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available
 from families.tiny_llava import IMAGE, RAGGED, Sample, collate, forward, generate, words
 from invariants import close, continued
 from transformers import DynamicCache
@@ -126,9 +126,7 @@ def test_an_image_in_a_later_turn(tiny: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "gemma3", "qwen3_5"])
 def test_other_families(family: str) -> None:
-    found = by_name(family)
-    if found.unavailable():
-        pytest.skip(str(found.unavailable()))
+    found = available(family)
     model = found.build()
     single = found.collate([found.single()])
     stock = generate(model, single, 4)[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, by_name
+from families import FAMILIES, available, by_name
 from method_parameters import IN_FORWARDS, parameters_of
 from transformers import DynamicCache
 
@@ -146,9 +146,7 @@ def test_prompts_that_begin_otherwise_are_refused(model: Any) -> None:
 @pytest.mark.families
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_every_family_answers_like_whole_prompts_or_refuses(name: str) -> None:
-    family = by_name(name)
-    if (reason := family.unavailable()) is not None:
-        pytest.skip(reason)
+    family = available(name)
     if not family.text_only or family.image_first or family.side != "left":
         pytest.skip("its prompts are no text behind an image")
     model = family.build()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from families import FAMILIES, by_name
+from families import FAMILIES, available
 from families.test_families import BROKEN
 from families.tiny_llava import (
     RAGGED,
@@ -68,10 +68,7 @@ class Times(Method):
 
 @pytest.fixture(params=[pytest.param(family.name, marks=pytest.mark.families) for family in FAMILIES])
 def family(request: pytest.FixtureRequest) -> Any:
-    found = by_name(request.param)
-    reason = found.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+    found = available(request.param)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import by_name
+from families import available
 from families.tiny_llava import (
     PAD,
     RAGGED,
@@ -207,9 +207,7 @@ def test_an_image_may_come_in_the_second_turn(tiny: Any) -> None:
 
 @pytest.mark.parametrize("name", ["video_llama_3", "qwen2_5_omni"])
 def test_drafts_are_refused_where_they_look_like_a_further_turn(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(family.unavailable() or "")
+    family = available(name)
     model = family.build()
     inputs = family.collate([family.single()])
     options = {"max_new_tokens": 6, "do_sample": False}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available
 from families.tiny_llava import IMAGE, RAGGED, collate, forward, generate
 from invariants import close
 from test_iri import block_outputs
@@ -45,9 +45,7 @@ def test_the_vector_is_what_the_image_adds(tiny: Any) -> None:
 @pytest.mark.families
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "glm4v"])
 def test_markers_of_an_image_leave_with_it(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model, each = family.build(), family.single()
     vlmfix.patch(model, STEERING)
     seen: list[list[int]] = []
@@ -184,9 +182,7 @@ CAPPED = {"final_logit_softcapping": 1.5, "logit_scale": 0.25, "logits_scaling":
 @pytest.mark.families
 def test_the_last_layer_through_the_norm_is_the_model_itself(name: str) -> None:
     """The head is found, and its logits are scaled and capped where the model does it."""
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model = family.build()
     text = model.config.get_text_config(decoder=True)
     for field, value in CAPPED.items():

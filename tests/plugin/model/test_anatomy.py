@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available
 from families.tiny_llava import (
     IMAGE,
     RAGGED,
@@ -83,9 +83,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_where_the_image_is_not_among_the_decoder_s_tokens(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable() is not None:
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model = family.build()
     anatomy = analyse(model)
     found: dict[str, list[int]] = {}
@@ -132,9 +130,7 @@ def test_attention_outside_the_interface_is_refused(tiny: Any) -> None:
 @pytest.mark.families
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm"])
 def test_var_acts_in_other_families(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model, inputs = family.build(), family.collate([family.single()])
     stock = generate(model, inputs, 4)[1]
     options = {"sink_dims": list(range(32)), "sink_threshold": 2.6, "layers": ":", "nonsink_ratio": 0.1}

@@ -211,11 +211,9 @@ def test_importing_the_package_does_not_import_torch() -> None:
     ],
 )
 def test_the_default_recipe_of_a_family(family: str, method: vlmfix.Method) -> None:
-    from families import by_name
+    from families import available
 
-    found = by_name(family)
-    if found.unavailable() is not None:
-        pytest.skip(str(found.unavailable()))
+    found = available(family)
     model = vlmfix.patch(found.build())
     (default,) = vlmfix.status(model).methods
     assert dataclasses.replace(default, layers=method.layers) == method

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available
 from families.tiny_llava import IMAGE_TOKENS, RAGGED, collate, forward, sample, snapshot
 
 import vlmfix
@@ -266,9 +266,7 @@ def test_the_least_noise_that_halves_the_answer(tiny: Any) -> None:
     ["llava_next", "qwen2_5_vl", "qwen3_vl", "cohere2_vision", "lfm2_vl", "llama4", "gemma3", "gemma4", "idefics3"],
 )
 def test_hidden_states_of_the_last_token_recover_all_in_every_family(name: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     model = family.build()
     inputs = family.collate(family.even()[:2])
     answer = [int((family.forward(model, inputs).logits[:, -1].softmax(-1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import by_name
+from families import available, by_name
 from families.tiny_llava import BOS, IMAGE, IMAGE_TOKENS, RAGGED, collate, forward, generate, sample, snapshot
 from method_parameters import IN_FORWARDS, parameters_of
 
@@ -394,9 +394,7 @@ def test_a_text_only_batch_has_nothing_to_show(tiny: Any, probe: str) -> None:
 @pytest.mark.parametrize("name", ["mllama", "idefics", "florence2", "blip2_opt"])
 @pytest.mark.parametrize("probe", list(PROBES))
 def test_refused_with_a_reason(name: str, probe: str) -> None:
-    family = by_name(name)
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available(name)
     with pytest.raises(UnsupportedFeatureError, match=f"{probe} looks at self-attention.*(keys|encoder|merged)"):
         PROBES[probe](family.build(), family.collate([family.single()]))
 

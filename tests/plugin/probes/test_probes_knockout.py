@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import by_name
+from families import available
 from families.saved_llava import build_tiny_llava
 from families.tiny_llava import IMAGE, IMAGE_TOKENS, RAGGED, attention_modules, collate, generate, sample
 from PIL import Image
@@ -112,9 +112,7 @@ def test_1_an_empty_source_or_window_changes_exactly_nothing(tiny: Any) -> None:
 
 
 def test_1_layers_without_attention_have_an_empty_window() -> None:
-    family = by_name("qwen3_5")
-    if family.unavailable():
-        pytest.skip(str(family.unavailable()))
+    family = available("qwen3_5")
     model, inputs = family.build(), family.collate([family.single()])
     there = {site.layer_idx for site in analyse(model).sites}
     found = knockout(model, inputs, ["image->last"], window=1)
