@@ -110,7 +110,9 @@ class Patch:
         self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods, self.counters)
         self.notes = tuple(
-            note for method in methods for note in (*method.notes(anatomy), *placement_notes(method, anatomy))
+            note
+            for method in methods
+            for note in (*method.cautions(anatomy), *method.notes(anatomy), *placement_notes(method, anatomy))
         )
         self.refusals: list[str] = []
         self.on_refusal: Callable[[VlmfixError], None] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,8 @@ def patch(model: ModelT, method: MethodSpec | None = None, **parameters: Any) ->
         if previous is not None:
             previous.attach()
         raise
+    for caution in (caution for each in bound for caution in each.cautions(anatomy)):
+        warnings.warn(f"{caution} ({type(anatomy.model).__name__}).", stacklevel=2)
     logger.info("%s", new.status())
     return model
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from textwrap import wrap
 from typing import Any
 
+from ..benchmarks.chair.text_quality import broken_text
 from ..benchmarks.columns import changed_methods, used_figures
 from ..scores.verdicts import FREE_CONTROLS, verdict
 from ..stats.figures import Figure
@@ -115,10 +116,18 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
             continue
         found = list(_differences(results, row)) or [f"no clear difference from {results.get('reference', 'none')}"]
         clauses = [", ".join(found), *_controls(results, row)]
-        if verdict(results, row) == "loops":
+        if broken := _broken(row):
+            clauses.append(f"but its text breaks ({', '.join(broken)} points), so that its other figures mean little")
+        elif verdict(results, row) == "loops":
             clauses.append("but more of its captions loop or are cut off, so that its other figures mean little")
         said.append(f"{row['label']}: {'; '.join(clauses)}.")
     return said
+
+
+def _broken(row: Mapping[str, Any]) -> list[str]:
+    """What breaks a row's captions: rates that rise by more than the margin, and whose interval excludes zero."""
+    tests = row.get("chair", {}).get("text_quality", {}).get("differences", {})
+    return broken_text({name: test["estimate"] for name, test in tests.items() if (test["low"] or 0) > 0})
 
 
 def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import MethodError, VlmfixError, how_to_install
 from vlmfix.methods.parameters import Choice, Range, Space
 from vlmfix.methods.registry import method_from_dict
 from vlmfix.recipes import parse_value
+
+from ..benchmarks.chair.text_quality import BROKEN_BY
 
 if TYPE_CHECKING:
     from vlmfix.methods.base import Method
@@ -120,7 +122,7 @@ class Search:
 
     def tell(self, method: Method, goal: Goal, baseline: Goal, margin: float) -> None:
         """Tell the optimiser what came of the setting it suggested last."""
-        outcome = goal.hallucination, goal.loss(baseline) - margin
+        outcome = goal.hallucination, goal.excess(baseline, margin)
         self._outcomes[_key(method)] = outcome
         if self._trial is not None:
             self._say(*outcome)
@@ -150,15 +152,27 @@ class Goal:
         name: What is lowered, as it is printed.
         hallucination: Its value, a share.
         guards: What must not fall by more than the margin, by name; shares.
+        text: Rates of captions' repetition, loops and truncation, none of which may break the text; empty without
+            captions.
     """
 
     name: str
     hallucination: float
     guards: Mapping[str, float]
+    text: Mapping[str, float] = field(default_factory=dict)
 
-    def loss(self, baseline: Goal) -> float:
-        """Return the largest fall of a guard below the baseline's, negative if all of them rose."""
-        return max(baseline.guards[name] - value for name, value in self.guards.items())
+    def excess(self, baseline: Goal, margin: float) -> float:
+        """Return by how much the setting loses too much, 0 or less if it does not.
+
+        That is the largest fall of a guard below the baseline's less ``margin`` (a share), or the largest rise of a
+        rate of the text above the baseline's less :data:`~vlmfix.evals.benchmarks.chair.text_quality.BROKEN_BY`.
+        """
+        falls = (baseline.guards[name] - value - margin for name, value in self.guards.items())
+        return max(*falls, *(rise - BROKEN_BY for rise in self.rises(baseline).values()))
+
+    def rises(self, baseline: Goal) -> dict[str, float]:
+        """Return how far each rate of the text rises above the baseline's."""
+        return {name: value - baseline.text[name] for name, value in self.text.items()}
 
 
 def goal_of(row: Mapping[str, Any]) -> Goal:
@@ -177,8 +191,9 @@ def goal_of(row: Mapping[str, Any]) -> Goal:
             counts["FP"] / max(counts["FP"] + counts["TN"], 1),
             {"POPE recall": row["pope"]["all"]["summary"]["recall"]},
         )
-    summary = row["chair"]["summary"]
-    return Goal("CHAIR_i", _known(summary["chair_i"]), {"CHAIR recall": _known(summary["recall"]), **guards})
+    summary, rates = row["chair"]["summary"], row["chair"]["text_quality"]["summary"]
+    text = {name: rates[name] for name in ("repetition", "looping", "truncation")}
+    return Goal("CHAIR_i", _known(summary["chair_i"]), {"CHAIR recall": _known(summary["recall"]), **guards}, text)
 
 
 def _known(value: float | None) -> float:
@@ -188,8 +203,8 @@ def _known(value: float | None) -> float:
 
 
 def admitted(goal: Goal, baseline: Goal, margin: float) -> bool:
-    """Return whether no guard falls by more than ``margin`` (a share) below the baseline's."""
-    return goal.loss(baseline) <= margin + TOLERANCE
+    """Return whether no guard falls by more than ``margin`` (a share) below the baseline's, and the text holds."""
+    return goal.excess(baseline, margin) <= TOLERANCE
 
 
 def choose(goals: Sequence[Goal], baseline: Goal, margin: float) -> int | None:

@@ -162,6 +162,10 @@ class Method(InLayers):
         """What a user should know about this method on this model; shown by ``vlmfix.status``."""
         return ()
 
+    def cautions(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """What may make this model's answers useless under this method; ``vlmfix.patch`` warns of it too."""
+        return ()
+
     # The hooks, in the order of the path. ``layer`` gives the masks, the rows and the learned state.
 
     def begin(self, prompt: Prompt) -> Any:

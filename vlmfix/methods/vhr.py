@@ -12,6 +12,13 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.methods.views import Layer
+from vlmfix.model.anatomy import Anatomy
+
+NARROW, HOLDS_NARROW = 1024, 1.5
+"""Hidden size below which a model is narrow, and the largest factor that such models' texts were seen to stand.
+
+On SmolLM2-135M (576) repeated runs of four words rise by 1.3 points at 1.2, by 4.7 at 1.5 and by 5.6 at 2, where 8 % of
+the captions never end. The paper's models have 4,096 dimensions."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,15 @@ class VHR(Method):
     def needs_whole_prompt(self) -> bool:
         """Heads are chosen at the end of the prompt and scaled in all of it."""
         return self.needs_text_only_heads
+
+    def cautions(self, anatomy: Anatomy) -> tuple[str, ...]:
+        """Say when a strength for 7B models is used on a model so small that it breaks the text."""
+        if anatomy.hidden_size >= NARROW or self.alpha <= HOLDS_NARROW or self.is_identity:
+            return ()
+        return (
+            f"vhr: alpha={self.alpha:g} is for models of 7B. In {anatomy.hidden_size} dimensions it may break the text "
+            "(repeated phrases, endless captions): try 1.2, or let vlmfix tune choose",
+        )
 
     def fixed_factors(self, num_heads: int) -> dict[tuple[int, int], float] | None:
         """Every head's, in the control ``select="all"`` alone."""

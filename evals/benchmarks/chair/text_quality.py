@@ -47,6 +47,10 @@ _FINISHED = re.compile(r"[.!?…。！？][\"'”’)\]*\s]*\Z")
 
 _LOOPING = 0.5
 
+BROKEN_BY = 0.05
+"""How far a method's rate of repetition, loops or truncation may rise above the baseline's before its text counts as
+broken. Fixed on calibration scenes of the embedded models; see :func:`broken_text`."""
+
 
 def repeated_four_grams(text: str) -> tuple[int, int]:
     """How many runs of four words a caption has, and how many of them are repeats of an earlier one."""
@@ -193,6 +197,18 @@ def text_differences(table: Table, baseline: Table, seed: int) -> dict[str, Any]
     """Paired differences of a method's rates of repetition, loops and truncated captions to the baseline's."""
     figures = [figure for figure in TextTable.FIGURES if figure.name != "unfinished"]
     return differences(figures, table, baseline, seed)
+
+
+def broken_text(rises: Mapping[str, float | None]) -> list[str]:
+    """Name what breaks a method's text: each rate that rises by more than :data:`BROKEN_BY`, with its rise in points.
+
+    Args:
+        rises: Rate (``repetition``, ``looping``, ``truncation``) to the method's minus the baseline's; others are not
+            looked at.
+    """
+    titles = {figure.name: figure.title for figure in TextTable.FIGURES if figure.name != "unfinished"}
+    found = {title: rise for name, title in titles.items() if (rise := rises.get(name)) is not None}
+    return [f"{title} +{100 * rise:.1f}" for title, rise in found.items() if rise > BROKEN_BY]
 
 
 def length_matched(

@@ -221,6 +221,11 @@ def test_sentences_tell_what_needs_no_method(verdicts: tuple[str, str], expected
     for row in results["methods"]:
         row["chair"]["summary"]["chair_s"] = 0.5
     assert sentences(results)[0] == f"<m>: 10.0 points fewer invented objects{expected}."
+    told = "; but its text breaks (rep-4 +5.6 points), so that its other figures mean little"
+    for estimate, low, broken in ((0.056, 0.035, told), (0.056, 0.0, ""), (0.05, 0.035, "")):
+        rise = {"estimate": estimate, "low": low, "high": 0.08, "p_value": 0.001}
+        results["methods"][1]["chair"]["text_quality"] = {"differences": {"repetition": rise}}
+        assert sentences(results)[0] == f"<m>: 10.0 points fewer invented objects{expected}{broken}."
     for row in results["methods"]:
         row["chair"]["changed"] = row["mme"]["changed"] = 0
     assert sentences(results)[0] == "<m>: no answer changed."

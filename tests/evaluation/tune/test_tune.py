@@ -13,6 +13,7 @@ pytest.importorskip("optuna")
 import vlmfix
 from vlmfix.cli import main
 from vlmfix.errors import DataError, MethodError, VlmfixError
+from vlmfix.evals.benchmarks.chair.text_quality import broken_text
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.tune.search import Goal, Search, admitted, choose, goal_of, space_of
 from vlmfix.evals.tune.splits import make_splits
@@ -20,8 +21,9 @@ from vlmfix.methods.parameters import Choice, Range
 from vlmfix.methods.registry import list_methods, method_from_dict
 
 
-def goal(hallucination, recall, accuracy=0.9):
-    return Goal("CHAIR_i", hallucination, {"CHAIR recall": recall, "POPE accuracy": accuracy})
+def goal(hallucination, recall, accuracy=0.9, **rates):
+    text = {"repetition": 0.03, "looping": 0.0, "truncation": 0.0, **rates}
+    return Goal("CHAIR_i", hallucination, {"CHAIR recall": recall, "POPE accuracy": accuracy}, text)
 
 
 NONE = goal(0.15, 0.80)
@@ -39,6 +41,8 @@ NONE = goal(0.15, 0.80)
         ([goal(0.10, 0.70)], None),
         ([goal(0.10, 0.80, accuracy=0.88)], None),  # every guard counts
         ([goal(0.10, 0.79, accuracy=0.89)], 0),  # the margin itself is admitted
+        ([goal(0.10, 0.80, repetition=0.09)], None),  # broken text is no merit, whatever it invents
+        ([goal(0.10, 0.80, truncation=0.06), goal(0.12, 0.80, repetition=0.07)], 1),
         ([], None),
     ],
 )
@@ -50,14 +54,22 @@ def test_a_wider_margin_admits_what_a_narrow_one_refuses():
     assert not admitted(goal(0.1, 0.75), NONE, 0.01) and admitted(goal(0.1, 0.75), NONE, 0.05)
 
 
+def test_what_breaks_the_text_is_named():
+    rises = goal(0.1, 0.8, repetition=0.086, truncation=0.05).rises(NONE)
+    assert broken_text(rises) == ["rep-4 +5.6"], "the margin itself is admitted"
+    assert broken_text(goal(0.1, 0.8, truncation=0.2).rises(NONE)) == ["cut off +20.0"]
+
+
 def test_goals_are_read_off_the_results():
     pope = {"all": {"counts": {"TP": 30, "FN": 10, "FP": 6, "TN": 34}, "summary": {"accuracy": 0.8, "recall": 0.75}}}
-    chair = {"summary": {"chair_i": 0.2, "recall": 0.6}}
+    rates = {"repetition": 0.03, "looping": 0.0, "truncation": 0.01}
+    quality = {"text_quality": {"summary": {**rates, "unfinished": 0.2}}}
+    chair = {"summary": {"chair_i": 0.2, "recall": 0.6}, **quality}
     assert goal_of({"pope": pope}) == Goal("POPE false yes", 6 / 40, {"POPE recall": 0.75})
-    assert goal_of({"chair": chair}) == Goal("CHAIR_i", 0.2, {"CHAIR recall": 0.6})
+    assert goal_of({"chair": chair}) == Goal("CHAIR_i", 0.2, {"CHAIR recall": 0.6}, rates)
     assert goal_of({"chair": chair, "pope": pope}).guards == {"CHAIR recall": 0.6, "POPE accuracy": 0.8}
     with pytest.raises(VlmfixError, match="more images"):
-        goal_of({"chair": {"summary": {"chair_i": None, "recall": 0.6}}})
+        goal_of({"chair": {"summary": {"chair_i": None, "recall": 0.6}, **quality}})
 
 
 # The space.
@@ -238,6 +250,15 @@ def test_nothing_is_written_when_no_setting_helps(tuned, tmp_path, capsys):
     code = main(["tune", *options, "--out", str(tmp_path / "vhr.json")])
     assert code != 0 and not (tmp_path / "vhr.json").exists()
     assert "none of 2 settings lowers CHAIR_i" in capsys.readouterr().err
+
+
+def test_settings_that_break_the_text_are_told_and_not_chosen(tmp_path, capsys):
+    options = ["--method", "vhr", "--limit", "4", "--confirm", "4", "--budget", "2", "--max-new-tokens", "60"]
+    options += ["--set", "alpha=8", "--range", "outliers=true,false", "--folder", str(tmp_path / "run")]
+    assert main(["tune", *options, "--out", str(tmp_path / "vhr.json")]) != 0
+    shown = capsys.readouterr()
+    assert shown.out.count("(its text breaks: rep-4 +") == 2
+    assert "keeps its text whole: nothing was written" in shown.err and not (tmp_path / "vhr.json").exists()
 
 
 def test_a_folder_of_another_search_is_refused(tuned, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +77,16 @@ def test_outliers_need_both_conditions() -> None:
 
 
 # Exact no-ops.
+
+
+def test_the_strength_of_large_models_is_warned_of_on_small_ones(tiny: Any) -> None:
+    with pytest.warns(UserWarning, match="alpha=2 is for models of 7B"):
+        vlmfix.patch(tiny, "vhr")
+    assert "may break the text" in vlmfix.status(tiny).notes[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not vlmfix.status(vlmfix.patch(tiny, "vhr", alpha=1.2)).notes
+    assert vlmfix.VHR().cautions(SimpleNamespace(hidden_size=4096)) == (), "the published models take it"
 
 
 @pytest.mark.parametrize("select", ["divergent", "all", "unselected"])
