@@ -56,6 +56,14 @@ def sinky(build: Callable[..., Any]) -> Any:
     return build(sinks=True)
 
 
+@pytest.fixture
+def score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``vlmfix score`` in a folder of the test's own."""
+    from scoring import Scorer
+
+    return Scorer(tmp_path, capsys)
+
+
 @pytest.fixture(scope="session")
 def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny LLaVA with its processor."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from families.saved_llava import build_coco_folder, build_tiny_llava, write_lines
+from scoring import Scorer
 
 import vlmfix
 from vlmfix.cli import main
@@ -193,12 +194,6 @@ QUESTIONS = [
 ]
 
 
-def score_pope(folder: Path, answers: list[Any], *more: str) -> int:
-    questions = write_lines(folder / "coco_pope_random.json", QUESTIONS)
-    path = write_lines(folder / "answers.jsonl", answers)
-    return main(["score", "pope", str(path), "--questions", str(questions), "--out", str(folder / "o.json"), *more])
-
-
 def test_scoring_needs_no_torch(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"label": 1, "ans": "Yes"}])
     code = "import sys; from vlmfix.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
@@ -216,11 +211,9 @@ def test_scoring_needs_no_torch(tmp_path: Path) -> None:
         ([], "is empty"),
     ],
 )
-def test_score_pope_mismatch(
-    answers: list[Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert score_pope(tmp_path, answers) == 2
-    assert expected in capsys.readouterr().err
+def test_score_pope_mismatch(answers: list[Any], expected: str, tmp_path: Path, score: Scorer) -> None:
+    questions = write_lines(tmp_path / "coco_pope_random.json", QUESTIONS)
+    assert expected in score.error("pope", answers, "--questions", questions)
 
 
 def test_broken_pipe_is_no_error(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families.saved_llava import write_lines
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.benchmarks.amber.data import AmberData, AmberItem, load_amber
 from vlmfix.evals.benchmarks.amber.figures import score_responses
@@ -273,19 +271,11 @@ def test_packed_files(tmp_path, data):
 # The command line.
 
 
-def score(folder: Path, rows: list[Any]) -> int:
-    path = write_lines(folder / "r.jsonl", rows)
-    words = ["score", "amber", str(path), "--data", str(write_amber(folder / "amber")), "--out", str(folder / "o.json")]
-    return main(words)
-
-
-def test_score_amber(tmp_path, capsys):
+def test_score_amber(tmp_path, score):
     rows = [{"id": i, key: text} for (i, text), key in zip(QUESTIONS.items(), ["response", "answer"] * 3, strict=True)]
-    assert score(tmp_path, rows) == 0
-    out = capsys.readouterr().out
-    assert "word similarity none" in out and "unparsed: 1 of 6" in out
-    assert "All 50.0 66.6 50.0 57.1".split() in [line.split() for line in out.splitlines()]
-    result = json.loads((tmp_path / "o.json").read_text())
+    result = score("amber", rows, "--data", write_amber(tmp_path / "amber"))
+    assert "word similarity none" in score.said and "unparsed: 1 of 6" in score.said
+    assert "All 50.0 66.6 50.0 57.1".split() in [line.split() for line in score.said.splitlines()]
     assert result["counts"]["qa_correct_score"] == 3 and result["figures"]["Descriminative Task"]["F1"] == 57.1
     assert result["similarity"] == "none"
 
@@ -300,9 +290,8 @@ def test_score_amber(tmp_path, capsys):
         ([{"id": 7, "response": "No"}], "first: id 8"),
     ],
 )
-def test_score_amber_mismatch(tmp_path, capsys, rows, message):
-    assert score(tmp_path, rows) == 2
-    assert message in capsys.readouterr().err
+def test_score_amber_mismatch(tmp_path, score, rows, message):
+    assert message in score.error("amber", rows, "--data", write_amber(tmp_path / "amber"))
 
 
 # Word vectors are the user's.
@@ -402,11 +391,9 @@ def test_official_figures(name, nltk_data):
 
 
 @needs_data("amber", "expected.json")
-def test_score_amber_gives_the_official_figures(tmp_path, nltk_data):
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps([{"id": i, "response": text} for i, text in responses().items()]))
-    assert main(["score", "amber", str(path), "--data", str(DATA / "amber"), "--out", str(tmp_path / "o.json")]) == 0
+def test_score_amber_gives_the_official_figures(score, nltk_data):
+    rows = [{"id": i, "response": text} for i, text in responses().items()]
+    result = score("amber", rows, "--data", DATA / "amber")
     expected = json.loads((DATA / "expected.json").read_text())["amber"]["synthetic"]["similarity_zero"]
-    result = json.loads((tmp_path / "o.json").read_text())
     assert result["figures"] == expected
     assert result["counts"].items() >= {"chair_num": 5166, "non_hallu_num": 1004, "qa_correct_num": 14216}.items()

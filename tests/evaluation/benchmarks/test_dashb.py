@@ -9,10 +9,8 @@ from typing import Any
 import benchmark_data
 import pytest
 from families.saved_llava import write_lines
-from run_folders import read
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.dashb.data import DashImage, load_images
 from vlmfix.evals.benchmarks.dashb.task import DashTable, score_answers
@@ -79,23 +77,11 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
-    path = folder / "answers.json"
-    path.write_text(json.dumps(answers))
-    return main(["score", "dashb", str(path), "--out", str(folder / "o.json"), *more])
-
-
-def result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "o.json").read_text())
-    return found
-
-
-def test_answers_in_any_order_find_their_images(tmp_path, lists):
+def test_answers_in_any_order_find_their_images(score, lists):
     answers = rows()
     answers[-1] |= {"response": "no", "answer": "no"}
     answers[0] |= {"response": "Well", "answer": None}
-    assert score(tmp_path, answers[::-1], *lists) == 0
-    found = result(tmp_path)
+    found = score("dashb", answers[::-1], *lists)
     assert found["counts"] | {"n": 8, "TN": 3, "FN": 1, "TP": 3, "FP": 0, "unparsed": 1} == found["counts"]
     assert found["breakdown"]["kettle"] == pytest.approx({"TNR": 200 / 3, "TPR": 200 / 3})
 
@@ -120,46 +106,39 @@ def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
         ([{key: value for key, value in row.items() if key != "response"} for row in rows()], "'answer' is the right"),
     ],
 )
-def test_refusals(tmp_path, lists, capsys, answers, message):
-    assert score(tmp_path, answers, *lists) == 2
-    assert message in capsys.readouterr().err
+def test_refusals(score, lists, answers, message):
+    assert message in score.error("dashb", answers, *lists)
 
 
-def test_subsets_say_so(tmp_path, lists, capsys):
-    assert score(tmp_path, rows()[:-1], *lists, "--subset") == 0
-    out = capsys.readouterr().out
-    assert "SUBSET: 7 of 8" in out and "the halves are not equal" in out
-    assert score(tmp_path, rows()) == 2
-    assert "of 1341 each" in capsys.readouterr().err
-    assert score(tmp_path, rows(), "--subset") == 0
-    assert result(tmp_path)["summary"]["accuracy"] == 1.0
+def test_subsets_say_so(score, lists):
+    score("dashb", rows()[:-1], *lists, "--subset")
+    assert "SUBSET: 7 of 8" in score.said and "the halves are not equal" in score.said
+    assert "of 1341 each" in score.error("dashb", rows())
+    assert score("dashb", rows(), "--subset")["summary"]["accuracy"] == 1.0
 
 
-def test_rows_of_the_data_set_are_questions_and_no_answers(tmp_path, capsys):
+def test_rows_of_the_data_set_are_questions_and_no_answers(tmp_path, score):
     questions = [
         {"question_id": i, "dataset": row["dataset"], "object": row["object_name"], "answer": row["gt"]}
         | {"question": "Can you see it?", "img_id": row["img_id"]}
         for i, row in enumerate(rows())
     ]
     file = write_lines(tmp_path / "rows.jsonl", questions)
-    assert score(tmp_path, questions, "--questions", str(file)) == 2
-    assert "'answer' is the right answer" in capsys.readouterr().err
+    assert "'answer' is the right answer" in score.error("dashb", questions, "--questions", file)
     answers = [{"question_id": i, "response": "No"} for i in reversed(range(8))]
-    assert score(tmp_path, answers, "--questions", str(file)) == 0
-    assert result(tmp_path)["summary"]["tnr"] == 1.0 and result(tmp_path)["summary"]["tpr"] == 0.0
-    assert score(tmp_path, [*answers[1:], {**answers[0], "object": "boat"}], "--questions", str(file)) == 2
-    assert "object_name 'boat'" in capsys.readouterr().err
+    summary = score("dashb", answers, "--questions", file)["summary"]
+    assert summary["tnr"] == 1.0 and summary["tpr"] == 0.0
+    other = [*answers[1:], {**answers[0], "object": "boat"}]
+    assert "object_name 'boat'" in score.error("dashb", other, "--questions", file)
 
 
 @needs_data("expected_new.json", "new/dashb")
-def test_official_figures(tmp_path):
+def test_official_figures(score):
     folder, official = DATA / "new/dashb", json.loads((DATA / "expected_new.json").read_text())["dashb"]
-    lists = [str(folder / f"synthetic_{side}.json") for side in ("neg", "pos")]
+    lists = [folder / f"synthetic_{side}.json" for side in ("neg", "pos")]
     hub = folder / "hf_rows_synthetic.jsonl"
-    for path, questions in ((folder / "answers_synthetic.json", lists), (hub, [str(hub)])):
-        out = tmp_path / "o.json"
-        assert main(["score", "dashb", str(path), "--questions", *questions, "--out", str(out)]) == 0
-        found, expected = json.loads(out.read_text()), official["synthetic"]
+    for path, questions in ((folder / "answers_synthetic.json", lists), (hub, [hub])):
+        found, expected = score("dashb", path, "--questions", *questions), official["synthetic"]
         summary = found["summary"]
         assert [summary[name] for name in ("accuracy", "tnr", "tpr", "harmonic_mean")] == [
             expected[name] for name in ("ACC", "TNR", "TPR", "Harmonic Mean")
@@ -190,18 +169,14 @@ def release(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_and_its_files(tmp_path):
+def test_a_run_and_its_files(tmp_path, score):
     folder = release(tmp_path / "dash")
     assert [image.label for image in load_images(str(folder))] == [False] * 3 + [True] * 3
-    out = tmp_path / "run"
-    words = ["eval", "--benchmark", "dashb", "--benchmark-data", f"dashb={folder}", "--method", "none", "--limit", "2"]
-    assert main([*words, "--out", str(out)]) == 0
-    part = read(out)["methods"][0]["dashb"]
+    part, files = score.run("dashb", folder, "--limit", 2)
     assert (part["counts"]["negatives"], part["counts"]["positives"]) == (2, 2)
-    answers = out / "official" / "none" / "dashb_answers.json"
-    again = ["score", "dashb", str(answers), "--out", str(tmp_path / "o.json"), "--subset", "--questions"]
-    assert main([*again, *(str(folder / "images" / f"dash_benchmark_{side}.json") for side in ("neg", "pos"))]) == 0
-    assert result(tmp_path)["counts"] == part["counts"]
+    asked = [folder / "images" / f"dash_benchmark_{side}.json" for side in ("neg", "pos")]
+    again = score("dashb", files / "dashb_answers.json", "--subset", "--questions", *asked)
+    assert again["counts"] == part["counts"]
     shutil.rmtree(folder / "images" / "pos")
     with pytest.raises(DataError, match="has no image pos/coco/"):
         load_images(str(folder))

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families.saved_llava import write_lines
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.hallusionbench.data import HallusionQuestion, load_hallusionbench
 from vlmfix.evals.benchmarks.hallusionbench.figures import HallusionTable, score_answers, score_judgements
@@ -191,42 +189,25 @@ def test_broken_files(tmp_path):
 # The command line.
 
 
-def score(folder: Path, rows: list[Any], *more: str) -> int:
-    path, questions = write_lines(folder / "a.jsonl", rows), write_questions(folder)
-    words = [
-        "score",
-        "hallusionbench",
-        str(path),
-        "--questions",
-        str(questions),
-        "--out",
-        str(folder / "o.json"),
-        *more,
-    ]
-    return main(words)
+@pytest.fixture
+def asked(tmp_path: Path) -> list[Any]:
+    return ["--questions", write_questions(tmp_path)]
 
 
-def test_score_by_order_and_by_key(tmp_path, capsys):
+def test_score_by_order_and_by_key(score, asked):
     codes = [1, 1, 1, 0, 2, 1, 0]
-    assert score(tmp_path, [{"judge": code, "same": 1} for code in codes], "--by-order") == 0
-    first = json.loads((tmp_path / "o.json").read_text())
+    first = score("hallusionbench", [{"judge": code, "same": 1} for code in codes], *asked, "--by-order")
     assert first["counts"]["pair"]["correct"] == 1 and first["counts"]["pair"]["Mix"] == 1
     rows = [entry(q, gpt4v_output_gpt_check=str(c), same="1") for q, c in zip(QUESTIONS, codes, strict=True)]
-    assert score(tmp_path, rows[::-1]) == 0
-    again = json.loads((tmp_path / "o.json").read_text())
+    again = score("hallusionbench", rows[::-1], *asked)
     assert again["counts"] == first["counts"] and again["figures"] == first["figures"]
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1].split() == "7 71.4 33.3 50.0 100.0 33.3 1 0.000 0.500".split()
+    assert score.said.splitlines()[-1].split() == "7 71.4 33.3 50.0 100.0 33.3 1 0.000 0.500".split()
 
 
-def test_score_without_a_judge(tmp_path, capsys):
-    assert (
-        score(tmp_path, [{"answer": text} for text in ("No", "Yes", "Yes", "No", "Perhaps", "No", "Yes")], "--by-order")
-        == 0
-    )
-    out = capsys.readouterr().out
-    assert "not official" in out and "unparsed: 1 of 7" in out
-    assert json.loads((tmp_path / "o.json").read_text())["counts"]["unparsed"] == 1
+def test_score_without_a_judge(score, asked):
+    answers = [{"answer": text} for text in ("No", "Yes", "Yes", "No", "Perhaps", "No", "Yes")]
+    assert score("hallusionbench", answers, *asked, "--by-order")["counts"]["unparsed"] == 1
+    assert "not official" in score.said and "unparsed: 1 of 7" in score.said
 
 
 @pytest.mark.parametrize(
@@ -250,9 +231,8 @@ def test_score_without_a_judge(tmp_path, capsys):
         (["x"], "line 1: expected a JSON object"),
     ],
 )
-def test_score_mismatch(tmp_path, capsys, rows, message):
-    assert score(tmp_path, rows) == 2
-    assert message in capsys.readouterr().err
+def test_score_mismatch(score, asked, rows, message):
+    assert message in score.error("hallusionbench", rows, *asked)
 
 
 # Real data.
@@ -265,7 +245,7 @@ def official_judgements(n: int) -> tuple[list[int], list[bool]]:
 
 
 @needs_data("hallusionbench", "expected.json")
-def test_official_figures(tmp_path):
+def test_official_figures(score):
     expected = json.loads((DATA / "expected.json").read_text())["hallusionbench"]
     path = DATA / "hallusionbench" / "HallusionBench.json"
     questions = load_hallusionbench(path)
@@ -278,10 +258,5 @@ def test_official_figures(tmp_path):
     assert table.yes_no() == expected["yes_no"]
 
     rows = [{"judge": code, "same": int(agrees)} for code, agrees in zip(codes, same, strict=True)]
-    answers = write_lines(tmp_path / "a.jsonl", rows)
-    out = tmp_path / "o.json"
-    assert (
-        main(["score", "hallusionbench", str(answers), "--by-order", "--questions", str(path), "--out", str(out)]) == 0
-    )
-    result = json.loads(out.read_text())
+    result = score("hallusionbench", rows, "--by-order", "--questions", path)
     assert result["counts"] == table.counts() and result["figures"] == table.percentages()

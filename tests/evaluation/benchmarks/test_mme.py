@@ -1,14 +1,11 @@
 """MME, hallucination subset: parsers, scores by hand and the command line, all on made-up questions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from families.saved_llava import write_lines
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.mme.figures import TASKS, MmeQuestion, MmeTable, parse_answer, score_answers
 from vlmfix.evals.benchmarks.mme.task import load_results
@@ -113,15 +110,9 @@ def test_load_results(tmp_path):
     assert load_results(write_folder(tmp_path / "r", [*answers, *pair("a", "No", "No", "OCR")])) == answers
 
 
-def score(folder: Path, answers: Path, *more: str) -> int:
-    return main(["score", "mme", str(answers), "--out", str(folder / "o.json"), *more])
-
-
-def test_score_mme(tmp_path, capsys):
-    assert score(tmp_path, write_folder(tmp_path / "r", whole())) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "total (800): 800.00"
-    result = json.loads((tmp_path / "o.json").read_text())
+def test_score_mme(tmp_path, score):
+    result = score("mme", write_folder(tmp_path / "r", whole()))
+    assert score.said.splitlines()[-1] == "total (800): 800.00"
     assert result["tasks"]["color"]["counts"] == {
         "n": 60,
         "correct": 60,
@@ -130,39 +121,30 @@ def test_score_mme(tmp_path, capsys):
         "yes": 30,
         "unparsed": 0,
     }
-    assert score(tmp_path, write_lines(tmp_path / "a.jsonl", [as_row(a) for a in whole()][::-1])) == 0
-    again = json.loads((tmp_path / "o.json").read_text())
+    again = score("mme", [as_row(a) for a in whole()][::-1])
     assert again["tasks"] == result["tasks"] and again["total"] == 800.0
 
 
-def test_score_one_task_with_the_other_parser(tmp_path, capsys):
+def test_score_one_task_with_the_other_parser(score):
     rows = [
         {"category": q.task, "question_id": q.image, "question": q.text, "label": "yes" if q.label else "no"}
         | {"response": text}
         for q, text in whole(["count"], ("Y", "Y"))
     ]
-    path = write_lines(tmp_path / "a.jsonl", rows)
-    assert score(tmp_path, path, "--parser", "lmms") == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1].split() == "count 60 50.0 0.0 50.00 100.0 0".split()
-    assert score(tmp_path, path) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "60"  # unparsed
-    assert json.loads((tmp_path / "o.json").read_text())["total"] is None
+    score("mme", rows, "--parser", "lmms")
+    assert score.said.splitlines()[-1].split() == "count 60 50.0 0.0 50.00 100.0 0".split()
+    assert score("mme", rows)["total"] is None
+    assert score.said.splitlines()[-1].split()[-1] == "60"  # unparsed
 
 
-def test_other_tasks_are_left_out_and_a_task_must_be_complete(tmp_path, capsys):
+def test_other_tasks_are_left_out_and_a_task_must_be_complete(score):
     others = [as_row(a) for a in pair("1.jpg", "No", "No", "OCR")]
-    path = write_lines(tmp_path / "a.jsonl", [*others, *(as_row(a) for a in whole(["count"]))])
-    assert score(tmp_path, path) == 0
-    assert list(json.loads((tmp_path / "o.json").read_text())["tasks"]) == ["count"]
-    assert score(tmp_path, write_lines(tmp_path / "b.jsonl", others)) == 2
-    assert "no answer belongs" in capsys.readouterr().err
-    path = write_lines(tmp_path / "c.jsonl", [as_row(a) for a in pair("1.jpg", "Yes", "No")])
-    assert score(tmp_path, path) == 2
-    assert "answers to 1 of 30 images of count: answer them all" in capsys.readouterr().err
-    assert score(tmp_path, path, "--subset") == 0
-    assert "SUBSET: 1 of 30 images of count" in capsys.readouterr().out
-    assert json.loads((tmp_path / "o.json").read_text())["answered"] == {"images of count": {"answered": 1, "of": 30}}
+    assert list(score("mme", [*others, *(as_row(a) for a in whole(["count"]))])["tasks"]) == ["count"]
+    assert "no answer belongs" in score.error("mme", others)
+    rows = [as_row(a) for a in pair("1.jpg", "Yes", "No")]
+    assert "answers to 1 of 30 images of count: answer them all" in score.error("mme", rows)
+    assert score("mme", rows, "--subset")["answered"] == {"images of count": {"answered": 1, "of": 30}}
+    assert "SUBSET: 1 of 30 images of count" in score.said
 
 
 @pytest.mark.parametrize(
@@ -173,12 +155,10 @@ def test_other_tasks_are_left_out_and_a_task_must_be_complete(tmp_path, capsys):
         ("", "count.txt is empty"),
     ],
 )
-def test_broken_results(tmp_path, capsys, text, message):
+def test_broken_results(tmp_path, score, text, message):
     (tmp_path / "count.txt").write_text(text)
-    assert score(tmp_path, tmp_path) == 2
-    assert message in capsys.readouterr().err
+    assert message in score.error("mme", tmp_path)
 
 
-def test_missing_results(tmp_path, capsys):
-    assert score(tmp_path, tmp_path) == 2
-    assert "existence.txt" in capsys.readouterr().err
+def test_missing_results(tmp_path, score):
+    assert "existence.txt" in score.error("mme", tmp_path)

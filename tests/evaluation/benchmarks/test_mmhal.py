@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families.saved_llava import write_lines
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.mmhal.figures import (
     TYPES,
@@ -143,34 +141,30 @@ def test_missing_template(tmp_path):
 # The command line.
 
 
-def score(folder: Path, rows: list[Any], *more: str) -> int:
-    path, template = write_lines(folder / "a.jsonl", rows), write_template(folder)
-    return main(["score", "mmhal", str(path), "--questions", str(template), "--out", str(folder / "o.json"), *more])
+@pytest.fixture
+def asked(tmp_path: Path) -> list[Any]:
+    return ["--questions", write_template(tmp_path)]
 
 
-def test_without_a_judge_requests_are_written(tmp_path, capsys):
+def test_without_a_judge_requests_are_written(tmp_path, score, asked):
     answers = [entry(item, model_answer=f"Answer {item.index}") for item in ITEMS]
-    assert score(tmp_path, answers[::-1]) == 0
-    out = capsys.readouterr().out
-    assert "not scored" in out and "a.judge.jsonl" in out
-    assert not (tmp_path / "o.json").exists()
-    requests = [json.loads(line) for line in (tmp_path / "a.judge.jsonl").read_text().splitlines()]
+    assert score("mmhal", answers[::-1], *asked) == {}
+    assert "not scored" in score.said and "answers.judge.jsonl" in score.said
+    requests = [json.loads(line) for line in (tmp_path / "answers.judge.jsonl").read_text().splitlines()]
     assert requests == [{"index": item.index, "prompt": judge_prompt(item, f"Answer {item.index}")} for item in ITEMS]
-    assert score(tmp_path, answers, "--requests", str(tmp_path / "r.jsonl")) == 0
-    assert (tmp_path / "r.jsonl").read_text() == (tmp_path / "a.judge.jsonl").read_text()
+    score("mmhal", answers, *asked, "--requests", tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_text() == (tmp_path / "answers.judge.jsonl").read_text()
 
 
-def test_judgements_come_back(tmp_path, capsys):
+def test_judgements_come_back(score, asked):
     rows = [{"index": i, "judgement": f"Fine. Rating: {i % 7}"} for i in range(16)]
-    assert score(tmp_path, rows[::-1], "--judge", "some-model") == 0
-    assert "judge some-model" in capsys.readouterr().out
-    result = json.loads((tmp_path / "o.json").read_text())
+    result = score("mmhal", rows[::-1], *asked, "--judge", "some-model")
+    assert "judge some-model" in score.said
     assert result["counts"] == {"n": 16, "rating_sum": 43, "hallucinated": 8, "unparsed": 0}
     assert result["judge"] == "some-model" and result["types_in_order"] == list(TYPES)
-    assert score(tmp_path, [{"rating": i % 7} for i in range(16)], "--by-order") == 0
-    assert "--judge NAME" in (out := capsys.readouterr().out)
-    assert out.splitlines()[-1].split()[:4] == ["16", "2.69", "50.0", "0.50"]
-    assert json.loads((tmp_path / "o.json").read_text())["counts"] == result["counts"]
+    again = score("mmhal", [{"rating": i % 7} for i in range(16)], *asked, "--by-order")
+    assert "--judge NAME" in score.said and again["counts"] == result["counts"]
+    assert score.said.splitlines()[-1].split()[:4] == ["16", "2.69", "50.0", "0.50"]
 
 
 @pytest.mark.parametrize(
@@ -188,16 +182,15 @@ def test_judgements_come_back(tmp_path, capsys):
         ([{"index": 16, "rating": 1}], "line 1: the question file has no question 16"),
     ],
 )
-def test_score_mismatch(tmp_path, capsys, rows, message):
-    assert score(tmp_path, rows) == 2
-    assert message in capsys.readouterr().err
+def test_score_mismatch(score, asked, rows, message):
+    assert message in score.error("mmhal", rows, *asked)
 
 
 # Real data.
 
 
 @needs_data("mmhal_bench", "expected.json")
-def test_official_arithmetic(tmp_path):
+def test_official_arithmetic(score):
     expected = json.loads((DATA / "expected.json").read_text())["mmhal"]
     template = DATA / "mmhal_bench" / "response_template.json"
     items = load_mmhal(template)
@@ -209,9 +202,7 @@ def test_official_arithmetic(tmp_path):
     judged = score_judgements(items, [f"Rating: {rating}" for rating in ratings])
     assert judged.rating.tolist() == ratings and not judged.unparsed.any()
 
-    path, out = write_lines(tmp_path / "a.jsonl", [{"rating": rating} for rating in ratings]), tmp_path / "o.json"
-    assert main(["score", "mmhal", str(path), "--by-order", "--questions", str(template), "--out", str(out)]) == 0
-    result = json.loads(out.read_text())
+    result = score("mmhal", [{"rating": rating} for rating in ratings], "--by-order", "--questions", template)
     assert {name: result[name] for name in expected if name != "command"} == {
         name: value for name, value in expected.items() if name != "command"
     }

@@ -1,16 +1,12 @@
 """MMStar: the official rule and figures by hand, refusals, the official counts, and a run."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import benchmark_data
 import pytest
-from families.saved_llava import write_lines
-from run_folders import read
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.evals.benchmarks.mmstar.figures import LETTERS, MmstarQuestion, is_right, score_answers
 
 
@@ -44,11 +40,6 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
-    path = write_lines(folder / "answers.jsonl", answers)
-    return main(["score", "mmstar", str(path), "--out", str(folder / "o.json"), *more])
-
-
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
@@ -60,18 +51,16 @@ def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
         ([*rows(), {**rows()[0], "prediction": "B"}], "is answered already"),
     ],
 )
-def test_refusals(tmp_path, capsys, answers, message):
-    assert score(tmp_path, answers, *([] if "1500 q" in message else ["--subset"])) == 2
-    assert message in capsys.readouterr().err
+def test_refusals(score, answers, message):
+    assert message in score.error("mmstar", answers, *([] if "1500 q" in message else ["--subset"]))
 
 
 @needs_data("expected_new.json", "new/mmstar")
-def test_official_figures(tmp_path, capsys):
+def test_official_figures(score):
     official = json.loads((DATA / "expected_new.json").read_text())["mmstar"]
     expected, path = official["synthetic"], DATA / "new/mmstar/answers_synthetic.jsonl"
-    assert main(["score", "mmstar", str(path), "--subset", "--out", str(tmp_path / "o.json")]) == 0
-    assert "SUBSET: 36 of 1500" in capsys.readouterr().out
-    found = json.loads((tmp_path / "o.json").read_text())
+    found = score("mmstar", path, "--subset")
+    assert "SUBSET: 36 of 1500" in score.said
     assert (found["counts"]["n"], found["counts"]["correct"]) == (expected["rows"], expected["official_correct"])
     assert found["counts"]["correct"] / 1500 == expected["official_final_score_constant_1500"]
     assert {k: v["correct"] / v["n"] for k, v in found["sub_axes"].items()} == expected["official_axes"]
@@ -82,7 +71,7 @@ def test_official_figures(tmp_path, capsys):
         assert case["official_letter"] in (letters or [None])
 
 
-def test_a_run_and_its_files(tmp_path, monkeypatch):
+def test_a_run_and_its_files(tmp_path, monkeypatch, score):
     import datasets
 
     from vlmfix.evals.data import source
@@ -94,11 +83,6 @@ def test_a_run_and_its_files(tmp_path, monkeypatch):
         [{**row, "image": str(path)} for row, (path, _) in zip(rows(), scenes, strict=True)]
     )
     data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "a.parquet"))
-    out = tmp_path / "run"
-    words = ["eval", "--benchmark", "mmstar", "--benchmark-data", f"mmstar=datasets:{tmp_path / 'a.parquet'}"]
-    assert main([*words, "--method", "none", "--out", str(out)]) == 0
-    part = read(out)["methods"][0]["mmstar"]
+    part, files = score.run("mmstar", f"datasets:{tmp_path / 'a.parquet'}")
     assert part["counts"]["n"] == 3 and part["asked"] == 3
-    answers = out / "official" / "none" / "mmstar.jsonl"
-    assert main(["score", "mmstar", str(answers), "--out", str(tmp_path / "o.json"), "--subset"]) == 0
-    assert json.loads((tmp_path / "o.json").read_text())["counts"] == part["counts"]
+    assert score("mmstar", files / "mmstar.jsonl", "--subset")["counts"] == part["counts"]

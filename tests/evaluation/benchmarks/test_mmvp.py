@@ -7,11 +7,8 @@ from typing import Any
 
 import benchmark_data
 import pytest
-from families.saved_llava import write_lines
-from run_folders import read
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.mmvp.figures import MmvpQuestion, MmvpTable, parse_answer, score_answers
 from vlmfix.evals.benchmarks.mmvp.task import Mmvp
@@ -100,16 +97,6 @@ def rows(truth: str = "abba") -> list[dict[str, Any]]:
     ]
 
 
-def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
-    path = write_lines(folder / "answers.jsonl", answers)
-    return main(["score", "mmvp", str(path), "--out", str(folder / "o.json"), *more])
-
-
-def result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "o.json").read_text())
-    return found
-
-
 def table_file(folder: Path, asked: list[MmvpQuestion]) -> Path:
     """``Questions.csv``, whose first column is misspelt."""
     lines = [f"{q.number},{q.question},{q.options},{'(a)' if q.label else '(b)'}" for q in asked]
@@ -119,17 +106,13 @@ def table_file(folder: Path, asked: list[MmvpQuestion]) -> Path:
     return path
 
 
-def test_ids_make_the_pairs(tmp_path, capsys):
-    asked = ["--questions", str(table_file(tmp_path, questions("abba")))]
-    assert score(tmp_path, [rows()[i] for i in (2, 0, 3, 1)], *asked) == 0
-    assert result(tmp_path)["summary"]["pair_accuracy"] == 1.0
-    assert score(tmp_path, rows()[:3], *asked) == 2
-    assert "answers 3 of 4 images, and 1 of 2 pairs wholly" in capsys.readouterr().err
-    assert score(tmp_path, rows()[:3], *asked, "--subset") == 0
-    assert "SUBSET: 3 of 4 images, 1 of 2 pairs" in capsys.readouterr().out
-    assert result(tmp_path)["counts"]["pairs"] == 1
-    assert score(tmp_path, rows()) == 2
-    assert "2 of 150 pairs" in capsys.readouterr().err
+def test_ids_make_the_pairs(tmp_path, score):
+    asked = ["--questions", table_file(tmp_path, questions("abba"))]
+    assert score("mmvp", [rows()[i] for i in (2, 0, 3, 1)], *asked)["summary"]["pair_accuracy"] == 1.0
+    assert "answers 3 of 4 images, and 1 of 2 pairs wholly" in score.error("mmvp", rows()[:3], *asked)
+    assert score("mmvp", rows()[:3], *asked, "--subset")["counts"]["pairs"] == 1
+    assert "SUBSET: 3 of 4 images, 1 of 2 pairs" in score.said
+    assert "2 of 150 pairs" in score.error("mmvp", rows())
 
 
 def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
@@ -149,19 +132,16 @@ def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
         ([{k: v for k, v in row.items() if k != "response"} for row in rows()], "expected one of response"),
     ],
 )
-def test_refusals(tmp_path, capsys, answers, message):
-    assert score(tmp_path, answers, "--questions", str(table_file(tmp_path, questions("abba")))) == 2
-    assert message in capsys.readouterr().err
+def test_refusals(tmp_path, score, answers, message):
+    assert message in score.error("mmvp", answers, "--questions", table_file(tmp_path, questions("abba")))
 
 
 @needs_data("expected_new.json", "new/mmvp")
-def test_figures_of_lmms_eval(tmp_path):
+def test_figures_of_lmms_eval(score):
     folder, official = DATA / "new/mmvp", json.loads((DATA / "expected_new.json").read_text())["mmvp"]
     expected, path = official["synthetic"], folder / "answers_synthetic.jsonl"
-    words = ["score", "mmvp", str(path), "--parser", "lmms", "--out", str(tmp_path / "o.json")]
-    for more in (["--questions", str(folder / "Questions_synthetic.csv")], ["--subset"]):
-        assert main([*words, *more]) == 0
-        found = result(tmp_path)
+    for more in (["--questions", folder / "Questions_synthetic.csv"], ["--subset"]):
+        found = score("mmvp", path, "--parser", "lmms", *more)
         names = {"accuracy": "mmvp_accuracy", "pair_accuracy": "mmvp_pair_accuracy"}
         assert {name: found["summary"][name] for name in names} == {name: expected[k] for name, k in names.items()}
         assert (found["counts"]["correct"], found["counts"]["pairs"]) == (expected["correct"], expected["pairs"])
@@ -183,21 +163,16 @@ def test_the_labels_that_were_corrected():
 # A run on the embedded model.
 
 
-def test_a_run_and_its_files(tmp_path):
+def test_a_run_and_its_files(tmp_path, score):
     folder = tmp_path / "mmvp"
     table = table_file(folder, questions("abbaab"))
     (folder / "MMVP Images").mkdir()
     for number, (path, _) in enumerate(benchmark_data.scenes(6), 1):
         shutil.copy(path, folder / "MMVP Images" / f"{number}.jpg")
-    out = tmp_path / "run"
-    words = ["eval", "--benchmark", "mmvp", "--benchmark-data", f"mmvp={folder}", "--method", "none", "--limit", "2"]
-    assert main([*words, "--out", str(out)]) == 0
-    part = read(out)["methods"][0]["mmvp"]
+    part, files = score.run("mmvp", folder, "--limit", 2)
     assert (part["counts"]["n"], part["counts"]["pairs"]) == (4, 2)
-    answers = out / "official" / "none" / "mmvp_answers.jsonl"
-    again = ["score", "mmvp", str(answers), "--out", str(tmp_path / "o.json"), "--subset", "--questions", str(table)]
-    assert main(again) == 0
-    assert result(tmp_path)["counts"] == part["counts"]
+    again = score("mmvp", files / "mmvp_answers.jsonl", "--subset", "--questions", table)
+    assert again["counts"] == part["counts"]
     (folder / "MMVP Images" / "3.jpg").unlink()
     with pytest.raises(DataError, match="question 3"):
         Mmvp.load(str(folder))

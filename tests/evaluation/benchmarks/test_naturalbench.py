@@ -9,10 +9,8 @@ from typing import Any
 import benchmark_data
 import pytest
 from families.saved_llava import write_lines
-from run_folders import read
 from shared_data import DATA, needs_data
 
-from vlmfix.cli import main
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.naturalbench.data import load_items
 from vlmfix.evals.benchmarks.naturalbench.figures import ORDER, NaturalItem, is_article, parse_answer, score_answers
@@ -102,43 +100,28 @@ def rows(groups: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def score(folder: Path, answers: list[dict[str, Any]], *more: str) -> int:
-    path = write_lines(folder / "answers.jsonl", answers)
-    return main(["score", "naturalbench", str(path), "--out", str(folder / "o.json"), *more])
+def questions(folder: Path) -> Path:
+    return write_lines(folder / "questions.jsonl", [{**row, "prediction": "-"} for row in rows()])
 
 
-def result(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "o.json").read_text())
-    return found
-
-
-def questions(folder: Path) -> str:
-    return str(write_lines(folder / "questions.jsonl", [{**row, "prediction": "-"} for row in rows()]))
-
-
-def test_whole_groups_in_any_order(tmp_path):
-    assert score(tmp_path, rows()[::-1], "--questions", questions(tmp_path)) == 0
-    assert result(tmp_path)["summary"]["g_acc"] == 1.0 and result(tmp_path)["kinds"]["yes_no"]["counts"]["n"] == 4
+def test_whole_groups_in_any_order(tmp_path, score):
+    found = score("naturalbench", rows()[::-1], "--questions", questions(tmp_path))
+    assert found["summary"]["g_acc"] == 1.0 and found["kinds"]["yes_no"]["counts"]["n"] == 4
     lower = [
         {"index": r["Index"], "answer": r["Answer"], "type": "mcq" if r["Index"] > 3 else "yes_no"} for r in rows()
     ]
     answers = [{**row, "prediction": "No" if row["index"] < 4 else "B"} for row in lower]
-    assert score(tmp_path, answers, "--subset") == 0  # as VLMEvalKit names them
-    assert result(tmp_path)["summary"]["acc"] == 0.5 and result(tmp_path)["summary"]["q_acc"] == 0.0
+    found = score("naturalbench", answers, "--subset")  # as VLMEvalKit names them
+    assert found["summary"]["acc"] == 0.5 and found["summary"]["q_acc"] == 0.0
 
 
-def test_incomplete_groups(tmp_path, capsys):
+def test_incomplete_groups(tmp_path, score):
     asked = ["--questions", questions(tmp_path)]
-    assert score(tmp_path, rows()[:-1], *asked) == 2
-    assert "1 of 2 groups wholly; group 1 lacks" in capsys.readouterr().err
-    assert score(tmp_path, rows()[:-1], *asked, "--subset") == 0
-    out = capsys.readouterr().out
-    assert "SUBSET: 1 of 2 groups" in out and "1 groups lack answers and are in no figure" in out
-    assert result(tmp_path)["counts"]["n"] == 4
-    assert score(tmp_path, rows()[:3], *asked, "--subset") == 2
-    assert "no group wholly" in capsys.readouterr().err
-    assert score(tmp_path, rows()) == 2
-    assert "2 of 1900 groups" in capsys.readouterr().err
+    assert "1 of 2 groups wholly; group 1 lacks" in score.error("naturalbench", rows()[:-1], *asked)
+    assert score("naturalbench", rows()[:-1], *asked, "--subset")["counts"]["n"] == 4
+    assert "SUBSET: 1 of 2 groups" in score.said and "1 groups lack answers and are in no figure" in score.said
+    assert "no group wholly" in score.error("naturalbench", rows()[:3], *asked, "--subset")
+    assert "2 of 1900 groups" in score.error("naturalbench", rows())
 
 
 def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
@@ -158,29 +141,25 @@ def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
         ([{k: v for k, v in row.items() if k != "prediction"} for row in rows()], "expected one of prediction"),
     ],
 )
-def test_refusals(tmp_path, capsys, answers, message):
-    assert score(tmp_path, answers, "--questions", questions(tmp_path)) == 2
-    assert message in capsys.readouterr().err
+def test_refusals(tmp_path, score, answers, message):
+    assert message in score.error("naturalbench", answers, "--questions", questions(tmp_path))
 
 
-def test_another_order_is_refused(tmp_path, capsys):
+def test_another_order_is_refused(score):
     answers = [{**row, "Index": number} for number, row in enumerate(rows()[::-1])]
     answers[0], answers[1] = {**answers[1], "Index": 0}, {**answers[0], "Index": 1}
-    assert score(tmp_path, answers, "--subset") == 2
-    assert "in another order than the benchmark's" in capsys.readouterr().err
+    assert "in another order than the benchmark's" in score.error("naturalbench", answers, "--subset")
 
 
 @needs_data("expected_new.json", "new/naturalbench")
-def test_official_figures(tmp_path):
+def test_official_figures(score):
     folder, official = DATA / "new/naturalbench", json.loads((DATA / "expected_new.json").read_text())["naturalbench"]
     path, expected = folder / "answers_synthetic.jsonl", official["synthetic"]
-    words = ["score", "naturalbench", str(path), "--out", str(tmp_path / "o.json")]
-    for more in (["--questions", str(folder / "hf_rows_synthetic.jsonl")], ["--subset"]):
-        assert main([*words, *more]) == 0
-        summary = result(tmp_path)["summary"]
+    for more in (["--questions", folder / "hf_rows_synthetic.jsonl"], ["--subset"]):
+        found = score("naturalbench", path, *more)
         names = {"g_acc": "G_Acc", "q_acc": "Q_Acc", "i_acc": "I_Acc", "acc": "Acc"}
-        assert {name: summary[name] for name in names} == {name: expected[key] for name, key in names.items()}
-        assert result(tmp_path)["counts"]["groups"] == expected["groups"]
+        assert {name: found["summary"][name] for name in names} == {name: expected[key] for name, key in names.items()}
+        assert found["counts"]["groups"] == expected["groups"]
     given = [json.loads(line) for line in path.read_text().splitlines()]
     read_as = {True: 1, False: 0, None: -1}
     assert [read_as[parse_answer(r["prediction"], r["Question_Type"])] for r in given] == expected["extracted"]
@@ -207,18 +186,13 @@ def release(folder: Path, groups: int = 3) -> Path:
     return folder
 
 
-def test_a_run_and_its_files(tmp_path):
+def test_a_run_and_its_files(tmp_path, score):
     folder = release(tmp_path / "nb")
     assert load_items(str(folder))[0].text == "Is there a dog in the image? Please answer Yes or No."
-    out = tmp_path / "run"
-    words = ["eval", "--benchmark", "naturalbench", "--benchmark-data", f"naturalbench={folder}", "--limit", "2"]
-    assert main([*words, "--method", "none", "--out", str(out)]) == 0
-    part = read(out)["methods"][0]["naturalbench"]
+    part, files = score.run("naturalbench", folder, "--limit", 2)
     assert part["counts"]["n"] == 8 and part["counts"]["groups"] == 2
-    answers = out / "official" / "none" / "naturalbench.jsonl"
-    again = ["score", "naturalbench", str(answers), "--out", str(tmp_path / "o.json"), "--questions"]
-    assert main([*again, str(folder / "test_set.json"), "--subset"]) == 0
-    assert result(tmp_path)["counts"] == part["counts"]
+    again = score("naturalbench", files / "naturalbench.jsonl", "--questions", folder / "test_set.json", "--subset")
+    assert again["counts"] == part["counts"]
     next(folder.glob("*.png" if list(folder.glob("*.png")) else "*.jpg")).unlink()
     with pytest.raises(DataError, match="no image"):
         load_items(str(folder))
