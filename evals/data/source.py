@@ -132,6 +132,37 @@ def row_image(row: Mapping[str, Any], where: str, folder: Path | None = None) ->
     return path
 
 
+def own_image(row: Mapping[str, Any], where: str) -> Path:
+    """The file of the image that a row must have, as of :func:`row_image`.
+
+    Raises:
+        DataError: The row has no image, or there is no such file.
+    """
+    path = row_image(row, where)
+    if path is None:
+        raise DataError(f"{where}: expected an image")
+    return path
+
+
+def whole_number(value: object, where: str, what: str, least: int = 0, most: int | None = None) -> int:
+    """A number as files have it: ``7``, ``"7"``, or ``"7.0"`` out of a table.
+
+    Args:
+        value: As in the file.
+        where: For messages.
+        what: What a message expects, such as ``an id from 1``.
+        least: The least number.
+        most: The greatest number, if there is one.
+
+    Raises:
+        DataError: It is no such number.
+    """
+    text = str(value).strip().removesuffix(".0")
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        raise DataError(f"{where}: expected {what}, found {str(value)[:40]!r}")
+    return int(text)
+
+
 def _kept(data: bytes, suffix: str) -> Path:
     folder = default_cache_dir().parent / "images"
     path = folder / f"{hashlib.sha256(data).hexdigest()}{suffix}"

@@ -17,7 +17,7 @@ from vlmfix.files import read_json
 from ...data.matching import Row, id_text
 from ...data.model_text import WORDS, word
 from ...data.records import read_rows
-from ...data.source import dataset_rows, find_file, is_dataset, row_image, text_field
+from ...data.source import dataset_rows, find_file, is_dataset, own_image, text_field
 
 SIDES: Mapping[bool, str] = {False: "neg", True: "pos"}
 """Names of the halves: without the object, and with it."""
@@ -128,12 +128,7 @@ def load_images(where: str) -> list[DashImage]:
         DataError: A list or an image is missing or broken.
     """
     if is_dataset(where):
-        found = []
-        for place, row in dataset_rows(where):
-            path = row_image(row, place)
-            if path is None:
-                raise DataError(f"{place}: expected an image")
-            found.append(of_row(row, place, path))
+        found = [of_row(row, place, own_image(row, place)) for place, row in dataset_rows(where)]
         return distinct_images(found, where)
     folder = Path(where)
     folder = folder / "images" if (folder / "images").is_dir() else folder

@@ -22,7 +22,7 @@ from ...data.answers import AnswerFile, FileAnswers, yes_no
 from ...data.matching import Asked
 from ...data.records import text_of
 from ...data.samples import Answer, Answers
-from ...data.source import dataset_rows, is_dataset, row_image, text_field
+from ...data.source import dataset_rows, is_dataset, own_image, text_field
 from ...data.write import write_text
 from ...tables import number, plain_table
 from ..base import ScoredFile
@@ -195,12 +195,9 @@ def _from_dataset(where: str) -> Iterator[MmeQuestion]:
     for place, row in dataset_rows(where):
         task = text_field(row, ("category", "task"), place)
         if task in TASKS:
-            path = row_image(row, place)
-            if path is None:
-                raise DataError(f"{place}: expected an image")
             image = text_field(row, ("question_id", "image_id"), place).rpartition("/")[2]
             label = parse_label(text_field(row, ("answer", "label"), place), place)
-            yield MmeQuestion(task, image, text_field(row, ("question",), place).strip(), label, path)
+            yield MmeQuestion(task, image, text_field(row, ("question",), place).strip(), label, own_image(row, place))
 
 
 def load_results(folder: Path) -> list[tuple[MmeQuestion, str]]:

@@ -22,7 +22,7 @@ from ...data.matching import Asked
 from ...data.model_text import word
 from ...data.records import text_of
 from ...data.samples import Answer, Answers, Records
-from ...data.source import dataset_rows, find_file, find_image, is_dataset, row_image
+from ...data.source import dataset_rows, find_file, find_image, is_dataset, own_image
 from ...data.write import digest, write_text
 from ...options import EvalOptions
 from ...tables import number, plain_table
@@ -141,9 +141,7 @@ class Mmhal(Questions):
         if is_dataset(where):
             rows = list(dataset_rows(where))
             for item, (place, row) in zip(read_items(rows), rows, strict=True):
-                if (path := row_image(row, place)) is None:
-                    raise DataError(f"{place}: expected an image")
-                found.append(replace(item, path=path))
+                found.append(replace(item, path=own_image(row, place)))
             return found
         folder = Path(where)
         for item in load_mmhal(find_file(folder, ["response_template.json"], "questions")):

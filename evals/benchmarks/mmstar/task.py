@@ -17,7 +17,7 @@ from vlmfix.errors import DataError
 from ...data.answers import AnswerFile, FileAnswers
 from ...data.matching import Asked, Row
 from ...data.samples import Answers, Records
-from ...data.source import PREFIX, dataset_rows, is_dataset, row_image, text_field
+from ...data.source import PREFIX, dataset_rows, is_dataset, own_image, text_field, whole_number
 from ...stats.bootstrap import finite
 from ...tables import number, plain_table
 from ..base import ScoredFile, write_lines
@@ -54,13 +54,8 @@ class Mmstar(Questions):
         Raises:
             DataError: The data set cannot be read, or a row lacks a field or its image.
         """
-        found = []
-        for place, row in dataset_rows(where if is_dataset(where) else PREFIX + where):
-            path = row_image(row, place)
-            if path is None:
-                raise DataError(f"{place}: expected an image")
-            found.append(replace(_question(row, place), path=path))
-        return found
+        rows = dataset_rows(where if is_dataset(where) else PREFIX + where)
+        return [replace(_question(row, place), path=own_image(row, place)) for place, row in rows]
 
     def score(self, answers: Answers) -> MmstarTable:
         """One row per question."""
@@ -130,17 +125,16 @@ class Mmstar(Questions):
 
 
 def _question(row: Mapping[str, Any], place: str) -> MmstarQuestion:
-    index = text_field(row, ("index",), place).strip().removesuffix(".0")
+    wanted = f"an index from 0 to {QUESTIONS - 1}"
+    index = whole_number(text_field(row, ("index",), place), place, wanted, most=QUESTIONS - 1)
     right = text_field(row, ("answer",), place).strip().upper()
     axis = text_field(row, ("category",), place)
     sub_axis = text_field(row, ("l2_category", "l2-category"), place)
-    if not index.isdecimal() or int(index) >= QUESTIONS:
-        raise DataError(f"{place}: expected an index from 0 to {QUESTIONS - 1}, found {index[:40]!r}")
     if right not in tuple(LETTERS):
         raise DataError(f"{place}: expected the right letter under 'answer', found {right[:40]!r}")
     if sub_axis not in AXES.get(axis, ()):
         raise DataError(f"{place}: MMStar has no axis {axis!r} with {sub_axis!r}")
-    return MmstarQuestion(int(index), text_field(row, ("question",), place), right, axis, sub_axis)
+    return MmstarQuestion(index, text_field(row, ("question",), place), right, axis, sub_axis)
 
 
 def _labelled(row: Row, text_key: str | None) -> Row:

@@ -18,7 +18,7 @@ from ...data.answers import AnswerFile, FileAnswers
 from ...data.matching import Asked, Row
 from ...data.records import read_rows, text_of
 from ...data.samples import Answers, Records
-from ...data.source import dataset_rows, find_file, find_image, is_dataset, row_image, text_field
+from ...data.source import dataset_rows, find_file, find_image, is_dataset, own_image, text_field, whole_number
 from ...stats.bootstrap import finite
 from ...tables import number, plain_table
 from ..base import ScoredFile, write_lines
@@ -64,13 +64,8 @@ class Mmvp(Questions):
         """
         if is_dataset(where):
             rows = list(dataset_rows(where))
-            found = []
-            for question, (place, row) in zip(read_questions(rows), rows, strict=True):
-                path = row_image(row, place)
-                if path is None:
-                    raise DataError(f"{place}: expected an image")
-                found.append(replace(question, path=path))
-            return found
+            images = [own_image(row, place) for place, row in rows]
+            return [replace(q, path=path) for q, path in zip(read_questions(rows), images, strict=True)]
         folder = Path(where)
         places = [folder / "MMVP Images", folder / "images", folder]
         return [
@@ -128,7 +123,7 @@ class Mmvp(Questions):
         """
         file = AnswerFile.of(path, options)
         file.usual = ("response",)
-        rows = [_unified(row, file.text_key) for row in file.rows()]
+        rows = [_with_id(row) for row in file.labelled_rows()]
         questions = read_questions(read_rows(options.questions)) if options.questions else _from_rows(rows)
         asked = [Asked((q.picture,), q.question, truth=_spellings(q), kind="image") for q in questions]
         found = file.matched(rows, asked, remedy="")
@@ -187,17 +182,11 @@ def read_questions(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[MmvpQu
 
 
 def _id(value: object, place: str) -> int:
-    text = str(value).strip().removesuffix(".0")
-    if not text.isdecimal() or int(text) < 1:
-        raise DataError(f"{place}: expected an id from 1, found {str(value)[:40]!r}")
-    return int(text)
+    return whole_number(value, place, "an id from 1", least=1)
 
 
-def _unified(row: Row, text_key: str | None) -> Row:
-    """A row whose right answer is the label, unless the user says that ``answer`` is the model's."""
-    names = {} if text_key == "answer" else {"answer": "label"}
-    fields = {names.get(key, key): value for key, value in row.fields.items()}
-    return Row(row.where, {**fields, "question_id": str(_id(fields.get("question_id"), row.where))})
+def _with_id(row: Row) -> Row:
+    return Row(row.where, {**row.fields, "question_id": str(_id(row.fields.get("question_id"), row.where))})
 
 
 def _from_rows(rows: Sequence[Row]) -> list[MmvpQuestion]:

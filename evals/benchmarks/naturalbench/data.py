@@ -11,10 +11,13 @@ from vlmfix.errors import DataError
 from vlmfix.files import read_json
 
 from ...data.records import read_rows
-from ...data.source import dataset_rows, find_file, find_image, is_dataset, row_image, text_field
+from ...data.source import dataset_rows, find_file, find_image, is_dataset, own_image, text_field, whole_number
 from .figures import OPTIONS, ORDER, SUFFIXES, NaturalItem, whole
 
 Rows = Iterable[tuple[str, Mapping[str, Any]]]
+
+NUMBER = "'Index', the number of the item"
+"""What identifies an item, for messages."""
 
 
 def item(number: int, kind: str, question: str, right: str, place: str, image: str = "") -> NaturalItem:
@@ -48,18 +51,6 @@ def bare(question: str) -> str:
     return question.strip()
 
 
-def item_number(value: Any, place: str) -> int:
-    """The place of an item in the benchmark.
-
-    Raises:
-        DataError: It is no whole number.
-    """
-    text = str(value).strip().removesuffix(".0")
-    if not text.isdecimal():
-        raise DataError(f"{place}: expected 'Index', the number of the item, found {str(value)[:40]!r}")
-    return int(text)
-
-
 def read_items(rows: Rows) -> Iterator[tuple[NaturalItem, Mapping[str, Any]]]:
     """The items of rows by groups (``Question_0``, ``Image_0_Question_0``) or by items (``Question``, ``Answer``).
 
@@ -70,7 +61,7 @@ def read_items(rows: Rows) -> Iterator[tuple[NaturalItem, Mapping[str, Any]]]:
         DataError: A row lacks a field.
     """
     for place, row in rows:
-        number = item_number(row.get("Index", row.get("index")), place)
+        number = whole_number(row.get("Index", row.get("index")), place, NUMBER)
         kind = str(row.get("Question_Type") or row.get("type") or "")
         if "Question_0" in row:
             for part, (question, image, _) in enumerate(ORDER):
@@ -134,9 +125,7 @@ def load_items(where: str) -> list[NaturalItem]:
     if is_dataset(where):
         found = []
         for each, picture in read_items(dataset_rows(where)):
-            path = row_image(picture, f"{where} item {each.number}")
-            if path is None:
-                raise DataError(f"{where} item {each.number}: expected an image")
+            path = own_image(picture, f"{where} item {each.number}")
             found.append(replace(each, image=each.image or path.name, path=path))
         return checked(found, where)
     folder = Path(where)

@@ -19,11 +19,12 @@ from ...data.answers import AnswerFile, FileAnswers, yes_no
 from ...data.matching import Asked, Row
 from ...data.records import text_of
 from ...data.samples import Answers, Records
+from ...data.source import whole_number
 from ...stats.bootstrap import finite
 from ...tables import number, plain_table
 from ..base import ScoredFile, write_lines
 from ..questions import Questions
-from .data import bare, item, item_number, load_items, read_questions
+from .data import NUMBER, bare, item, load_items, read_questions
 from .figures import OPTIONS, NaturalItem, NaturalTable, parse_answer, score_answers, whole
 
 GROUPS = 1900
@@ -87,12 +88,8 @@ class NaturalBench(Questions):
     @classmethod
     def add_score_arguments(cls, parser: ArgumentParser) -> None:
         """Add the file of questions."""
-        parser.add_argument(
-            "--questions",
-            type=Path,
-            metavar="FILE",
-            help="the data set's rows, or test_set.json (default: Answer beside the answers)",
-        )
+        text = "the data set's rows, or test_set.json (default: Answer beside the answers)"
+        parser.add_argument("--questions", type=Path, metavar="FILE", help=text)
 
     @classmethod
     def from_files(cls, path: Path, options: Namespace) -> tuple[NaturalBench, FileAnswers]:
@@ -103,7 +100,7 @@ class NaturalBench(Questions):
         """
         file = AnswerFile.of(path, options)
         file.usual = ("prediction",)
-        rows = [_unified(row, file.text_key) for row in file.rows()]
+        rows = [_numbered(row) for row in file.labelled_rows(_NAMES)]
         items = read_questions(options.questions) if options.questions else _from_rows(rows)
         asked = [Asked((str(i.number),), i.question, truth=_spellings(i), kind="item") for i in items]
         found = file.matched(rows, asked, fields=("index",), remedy="")
@@ -149,13 +146,12 @@ class NaturalBench(Questions):
         return result, text
 
 
-def _unified(row: Row, text_key: str | None) -> Row:
-    """A row under the names of one tool; the right answer is the label unless the user says that it is the model's."""
-    names = {**_NAMES, "answer": "label"}
-    fields = {key if key == text_key else names.get(key, key): value for key, value in row.fields.items()}
+def _numbered(row: Row) -> Row:
+    """A row with its item's number, and with its question as the benchmark's items have it."""
+    fields = {**row.fields, "index": whole_number(row.fields.get("index"), row.where, NUMBER)}
     if isinstance(fields.get("question"), str):
         fields["question"] = bare(fields["question"])
-    return Row(row.where, {**fields, "index": item_number(fields.get("index"), row.where)})
+    return Row(row.where, fields)
 
 
 def _from_rows(rows: Sequence[Row]) -> list[NaturalItem]:
