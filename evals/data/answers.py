@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError
@@ -93,23 +92,6 @@ class AnswerFile:
             self.facts["unanswered"] = unanswered
             self.notes.append(f"{unanswered} rows hold no answer (errors, or filtered)")
         return rows
-
-    def labelled_rows(self, names: Mapping[str, str] = MappingProxyType({})) -> list[Row]:
-        """The rows of a benchmark whose files hold the right answer as ``answer``, here ``label``.
-
-        A field that the user names as the model's text keeps its name.
-
-        Args:
-            names: Names of other fields -> what they are called here.
-
-        Raises:
-            DataError: As of :meth:`rows`.
-        """
-        called = {**names, "answer": "label"}
-        return [
-            Row(row.where, {k if k == self.text_key else called.get(k, k): v for k, v in row.fields.items()})
-            for row in self.rows()
-        ]
 
     def matched(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError
@@ -40,6 +41,21 @@ def unify(rows: Sequence[Row]) -> list[Row]:
         if fields is not None and not any(isinstance(v, str) and _FAILED in v for v in fields.values()):
             found.append(row if fields is row.fields else Row(row.where, fields))
     return found
+
+
+def labelled(rows: Sequence[Row], text_key: str | None, names: Mapping[str, str] = MappingProxyType({})) -> list[Row]:
+    """Rows of a benchmark whose files hold the right answer as ``answer``, which is called ``label`` here.
+
+    Args:
+        rows: As the file has them.
+        text_key: The field that the user names as the model's text, which keeps its name.
+        names: Names of other fields -> what they are called here.
+    """
+    called = {**names, "answer": "label"}
+    return [
+        Row(row.where, {key if key == text_key else called.get(key, key): value for key, value in row.fields.items()})
+        for row in rows
+    ]
 
 
 def _is_api(fields: Mapping[str, Any]) -> bool:

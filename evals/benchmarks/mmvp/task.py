@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from vlmfix.errors import DataError
 
 from ...data.answers import AnswerFile, FileAnswers
+from ...data.formats import labelled
 from ...data.matching import Asked, Row
 from ...data.records import read_rows, text_of
 from ...data.samples import Answers, Records
@@ -123,7 +124,7 @@ class Mmvp(Questions):
         """
         file = AnswerFile.of(path, options)
         file.usual = ("response",)
-        rows = [_with_id(row) for row in file.labelled_rows()]
+        rows = [_with_id(row) for row in labelled(file.rows(), file.text_key)]
         questions = read_questions(read_rows(options.questions)) if options.questions else _from_rows(rows)
         asked = [Asked((q.picture,), q.question, truth=_spellings(q), kind="image") for q in questions]
         found = file.matched(rows, asked, remedy="")

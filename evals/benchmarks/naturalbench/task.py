@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from vlmfix.errors import DataError
 
 from ...data.answers import AnswerFile, FileAnswers, yes_no
+from ...data.formats import labelled
 from ...data.matching import Asked, Row
 from ...data.records import text_of
 from ...data.samples import Answers, Records
@@ -100,7 +101,7 @@ class NaturalBench(Questions):
         """
         file = AnswerFile.of(path, options)
         file.usual = ("prediction",)
-        rows = [_numbered(row) for row in file.labelled_rows(_NAMES)]
+        rows = [_numbered(row) for row in labelled(file.rows(), file.text_key, _NAMES)]
         items = read_questions(options.questions) if options.questions else _from_rows(rows)
         asked = [Asked((str(i.number),), i.question, truth=_spellings(i), kind="item") for i in items]
         found = file.matched(rows, asked, fields=("index",), remedy="")

@@ -7,7 +7,7 @@ import benchmark_data
 import pytest
 from shared_data import DATA, needs_data
 
-from vlmfix.evals.benchmarks.mmstar.figures import LETTERS, MmstarQuestion, is_right, score_answers
+from vlmfix.evals.benchmarks.mmstar.task import LETTERS, MmstarQuestion, is_right, score_answers
 
 
 @pytest.mark.parametrize("text", ["C", "(C) x", "The answer is C.", "option c", " C\n", "can not say"])
