@@ -13,7 +13,7 @@ from ..data.source import choose, dataset_rows, find_image, is_dataset, row_imag
 from ..options import EvalOptions
 from .choice import PAPER_IMAGES, RunData
 from .coco_objects import ChairMatcher, ground_truth
-from .object_questions import PopeQuestion, PopeSplit, build_questions, load_questions, read_questions
+from .object_questions import PopeQuestion, PopeSplit, build_questions, load_questions, read_questions, releases
 
 #: What makes a model answer with one word; ``{question}`` is the question.
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
@@ -95,11 +95,11 @@ def choose_questions(options: EvalOptions, data: RunData, splits: Sequence[PopeS
     where = data.given("pope")
     if where is not None:
         data.descriptions.append(f"pope from {where}")
-        questions, paths = load_asked(where, options.pope_questions)
+        questions, paths = load_asked(where, releases(options.pope_questions)[0])
         return _limited(questions, options, data.limit(PAPER_IMAGES)), paths
     limit = data.limit(testbed_images)
     if options.pope_questions:
-        read = [question for path in options.pope_questions for question in load_questions(path)]
+        read = [question for path in releases(options.pope_questions)[0] for question in load_questions(path)]
         questions = _limited(read, options, limit)
     else:
         truth = _images_with_objects(options, data, limit)

@@ -132,6 +132,40 @@ def _question(row: Mapping[str, Any], split: str, where: str) -> PopeQuestion:
     )
 
 
+def is_repope(path: Path) -> bool:
+    """Whether a question file is one of RePOPE, which nothing but its name tells: POPE's have the same fields."""
+    return "repope" in path.name.lower()
+
+
+def releases(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Tell POPE's question files from RePOPE's beside them; RePOPE's alone are taken as POPE's are."""
+    repope = [path for path in files if is_repope(path)]
+    pope = [path for path in files if not is_repope(path)]
+    return (pope, repope) if pope else (repope, [])
+
+
+def corrections(questions: Sequence[PopeQuestion], corrected: Sequence[PopeQuestion]) -> list[PopeQuestion]:
+    """RePOPE's questions among some of POPE's, in the order of the latter.
+
+    Args:
+        questions: Of POPE.
+        corrected: Of RePOPE.
+
+    Raises:
+        DataError: An id means another question in RePOPE.
+    """
+    by_id = {(q.split, q.question_id): q for q in corrected}
+    found = [(q, by_id[q.split, q.question_id]) for q in questions if (q.split, q.question_id) in by_id]
+    for ours, theirs in found:
+        if (ours.image_id, plain(ours.text)) != (theirs.image_id, plain(theirs.text)):
+            raise DataError(
+                f"the {ours.split} question {ours.question_id} is {ours.text!r} about {ours.image} in POPE's file, and "
+                f"{theirs.text!r} about {theirs.image} in RePOPE's, which corrects POPE's current release (3000 "
+                "questions a split)"
+            )
+    return [theirs for _, theirs in found]
+
+
 def without_removed(rows: Sequence[Row], questions: Sequence[PopeQuestion]) -> Sequence[Row]:
     """The rows without answers to questions of POPE that RePOPE leaves out, as in its official script.
 

@@ -107,7 +107,7 @@ def galleries(methods: Sequence[MethodSpec], task: Benchmark, answers: Mapping[s
     """The texts whose invented objects changed most, of every method but controls.
 
     Args:
-        methods: The rows, the baseline first.
+        methods: The rows, the baseline first; nothing is shown of one that changed nothing.
         task: What was asked; nothing is shown of a benchmark that marks nothing.
         answers: Method label to its answers.
     """
@@ -123,6 +123,8 @@ def galleries(methods: Sequence[MethodSpec], task: Benchmark, answers: Mapping[s
             if len(set(said.values())) > 1:
                 before, after = (set(text.invented) for text in marked.values())
                 changes.append((-len(before ^ after), sample.image_id, sample, marked))
+        if not changes:
+            continue
         chosen = sorted(changes, key=lambda change: change[:2])[:SHOWN]
         yield Gallery(
             f"{task.title} captions that {spec.label} changed most",

@@ -14,7 +14,7 @@ from ..benchmarks.chair.text_quality import broken_text
 from ..benchmarks.columns import changed_methods, used_figures
 from ..scores.verdicts import FREE_CONTROLS, verdict
 from ..stats.figures import Figure
-from ..tables import is_certain
+from ..tables import interval_cell, is_certain, signed
 from .rows import benchmarks, tables
 from .summary import glossary, legend, main_table, markdown_main, summarise
 
@@ -114,8 +114,8 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         if row["label"] not in changed:
             said.append(f"{row['label']}: no answer changed.")
             continue
-        found = list(_differences(results, row)) or [f"no clear difference from {results.get('reference', 'none')}"]
-        clauses = [", ".join(found), *_controls(results, row)]
+        found = ", ".join(_differences(results, row)) or f"no clear difference from {results.get('reference', 'none')}"
+        clauses = [found, *_controls(results, row), *_ability(results, row)]
         if broken := _broken(row):
             clauses.append(f"but its text breaks ({', '.join(broken)} points), so that its other figures mean little")
         elif verdict(results, row) == "loops":
@@ -133,10 +133,27 @@ def _broken(row: Mapping[str, Any]) -> list[str]:
 def _differences(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     for figure in headline_columns(results):
         found = row["differences"].get(figure.key)
-        if is_certain(found):
+        if is_certain(found) and not figure.ability:
             size = f"{abs(found['estimate']) * (100 if figure.percent else 1):.1f}"
             less, more = figure.phrases
             yield f"{'under 0.1' if size == '0.0' else size} points {more if found['estimate'] > 0 else less}"
+
+
+def _ability(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
+    """What a method costs where nothing is about hallucination, told apart or not.
+
+    Answers that cannot be read are named where a method makes more or fewer of them: they are wrong by their form.
+    """
+    reference = next((m for m in results["methods"] if m["label"] == results.get("reference")), results["methods"][0])
+    for figure in headline_columns(results):
+        found = row["differences"].get(figure.key)
+        if not figure.ability or found is None:
+            continue
+        change = f"{signed(found['estimate'])} [{interval_cell(found).replace(',', ', ')}]"
+        word = ("gains" if found["estimate"] > 0 else "costs") if is_certain(found) else "has no clear cost in"
+        own, before = (each.get(figure.benchmark, {}).get("counts", {}).get("unparsed") for each in (row, reference))
+        unread = f", {own} unreadable answers instead of {before}" if own != before else ""
+        yield f"{word} ability: {figure.full_title} {change}{unread}"
 
 
 _OUTCOMES = {"better": "worse", "worse": "better"}  # of the method, and how the control then does

@@ -146,6 +146,7 @@ class Figure:
         control: The control that a method is compared with on this figure: ``"early stop"`` or ``"yes bias"``.
         head_control: Whether a method that scales heads is compared on it with other heads.
         headline: Whether it stands in the short table that a run ends with, and in its sentences.
+        ability: Whether it measures ability, not hallucination: a sentence on a method always says what that costs.
         less: What less of it is called in a sentence: ``"fewer invented objects"``.
         more: What more of it is called.
         help: One line that explains it.
@@ -161,6 +162,7 @@ class Figure:
     control: str | None = None
     head_control: bool = False
     headline: bool = False
+    ability: bool = False
     less: str = ""
     more: str = ""
     help: str = ""

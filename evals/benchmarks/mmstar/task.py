@@ -117,7 +117,13 @@ class MmstarTable(Table):
     """
 
     FIGURES: ClassVar[tuple[Figure, ...]] = (
-        Figure("accuracy", "accuracy", 1, share("correct"), head_control=True, headline=True, help="right answers"),
+        Figure(
+            *("accuracy", "accuracy", 1, share("correct")),
+            head_control=True,
+            headline=True,
+            ability=True,
+            help="right answers",
+        ),
         Figure("average", "average", 1, SumStatistic(_axes, _average), help="mean accuracy of the sub-axes"),
     )
     COUNTS: ClassVar[Mapping[str, Column]] = {"n": one, "correct": "correct", "unparsed": "unparsed"}

@@ -4,12 +4,15 @@ In a file for ``vlmfix score pope`` answers find their questions by image and qu
 ``split`` or ``category`` where several question files repeat ids), or in the order of the questions if every question
 beside an answer says so, or if asked to. Without question files every line must carry its ``label``, and ``image`` if
 several questions are about one image.
+
+RePOPE (Neuhaus and Hein 2025, arXiv:2504.15707) corrects POPE's labels and leaves ambiguous questions out. Beside
+POPE's question files its own score the same answers a second time.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any, ClassVar
 from vlmfix.errors import DataError
 
 from ...data.answers import AnswerFile, FileAnswers, yes_no
-from ...data.matching import Asked, Row
+from ...data.matching import Asked
 from ...data.records import number_of
 from ...data.samples import Answer, Answers, Sample
 from ...data.write import digest
@@ -29,15 +32,14 @@ from ...tables import difference_cell, interval_cell, number, p_cell, plain_tabl
 from ..base import Benchmark, ScoredFile, safe_name, write_lines
 from ..choice import RunData, answer_limit
 from ..object_choice import PROMPT, choose_questions
-from ..object_questions import SPLITS, PopeQuestion, load_questions, without_removed
+from ..object_questions import SPLITS, PopeQuestion, corrections, releases
 from ..questions import add_by_order
 from ..yes_no import PARSERS, Parser, YesNoTable, mcnemar_once, readings, score_labels
+from .data import answered_questions, labelled_questions, read_files
 
 _COLUMNS = ("n", "accuracy", "precision", "recall", "F1", "yes", "MCC")
 
 _FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio", "mcc")
-
-_REMEDY = "answer it, leave its question file out, or type --subset to score what is answered"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Pope(Benchmark):
 
     Attributes:
         asked: Every question of every split, in file order.
+        corrected: Those of them that RePOPE asks, with its labels; none without its files.
         samples: Each different (image, question) once: the splits share their positive questions.
         prompt: Template with ``{question}``.
         max_new_tokens: Limit of the answer's length.
@@ -67,17 +70,19 @@ class Pope(Benchmark):
     max_new_tokens: int
     parser: Parser = "official"
     split_by_split: bool = False
+    corrected: tuple[PopeQuestion, ...] = ()
 
     @classmethod
     def make(cls, options: EvalOptions, data: RunData) -> Pope:
         """Ask each different question once."""
         asked, paths = choose_questions(options, data, SPLITS, testbed_images=200)
+        corrected = corrections(asked, read_files(releases(options.pope_questions)[1]))
         prompt, limit = options.pope_prompt or PROMPT, answer_limit(options)
         samples = tuple(
             Sample(cls.name, image_id, paths[image_id], prompt.replace("{question}", text), limit)
             for image_id, text in dict.fromkeys((q.image_id, q.text) for q in asked)
         )
-        return cls(tuple(asked), samples, prompt, limit)
+        return cls(tuple(asked), samples, prompt, limit, corrected=tuple(corrected))
 
     @property
     def splits(self) -> list[str]:
@@ -92,43 +97,65 @@ class Pope(Benchmark):
 
     def settings(self) -> dict[str, Any]:
         """Prompt, length limit, image ids and a digest of the questions."""
-        return {
+        found: dict[str, Any] = {
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
             "image_ids": sorted({q.image_id for q in self.asked}),
             "questions": digest([[q.split, q.image_id, q.text, q.label] for q in self.asked]),
         }
+        if self.corrected:
+            found["repope"] = digest([[q.split, q.question_id, q.label] for q in self.corrected])
+        return found
 
     def _answer(self, question: PopeQuestion, answers: Answers) -> Answer:
         return answers[self.name, question.image_id, self.prompt_text(question)]
 
     def score(self, answers: Answers) -> YesNoTable:
         """Read yes or no from every answer, in the order of the questions."""
-        given = [self._answer(question, answers) for question in self.asked]
+        return self._labelled(self.asked, answers)
+
+    def repope(self, answers: Answers) -> YesNoTable | None:
+        """The same answers by RePOPE's labels; None without its questions."""
+        return self._labelled(self.corrected, answers) if self.corrected else None
+
+    def _labelled(self, questions: Sequence[PopeQuestion], answers: Answers) -> YesNoTable:
+        given = [self._answer(question, answers) for question in questions]
         return score_labels(
-            [q.label for q in self.asked],
+            [q.label for q in questions],
             [answer.text for answer in given],
-            image_ids=[q.image_id for q in self.asked],
-            splits=[q.split for q in self.asked],
-            items=[q.text for q in self.asked],
+            image_ids=[q.image_id for q in questions],
+            splits=[q.split for q in questions],
+            items=[q.text for q in questions],
             parser=self.parser,
             scores=[answer.score for answer in given],
         )
+
+    def by_split(self, table: YesNoTable, answers: Answers) -> dict[str, YesNoTable]:
+        """The table of each split, with RePOPE's behind it as ``repope_SPLIT``."""
+        repope = self.repope(answers)
+        others = {} if repope is None else repope.by_split()
+        found: dict[str, YesNoTable] = {}
+        for split, part in table.by_split().items():
+            found |= {split: part, **({f"repope_{split}": others[split]} if split in others else {})}
+        return found
 
     def about(self) -> str:
         """Parser, questions and images."""
         splits = [question.split for question in self.asked]
         sizes = ", ".join(f"{split} {splits.count(split)}" for split in self.splits)
         images = len({q.image_id for q in self.asked})
-        return f"POPE {self.parser} parser, {len(self.asked)} questions ({sizes}) on {images} images"
+        repope = f"; RePOPE's labels of {len(self.corrected)} of them" if self.corrected else ""
+        return f"POPE {self.parser} parser, {len(self.asked)} questions ({sizes}) on {images} images{repope}"
 
     def details(
         self, label: str, tables: Mapping[str, Any], answers: Mapping[str, Answers], seed: int
     ) -> dict[str, Any]:
         """Counts and summary of each split and of all."""
         table: YesNoTable = tables[label]
-        found = _split_figures(table)
-        return {"parser": table.parser, "all": _figures(table), **found["splits"], **found, "splits": self.splits}
+        found = {split: _figures(part) for split, part in self.by_split(table, answers[label]).items()}
+        mean_f1 = _split_figures(table)["mean_f1_of_splits"]
+        everything = {"parser": table.parser, "all": _figures(table)}
+        return {**everything, **found, "splits": list(found), "mean_f1_of_splits": mean_f1}
 
     def export(self, folder: Path, answers: Answers) -> None:
         """``pope_SPLIT.jsonl``: one line per question in file order, with what the official script reads of both files.
@@ -158,7 +185,7 @@ class Pope(Benchmark):
             nargs="+",
             default=[],
             metavar="FILE",
-            help="POPE question files (default: labels beside the answers)",
+            help="POPE question files, and RePOPE's beside them (default: labels beside the answers)",
         )
         parser.add_argument("--parser", choices=PARSERS, default="official", help="reads yes or no (default: official)")
         parser.add_argument("--scores", metavar="KEY", help="key of a yes/no logit (higher means yes), for the AUC")
@@ -173,11 +200,13 @@ class Pope(Benchmark):
         """
         file = AnswerFile.of(path, options)
         rows = file.rows()
-        asked, rows = _asked(file, rows, options) if options.questions else _from_labels(file, rows)
+        asked, rows, corrected = (
+            answered_questions(file, rows, options) if options.questions else (*labelled_questions(file, rows), [])
+        )
         known = [Asked((), q.text, truth=yes_no(q.label)) for q in asked]
         given = file.given(rows, known, partial(readings, parser=options.parser))
         scores = [None if options.scores is None else number_of(row.fields, row.where, options.scores) for row in rows]
-        made = cls(tuple(asked), (), "{question}", 0, options.parser, split_by_split=True)
+        made = cls(tuple(asked), (), "{question}", 0, options.parser, split_by_split=True, corrected=tuple(corrected))
         samples = [Sample(cls.name, q.image_id, None, made.prompt_text(q)) for q in asked]
         return made, FileAnswers(file, samples, [g.answer(score) for g, score in zip(given, scores, strict=True)])
 
@@ -185,18 +214,22 @@ class Pope(Benchmark):
         """One row per split, and the differences to a baseline."""
         with_auc = "score" in own.table.columns
         result: dict[str, Any] = {"parser": self.parser, **_split_figures(own.table)}
+        if (repope := self.repope(own.answers)) is not None:
+            result["repope"] = _split_figures(repope)
         text = f"POPE, parser {self.parser}, {own.path}\n"
         if other is None:
             text += plain_table(self._rows(own, with_auc))
         else:
             result["baseline"] = self._compared(own, other, seed)
             text += plain_table(self._rows(own, with_auc, other, result["baseline"]))
-            text += "\n" + _mcnemar_line(result["baseline"]["mcnemar"])
+            text += "\n" + "\n".join([_mcnemar_line(result["baseline"]["mcnemar"]), *self._turns(result["baseline"])])
         if (left := int(own.table.unparsed.sum())) and "counted" in own.table.columns:
             accuracy = number(float(own.table.correct.mean()))
             text += f"\n{left} unparsed answers are in no figure; as wrong ones, the accuracy of all is {accuracy}"
         if len(self.splits) > 1:
             text += f"\nmean F1 of the splits: {number(result['mean_f1_of_splits'])}"
+            if repope is not None:
+                text += f", by RePOPE's labels {number(result['repope']['mean_f1_of_splits'])}"
         return result, text
 
     def _compared(self, own: ScoredFile, other: ScoredFile, seed: int) -> dict[str, Any]:
@@ -206,17 +239,29 @@ class Pope(Benchmark):
                 f"{other.path} and {own.path} do not answer the same questions in the same order: give --questions and "
                 "question_id, or put them in one order"
             )
-        others = baseline.by_split()
+        others = other.task.by_split(baseline, other.answers)
+        repope = other.task.repope(other.answers)
         return {
             "file": str(other.path),
             **other.facts,
             **_split_figures(baseline),
+            **({} if repope is None else {"repope": _split_figures(repope)}),
             "differences": {
-                split: differences(part.FIGURES, part, others[split], seed) for split, part in table.by_split().items()
+                split: differences(part.FIGURES, part, others[split], seed)
+                for split, part in self.by_split(table, own.answers).items()
             },
             "confidence": CONFIDENCE,
             "mcnemar": mcnemar_once(table, baseline),
         }
+
+    def _turns(self, compared: Mapping[str, Any]) -> Iterator[str]:
+        """The splits in which RePOPE's labels turn the ranking by F1 round, a line each."""
+        f1 = {split: found["f1"]["estimate"] for split, found in compared["differences"].items()}
+        for split in self.splits:
+            before, after = f1[split], f1.get(f"repope_{split}", 0.0)
+            if before * after < 0:
+                changes = f"{100 * before:+.1f} by POPE's labels and {100 * after:+.1f} by RePOPE's"
+                yield f"{split}: the ranking turns, F1 is {changes}"
 
     def _rows(
         self,
@@ -227,11 +272,17 @@ class Pope(Benchmark):
     ) -> list[list[str]]:
         names = (*_FIGURES, *(["auc"] if with_auc else []))
         rows = [["split", *_COLUMNS, *(["AUC"] if with_auc else []), "unparsed"]]
-        for split, table in own.table.by_split().items():
+        tables = self.by_split(own.table, own.answers)
+        for split, table in tables.items():
             rows.append([split, *_cells(table, names)])
+            if (before := tables.get(split.removeprefix("repope_"))) is not table and before is not None:
+                new, old = table.summary(), before.summary()
+                changes = (f"{100 * (new[name] - old[name]):+.1f}" if name in new else "" for name in names)
+                rows.append(["  - POPE", "", *changes, ""])
             if other is not None and compared is not None:
                 found = compared["differences"][split]
-                rows.append(["  baseline", *_cells(other.table.by_split()[split], names)])
+                theirs = other.task.by_split(other.table, other.answers)[split]
+                rows.append(["  baseline", *_cells(theirs, names)])
                 rows.append(["  difference", "", *(difference_cell(found.get(name)) for name in names), ""])
                 rows.append(["  95 %", "", *(interval_cell(found.get(name)) for name in names), ""])
         return rows
@@ -246,68 +297,6 @@ def _split_figures(table: YesNoTable) -> dict[str, Any]:
     splits = {split: _figures(part) for split, part in table.by_split().items()}
     f1 = [part["summary"]["f1"] for part in splits.values()]
     return {"splits": splits, "mean_f1_of_splits": sum(f1) / len(f1)}
-
-
-def _asked(file: AnswerFile, rows: Sequence[Row], options: Namespace) -> tuple[list[PopeQuestion], list[Row]]:
-    """The questions of the question files that are answered, and the row that answers each."""
-    questions = _questions(options.questions)
-    if any("repope" in path.name.lower() for path in options.questions):
-        file.notes.append("the labels are RePOPE's: not comparable with figures of POPE")
-        everything, rows = rows, without_removed(rows, questions)
-        if removed := len(everything) - len(rows):
-            file.facts["removed"] = removed
-            file.notes.append(f"{removed} answers to questions that RePOPE leaves out are ignored")
-    file.facts["questions"] = {
-        path.name: sum(q.split == split for q in questions)
-        for path, split in zip(options.questions, dict.fromkeys(q.split for q in questions), strict=False)
-    }
-    found = file.matched(
-        rows,
-        [Asked((q.question_id,), q.text, q.image, yes_no(q.label), q.split) for q in questions],
-        remedy=_REMEDY,
-        source="the question files",
-    )
-    return [questions[index] for index in found], list(found.values())
-
-
-def _questions(files: Sequence[Path]) -> list[PopeQuestion]:
-    """The questions of several files.
-
-    Raises:
-        DataError: Two files are of one split: two releases, or one file twice.
-    """
-    questions: list[PopeQuestion] = []
-    of_split: dict[str, tuple[Path, int]] = {}
-    for path in files:
-        own = load_questions(path)
-        for split in dict.fromkeys(q.split for q in own):
-            count = sum(q.split == split for q in own)
-            first, others = of_split.setdefault(split, (path, count))
-            if first is not path:
-                raise DataError(
-                    f"{first} and {path} both hold {split} questions ({others} and {count}): releases differ in "
-                    "questions and labels (POPE's first has 2910 random ones, the current one 3000; RePOPE corrects "
-                    "labels) and are never merged: give one of them"
-                )
-        questions += own
-    return questions
-
-
-def _from_labels(file: AnswerFile, rows: Sequence[Row]) -> tuple[list[PopeQuestion], list[Row]]:
-    """Questions made of rows that bring their labels."""
-    if all(row.image is not None and row.texts for row in rows):
-        rows = file.distinct(rows)
-    labels = file.labels(rows, "without --questions every line needs one")
-    images: dict[str, int] = {}
-    known = all(row.image is not None for row in rows)
-    asked = []
-    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        name = str(row.image) if row.image is not None else ""
-        cluster = images.setdefault(name, len(images)) if known else place
-        text = next(iter(row.texts.values()), None)
-        item = f"{name}: {text}" if text is not None else f"{name}:{place}"
-        asked.append(PopeQuestion(str(place), cluster, name, "", item, label, "all"))
-    return asked, list(rows)
 
 
 def _cells(table: YesNoTable, names: Sequence[str]) -> list[str]:

@@ -167,6 +167,28 @@ def test_pope_from_a_data_set_and_from_files_with_images(tmp_path: Path) -> None
         load_asked(str(folder), ())
 
 
+def test_a_run_reads_its_answers_by_repopes_labels_too(tmp_path: Path) -> None:
+    shutil.copy(benchmark_data.scenes(1)[0][0], tmp_path / "42.jpg")
+    rows = [{"question_id": i, "image": "42.jpg", "text": benchmark_data.ask(w)} for i, w in enumerate(("cup", "dog"))]
+    files = {"coco_pope_random.json": [{**rows[0], "label": "yes"}, {**rows[1], "label": "no"}]}
+    files["coco_repope_random.json"] = [{**rows[1], "label": "yes"}]
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    options = EvalOptions(
+        benchmarks=("pope",),
+        benchmark_data=(f"pope={tmp_path}",),
+        pope_questions=tuple(tmp_path / name for name in files),
+    )
+    pope = make_tasks(options).find(Pope)
+    assert pope is not None and len(pope.samples) == 2 and "RePOPE's labels of 1 of them" in pope.about()
+    answers = {sample.key: Answer("Yes", (), False, (), None, 0.0) for sample in pope.samples}
+    found = pope.details("m", {"m": pope.score(answers)}, {"m": answers}, 0)
+    assert found["splits"] == ["random", "repope_random"] and found["all"]["counts"]["n"] == 2
+    accuracy = [found[split]["summary"]["accuracy"] for split in found["splits"]]
+    assert accuracy == [0.5, 1.0]
+    assert pope.settings() != replace(pope, corrected=()).settings()
+
+
 # Limits
 
 

@@ -231,6 +231,28 @@ def test_sentences_tell_what_needs_no_method(verdicts: tuple[str, str], expected
     assert sentences(results)[0] == "<m>: no answer changed."
 
 
+@pytest.mark.parametrize(
+    ("found", "unparsed", "expected"),
+    [
+        (
+            interval(-0.03, -0.05, -0.01, 0.002),
+            7,
+            "costs ability: MMSTAR accuracy -3.0 [-5.0, -1.0], 7 unreadable answers",
+        ),
+        (interval(-0.01, -0.03, 0.01, 0.4), 2, "has no clear cost in ability: MMSTAR accuracy -1.0 [-3.0, +1.0]."),
+        (interval(0.03, 0.01, 0.05, 0.002), 2, "gains ability: MMSTAR accuracy +3.0 [+1.0, +5.0]."),
+    ],
+)
+def test_sentences_tell_what_a_method_costs_in_ability(found: Any, unparsed: int, expected: str) -> None:
+    results = small_results()
+    for row, count in zip(results["methods"], (2, unparsed, 2), strict=True):
+        row["mmstar"] = {"summary": {"accuracy": 0.4}, "changed": 1, "seconds": 1.0, "counts": {"unparsed": count}}
+    results["methods"][1]["differences"]["mmstar.accuracy"] = found
+    results["controls"] = []
+    assert sentences(results)[0].startswith(f"<m>: 10.0 points fewer invented objects; {expected}")
+    assert "ability" not in sentences(results)[1], "nothing is known of it"
+
+
 def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
     image = tmp_path / "x.png"
     Image.new("RGB", (4, 4)).save(image)
@@ -242,7 +264,9 @@ def test_one_invention_for_another_is_a_change(tmp_path: Path) -> None:
         for label, texts in said.items()
     }
     specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
-    (found,) = galleries(specs, task, answers)
+    (found,) = galleries(
+        [*specs, MethodSpec("same", {"method": "same"}, "method")], task, {**answers, "same": answers["none"]}
+    )
     assert [pair.image_id for pair in found.pairs] == [2, 1], "the dog that became a cup comes before a mere wording"
 
 

@@ -435,20 +435,70 @@ def test_the_first_910_answers_fit_the_released_questions(tmp_path: Path) -> Non
 
 @needs_data("new/repope_synthetic", "expected_new.json")
 def test_the_official_figures_of_repopes_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """POPE and RePOPE in one table, on the same answers."""
     folder = DATA / "new" / "repope_synthetic"
-    expected = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]["POPE"]
-    questions = ("--questions", folder / "coco_pope_random.json")
-    part = score(tmp_path, "pope", folder / "answers.jsonl", *questions, "--parser", "repope")["splits"]["random"]
-    assert part["counts"] == {
-        **{name: expected[name] for name in ("TP", "FP", "TN", "FN")},
-        "n": expected["rows"],
-        "unparsed": expected["none"],
-    }
+    official = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]
+    questions = ("--questions", folder / "coco_repope_random.json", folder / "coco_pope_random.json")
+    found = score(tmp_path, "pope", folder / "answers.jsonl", *questions, "--parser", "repope")
     names = {"precision": "Precision", "recall": "Recall", "f1": "F1", "accuracy": "ACC", "yes_ratio": "Yes Ratio"}
-    assert {theirs: part["summary"][ours] for ours, theirs in names.items()} == pytest.approx(
-        {theirs: expected[theirs] for theirs in names.values()}
+    for expected, part in ((official["POPE"], found), (official["RePOPE"], found["repope"])):
+        assert part["splits"]["random"]["counts"] == {
+            **{name: expected[name] for name in ("TP", "FP", "TN", "FN")},
+            "n": expected["rows"],
+            "unparsed": expected["none"],
+        }
+        summary = part["splits"]["random"]["summary"]
+        assert {theirs: summary[ours] for ours, theirs in names.items()} == pytest.approx(
+            {theirs: expected[theirs] for theirs in names.values()}
+        )
+    said = capsys.readouterr().out.splitlines()
+    assert "3 unparsed answers are in no figure" in said[-1]
+    assert [line.split()[:6] for line in said[2:5]] == [
+        ["random", "24", "61.9", "54.5", "66.7", "60.0"],
+        ["repope_random", "20", "76.5", "100.0", "69.2", "81.8"],
+        ["-", "POPE", "+14.6", "+45.5", "+2.6", "+21.8"],
+    ]
+
+
+def repope_files(folder: Path, labels: str) -> list[object]:
+    """Four questions about an image; RePOPE leaves out the last and gives the others these labels."""
+    rows = [
+        {"question_id": i + 1, "image": "COCO_val2014_000000000042.jpg", "text": f"Is there a {name} in the image?"}
+        for i, name in enumerate(("dog", "cup", "cat", "car"))
+    ]
+    word = {"y": "yes", "n": "no"}
+    pope = [{**row, "label": word[label]} for row, label in zip(rows, "ynny", strict=True)]
+    corrected = [{**row, "label": word[label]} for row, label in zip(rows, labels, strict=False)]
+    pair = (
+        write_lines(folder / "coco_pope_random.json", pope),
+        write_lines(folder / "coco_repope_random.json", corrected),
     )
-    assert "3 unparsed answers are in no figure" in capsys.readouterr().out
+    return ["--questions", *pair]
+
+
+def said_file(folder: Path, name: str, said: str) -> Path:
+    rows = [{"question_id": i + 1, "answer": {"y": "Yes", "n": "No"}[word]} for i, word in enumerate(said)]
+    return write_lines(folder / name, rows)
+
+
+def test_repopes_labels_may_turn_a_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pope", said_file(tmp_path, "a.jsonl", "ynny"), "--baseline", said_file(tmp_path, "b.jsonl", "nyyn")]
+    found = score(tmp_path, *words, *repope_files(tmp_path, "nyy"))
+    f1 = {split: each["f1"]["estimate"] for split, each in found["baseline"]["differences"].items()}
+    assert f1 == {"random": 1.0, "repope_random": -1.0} and found["baseline"]["repope"]["mean_f1_of_splits"] == 1
+    assert "random: the ranking turns, F1 is +100.0 by POPE's labels and -100.0 by RePOPE's" in capsys.readouterr().out
+    score(tmp_path, *words, *repope_files(tmp_path, "ynn"))
+    assert "turns" not in capsys.readouterr().out
+
+
+def test_repope_goes_with_the_same_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = said_file(tmp_path, "a.jsonl", "ynny")
+    _, pope, repope = repope_files(tmp_path, "nyy")
+    row = {"question_id": 2, "image": "COCO_val2014_000000000042.jpg", "text": "Is there an owl in the image?"}
+    write_lines(tmp_path / "coco_repope_random.json", [{**row, "label": "no"}])
+    assert "which corrects POPE's current release" in error_of(capsys, "pope", answers, "--questions", pope, repope)
+    write_lines(tmp_path / "coco_repope_random.json", [{**row, "question_id": 9, "label": "no"}])
+    assert "1 questions of RePOPE's files are in none" in error_of(capsys, "pope", answers, "--questions", pope, repope)
 
 
 @needs_data("new/repope_synthetic", "expected_new.json")
