@@ -47,6 +47,7 @@ SHELL = {
     "scripts/test": "test_packaging.py",
     "scripts/check_layers": "run by .ci/run",
     "scripts/test_versions": "run by .ci/run",
+    "scripts/test_clients": "run by .ci/run",
     ".ci/run": "itself",
     "ruff": "run by .ci/run",
     "mypy": "run by .ci/run",

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from fnmatch import fnmatch
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import build, copy_of_the_sources
 
 from vlmfix.errors import how_to_install
 
@@ -67,43 +67,22 @@ def test_the_plugin_does_not_need_the_evaluation() -> None:
             assert re.search(imports, path.read_text(encoding="utf-8"), re.MULTILINE) is None, path
 
 
-def copy_of_the_sources(folder: Path) -> Path:
-    """What is under version control or would be, and no build's leftovers: a build writes beside the sources."""
-    left_out = ("__pycache__", "*.egg-info", "build", "dist", "runs", ".git", ".venv", ".*_cache", ".device")
-    return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out)))
-
-
 def contents(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
 def test_the_source_distribution_is_whole_and_builds_a_wheel(tmp_path: Path) -> None:
-    setuptools = pytest.importorskip("setuptools", minversion="77", reason="the build needs setuptools 77")
     sources = copy_of_the_sources(tmp_path / "sources")
     held = contents(sources)
-
-    def build(folder: Path, kind: str) -> Path:
-        code = f"import setuptools.build_meta as b; print(b.build_{kind}({str(tmp_path)!r}))"
-        path = os.pathsep.join([str(Path(setuptools.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return tmp_path / done.stdout.splitlines()[-1]
-
-    archive = build(sources, "sdist")
+    archive = build(sources, "sdist", tmp_path)
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert held - contents(unpacked) == set()
     for script in ("scripts/demo", "scripts/test", "scripts/reproduce", ".ci/run"):
         assert os.access(unpacked / script, os.X_OK), script
-    with zipfile.ZipFile(build(unpacked, "wheel")) as wheel:
+    with zipfile.ZipFile(build(unpacked, "wheel", tmp_path)) as wheel:
         installed = set(wheel.namelist())
         (metadata,) = (wheel.read(name).decode() for name in installed if name.endswith(".dist-info/METADATA"))
     sources_of_packages = {each for each in held if each.startswith("vlmfix/")}
@@ -159,7 +138,13 @@ def environment(folder: Path, extra: str, python: Path | str | None) -> subproce
 
 
 def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) -> None:
-    for script, extra in (("demo", "eval"), ("test", "dev"), ("test_versions", "dev"), ("../.ci/run", "dev")):
+    for script, extra in (
+        ("demo", "eval"),
+        ("test", "dev"),
+        ("test_versions", "dev"),
+        ("test_clients", "dev"),
+        ("../.ci/run", "dev"),
+    ):
         assert f"\n. scripts/environment.sh {extra}\n" in (ROOT / "scripts" / script).read_text(encoding="utf-8")
     fake_python(tmp_path / "path" / "python3", "3.12")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import runpy
 import shutil
@@ -26,16 +27,20 @@ Run a Python program with every vision-language model that it loads patched, and
   vlmfix run vhr -- lm_eval --model hf-multimodal --model_args pretrained=MODEL --tasks mmmu_val
   vlmfix run pai --set alpha=0.3 -- -m lmms_eval --model llava_hf --model_args pretrained=MODEL --tasks pope
   vlmfix run recipe.json -- my_script.py --its-own option
-  accelerate launch -m vlmfix run vhr -- -m lmms_eval ...      on several GPUs
+  accelerate launch -m vlmfix run vhr -- -m lmms_eval ...      on several GPUs, or torchrun ... -m vlmfix run vhr -- ...
 
 PROGRAM is a script, -m MODULE, or the name of a command that a Python package installs. Only this process is patched,
 not those that the program starts. The exit status is the program's; 2 if it loaded no vision-language model, if none
-was ever called with a picture, or if a call was refused.
+was ever called with a picture (by the first of several processes), or if a call was refused.
 """
 
 
 _CACHING = ("--use_cache",)
 """Options by which evaluators keep answers under keys that do not name the patch."""
+
+
+_LAUNCHERS = ("accelerate", "deepspeed", "torchrun", "torch.distributed.run", "torch.distributed.launch")
+"""Programs that start others, which would not be patched."""
 
 
 def add_run(verbs: Any) -> argparse.ArgumentParser:
@@ -59,6 +64,12 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
             f"{cached[0]} keeps answers under keys that do not name the patch, so that a patched model would be given "
             "the stock model's. Leave it out."
         )
+    launchers = [word for word in words[: 1 + (words[0] == "-m")] if word in _LAUNCHERS]
+    if launchers:
+        raise VlmfixError(
+            f"{launchers[0]} starts processes of its own, which would not be patched. Let it start vlmfix: "
+            f"{' '.join(words[:2])} ... -m vlmfix run {options.method} -- PROGRAM"
+        )
     run_patched(methods_of(options), words, show)
 
 
@@ -81,11 +92,17 @@ def run_patched(methods: Sequence[Method] | None, words: Sequence[str], show: Ca
         try:
             failed = exit_status(program)
         finally:  # a server ends by Ctrl-C
+            several = f"process {rank()}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
             for model in loading.patched:
-                show(str(model.status()))
+                show(f"{several}{model.status()}")
     if failed:
         raise SystemExit(failed)
     check_use(loading)
+
+
+def rank() -> int:
+    """Number of this process among those that a launcher started together; 0 if it is alone."""
+    return int(os.environ.get("RANK", 0))
 
 
 def check_use(loading: PatchOnLoad) -> None:
@@ -101,7 +118,8 @@ def check_use(loading: PatchOnLoad) -> None:
     if refusals:
         raise VlmfixError(f"{len(refusals)} calls were refused, and their answers are missing: {refusals[0]}")
     states = [model.status() for model in loading.patched]
-    if all(state.prompts == state.prompts_without_image for state in states):
+    # Of several processes those behind the first may have been given nothing to do.
+    if rank() == 0 and all(state.prompts == state.prompts_without_image for state in states):
         calls = sum(state.prompts for state in states)
         raise VlmfixError(f"the patched model was never called with a picture ({calls} prompts without one)")
 

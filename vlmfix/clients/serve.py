@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.clients.options import add_program, methods_of, verb_with_method, words_behind_dashes
-from vlmfix.errors import MethodError, VlmfixError, how_to_install
+from vlmfix.errors import MethodError, UnsupportedFeatureError, VlmfixError, how_to_install
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,17 +105,23 @@ def _chosen(model: PreTrainedModel, body: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with the same weights under the methods of a request, or the model itself.
 
     Raises:
-        VlmfixError: The methods are unknown, or the model takes none.
+        VlmfixError: The methods are unknown, the model takes none, or they give no stream.
     """
-    from vlmfix.patching import under_methods
+    from vlmfix.patching import find_patch, under_methods
 
-    if FIELD not in body:
-        return model
-    wanted = body[FIELD]
-    for name in wanted if isinstance(wanted, list) else [wanted]:
-        if isinstance(name, str) and name.endswith(".json"):
-            raise MethodError(f"A request names methods, not files of the server: {name!r}.")
-    return under_methods(model, "none" if wanted is None else wanted)
+    if FIELD in body:
+        wanted = body[FIELD]
+        for name in wanted if isinstance(wanted, list) else [wanted]:
+            if isinstance(name, str) and name.endswith(".json"):
+                raise MethodError(f"A request names methods, not files of the server: {name!r}.")
+        model = under_methods(model, "none" if wanted is None else wanted)
+    patch = find_patch(model)
+    searching = [each.name for each in patch.methods if each.searches] if patch is not None else []
+    if body.get("stream") and searching:
+        raise UnsupportedFeatureError(
+            f"{searching[0]} knows its answer only at the end of its search. Ask for it without a stream."
+        )
+    return model
 
 
 async def _refusal(request: Any, error: VlmfixError) -> Any:

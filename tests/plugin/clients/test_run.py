@@ -72,6 +72,7 @@ NO_MODEL = "print('done')"
 TEXT_MODEL = "from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
 NEVER_CALLED = "client_runs.stock(sys.argv[1])"
 WITHOUT_PICTURE = "client_runs.stock(sys.argv[1]).generate(torch.tensor([[1, 9, 10]]), max_new_tokens=2)"
+SECOND_RANK = "import os; os.environ['RANK'] = '1'; client_runs.stock(sys.argv[1])"  # which had nothing to do
 FAILS = "client_runs.stock(sys.argv[1]); sys.exit(7)"
 SWALLOWS = """
 for number in range(2):
@@ -91,6 +92,7 @@ for number in range(2):
         (FAILS, "vhr", 7, ""),
         (SWALLOWS, "opera", 2, "opera returns the best beam and draws nothing"),
         (NO_MODEL, "vhrr", 2, "no method 'vhrr'"),
+        (SECOND_RANK, "vhr", 0, ""),
     ],
 )
 def test_what_went_wrong_is_told(
@@ -101,7 +103,9 @@ def test_what_went_wrong_is_told(
     script: Path,
     processor_folder: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("RANK", "0")
     script.write_text(f"import sys, torch, client_runs\n{code}")
     try:
         found: Any = main(["run", method, "--", str(script), str(processor_folder)])
@@ -110,6 +114,60 @@ def test_what_went_wrong_is_told(
     said = capsys.readouterr()
     assert (found, told in said.err) == (status, True), said.err
     assert "empty answer" not in said.out and ("patched with" in said.out) == ("stock" in code)
+
+
+def test_all_models_of_a_program_are_patched(
+    script: Path, processor_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = repr(str(processor_folder))
+    script.write_text(f"""
+import client_runs
+first, second = client_runs.stock({folder}), client_runs.stock({folder})
+for model, number in ((second, 0), (first, 1), (second, 2)):
+    print(client_runs.answer(model, {folder}, client_runs.picture(number)))
+""")
+    assert main(["run", *TYPED, "--", str(script)]) == 0
+    said = capsys.readouterr().out
+    model = vlmfix.patch(stock(processor_folder), VHR)
+    assert said.splitlines()[:3] == [answer(model, processor_folder, picture(number)) for number in range(3)]
+    assert "1 prompts (0 without" in said and "2 prompts (0 without" in said and said.count("patched with") == 2
+
+
+DISTRIBUTED = """
+import os, sys, client_runs
+import torch.distributed as dist
+dist.init_process_group("gloo")
+number, folder = dist.get_rank(), sys.argv[1]
+said = client_runs.answer(client_runs.stock(folder), folder, client_runs.picture(number))
+found = [None] * dist.get_world_size()
+dist.all_gather_object(found, said)
+if number == 0:
+    print(found)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_several_processes(script: Path, processor_folder: Path) -> None:
+    script.write_text(DISTRIBUTED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmfix"]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, *launcher, "run", *TYPED, "--", str(script), str(processor_folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])},
+        capture_output=True,
+        text=True,
+    )
+    model = vlmfix.patch(stock(processor_folder), VHR)
+    expected = [answer(model, processor_folder, picture(number)) for number in range(2)]
+    assert done.returncode == 0 and str(expected) in done.stdout.splitlines(), done.stderr
+    assert all(f"process {number}: LlavaForConditionalGeneration patched" in done.stdout for number in range(2))
+
+
+def test_a_launcher_starts_vlmfix_not_the_other_way_round(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["torchrun", "--nproc-per-node", "2"], ["-m", "torch.distributed.run"], ["accelerate", "launch"]):
+        assert main(["run", "vhr", "--", *words, "x.py"]) == 2
+        assert "Let it start vlmfix: " + " ".join(words[:2]) in capsys.readouterr().err
 
 
 def test_models_of_another_kind_are_left_alone(

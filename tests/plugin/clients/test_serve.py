@@ -132,11 +132,22 @@ def test_concurrent_requests_with_methods_of_their_own(
         ({"method": "vhr", "alfa": 1}, "no parameter 'alfa'"),
         ("/etc/recipe.json", "not files of the server"),
         ({"method": "opera", "layers": [99]}, "opera"),
+        (5, "Expected a method's name"),
     ],
 )
-def test_a_refused_request_is_told_why(server: Any, processor_folder: Path, choice: Any, reason: str) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_request_is_told_why(
+    server: Any, processor_folder: Path, choice: Any, reason: str, stream: bool
+) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
-        ask(server[0], processor_folder, 0, choice)
+        ask(server[0], processor_folder, 0, choice, stream=stream)
+
+
+@pytest.mark.slow
+def test_a_search_gives_no_stream(server: Any, processor_folder: Path) -> None:
+    assert ask(server[0], processor_folder, 0, "opera").choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="opera knows its answer only at the end"):
+        ask(server[0], processor_folder, 0, "opera", stream=True)
 
 
 @pytest.mark.slow
