@@ -19,7 +19,7 @@ from vlmfix.methods.registry import list_methods, method_class, method_from_dict
 from vlmfix.recipes import parse_value, split_setting
 
 from ..options import EvalOptions
-from ..testbed import RECIPE
+from ..testbed import RECIPES
 
 ALL = "all"
 """Among the names of methods: every method that the model takes as it comes."""
@@ -168,15 +168,15 @@ def strengths_on(model: str | None) -> tuple[dict[str, dict[str, Any]], list[str
     """Return what methods run at on a model unless a parameter is set, and what the reader must know about it.
 
     Args:
-        model: As typed; None is the testbed, whose strengths were chosen on scenes of its calibration split.
+        model: As typed. Strengths of the embedded models were chosen on scenes of their calibration split.
 
     Returns:
         Parameters by the method's name; empty where all run at their defaults. And notes.
     """
-    if model is not None:
+    if model not in RECIPES:
         return {}, []
-    recipe = read_json(RECIPE, what="recipe file", remedy="write it again: python scripts/calibrate_testbed.py")
-    note = f"method strengths are the testbed's recipe, chosen on {recipe['chosen_on']}"
+    recipe = read_json(RECIPES[model], what="recipe file", remedy="write it again: python scripts/calibrate_testbed.py")
+    note = f"method strengths are {model or 'the testbed'}'s recipe, chosen on {recipe['chosen_on']}"
     return {entry["method"]: entry for entry in recipe["methods"]}, [note]
 
 

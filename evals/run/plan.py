@@ -65,9 +65,10 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
     Raises:
         VlmfixError: Something the run needs is missing or contradictory; nothing was written.
     """
-    strengths, notes = strengths_on(options.model)
     source = find_model(options.model, yes=options.yes)
+    notes: list[str] = []
     if methods is None:
+        strengths, notes = strengths_on(options.model)
         names, left_out = expand_all(options.methods, source.config, strengths)
         methods = plan_methods(replace(options, methods=names), strengths)
         notes += left_out

@@ -20,7 +20,7 @@ __all__ = [
     "MODELS",
     "MODEL_DIR",
     "PROMPTS",
-    "RECIPE",
+    "RECIPES",
     "SPLITS",
     "Split",
     "default_cache_dir",
@@ -34,8 +34,10 @@ MODEL_DIR = Path(__file__).parent / "model"
 """Folder for ``AutoModelForImageTextToText.from_pretrained`` and ``AutoProcessor.from_pretrained``."""
 
 
-RECIPE = Path(__file__).parent / "recipe.json"
-"""Method strengths for this model, chosen on the calibration split."""
+RECIPES: Mapping[str | None, Path] = MappingProxyType(
+    {None: Path(__file__).parent / "recipe.json", "smol": Path(__file__).parent / "smol" / "recipe.json"}
+)
+"""Method strengths by the model's name (None: the default model), chosen on the calibration split."""
 
 
 PROMPTS: Mapping[str, str] = MappingProxyType(
