@@ -6,7 +6,8 @@ They are JSON lines (or one JSON list) of image, question and answer::
     {"image": "kitchen.jpg", "question": "What is on the table?", "answer": ["a cup", "a mug"]}
 
 ``image`` is a file, relative to the file of questions; without it (or with null) the question is asked alone. An
-``answer`` of yes or no makes a yes/no question, anything else a free one; a list holds answers that are all right.
+``answer`` of yes or no makes a yes/no question, anything else a free one; a list holds answers that are all right. A
+``kind`` (count, colour, ...) groups questions in the report.
 """
 
 from __future__ import annotations
@@ -226,6 +227,16 @@ class Custom(Questions):
             tuple("free" if q.label is None else "yes/no" for q in self.asked),
             tuple(q.text for q in self.asked),
         )
+
+    def breakdown(self, table: CustomTable) -> dict[str, dict[str, float]]:
+        """Questions and right answers of each kind, if the file tells kinds: a free one contains a right answer."""
+        right = table.columns["correct"] | table.columns["contains"] & table.columns["free"]
+        kinds = np.asarray([str(q.row.get("kind", "")) for q in self.asked])
+        return {
+            kind: {"n": float((kinds == kind).sum()), "right": 100 * float(right[kinds == kind].mean())}
+            for kind in dict.fromkeys(kinds.tolist())
+            if kind
+        }
 
     def about(self) -> str:
         """Questions, images and how answers are read."""

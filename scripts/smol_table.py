@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""The table of methods on ``smol``: captions of 200 scenes and questions about 60, on both held-out splits.
+
+    python scripts/smol_table.py --out DIR              # everything; goes on where it stopped
+    python scripts/smol_table.py --out DIR --scenes 10 --question-scenes 4     # a look
+
+Strengths are those of ``smol``'s recipe, chosen on the calibration split. Captions (CHAIR, with the early-stop control
+and VHR's head controls) and questions (POPE, and count, colour, height and relation) are separate runs of ``vlmfix
+eval``, whose commands are printed. The table's figures go to ``DIR/figures.json``, which ``evals/testbed/smol`` keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmfix.cli import main as vlmfix_command
+from vlmfix.evals.compare.compare import compare_runs
+from vlmfix.evals.scores.counts import load_run
+from vlmfix.evals.testbed import prepare
+from vlmfix.evals.testbed.export import file_name
+from vlmfix.evals.testbed.scenes import image_id, make_scene
+from vlmfix.evals.testbed.smol.facts import things
+from vlmfix.evals.testbed.smol.questions import other_questions
+
+SPLITS = ("heldout", "heldout2")
+METHODS = ("vhr", "var", "pai", "spin", "act", "adhh", "mma", "guidance", "vcd", "verify")
+KINDS = ("count", "colour", "row", "relation")
+"""Questions beyond existence whose answer this model can know."""
+
+QUESTIONS_OF_A_SCENE = 4
+PROMPT = "Describe the image."
+"""Captions of a few sentences; one ``in detail`` takes 2.5 times as long."""
+
+
+def write_questions(split: str, scenes: int, path: Path) -> None:
+    """Write questions beyond existence about a split's first scenes, as the benchmark ``custom`` reads them."""
+    folder = prepare(split, scenes)
+    rows = []
+    for index in range(scenes):
+        scene = make_scene(image_id(split, index))
+        image = folder / "val2014" / file_name(scene.image_id)
+        rng = random.Random(f"questions {scene.image_id}")
+        for asked in other_questions(scene.kind, things(scene), rng, QUESTIONS_OF_A_SCENE, KINDS):
+            rows.append({"image": str(image), "question": asked.text, "answer": asked.answer, "kind": asked.kind})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluate(split: str, benchmarks: Sequence[str], scenes: int, out: Path, *more: str) -> None:
+    """Run ``vlmfix eval`` on scenes of a split, or go on with it."""
+    command = ["eval", "--model", "smol", "--split", split, "--limit", str(scenes), "--benchmark", *benchmarks]
+    command += ["--method", *METHODS, "--prompt", PROMPT, "--attn-implementation", "eager", *more, "--out", str(out)]
+    print("vlmfix " + " ".join(command), flush=True)
+    if code := vlmfix_command(command):
+        sys.exit(code)
+
+
+def change(difference: Mapping[str, Any], scale: float = 100) -> list[float]:
+    """A difference with its interval, in points."""
+    return [round(scale * difference[end], 2) for end in ("estimate", "low", "high")]
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What the tables show of a split: rows of the captions and of the questions, and what was run.
+
+    Args:
+        folder: Of the split, with the folders of both runs.
+    """
+    found: dict[str, Any] = {}
+    for name in ("captions", "questions"):
+        if not (folder / name / "results.json").is_file():
+            continue
+        results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
+        rows = {row["label"]: _row(row) for row in results["methods"]}
+        for line in results["controls"]:
+            key = f"{line['metric'].rpartition('.')[2]} to {line['control']}"
+            rows[line["method"]]["controls"][key] = change(line["difference"])
+        if name == "captions":
+            compared = compare_runs([load_run(folder / name)], against="A:verify")
+            for row in compared["methods"]:
+                own = rows[row["label"].removeprefix("A:")]
+                own |= {"verdict": row["verdict"], "minus_verify": _changes(row.get("differences", {}))}
+        found[name] = {"data": results["data"], "versions": results["settings"]["versions"], "rows": rows}
+    return found
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"describe": row["describe"], "role": row["role"], "controls": {}}
+    found["minus_none"] = _changes(row.get("differences", {}))
+    for name in ("chair", "pope", "custom"):
+        if name not in row:
+            continue
+        part = row[name]
+        found[name] = {
+            key: round(value if key == "length_words" else 100 * value, 2)
+            for key, value in part["summary"].items()
+            if value is not None
+        }
+        found[name] |= {"seconds": round(part["seconds"], 1), "changed": part["changed"], "n": part["asked"]}
+        if name == "chair":
+            quality = part["text_quality"]
+            found[name] |= {key: round(100 * value, 2) for key, value in quality["summary"].items()}
+            matched = quality.get("length_matched", {}).get("words", {}).get("chair_i")
+            found[name]["chair_i_at_equal_length"] = matched and change(matched["difference"])
+        if name == "pope":
+            found[name]["splits"] = {
+                split: {key: round(100 * part[split]["summary"][key], 2) for key in ("accuracy", "f1", "yes_ratio")}
+                for split in part["splits"]
+            }
+        if name == "custom":
+            found[name]["kinds"] = {
+                kind: {key: round(value, 2) for key, value in each.items()} for kind, each in part["breakdown"].items()
+            }
+    return found
+
+
+def _changes(differences: Mapping[str, Any]) -> dict[str, list[float]]:
+    return {
+        key.rpartition(".")[2]: change(each, 1 if key.endswith("words") else 100)
+        for key, each in differences.items()
+        if isinstance(each, Mapping)
+    }
+
+
+def write_figures(folder: Path) -> None:
+    """Write ``figures.json``, a row a line."""
+    found = {split: figures_of(folder / split) for split in SPLITS}
+    lines = []
+    for split, runs in found.items():
+        for name, run in runs.items():
+            head = {key: value for key, value in run.items() if key != "rows"}
+            rows = ",\n".join(f"   {json.dumps(label)}: {json.dumps(row)}" for label, row in run["rows"].items())
+            lines.append(f'  {json.dumps(f"{split} {name}")}: {json.dumps(head)[:-1]}, "rows": {{\n{rows}\n  }}}}')
+    (folder / "figures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure as asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=200, help="scenes of a split to describe (default: 200)")
+    parser.add_argument("--question-scenes", type=int, default=60, help="scenes to ask about (default: 60)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and figures go")
+    options = parser.parse_args()
+    for split in SPLITS:
+        evaluate(split, ["chair"], options.scenes, options.out / split / "captions")
+    for split in SPLITS:
+        questions = options.out / split / "questions.jsonl"
+        write_questions(split, options.question_scenes, questions)
+        asked = ["--benchmark-data", f"custom={questions}"]
+        evaluate(split, ["pope", "custom"], options.question_scenes, options.out / split / "questions", *asked)
+    write_figures(options.out)
+
+
+if __name__ == "__main__":
+    main()
