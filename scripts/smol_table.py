@@ -29,7 +29,9 @@ from vlmfix.evals.testbed.smol.facts import things
 from vlmfix.evals.testbed.smol.questions import other_questions
 
 SPLITS = ("heldout", "heldout2")
-METHODS = ("vhr", "var", "pai", "spin", "act", "adhh", "mma", "guidance", "vcd", "verify")
+METHODS = ("vhr", "var", "pai", "spin", "mma", "guidance", "vcd", "verify")
+HEAD_METHODS = ("act", "adhh")
+"""Methods that must be told heads; their captions are a run of their own, beside its own ``none``."""
 KINDS = ("count", "colour", "row", "relation")
 """Questions beyond existence whose answer this model can know."""
 
@@ -52,10 +54,10 @@ def write_questions(split: str, scenes: int, path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def evaluate(split: str, benchmarks: Sequence[str], scenes: int, out: Path, *more: str) -> None:
+def evaluate(split: str, benchmarks: Sequence[str], methods: Sequence[str], scenes: int, out: Path, *more: str) -> None:
     """Run ``vlmfix eval`` on scenes of a split, or go on with it."""
     command = ["eval", "--model", "smol", "--split", split, "--limit", str(scenes), "--benchmark", *benchmarks]
-    command += ["--method", *METHODS, "--prompt", PROMPT, "--attn-implementation", "eager", *more, "--out", str(out)]
+    command += ["--method", *methods, "--prompt", PROMPT, *more, "--out", str(out)]
     print("vlmfix " + " ".join(command), flush=True)
     if code := vlmfix_command(command):
         sys.exit(code)
@@ -73,7 +75,7 @@ def figures_of(folder: Path) -> dict[str, Any]:
         folder: Of the split, with the folders of both runs.
     """
     found: dict[str, Any] = {}
-    for name in ("captions", "questions"):
+    for name in ("captions", "heads", "questions"):
         if not (folder / name / "results.json").is_file():
             continue
         results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
@@ -81,10 +83,10 @@ def figures_of(folder: Path) -> dict[str, Any]:
         for line in results["controls"]:
             key = f"{line['metric'].rpartition('.')[2]} to {line['control']}"
             rows[line["method"]]["controls"][key] = change(line["difference"])
-        if name == "captions":
-            compared = compare_runs([load_run(folder / name)], against="A:verify")
-            for row in compared["methods"]:
-                own = rows[row["label"].removeprefix("A:")]
+        if name != "questions":
+            compared = compare_runs([load_run(folder / "captions"), load_run(folder / name)], against="A:verify")
+            for row in (row for row in compared["methods"] if row["run"] == "B"):
+                own = rows[row["label"].removeprefix("B:")]
                 own |= {"verdict": row["verdict"], "minus_verify": _changes(row.get("differences", {}))}
         found[name] = {"data": results["data"], "versions": results["settings"]["versions"], "rows": rows}
     return found
@@ -147,13 +149,15 @@ def main() -> None:
     parser.add_argument("--question-scenes", type=int, default=60, help="scenes to ask about (default: 60)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and figures go")
     options = parser.parse_args()
-    for split in SPLITS:
-        evaluate(split, ["chair"], options.scenes, options.out / split / "captions")
+    for run, methods in (("captions", METHODS), ("heads", HEAD_METHODS)):
+        for split in SPLITS:
+            evaluate(split, ["chair"], methods, options.scenes, options.out / split / run)
     for split in SPLITS:
         questions = options.out / split / "questions.jsonl"
         write_questions(split, options.question_scenes, questions)
         asked = ["--benchmark-data", f"custom={questions}"]
-        evaluate(split, ["pope", "custom"], options.question_scenes, options.out / split / "questions", *asked)
+        methods, out = [*METHODS, *HEAD_METHODS], options.out / split / "questions"
+        evaluate(split, ["pope", "custom"], methods, options.question_scenes, out, *asked)
     write_figures(options.out)
 
 

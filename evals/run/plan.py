@@ -81,7 +81,7 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
         "model": {
             **source.identity,
             "dtype": resolve_dtype(options.dtype, device, source.config),
-            "attn_implementation": options.attn_implementation or "default",
+            "attn_implementation": source.attention(options.attn_implementation, device) or "default",
             "chat_template": digest(source.processor.chat_template) if options.chat_template else None,
         },
         "methods": {spec.label: dict(spec.params) for spec in methods},
