@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen, notes, rows = [], [], []
     for number, grid in enumerate(plan.grids):
         learned = {name: learn(args.model, name, plan.learned, args.run) for name in grid if name in plan.learned}
+        notes += [told for name in learned if (told := threshold_note(name, args.run))]
         settings = {
             name: [make_method(name, {**learned.get(name, {}), **values}) for values in grid[name]] for name in grid
         }
@@ -156,6 +157,17 @@ def learn(model: str, name: str, scenes: Mapping[str, int], folder: Path) -> dic
         if vlmfix_command(command) != 0:
             raise SystemExit(f"could not learn: vlmfix {' '.join(command)}")
     return {key: value for key, value in recipe_of_one(str(path)).items() if key != "method"}
+
+
+def threshold_note(name: str, folder: Path) -> str:
+    """How a calibration set a threshold; empty if it kept the method's."""
+    options = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["calibration"]["options"]
+    if options.get("threshold_from") != "image tokens":
+        return ""
+    return (
+        f"{name}: sink_threshold={options['sink_threshold']:g} is what {100 * options['sink_share']:g} % of the image "
+        f"tokens in a layer reach (by their distribution; the largest is {options['largest_phi']:.1f})"
+    )
 
 
 def choose(rows: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> tuple[str, str]:

@@ -142,6 +142,80 @@ def write_figures(folder: Path) -> None:
     (folder / "figures.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
+def captions_table(figures: Mapping[str, Any], split: str) -> str:
+    """The figures of a split's captions, all of them, as Markdown."""
+    head = (
+        "method", "CHAIR_s ↓", "CHAIR_i ↓", "recall ↑", "F1 ↑", "words", "rep-4", "CHAIR_i at equal length",
+        "CHAIR_i to early stop", "CHAIR_i of `verify` to it", "seconds",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    for label, row in _caption_rows(figures, split):
+        chair, change = row["chair"], row["minus_none"]
+        cells = [_name(label, row)]
+        cells += [_value(chair[key], change.get(key)) for key in ("chair_s", "chair_i", "recall", "f1")]
+        cells += [f"{chair['length_words']:.0f}", f"{chair['repetition']:.1f}"]
+        cells += [_signed(chair["chair_i_at_equal_length"]), _signed(row["controls"].get("chair_i to early stop"))]
+        against = None if label == "verify" else row["minus_verify"]["chair_i"]
+        cells += [_signed(against and [-against[0], -against[2], -against[1]]), f"{chair['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def questions_table(figures: Mapping[str, Any], split: str) -> str:
+    """The figures of a split's questions, as Markdown."""
+    rows = figures[f"{split} questions"]["rows"]
+    pope_splits, kinds = rows["none"]["pope"]["splits"], rows["none"]["custom"]["kinds"]
+    head = ["method", "POPE acc. ↑", "F1 ↑", "yes", "AUC ↑", *pope_splits, "acc. to yes bias"]
+    head += [f"{kind} (n = {each['n']:.0f})" for kind, each in kinds.items()]
+    lines = ["| " + " | ".join([*head, "seconds"]) + " |", "|---|" + "--:|" * len(head)]
+    for label, row in rows.items():
+        pope, change = row["pope"], row["minus_none"]
+        cells = [_name(label, row), _value(pope["accuracy"], change.get("accuracy"))]
+        cells += [f"{pope[key]:.1f}" for key in ("f1", "yes_ratio", "auc")]
+        cells += [f"{each['accuracy']:.1f}" for each in pope["splits"].values()]
+        cells += [_signed(row["controls"].get("accuracy to yes bias"))]
+        cells += [f"{each['right']:.1f}" for each in row["custom"]["kinds"].values()]
+        lines.append("| " + " | ".join([*cells, f"{pope['seconds'] + row['custom']['seconds']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def opening_table(figures: Mapping[str, Any]) -> str:
+    """The figures that README opens with: both splits side by side; a star where the interval excludes 0."""
+    shown = {"chair_i": "CHAIR_i ↓", "recall": "recall ↑", "f1": "F1 ↑"}
+    head = ["`smol`", *(f"{title}, {split}" for split in ("held-out", "held-out 2") for title in shown.values())]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    other = dict(_caption_rows(figures, SPLITS[1]))
+    for label, row in _caption_rows(figures, SPLITS[0]):
+        cells = [_name(label, row)]
+        for each in (row, other[label]):
+            for key in shown:
+                change = each["minus_none"].get(key)
+                star = "" if change is None or change[1] <= 0 <= change[2] else "*"
+                cells.append(f"{each['chair'][key]:.1f}" + (f" ({change[0]:+.1f}{star})" if change else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _caption_rows(figures: Mapping[str, Any], split: str) -> list[tuple[str, Any]]:
+    """The rows of both runs of captions, ``none`` once, ``verify`` last."""
+    rows = dict(figures[f"{split} captions"]["rows"])
+    rows |= {key: row for key, row in figures[f"{split} heads"]["rows"].items() if row["role"] != "baseline"}
+    return sorted(rows.items(), key=lambda each: each[0] == "verify")
+
+
+def _name(label: str, row: Mapping[str, Any]) -> str:
+    controls = {"all": "control: every head", "unselected": "control: the other heads"}
+    return controls[label.partition("/")[2]] if row["role"] == "control" else f"`{label}`"
+
+
+def _value(value: float, change: Sequence[float] | None) -> str:
+    return f"{value:.1f}" + (f" ({_signed(change)})" if change else "")
+
+
+def _signed(change: Sequence[float] | None) -> str:
+    return "" if not change else f"{change[0]:+.1f} [{change[1]:+.1f}, {change[2]:+.1f}]"
+
+
 def main() -> None:
     """Measure as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,6 +233,10 @@ def main() -> None:
         methods, out = [*METHODS, *HEAD_METHODS], options.out / split / "questions"
         evaluate(split, ["pope", "custom"], methods, options.question_scenes, out, *asked)
     write_figures(options.out)
+    figures = json.loads((options.out / "figures.json").read_text(encoding="utf-8"))
+    tables = [opening_table(figures)]
+    tables += [table(figures, split) for table in (captions_table, questions_table) for split in SPLITS]
+    (options.out / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

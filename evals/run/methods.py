@@ -177,7 +177,7 @@ def strengths_on(model: str | None) -> tuple[dict[str, dict[str, Any]], list[str
         return {}, []
     recipe = read_json(RECIPES[model], what="recipe file", remedy="write it again: python scripts/calibrate_testbed.py")
     note = f"method strengths are {model or 'the testbed'}'s recipe, chosen on {recipe['chosen_on']}"
-    return {entry["method"]: entry for entry in recipe["methods"]}, [note]
+    return {entry["method"]: entry for entry in recipe["methods"]}, [note, *recipe.get("notes", [])]
 
 
 def expand_all(names: Sequence[str], config: Any, strengths: Strengths) -> tuple[tuple[str, ...], list[str]]:
