@@ -32,6 +32,7 @@ SPLITS = ("heldout", "heldout2")
 METHODS = ("vhr", "var", "pai", "spin", "mma", "guidance", "vcd", "verify")
 HEAD_METHODS = ("act", "adhh")
 """Methods that must be told heads; their captions are a run of their own, beside its own ``none``."""
+RUNS = ("captions", "heads", "questions")
 KINDS = ("count", "colour", "row", "relation")
 """Questions beyond existence whose answer this model can know."""
 
@@ -75,9 +76,7 @@ def figures_of(folder: Path) -> dict[str, Any]:
         folder: Of the split, with the folders of both runs.
     """
     found: dict[str, Any] = {}
-    for name in ("captions", "heads", "questions"):
-        if not (folder / name / "results.json").is_file():
-            continue
+    for name in RUNS:
         results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
         rows = {row["label"]: _row(row) for row in results["methods"]}
         for line in results["controls"]:
@@ -222,16 +221,19 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200, help="scenes of a split to describe (default: 200)")
     parser.add_argument("--question-scenes", type=int, default=60, help="scenes to ask about (default: 60)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and figures go")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="only some (default: all)")
     options = parser.parse_args()
-    for run, methods in (("captions", METHODS), ("heads", HEAD_METHODS)):
-        for split in SPLITS:
-            evaluate(split, ["chair"], methods, options.scenes, options.out / split / run)
-    for split in SPLITS:
-        questions = options.out / split / "questions.jsonl"
-        write_questions(split, options.question_scenes, questions)
-        asked = ["--benchmark-data", f"custom={questions}"]
-        methods, out = [*METHODS, *HEAD_METHODS], options.out / split / "questions"
-        evaluate(split, ["pope", "custom"], methods, options.question_scenes, out, *asked)
+    for run, split in ((run, split) for run in options.runs for split in SPLITS):
+        out = options.out / split / run
+        if run == "questions":
+            asked = options.out / split / "questions.jsonl"
+            write_questions(split, options.question_scenes, asked)
+            more = ["--benchmark-data", f"custom={asked}"]
+            evaluate(split, ["pope", "custom"], [*METHODS, *HEAD_METHODS], options.question_scenes, out, *more)
+        else:
+            evaluate(split, ["chair"], METHODS if run == "captions" else HEAD_METHODS, options.scenes, out)
+    if {run for split in SPLITS for run in RUNS if not (options.out / split / run / "results.json").is_file()}:
+        return
     write_figures(options.out)
     figures = json.loads((options.out / "figures.json").read_text(encoding="utf-8"))
     tables = [opening_table(figures)]
