@@ -71,7 +71,8 @@ def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) 
         strengths, notes = strengths_on(options.model)
         names, left_out = expand_all(options.methods, source.config, strengths)
         methods = plan_methods(replace(options, methods=names), strengths)
-        notes += left_out
+        idle = strengths.keys() - {spec.params["method"] for spec in methods}
+        notes = [note for note in [*notes, *left_out] if note.partition(":")[0] not in idle]
     tasks = make_tasks(options)
     first = next(tasks.samples())
     PromptBuilder(source.processor, use_template=options.chat_template)(first.question, image=first.path is not None)
