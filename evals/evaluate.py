@@ -120,6 +120,7 @@ def _scored(run: EvalRun, answers: Mapping[str, Answers], thinking: Sequence[str
     halved = halved_batches(answers)
     notes = [*run.notes, *dict.fromkeys(note for part in resolved.values() for note in part["notes"])]
     notes += thinking
+    notes += _unverified(run, answers[run.methods[0].label])
     notes += [
         f"memory was too small for batches of {run.batch_size}: {each['answers']} answers of {each['method']} to "
         f"{each['benchmark']} came in smaller ones, down to {each['rows']}"
@@ -138,6 +139,17 @@ def _scored(run: EvalRun, answers: Mapping[str, Answers], thinking: Sequence[str
         "resolved": resolved,
         **score_run(run.tasks, run.methods, answers, decode=decode, controls=options.controls, seed=options.seed),
     }
+
+
+def _unverified(run: EvalRun, answers: Answers) -> list[str]:
+    """Why the self-verification control is lacking, where it is wanted."""
+    from .run.folder import read_config
+
+    if all(answers[sample.key].asked is not None for sample in run.tasks.samples() if run.is_asked_about(sample)):
+        return []
+    told = (read_config(run.folder).get("runtime") or {}).get("self_verification", {})
+    remedy = "the unpatched model was not asked about its captions; the same command without --rescore asks it"
+    return [f"no self-verification control: {told.get('reason', remedy)}"]
 
 
 def export_answers(run: EvalRun, answers: Mapping[str, Answers]) -> None:

@@ -172,7 +172,14 @@ class EvalOptions(BenchmarkOptions):
         metavar="NAME",
     )
     controls: bool = option(
-        "add the early-stop and yes-bias controls, and VHR's head controls", group=SCORING, default=True
+        "add the early-stop, yes-bias and self-verification controls, and VHR's head controls",
+        group=SCORING,
+        default=True,
+    )
+    self_verification: bool = option(
+        "ask the unpatched model for every object that its captions name, for the self-verification control",
+        group=SCORING,
+        default=True,
     )
     split: str = option(
         "scenes of the testbed; strengths were chosen on calibration",

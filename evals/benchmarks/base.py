@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from .choice import RunData
     from .coco_objects import MarkedText
 
-EARLY_STOP, YES_BIAS = "early stop", "yes bias"
-"""The controls that need no method: the baseline with descriptions ended earlier, or with its yes/no threshold
-moved."""
+EARLY_STOP, YES_BIAS, SELF_VERIFICATION = "early stop", "yes bias", "self-verification"
+"""The plain controls: the baseline with descriptions ended earlier, with its yes/no threshold moved, or with
+descriptions that lose what the model denies when it is asked."""
+
+THINNING = (EARLY_STOP, SELF_VERIFICATION)
+"""Those that take something from descriptions. A benchmark declares the first, and gets both."""
 
 
 class Benchmark(ABC):

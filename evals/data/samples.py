@@ -63,6 +63,9 @@ class Answer:
         seconds: This answer's share of its batch's wall time in ``generate``, the encoding of its image counted as if
             features were not reused.
         rows: Size of the batch that gave it, where memory was too small for the planned one.
+        asked: Log odds of yes of the unpatched model, asked for each object that the answer names; None where it was
+            not asked.
+        asked_seconds: What asking took.
     """
 
     text: str
@@ -72,6 +75,8 @@ class Answer:
     score: float | None = None
     seconds: float = 0.0
     rows: int | None = None
+    asked: Mapping[str, float] | None = None
+    asked_seconds: float = 0.0
 
 
 #: A method's answers by ``Sample.key``.

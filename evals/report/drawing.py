@@ -17,6 +17,9 @@ COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a
 """Of the methods, in their order, the baseline aside."""
 
 
+WIDE, NARROW = 7.6, 4.2
+"""Inches: of a file or a page, and of a page on a telephone."""
+
 INK, PAPER, FAINT = "#222222", "#ffffff", "#888888"  # a page puts its own colours in place of the first two
 _DPI = 150
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.coco import load_image
 from ..scores.verdicts import WORDS
-from .drawing import svg
+from .drawing import NARROW, WIDE, svg
 from .page import data_uri, render
-from .plots import NARROW, WIDE, category_figure, interval_columns, interval_figure, tradeoff_figure
+from .plots import category_figure, interval_columns, interval_figure
 from .rows import tables
 from .summary import glossary, legend, summarise
 from .text import conditions, sentences
+from .tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

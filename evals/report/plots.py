@@ -13,17 +13,14 @@ from vlmfix.errors import DataError
 from ..benchmarks.columns import used_figures
 from ..data.write import write_error
 from ..flags import verb_parser
-from ..scores.pareto import axes, flat_front, pareto
 from ..stats.figures import Figure
-from ..tables import excludes_zero, interval_cell, number, signed, survives
-from .drawing import FAINT, INK, PAPER, draw_dot, empty_figure, hide_spines, place_labels, row_colours, write_title
+from ..tables import excludes_zero, interval_cell, signed, survives
+from .drawing import FAINT, INK, PAPER, WIDE, draw_dot, empty_figure, hide_spines, row_colours, write_title
+from .tradeoff import tradeoff_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
-
-WIDE, NARROW = 7.6, 4.2
-"""Inches: of a file or a page, and of a page on a telephone."""
 
 
 def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -123,94 +120,6 @@ def _interval_panel(
     side = "left" if figure.better < 0 else "right"
     panel.set_title(f"{figure.full_heading}\nbetter: {side}", fontsize=8.5, color=INK)
     hide_spines(panel, ("top", "right", "left"))
-
-
-def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: bool = True) -> Drawing | None:
-    """Hallucination against recall: methods, their head controls, the front and the early-stop curve.
-
-    The cross through a method is the 95 % interval of its paired difference to the baseline.
-
-    Args:
-        results: The content of ``results.json``.
-        width: In inches.
-        titled: Whether the figure says what it shows.
-
-    Returns:
-        None where no benchmark has both figures.
-    """
-    chosen, points = axes(results), pareto(results)
-    if chosen is None or not points:
-        return None
-    made, (panel,) = empty_figure(width, 0.45 * width + 1.4)
-    if titled:
-        write_title(made, results, "Hallucination against recall; hollow: controls")
-    rows = {row["label"]: row for row in results["methods"]}
-    colours = row_colours(results)
-    base = [100 * points[0][name] for name in ("recall", "hallucination")]
-    curve = _early_stop_curve(results, chosen, lowest=min(point["recall"] for point in points) - 0.02)
-    if len(curve) > 1:
-        panel.plot(*zip(*curve, strict=True), "--", color=FAINT, linewidth=1.1, zorder=1, label="early stop of none")
-    front = flat_front([(p["recall"], p["hallucination"]) for p in points])
-    if len(front) > 1:
-        drawn = zip(*[(100 * x, 100 * y) for x, y in front], strict=True)
-        panel.plot(*drawn, color="#22aa88", linewidth=1.2, zorder=1, label="front in these two")
-    for point in points:
-        row = rows[point["label"]]
-        x, y, colour = 100 * point["recall"], 100 * point["hallucination"], colours[point["label"]]
-        for figure, horizontal in ((chosen[1], True), (chosen[0], False)):
-            found = row.get("differences", {}).get(figure.key)
-            if found is not None and found["low"] is not None:
-                ends = [base[0 if horizontal else 1] + 100 * found[end] for end in ("low", "high")]
-                line_x, line_y = (ends, [y, y]) if horizontal else ([x, x], ends)
-                panel.plot(line_x, line_y, color=colour, alpha=0.3, linewidth=1.2, zorder=2)
-        told = f"{point['label']}: {number(point['hallucination'])} % at recall {number(point['recall'])} %"
-        draw_dot(panel, x, y, colour, filled=row["role"] != "control", size=7, tooltip=told)
-    panel.set_xlabel(f"{chosen[1].title}, %  (better: right)", fontsize=9, color=INK)
-    panel.set_ylabel(f"{chosen[0].title}, %  (better: down)", fontsize=9, color=INK)
-    hide_spines(panel, ("top", "right"))
-    if panel.get_legend_handles_labels()[0]:
-        made.legend(fontsize=8, frameon=False, loc="outside upper left", ncols=2, labelcolor=INK)
-    _name_points(made, panel, points)
-    return made
-
-
-def _early_stop_curve(
-    results: Mapping[str, Any], chosen: tuple[Figure, Figure], lowest: float
-) -> list[tuple[float, float]]:
-    """Recall and hallucination of the baseline's captions, ended ever earlier, down to a recall."""
-    shown, matched = (each.name for each in chosen)
-    curve = [(p[matched], p[shown]) for p in results.get("early_stop_curve", ()) if p.get(shown) is not None]
-    return [(100 * recall, 100 * hallucination) for recall, hallucination in curve if recall >= lowest]
-
-
-_LEADER = 12  # points between a mark and its name from which on a line joins them
-
-
-def _name_points(made: Drawing, panel: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Write the names beside the points, in points of the figure: the same at every resolution."""
-    made.draw_without_rendering()  # fixes the layout, so that places mean something
-    made.set_layout_engine("none")
-    scale = made.dpi / 72
-    width, height = made.bbox.width / scale, made.bbox.height / scale
-    places = [panel.transData.transform((100 * p["recall"], 100 * p["hallucination"])) / scale for p in points]
-    box = panel.get_window_extent()
-    placed = place_labels(
-        [(float(x), float(height - y)) for x, y in places],
-        [4.6 * len(p["label"]) for p in points],
-        10,
-        (box.x0 / scale, height - box.y1 / scale, width, height - box.y0 / scale),
-        5,
-    )
-    for point, (x, y), (left, top, right, bottom) in zip(points, places, placed, strict=True):
-        at = (left, height - (top + bottom) / 2)
-        panel.annotate(
-            point["label"], at, xycoords="figure points", fontsize=8, va="center", color=INK, annotation_clip=False
-        )
-        if max(left - x, x - right, top - (height - y), height - y - bottom) > _LEADER:
-            panel.annotate(
-                "", (x, y), (left if left > x else right, at[1]), "figure points", "figure points",
-                arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.6}, zorder=2,
-            )  # fmt: skip
 
 
 def categories(results: Mapping[str, Any], most: int) -> tuple[list[str], dict[str, dict[str, int]]]:

@@ -118,10 +118,11 @@ VERDICTS = {
 
 CONTROLS_EXPLAINED = (
     "early stop: none's own captions, ended as soon as the end token comes within a fixed margin, chosen so that "
-    "recall is the method's. yes bias: a constant added to none's yes-minus-no logit, chosen so that the share of "
-    "yes is the method's. every head and other heads: the same factor on all heads, and on those the method leaves "
-    "alone. A method that does not beat its control only moves along the trade-off. Early stop and yes bias are "
-    "matched again in every resample, so that the intervals cover that choice."
+    "recall is the method's. self-verification: none's own captions, without the objects that it denies when asked "
+    "for them, up to a probability of yes chosen so that recall is the method's. yes bias: a constant added to none's "
+    "yes-minus-no logit, chosen so that the share of yes is the method's. every head and other heads: the same factor "
+    "on all heads, and on those the method leaves alone. A method that does not beat its control only moves along the "
+    "trade-off. The first three are matched again in every resample, so that the intervals cover that choice."
 )
 
 
@@ -146,7 +147,19 @@ def controls_table(results: Mapping[str, Any], *, tests: bool = False) -> Table 
                 VERDICTS[line.get("verdict_holm", line["verdict"])],
             ]
         )
-    return Table(rows, "Controls", words=(1, 2, 3, -1), notes=(CONTROLS_EXPLAINED,)) if len(rows) > 1 else None
+    notes = (CONTROLS_EXPLAINED, *_asking(results))
+    return Table(rows, "Controls", words=(1, 2, 3, -1), notes=notes) if len(rows) > 1 else None
+
+
+def _asking(results: Mapping[str, Any]) -> Iterator[str]:
+    """What self-verification cost."""
+    cost = results.get("self_verification")
+    if cost:
+        took = f"{100 * cost['pace']:.0f} % of the time of the captions" if cost["pace"] else "no time"
+        yield (
+            f"self-verification: {cost['questions']} questions about {cost['captions']} captions of none, once for all "
+            f"methods, took {took}."
+        )
 
 
 _TITLES = {"f1": "F1", "yes_ratio": "yes", "auc": "AUC", "mcc": "MCC"}

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..benchmarks.chair.text_quality import broken_text
 from ..benchmarks.columns import changed_methods, used_figures
-from ..scores.verdicts import FREE_CONTROLS, verdict
+from ..scores.pareto import front_sentence
+from ..scores.verdicts import PLAIN_CONTROLS, verdict
 from ..stats.figures import Figure
 from ..tables import interval_cell, is_certain, signed
 from .rows import benchmarks, tables
@@ -26,10 +27,11 @@ BRIEF_WIDTH = 100
 
 
 def brief_report(results: Mapping[str, Any]) -> str:
-    """What ``vlmfix eval`` ends with: the headline figures, and a sentence per row; at most 100 columns wide."""
+    """What ``vlmfix eval`` ends with, at most 100 columns wide: the headline figures, a sentence per row, the front."""
     table = main_table(summarise(results, headline_columns(results)), BRIEF_WIDTH)
     key = list(legend(results))[:2]
-    return "\n".join([table, "", *wrapped(key, BRIEF_WIDTH), "", *wrapped(sentences(results), BRIEF_WIDTH)])
+    said = [*sentences(results), *filter(None, [front_sentence(results)])]
+    return "\n".join([table, "", *wrapped(key, BRIEF_WIDTH), "", *wrapped(said, BRIEF_WIDTH)])
 
 
 def text_report(results: Mapping[str, Any]) -> str:
@@ -100,8 +102,8 @@ def headline_columns(results: Mapping[str, Any]) -> list[Figure]:
 def sentences(results: Mapping[str, Any]) -> list[str]:
     """Say of every row that is compared with another one what is certain about it.
 
-    A difference is named where its interval excludes zero after the correction. A control that needs no method is named
-    where it does as much as a method that improves on the figure compared, or is told apart from the method.
+    A difference is named where its interval excludes zero after the correction. A plain control is named where it does
+    as much as a method that improves on the figure compared, or is told apart from the method.
 
     Args:
         results: The content of ``results.json``, or what ``vlmfix compare`` writes.
@@ -160,9 +162,9 @@ _OUTCOMES = {"better": "worse", "worse": "better"}  # of the method, and how the
 
 
 def _controls(results: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
-    """What the controls that need no method achieve beside a method."""
+    """What the plain controls achieve beside a method."""
     columns = {figure.key: figure for figure in used_figures(results)}
-    for control, phrase in FREE_CONTROLS.items():
+    for control, phrase in PLAIN_CONTROLS.items():
         compared: dict[str, list[Figure]] = {}
         for line in results.get("controls", ()):
             if (line["method"], line["control"]) == (row["label"], control) and line["metric"] in columns:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from ..data.coco import load_image
 from ..data.samples import Answers, Sample
 from ..data.write import remove_unfinished
 from .answer_log import AnswerLog, read_records
-from .batches import AnswerPlan, as_record
+from .batches import AnswerPlan, as_asked, as_record
 from .features import ImageFeatures
 from .folder import ANSWERS, CONFIG, write_config
 from .generate import Answerer, EncodedBatch, Generator
+from .mentions import Mentions
 from .methods import MethodSpec
 from .models import fitting_threads, load_model, placement
 from .plan import EvalRun
@@ -65,7 +67,7 @@ def answer_run(run: EvalRun, shard: Shard, show: Show, *, before: Callable[[], s
                 show(f"{shard.world} processes share the batches")
                 shard.wait()
                 answer_share(plan, shard, known=log, missing=missing, show=show)
-            elif missing:
+            elif missing or plan.unasked(log):
                 generate_answers(plan, log, missing, show=show)
         merge_parts(run.folder, log)
         if missing := plan.missing(log):
@@ -111,7 +113,7 @@ def answer_share(
         shard.wait()
     records = read_records(folder / ANSWERS) if known is None else known.records
     with AnswerLog(shard.part(folder), known=records) as part:
-        mine = plan.missing(part, shard)
+        mine = plan.missing(part, shard) + plan.unasked(part, shard)
         shard.wait()  # everybody knows by now what was there before
         if mine:
             generate_answers(plan, part, missing, shard, show=show)
@@ -179,6 +181,7 @@ class _Share:
         self._features = ImageFeatures(model) if run.options.reuse_images else None
         self._prefixes = Prefixes(model, run.source.processor) if run.options.share_prefixes else None
         self._answerer = Answerer(self._generator, self._features, self._prefixes)
+        self._mentions = Mentions(model, run.source.processor, run.batch_size)
         self._is_warm = False
         self._bound: dict[str, Any] = {}  # Layers and sinks are looked up once, not in every batch.
         self._resolved: dict[str, Any] = {}
@@ -204,6 +207,7 @@ class _Share:
             "platform": platform.platform(terse=True),
             "image_features": {"reused": False} if self._features is None else self._features.summary(),
             "prefixes": {"shared": False} if self._prefixes is None else self._prefixes.summary(),
+            "self_verification": self._mentions.summary(),
             "generation_config": model.generation_config.to_diff_dict(),
         }
         write_config(run, runtime=runtime, resolved=self._resolved)
@@ -218,6 +222,23 @@ class _Share:
             lacking = [(spec, wanted) for spec in self._plan.run.methods if any(wanted := self._wanted(spec, turn))]
             if lacking:
                 self._answer_turn(turn, [s.path and images[s.path] for s in turn], lacking, place, progress)
+        self._ask(batch, images, place, progress)
+
+    def _ask(self, batch: Sequence[Sample], images: Mapping[Path, Any], place: str, progress: Progress) -> None:
+        """Ask the unpatched model for the objects that its answers name, where the log lacks some of a batch."""
+        plan, log = self._plan, self._log
+        asked = [sample for sample in batch if plan.run.is_asked_about(sample)]
+        if all(plan.asked_key(sample) in log.records for sample in asked):
+            return
+        baseline = plan.run.methods[0]
+        progress.begin(f"{asked[0].benchmark} {place} {baseline.label}, asked about its answers")
+        texts = [str(log.records[str(plan.key(baseline, sample))]["text"]) for sample in asked]
+        with nullcontext() if self._features is None else self._features.reused():
+            told = self._mentions.ask([images[sample.path] for sample in asked if sample.path is not None], texts)
+        log.append(
+            as_asked(plan.asked_key(sample), sample, text, each)
+            for sample, text, each in zip(asked, texts, told, strict=True)
+        )
 
     def _wanted(self, spec: MethodSpec, samples: Sequence[Sample]) -> list[bool]:
         known = self._log.records

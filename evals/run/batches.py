@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
 from vlmfix.errors import DataError
 from vlmfix.observe.prompts import PromptBuilder
+from vlmfix.verification.ask import QUESTION
 
+from ..benchmarks.base import SELF_VERIFICATION
 from ..data.samples import Answer, Answers, Sample
 from ..data.write import digest
 from .answer_log import AnswerLog
@@ -94,22 +97,46 @@ class AnswerPlan:
         base = self._bases[spec.label, sample.benchmark, sample.records, sample.max_new_tokens]
         return digest([base, prompt, self.run.tasks.image_digests[sample.path] if sample.path is not None else None])
 
+    def asked_key(self, sample: Sample) -> str:
+        """Return the key of what the unpatched model says about its answer to a sample."""
+        return digest([self.key(self.run.methods[0], sample), QUESTION])
+
+    def unasked(self, log: AnswerLog, shard: Shard | None = None) -> int:
+        """Return how many answers the unpatched model is still to be asked about, of all or of those of a process."""
+        if self.run.options.rescore:
+            return 0
+        return sum(
+            self.run.is_asked_about(sample) and self.asked_key(sample) not in log.records
+            for sample in self._owned(shard)
+        )
+
+    def _owned(self, shard: Shard | None) -> Iterator[Sample]:
+        """Yield what is asked, by all processes or by one."""
+        for number, batch in enumerate(self.batches):
+            if shard is None or shard.owns(number):
+                yield from batch
+
     def missing(self, log: AnswerLog, shard: Shard | None = None) -> int:
         """Return how many answers are not in the log: of all, or of those that a process is to give."""
-        batches = [batch for number, batch in enumerate(self.batches) if shard is None or shard.owns(number)]
         return sum(
             self.key(spec, sample, log.records) not in log.records
-            for batch in batches
+            for sample in self._owned(shard)
             for spec in self.run.methods
-            for sample in batch
         )
 
     def answers(self, log: AnswerLog) -> dict[str, Answers]:
         """Return all answers by method label and ``Sample.key``."""
-        return {
+        found: dict[str, Answers] = {
             spec.label: {s.key: _answer(log.records[str(self.key(spec, s, log.records))]) for s in self._samples}
             for spec in self.run.methods
         }
+        baseline = self.run.methods[0].label
+        own = found[baseline] = dict(found[baseline])
+        for sample in filter(self.run.is_asked_about, self._samples):
+            told = log.records.get(self.asked_key(sample))
+            if told is not None:
+                own[sample.key] = replace(own[sample.key], asked=told["asked"], asked_seconds=told["seconds"])
+        return found
 
 
 def _shape(sample: Sample) -> tuple[str, bool]:
@@ -142,6 +169,19 @@ def as_record(key: str, spec: MethodSpec, sample: Sample, answer: Answer) -> dic
         **noted,
         "seconds": answer.seconds,
     }
+
+
+def as_asked(key: str, sample: Sample, text: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the unpatched model says about its answer to a sample, as the log keeps it.
+
+    Args:
+        key: Its key.
+        sample: What the answer is to.
+        text: The answer.
+        told: Of :meth:`~vlmfix.evals.run.mentions.Mentions.ask`.
+    """
+    where = {"benchmark": sample.benchmark, "image_id": sample.image_id, "question": sample.question}
+    return {"key": key, "method": SELF_VERIFICATION, **where, "text": text, **told}
 
 
 def _answer(record: Mapping[str, Any]) -> Answer:

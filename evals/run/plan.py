@@ -14,6 +14,7 @@ import vlmfix
 from vlmfix.observe.prompts import PromptBuilder
 
 from ..benchmarks.registry import Tasks, make_tasks
+from ..data.samples import Sample
 from ..data.write import SCHEMA_VERSION, digest
 from ..options import EvalOptions
 from .batch_size import choose_batch_size
@@ -53,6 +54,12 @@ class EvalRun:
     def total(self) -> int:
         """Number of answers of the whole run."""
         return len(self.methods) * sum(1 for _ in self.tasks.samples())
+
+    def is_asked_about(self, sample: Sample) -> bool:
+        """Whether the unpatched model is asked for the objects that its answer names, for self-verification."""
+        options = self.options
+        verifies = options.controls and options.self_verification and any(s.role == "method" for s in self.methods)
+        return verifies and sample.records == "gaps" and sample.path is not None
 
 
 def plan_run(options: EvalOptions, methods: Sequence[MethodSpec] | None = None) -> EvalRun:

@@ -1,8 +1,9 @@
 """What a bias gives that needs no method: the baseline's answers under every bias of one kind.
 
-A bias on the end token ends descriptions earlier, a bias on yes moves the yes/no threshold. Either changes the
-baseline's answers in a known order, one image at a time, so that every figure is known at every bias. A control is the
-point of such a curve where one figure (recall, the share of yes) is nearest to a method's.
+A bias on the end token ends descriptions earlier, a bias on yes moves the yes/no threshold, and one on the answers that
+the model gives about its own words decides which of them are left out. Each changes the baseline's answers in a known
+order, one image at a time, so that every figure is known at every bias. A control is the point of such a curve where
+one figure (recall, the share of yes) is nearest to a method's.
 
 That point is a choice made on the data. The intervals of a difference to a control therefore choose it again in every
 resample of the images; with the choice held fixed they would cover too little.
@@ -128,20 +129,20 @@ def _nearest(values: FloatArray, target: FloatArray) -> NDArray[np.int64]:
     return np.asarray(np.argmin(np.where(np.isnan(distance), np.inf, distance), axis=1))
 
 
-class EarlyStop(BiasCurve):
-    """The baseline's descriptions under every bias on the end token (see :mod:`vlmfix.evals.scores.early_stop`)."""
+class Thinned(BiasCurve):
+    """The baseline's descriptions, with ever more taken from them (see :mod:`vlmfix.evals.scores.thinned`)."""
 
     def __init__(self, versions: Sequence[Table]) -> None:
         """Order the changes.
 
         Args:
             versions: Tables of the same rows: the descriptions as they are, each image's first change, its second, and
-                so on. Their column ``stop_bias`` is the bias from which on the row's image is so, NaN where an image
-                has no such change.
+                so on. Their column ``knob`` is the setting from which on the row's image is so, NaN where an image has
+                no such change.
         """
         self._versions = versions
         ids, first = np.unique(versions[0].image_ids, return_index=True)
-        found = np.stack([version.stop_bias[first] for version in versions])  # [versions, images]
+        found = np.stack([version.knob[first] for version in versions])  # [versions, images]
         self._version, self.image = np.nonzero(np.isfinite(found[1:]))
         changes = found[1:][self._version, self.image]
         order = np.lexsort((self._version, changes))
@@ -165,28 +166,29 @@ class EarlyStop(BiasCurve):
         columns = {
             name: np.stack([table.columns[name] for table in self._versions])[version, rows]
             for name in start.columns
-            if name != "stop_bias"
+            if name != "knob"
         }
         return Table(start.image_ids, columns, start.splits, start.items, start.truth)
 
     def points(
-        self, matched: SumStatistic, statistic: SumStatistic, most: int = 60
-    ) -> list[tuple[float, float, float]]:
-        """Bias, matched figure and another figure along the curve, from no bias on.
+        self, matched: SumStatistic, statistics: Sequence[SumStatistic], most: int = 60
+    ) -> list[tuple[float, ...]]:
+        """Bias, matched figure and other figures along the curve, from no bias on.
 
         Args:
             matched: The figure that controls are matched on.
-            statistic: The other.
-            most: Most points to return; of more, those nearest to equal steps of the matched figure, the first and the
-                last.
+            statistics: The others.
+            most: Most points to return; of more, the first and the last and others between them, the closer in the
+                matched figure the nearer to the first, where methods are.
         """
         once = np.ones((1, self.images))
-        reached, other = self.values(matched, once)[0], self.values(statistic, once)[0]
+        reached, *others = (self.values(statistic, once)[0] for statistic in (matched, *statistics))
         chosen = list(range(len(reached)))
         if len(reached) > most:
-            wanted = np.linspace(reached[0], reached[-1], most)
+            wanted = reached[0] + (reached[-1] - reached[0]) * np.linspace(0, 1, most) ** 2
             chosen = sorted({0, len(reached) - 1, *(int(np.abs(reached - each).argmin()) for each in wanted)})
-        return [(float(self.biases[self.places[i]]), float(reached[i]), float(other[i])) for i in chosen]
+        figures = np.stack([self.biases[self.places], reached, *others], axis=1)
+        return [tuple(row) for row in figures[chosen].tolist()]
 
 
 class YesBias(BiasCurve):

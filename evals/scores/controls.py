@@ -1,4 +1,4 @@
-"""Each method of a run beside what needs no method: an earlier stop, a shifted threshold, other heads."""
+"""Each method of a run beside plain controls: an earlier stop, a shifted threshold, self-verification, other heads."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..benchmarks.base import EARLY_STOP, YES_BIAS, Benchmark
+from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION, THINNING, YES_BIAS, Benchmark
 from ..benchmarks.registry import benchmark_class
 from ..benchmarks.yes_no import question_rows
 from ..data.samples import Answers
 from ..stats.bootstrap import RESAMPLES, Interval, finite, interval_dict
 from ..stats.figures import Figure, SumStatistic
 from ..stats.table import Table
-from .bias_curves import BiasCurve, EarlyStop, YesBias
-from .early_stop import stopped_versions
+from .bias_curves import BiasCurve, Thinned, YesBias
+from .lengths import WORDS, at_length
+from .thinned import thinned_versions
 
 if TYPE_CHECKING:
     from ..run.methods import MethodSpec
@@ -34,19 +35,19 @@ Curves = Mapping[str, Mapping[str, BiasCurve]]
 HEAD_CONTROLS = {"all": "every head", "unselected": "other heads"}
 
 
-def bias_curves(name: str, baseline: Table | None, versions: Sequence[Table]) -> dict[str, BiasCurve]:
+def bias_curves(name: str, baseline: Table | None, versions: Mapping[str, Sequence[Table]]) -> dict[str, BiasCurve]:
     """The controls of a benchmark: name -> the baseline under every bias.
 
     Args:
         name: The benchmark.
         baseline: The baseline's table; None where nobody could score its answers.
-        versions: The same with its descriptions cut (see :mod:`vlmfix.evals.scores.early_stop`); none where there are
-            none.
+        versions: Control -> the same with less in its descriptions (see :mod:`vlmfix.evals.scores.thinned`).
     """
     wanted = benchmark_class(name).matched_on
     curves: dict[str, BiasCurve] = {}
-    if EARLY_STOP in wanted and versions and not math.isnan(_matched(name, EARLY_STOP).statistic.of(versions[0])):
-        curves[EARLY_STOP] = EarlyStop(versions)
+    for control, tables in versions.items():
+        if EARLY_STOP in wanted and not math.isnan(_matched(name, control).statistic.of(tables[0])):
+            curves[control] = Thinned(tables)
     if YES_BIAS in wanted and baseline is not None:
         rows = question_rows(baseline)
         scores = baseline.columns.get("score", baseline.columns.get("margin"))
@@ -68,29 +69,30 @@ def run_curves(
         decode: Token ids to text.
 
     Returns:
-        The curves; and the tables of the early stop's versions, for ``counts.json``, which is all that is needed to
-        match it again on some of the images.
+        The curves; and the tables of the thinned versions, for ``counts.json``, which is all that is needed to match
+        them again on some of the images.
     """
     curves: dict[str, dict[str, BiasCurve]] = {}
     kept: ControlTables = {}
     for task in tasks:
-        versions = stopped_versions(task, answers, decode) if EARLY_STOP in task.matched_on else []
+        versions = thinned_versions(task, answers, decode) if EARLY_STOP in task.matched_on else {}
         table = tables[task.name][baseline]
         curves[task.name] = bias_curves(task.name, table, versions)
-        if EARLY_STOP in curves[task.name]:
-            kept[task.name] = {baseline: _stored(versions)}
+        for control, found in versions.items():
+            if control in curves[task.name]:
+                kept.setdefault(task.name, {}).setdefault(baseline, {}).update(_stored(control, found))
     return curves, kept
 
 
-def _stored(versions: Sequence[Table]) -> dict[str, Table]:
+def _stored(control: str, versions: Sequence[Table]) -> dict[str, Table]:
     """Versions by name, with the columns that any of them changes."""
     changing = [
         name
         for name, values in versions[0].columns.items()
-        if name == "stop_bias" or any(not _equal(values, table.columns[name]) for table in versions)
+        if name == "knob" or any(not _equal(values, table.columns[name]) for table in versions)
     ]
     return {
-        f"{EARLY_STOP} {number}": Table(
+        f"{control} {number}": Table(
             t.image_ids, {name: t.columns[name] for name in changing}, t.splits, t.items, t.truth
         )
         for number, t in enumerate(versions)
@@ -101,25 +103,64 @@ def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
-def stored_versions(baseline: Table, controls: Mapping[str, Table]) -> list[Table]:
-    """The versions that ``counts.json`` keeps, on the rows of the baseline's table; none of older runs."""
-    found: list[Table] = []
-    while (table := controls.get(f"{EARLY_STOP} {len(found)}")) is not None:
-        columns = {**baseline.columns, **table.columns}
-        found.append(Table(baseline.image_ids, columns, baseline.splits, baseline.items, baseline.truth))
+def stored_versions(baseline: Table, controls: Mapping[str, Table]) -> dict[str, list[Table]]:
+    """The versions that ``counts.json`` keeps, on the rows of the baseline's table, by control; none of older runs."""
+    found: dict[str, list[Table]] = {}
+    for control in THINNING:
+        while (table := controls.get(f"{control} {len(found.get(control, ()))}")) is not None:
+            columns = {**baseline.columns, **table.columns}
+            if "stop_bias" in columns:  # Its name in older runs.
+                columns["knob"] = columns.pop("stop_bias")
+            version = Table(baseline.image_ids, columns, baseline.splits, baseline.items, baseline.truth)
+            found.setdefault(control, []).append(version)
     return found
 
 
-def curve_points(curves: Curves) -> list[dict[str, float | None]]:
-    """The early-stop curve of the first benchmark that has one, for ``results.json``."""
+def curve_points(curves: Curves, control: str) -> list[dict[str, Any]]:
+    """The curve of a control that thins descriptions, of the first benchmark that has one, for ``results.json``.
+
+    Where descriptions have a length, a point also has its ``words``, and ``of_length``: the baseline's figures at that
+    length by regression (:mod:`vlmfix.evals.scores.lengths`).
+    """
     for name, found in curves.items():
-        curve = found.get(EARLY_STOP)
+        curve = found.get(control)
         figures = benchmark_class(name).early_stop_figures()
-        if isinstance(curve, EarlyStop) and figures is not None:
-            shown, matched = figures
-            points = curve.points(_sums(matched), _sums(shown))
-            return [finite({"bias": bias, matched.name: reached, shown.name: other}) for bias, reached, other in points]
+        if isinstance(curve, Thinned) and figures is not None:
+            shown, matched = (_sums(figure) for figure in figures)
+            names = [figures[1].name, figures[0].name, "words"]
+            start = curve.table(0)
+            has_length = WORDS.is_defined(start)
+            points = []
+            for bias, *values in curve.points(matched, [shown, *([WORDS] if has_length else [])]):
+                point: dict[str, Any] = finite({"bias": bias, **dict(zip(names, values, strict=False))})
+                if has_length:
+                    of_length = at_length(start, matched, [matched, shown], values[-1])
+                    point["of_length"] = finite(dict(zip(names, of_length, strict=False)))
+                points.append(point)
+            return points
     return []
+
+
+def asking_cost(curves: Curves, answers: Answers) -> dict[str, Any] | None:
+    """What self-verification costs beside the descriptions: questions, seconds, and ``pace``, their ratio to theirs.
+
+    Args:
+        curves: The controls.
+        answers: The baseline's.
+
+    Returns:
+        None without this control.
+    """
+    asked = [answer for answer in answers.values() if answer.asked is not None]
+    if not any(SELF_VERIFICATION in found for found in curves.values()):
+        return None
+    seconds, own = (math.fsum(times) for times in zip(*((a.asked_seconds, a.seconds) for a in asked), strict=True))
+    return {
+        "captions": len(asked),
+        "questions": sum(len(answer.asked or ()) for answer in asked),
+        "seconds": round(seconds, 3),
+        "pace": round(seconds / own, 3) if own else None,
+    }
 
 
 def control_lines(
@@ -151,7 +192,7 @@ def control_lines(
     return found
 
 
-def resamples_for(methods: int, benchmarks: Iterable[str]) -> int:
+def resamples_for(methods: int, curves: Curves) -> int:
     """How many resamples a run's controls need.
 
     All their lines are corrected as one family, and no p-value is below 2 / (resamples + 1): with too few of them
@@ -159,9 +200,9 @@ def resamples_for(methods: int, benchmarks: Iterable[str]) -> int:
 
     Args:
         methods: How many methods are compared with their controls.
-        benchmarks: Their benchmarks.
+        curves: The controls.
     """
-    lines = sum(figure.control is not None for name in benchmarks for figure in benchmark_class(name).figures)
+    lines = sum(len(_compared_with(name, control)) for name, found in curves.items() for control in found)
     return max(RESAMPLES, 60 * methods * lines)
 
 
@@ -270,13 +311,18 @@ def matched_on(control: str, benchmark: str, table: Table, other: Table) -> str:
 
 def _compared_with(benchmark: str, control: str) -> list[Figure]:
     """What a method is compared with a control on; what it is compared with other heads on too comes first."""
-    figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == control]
+    figures = [figure for figure in benchmark_class(benchmark).figures if figure.control == _declared(control)]
     return sorted(figures, key=lambda figure: not figure.head_control)
 
 
 def _matched(benchmark: str, control: str) -> Figure:
     found = benchmark_class(benchmark)
-    return found.figure(found.matched_on[control])
+    return found.figure(found.matched_on[_declared(control)])
+
+
+def _declared(control: str) -> str:
+    """The control as benchmarks declare it: all that thin descriptions are matched and compared on the same figures."""
+    return EARLY_STOP if control in THINNING else control
 
 
 def _sums(figure: Figure) -> SumStatistic:

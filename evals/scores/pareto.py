@@ -4,9 +4,9 @@ A row is dominated if another one is at least as good in all three and better in
 ratios of counts and compared exactly. Seconds are a row's time as a multiple of the baseline's in the same batch: two
 rows differ where their ranges between the quartiles over batches do not touch and their medians differ by more than
 five percent; otherwise, and with fewer than four batches, they count as equal. Rows that changed no answer are the
-baseline under another name and take no part. The early-stop control (``none``'s own captions, ended earlier:
-:mod:`vlmfix.evals.scores.early_stop`) takes part with every point of its curve, at the seconds of ``none``:
-what a bias on the end token gives for nothing dominates too.
+baseline under another name and take no part. The controls that thin ``none``'s own captions
+(:mod:`vlmfix.evals.scores.thinned`) take part with every point of their curves: early stop at the seconds of ``none``,
+self-verification at those and the time of its questions. What needs no method dominates too.
 
 All of it goes by point estimates: a row may be on the front by chance. The intervals stand beside it.
 """
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..benchmarks.base import EARLY_STOP
+from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION
 from ..benchmarks.columns import benchmarks_of, value_in
 from ..benchmarks.registry import benchmark_class
 from ..stats.figures import Figure
@@ -32,8 +32,8 @@ FEWEST_BATCHES = 4
 LEGEND = (
     "front: no other row is at least as good in hallucination, recall and seconds and better in one. Seconds: times "
     "none's in the same batch, median and quartiles over batches; they differ where quartiles do not overlap and "
-    "medians by more than 5 %. early stop: none's captions, ended earlier. It goes by point estimates: mind the "
-    "intervals."
+    "medians by more than 5 %. early stop: none's captions, ended earlier; self-verification: without what none denies "
+    "when asked. It goes by point estimates: mind the intervals."
 )
 
 
@@ -115,10 +115,12 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         copy = "differences" in row and not part.get("changed", 1)
         if values[0] is not None and values[1] is not None and not copy:
             points.append(Point(row["label"], values[0], values[1], *_times(results, row, benchmark)))
+    asking = (results.get("self_verification") or {}).get("pace") or 0.0
     rivals = [
-        Point(EARLY_STOP, point[chosen[0].name], point[chosen[1].name], points[0].seconds)
-        for point in results.get("early_stop_curve", ())
-        if point.get(chosen[0].name) is not None and point["bias"] > 0 and points
+        Point(control, hallucination, recall, points[0].seconds + more)
+        for control, more in ((EARLY_STOP, 0.0), (SELF_VERIFICATION, asking))
+        for bias, recall, hallucination in curve_of(results, control, chosen)
+        if bias > 0 and points
     ]
     dominated = front(points, rivals)
     return [
@@ -134,6 +136,25 @@ def pareto(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+CURVES = {EARLY_STOP: "early_stop_curve", SELF_VERIFICATION: "self_verification_curve"}
+"""Where ``results.json`` keeps the curves of the controls that thin descriptions."""
+
+
+def curve_of(
+    results: Mapping[str, Any], control: str, chosen: tuple[Figure, Figure]
+) -> list[tuple[float, float, float]]:
+    """Bias, recall and hallucination along a control's curve, without places where they are undefined.
+
+    Args:
+        results: The content of ``results.json``.
+        control: One of :data:`CURVES`.
+        chosen: Hallucination and recall.
+    """
+    shown, matched = (each.name for each in chosen)
+    found = [(p["bias"], p.get(matched), p.get(shown)) for p in results.get(CURVES[control], ())]
+    return [(bias, recall, value) for bias, recall, value in found if recall is not None and value is not None]
+
+
 def _times(
     results: Mapping[str, Any], row: Mapping[str, Any], benchmark: str
 ) -> tuple[float, tuple[float, float] | None]:
@@ -144,6 +165,20 @@ def _times(
         return float(pace["median"]), (float(low), float(high))
     whole = results["methods"][0][benchmark]["seconds"]
     return (float(part["seconds"] / whole) if whole else 1.0), None
+
+
+def front_sentence(results: Mapping[str, Any]) -> str:
+    """Who is on the front, with seconds; empty for runs that compare fewer than two methods."""
+    found, chosen = pareto(results), axes(results)
+    if len(found) < 3 or chosen is None:
+        return ""
+    best = [f"{p['label']} x {p['relative_seconds']:.2f}" for p in sorted(found, key=_by_hallucination) if p["front"]]
+    named = f"{chosen[0].full_title}, {chosen[1].title} and seconds"
+    return f"Not dominated in {named}, by point estimates: {', '.join(best) or 'no row, only controls'}."
+
+
+def _by_hallucination(point: Mapping[str, Any]) -> tuple[float, float]:
+    return point["hallucination"], -point["recall"]
 
 
 def pareto_table(results: Mapping[str, Any]) -> Table | None:
@@ -157,7 +192,7 @@ def pareto_table(results: Mapping[str, Any]) -> Table | None:
     by_label = {row["label"]: row for row in results["methods"]}
     rows = [["front", "method", chosen[0].heading, "- none", "95 %", chosen[1].heading, "- none", "95 %", "seconds ↓"]]
     rows[0] += ["quartiles", "dominated by"]
-    for point in sorted(found, key=lambda p: (not p["front"], p["hallucination"], -p["recall"])):
+    for point in sorted(found, key=lambda p: (not p["front"], _by_hallucination(p))):
         differences = by_label[point["label"]].get("differences", {})
         cells = ["*" if point["front"] else "", point["label"]]
         for figure, name in zip(chosen, ("hallucination", "recall"), strict=True):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION
 from ..benchmarks.registry import Tasks
 from ..data.samples import Answers
 from ..stats.bootstrap import CONFIDENCE, RESAMPLES
-from .controls import ControlTables, Curves, control_lines, curve_points, run_curves
+from .controls import ControlTables, Curves, asking_cost, control_lines, curve_points, run_curves
 from .counts import count_run
 from .verdicts import correct_controls, correct_rows
 
@@ -36,8 +37,9 @@ def score_run(
         seed: Seed of the bootstrap.
 
     Returns:
-        The scores' part of ``results.json``: ``methods``, ``controls``, ``early_stop_curve``, ``intervals`` and
-        ``corrections``; and ``counts``, the benchmarks of ``counts.json``.
+        The scores' part of ``results.json``: ``methods``, ``controls``, ``early_stop_curve``,
+        ``self_verification_curve``, ``self_verification`` (its cost), ``intervals`` and ``corrections``; and
+        ``counts``, the benchmarks of ``counts.json``.
     """
     tables: dict[str, dict[str, Any]] = {
         task.name: {spec.label: task.score(answers[spec.label]) for spec in methods} for task in tasks.tasks
@@ -73,7 +75,9 @@ def score_run(
     return {
         "methods": rows,
         "controls": compared,
-        "early_stop_curve": curve_points(curves),
+        "early_stop_curve": curve_points(curves, EARLY_STOP),
+        "self_verification_curve": curve_points(curves, SELF_VERIFICATION),
+        "self_verification": asking_cost(curves, answers[baseline]),
         "intervals": {
             "confidence": CONFIDENCE,
             "resamples": RESAMPLES,

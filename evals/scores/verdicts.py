@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..benchmarks.base import EARLY_STOP, YES_BIAS
+from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION, YES_BIAS
 from ..benchmarks.columns import benchmarks_of, changed_methods
 from ..stats.bootstrap import CONFIDENCE
 from ..stats.tests import holm_by_name
@@ -13,12 +13,16 @@ from ..tables import is_certain, survives
 
 ALPHA = 1 - CONFIDENCE
 
-FREE_CONTROLS = {EARLY_STOP: "ending captions earlier", YES_BIAS: "shifting the yes/no threshold"}
-"""The controls that need no method, and what each does."""
+PLAIN_CONTROLS = {
+    EARLY_STOP: "ending captions earlier",
+    YES_BIAS: "shifting the yes/no threshold",
+    SELF_VERIFICATION: "asking the model about its captions",
+}
+"""The controls that every method has to beat, and what each does."""
 
 WORDS = {
-    "better": "beats a control that needs no method (early stop, yes bias) and loses to neither",
-    "worse": "loses to such a control and beats neither",
+    "better": "beats a plain control (early stop, yes bias, self-verification) and loses to none",
+    "worse": "loses to such a control and beats none",
     "mixed": "beats one and loses to another",
     "trade-off": "differs from none in a figure (corrected over methods only), and is not told apart from controls",
     "unclear": "nothing is told apart, neither from none nor from the controls",
@@ -65,7 +69,7 @@ def correct_controls(controls: Sequence[dict[str, Any]], rows: Iterable[Mapping[
     """Give every line of the controls ``p_holm`` and ``verdict_holm``, and the tests of broken text ``p_word``.
 
     Everything that decides a method's word (see :data:`WORDS`) is one family over all methods that changed an answer:
-    the lines of the controls that need no method, and whether captions loop or are cut off. So at most 5 % of runs give
+    the lines of the plain controls, and whether captions loop or are cut off. So at most 5 % of runs give
     any word to methods that are equal to their controls. A test of rates that are the same in both
     methods cannot reject, and does not count. Of the other controls a family is one figure over the methods.
 
@@ -79,7 +83,7 @@ def correct_controls(controls: Sequence[dict[str, Any]], rows: Iterable[Mapping[
         test = line["difference"]
         if line["verdict"] == "unchanged":
             test["p_holm"] = test["p_value"]
-        elif line["control"] in (EARLY_STOP, YES_BIAS):
+        elif line["control"] in PLAIN_CONTROLS:
             words[f"{line['method']} {line['control']} {line['metric']}"] = test
         else:
             families.setdefault((line["control"], line["metric"]), {})[line["method"]] = test
@@ -142,7 +146,7 @@ def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
     lines = [
         line
         for line in results.get("controls", ())
-        if line["method"] == method["label"] and line["control"] in FREE_CONTROLS
+        if line["method"] == method["label"] and line["control"] in PLAIN_CONTROLS
     ]
     if method["role"] != "method" or not lines:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +30,7 @@ class Asked(NamedTuple):
 
     Attributes:
         with_image: ``ln P(yes) - ln P(no)``.
-        without_image: The same for the question without its image.
+        without_image: The same for the question without its image; NaN where that is not asked.
     """
 
     with_image: float
@@ -78,6 +79,7 @@ class Questioner:
         processor: Its processor, with a tokenizer and a chat template.
         question: What is asked, with ``{name}`` and, if wanted, ``{article}``.
         batch_size: Questions per forward.
+        blind: Whether every question is also asked without its image.
 
     Attributes:
         cost: What asking has cost so far.
@@ -87,11 +89,14 @@ class Questioner:
         VlmfixError: The processor has no chat template.
     """
 
-    def __init__(self, model: object, processor: Any, question: str = QUESTION, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: object, processor: Any, question: str = QUESTION, batch_size: int = 32, *, blind: bool = True
+    ) -> None:
         self.anatomy: Anatomy = analyse(model)
         self.processor = processor
         self.cost = Cost()
         self.batch_size = batch_size
+        self.blind = blind
         self._question = question
         self.prompt = PromptBuilder(processor)
         self._words = need_yes_no_tokens(processor.tokenizer)
@@ -177,13 +182,13 @@ class Questioner:
             odds_of: Returns the log odds of a list of pairs.
         """
         pairs = [(row, name) for row, each in enumerate(names) for name in dict.fromkeys(each)]
-        blind = self.without_image([name for _, name in pairs])
+        blind = self.without_image([name for _, name in pairs]) if self.blind else {}
         found: list[dict[str, Asked]] = [{} for _ in names]
         for start in range(0, len(pairs), self.batch_size):
             some = pairs[start : start + self.batch_size]
             self.cost.questions += len(some)
             for (row, name), value in zip(some, odds_of(some), strict=True):
-                found[row][name] = Asked(value, blind[name])
+                found[row][name] = Asked(value, blind.get(name, math.nan))
         return found
 
 

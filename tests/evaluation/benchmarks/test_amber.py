@@ -20,8 +20,8 @@ from vlmfix.evals.benchmarks.amber.figures import score_responses
 from vlmfix.evals.benchmarks.amber.objects import lemma_vocabulary, spacy_similarity, tagged_nouns
 from vlmfix.evals.benchmarks.amber.task import Amber, AmberQuery
 from vlmfix.evals.data.samples import Answer
-from vlmfix.evals.scores.bias_curves import EarlyStop
-from vlmfix.evals.scores.early_stop import stopped_versions
+from vlmfix.evals.scores.bias_curves import Thinned
+from vlmfix.evals.scores.thinned import thinned_versions
 
 RELATION = {
     "sky": [],
@@ -189,7 +189,7 @@ def test_descriptions_are_ended_where_their_cover_is_the_methods(data, monkeypat
             task.samples, ((10, 11, 12), (20, 21)), ((5.0, 1.0, 4.0, 0.0), (3.0, 4.0, 0.0)), strict=True
         )
     }
-    curve = EarlyStop(stopped_versions(task, answers, decode))
+    curve = Thinned(thinned_versions(task, answers, decode)["early stop"])
     cover, chair = (Amber.figure(name).statistic for name in ("cover", "chair"))
     assert curve.points(cover, chair)[:3] == [(0.0, 0.75, 0.4), (1.0, 0.5, 1 / 3), (3.0, 0.25, 0.0)]
     place = curve.nearest(cover, 0.5)

@@ -12,16 +12,9 @@ import pytest
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.report.drawing import place_labels
-from vlmfix.evals.report.plots import (
-    NARROW,
-    WIDE,
-    categories,
-    category_figure,
-    interval_figure,
-    tradeoff_figure,
-    write_plots,
-)
+from vlmfix.evals.report.drawing import NARROW, WIDE, place_labels
+from vlmfix.evals.report.plots import categories, category_figure, interval_figure, write_plots
+from vlmfix.evals.report.tradeoff import tradeoff_figure
 from vlmfix.evals.scores.pareto import flat_front
 
 
@@ -84,6 +77,27 @@ def test_tradeoff_has_every_row_the_front_and_the_early_stop_curve() -> None:
     curve = named["early stop of none"]
     assert curve.get_xdata() == pytest.approx([80, 70]) and curve.get_ydata() == pytest.approx([20, 18])
     assert {text.get_text() for text in panel.texts} >= {"none", "a", "a/all"}
+
+
+def test_tradeoff_has_the_lengths_of_the_staircase_and_self_verification() -> None:
+    drawn = results()
+    drawn["early_stop_curve"] = [
+        {"bias": b, "recall": 0.8 - b / 100, "chair_i": 0.2 - b / 200, "words": 26.4 - b / 2}
+        | {"of_length": {"recall": 0.8 - b / 200, "chair_i": 0.2 - b / 400}}
+        for b in range(10)
+    ]
+    drawn["self_verification_curve"] = [{"bias": b, "recall": 0.8 - b / 50, "chair_i": 0.2 - b / 40} for b in range(5)]
+    figure = tradeoff_figure(drawn)
+    assert figure is not None
+    (panel,) = figure.axes
+    assert {"26 words", "25 words", "22 words"} <= {text.get_text() for text in panel.texts}
+    named = {line.get_label(): line for line in panel.lines}
+    verified, regressed = named["self-verification of none"], named["none at these lengths, by regression"]
+    assert verified.get_xdata() == pytest.approx([80, 78, 76, 74, 72]) and verified.get_drawstyle() == "steps-post"
+    # 26.4 words and those nearest to 26, 25, 24, 23 and 22, which the biases 1, 3, 5, 7 and 9 give
+    assert regressed.get_xdata() == pytest.approx([80, 79.5, 78.5, 77.5, 76.5, 75.5])
+    (dots,) = (line for line in panel.lines if line.get_marker() == "o" and len(line.get_xdata()) > 1)
+    assert dots.get_xdata() == pytest.approx([79, 77, 75, 73, 71])
 
 
 def test_flat_front() -> None:

@@ -16,9 +16,10 @@ from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO, YesNoTable, score_labels
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.run.methods import MethodSpec
-from vlmfix.evals.scores.bias_curves import EarlyStop
+from vlmfix.evals.scores.bias_curves import Thinned
 from vlmfix.evals.scores.controls import bias_curves, control_lines
-from vlmfix.evals.scores.early_stop import stopped_versions
+from vlmfix.evals.scores.lengths import at_length
+from vlmfix.evals.scores.thinned import thinned_versions
 from vlmfix.evals.stats.table import Table
 
 matcher = ChairMatcher()
@@ -35,7 +36,7 @@ def stop_length(num_tokens: int, eos_gaps: Sequence[float], bias: float) -> int:
 
 
 def yes_bias_control(table: YesNoTable, target: float) -> SimpleNamespace:
-    curve = bias_curves("pope", table, [])["yes bias"]
+    curve = bias_curves("pope", table, {})["yes bias"]
     place = curve.nearest(YES_RATIO, target)
     found = curve.table(place)
     return SimpleNamespace(
@@ -115,24 +116,28 @@ def test_of_two_equally_near_ratios_the_smaller_bias_is_taken():
 
 
 def test_no_yes_bias_without_scores():
-    assert bias_curves("pope", score_labels([True], ["Yes"], image_ids=[1]), []) == {}
+    assert bias_curves("pope", score_labels([True], ["Yes"], image_ids=[1]), {}) == {}
 
 
 # Early stop. A token id is an index into these words.
 
 
-def versions(tokens, gaps, decode, truth, matcher):
+def thinned(tokens, gaps, decode, truth, matcher, asked=None):
     """The captions cut as often as can be, one sample per image."""
     samples = {i: Sample("chair", i, None, "Describe.", 64, "gaps") for i in tokens}
     answers = {
-        samples[i].key: Answer(decode(ids), tuple(ids), False, tuple(gaps.get(i, ())), None, 0.0)
+        samples[i].key: Answer(decode(ids), tuple(ids), False, tuple(gaps.get(i, ())), asked=(asked or {}).get(i))
         for i, ids in tokens.items()
     }
-    return stopped_versions(Chair(tuple(samples.values()), truth, matcher, 64), answers, decode)
+    return thinned_versions(Chair(tuple(samples.values()), truth, matcher, 64), answers, decode)
+
+
+def versions(*captions):
+    return thinned(*captions).get("early stop", [])
 
 
 def early_stop_control(tokens, gaps, decode, recall, truth, matcher):
-    curve = EarlyStop(versions(tokens, gaps, decode, truth, matcher))
+    curve = Thinned(versions(tokens, gaps, decode, truth, matcher))
     place = curve.nearest(Chair.figure("recall").statistic, recall)
     bias, table = curve.biases[place], curve.table(place)
     cut = {i: decode(ids[: stop_length(len(ids), gaps[i], bias)]) for i, ids in tokens.items()}
@@ -244,7 +249,72 @@ def test_early_stop_errors():
             versions(*changed(position, value))
     assert versions(*changed(0, {})) == []
     without_objects = versions(*changed(3, {1: []}))
-    assert bias_curves("chair", without_objects[0], without_objects) == {}
+    assert bias_curves("chair", without_objects[0], {"early stop": without_objects}) == {}
+
+
+# Self-verification: what the model says when it is asked for the objects of its captions
+
+
+def verified_captions(n: int = 20, seed: int = 0):
+    """Captions with log odds of yes for every object, some of them equal."""
+    rng = np.random.default_rng(seed)
+    named = {i: rng.choice(WORDS[1:6], rng.integers(1, 5), replace=False).tolist() for i in range(n)}
+    texts = {i: " ".join(f"There is a {word}." for word in words) for i, words in named.items()}
+    asked = {i: {word: float(np.round(rng.normal(1, 2), 1)) for word in words} for i, words in named.items()}
+    truth = {i: [word for word in WORDS[1:6] if rng.random() < 0.6] for i in range(n)}
+
+    def said(ids):
+        return "".join(texts[i] for i in ids)
+
+    found = thinned({i: [i] for i in range(n)}, {i: [9.0] for i in range(n)}, said, truth, matcher, asked)
+    return found, asked, truth
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_model_denies_is_left_out_at_the_threshold_that_gives_the_recall(seed):
+    """Against brute force over all thresholds, counting objects and not texts."""
+    found, asked, truth = verified_captions(seed=seed)
+    curve, recall = Thinned(found["self-verification"]), Chair.figure("recall").statistic
+    levels = sorted({odds for each in asked.values() for odds in each.values()})
+
+    def kept(odds):
+        return {i: " and ".join(word for word, own in each.items() if own > odds) for i, each in asked.items()}
+
+    figures = [score_captions(kept(odds), truth, matcher).summary() for odds in [-math.inf, *levels]]
+    for share in (1.0, 0.9, 0.6, 0.2, 0.0):
+        target = share * figures[0]["recall"]
+        best = int(np.argmin([round(abs(each["recall"] - target), 12) for each in figures]))
+        place = curve.nearest(recall, target)
+        table = curve.table(place)
+        assert recall.of(table) == pytest.approx(figures[best]["recall"], abs=1e-12)
+        assert Chair.figure("chair_i").statistic.of(table) == pytest.approx(figures[best]["chair_i"], nan_ok=True)
+        threshold = 0.0 if best == 0 else 1 / (1 + math.exp(-levels[best - 1]))
+        assert curve.biases[place] == pytest.approx(threshold)
+
+
+def test_what_was_not_asked_for_stays():
+    tokens, gaps, truth = {1: [1, 2]}, {1: [9.0, 8.0]}, {1: ["dog"]}
+
+    def said(ids):
+        return "A dog and a cat."
+
+    found = thinned(tokens, gaps, said, truth, matcher, {1: {"cat": -9.0, "horse": -9.0}})["self-verification"]
+    assert [table.mentions.tolist() for table in found] == [[2], [1]], "the cat goes; there is no horse to go"
+    assert list(thinned(tokens, gaps, said, truth, matcher)) == ["early stop"], "the model was not asked"
+
+
+def test_at_another_length_by_regression():
+    """What is linear in the words is found again; at the captions' own length it is their figure."""
+    rng = np.random.default_rng(0)
+    words, objects = rng.integers(10, 40, 60), rng.integers(2, 8, 60)
+    columns = {"words": words, "gt_objects": objects, "mentions": 2 * words, "hallucinated": words - 8}
+    table = Table(np.arange(60), columns | {"recalled": words + 3 * objects})
+    recall, chair_i = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
+    for length in (20.0, 12.5):
+        found = at_length(table, recall, [recall, chair_i], length)
+        assert found == pytest.approx([(length + 3 * objects.mean()) / objects.mean(), (length - 8) / (2 * length)])
+    own = at_length(table, recall, [recall, chair_i], words.mean())
+    assert own == pytest.approx([recall.of(table), chair_i.of(table)])
 
 
 # The whole curve
@@ -252,8 +322,8 @@ def test_early_stop_errors():
 
 def points(captions, most):
     tokens, gaps, truth = captions
-    curve = EarlyStop(versions(tokens, gaps, decode, truth, matcher))
-    return curve.points(Chair.figure("recall").statistic, Chair.figure("chair_i").statistic, most)
+    curve = Thinned(versions(tokens, gaps, decode, truth, matcher))
+    return curve.points(Chair.figure("recall").statistic, [Chair.figure("chair_i").statistic], most)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -295,12 +365,12 @@ def test_an_early_stop_is_matched_again_in_every_resample():
     cut = versions(tokens, gaps, decode, truth, matcher)
     table = score_captions({i: decode(ids[:6]) for i, ids in tokens.items()}, truth, matcher)
     recall, chair_i = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
-    (interval,) = EarlyStop(cut).differences(recall, table, [chair_i], seed=3, n_resamples=40)
+    (interval,) = Thinned(cut).differences(recall, table, [chair_i], seed=3, n_resamples=40)
     brute = []
     for weights in np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=40):
         images = np.repeat(np.arange(12), weights)
         own = renumbered(take(table, images))
-        again = EarlyStop([renumbered(take(version, images)) for version in cut])
+        again = Thinned([renumbered(take(version, images)) for version in cut])
         other = again.table(again.nearest(recall, recall.of(own)))
         brute.append(chair_i.of(own) - chair_i.of(other))
     assert (interval.low, interval.high) == pytest.approx(np.nanquantile(brute, [0.025, 0.975]), abs=1e-12)
@@ -309,7 +379,7 @@ def test_an_early_stop_is_matched_again_in_every_resample():
 @pytest.mark.parametrize("levels", [None, 2])
 def test_a_yes_bias_is_matched_again_in_every_resample(levels):
     none, method = baseline(30, 0, levels), baseline(30, 1, levels)
-    (interval,) = bias_curves("pope", none, [])["yes bias"].differences(
+    (interval,) = bias_curves("pope", none, {})["yes bias"].differences(
         YES_RATIO, method, [ACCURACY], seed=3, n_resamples=40
     )
     brute = []
@@ -325,7 +395,7 @@ def test_a_yes_bias_is_matched_again_in_every_resample(levels):
 
 def lines_of(tables, kept):
     specs = [MethodSpec("none", {"method": "none"}, "baseline"), MethodSpec("m", {"method": "m"}, "method")]
-    curves = {name: bias_curves(name, by_label["none"], []) for name, by_label in tables.items()}
+    curves = {name: bias_curves(name, by_label["none"], {}) for name, by_label in tables.items()}
     return control_lines(specs, tables, curves, 0, kept)
 
 

@@ -90,6 +90,10 @@ def test_rows_of_a_run_and_its_early_stop_curve() -> None:
     without = results()
     without["methods"] = without["methods"][:1] + without["methods"][3:]
     assert {r["label"]: r["dominated_by"] for r in pareto(without)} == {"none": [], "short": ["early stop"]}
+    verified = {**without, "early_stop_curve": [], "self_verification_curve": without["early_stop_curve"]}
+    for asking, dominated in ((0.0, ["self-verification"]), (5.0, [])):
+        rows = pareto({**verified, "self_verification": {"pace": asking}})
+        assert {r["label"]: r["dominated_by"] for r in rows}["short"] == dominated, "its questions take time"
     del without["early_stop_curve"]
     assert all(row["front"] for row in pareto(without)), "the point without a bias is none itself and no rival"
 
