@@ -191,7 +191,7 @@ def test_descriptions_are_ended_where_their_cover_is_the_methods(data, monkeypat
     }
     curve = Thinned(thinned_versions(task, answers, decode)["early stop"])
     cover, chair = (Amber.figure(name).statistic for name in ("cover", "chair"))
-    assert curve.points(cover, chair)[:3] == [(0.0, 0.75, 0.4), (1.0, 0.5, 1 / 3), (3.0, 0.25, 0.0)]
+    assert curve.points(cover, [chair])[:3] == [(0.0, 0.75, 0.4), (1.0, 0.5, 1 / 3), (3.0, 0.25, 0.0)]
     place = curve.nearest(cover, 0.5)
     assert curve.biases[place] == 1.0 and sorted(curve.table(place).nouns.tolist()) == [1, 2]
 
