@@ -22,6 +22,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import STATE_ATTRIBUTE, SequenceState, rows_of, state_of
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, analyse
 from vlmfix.model.devices import input_device
+from vlmfix.model.uncopied import weights_of
 from vlmfix.patching import find_patch
 
 
@@ -36,6 +37,7 @@ class Prefix:
         learned: What they learned, by (method index, site index).
         layers: Keys and values ``[batch, key_heads, length, head_dim]`` of every decoder layer.
         pictures: The arguments that held the pictures.
+        weights: What the model computed with, see :func:`weights_of <vlmfix.model.uncopied.weights_of>`.
         is_stock: Whether the stock model has read it, whatever is on the model: it goes on as the stock model too.
     """
 
@@ -45,6 +47,7 @@ class Prefix:
     learned: Mapping[tuple[int, int], Any]
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     pictures: Mapping[str, torch.Tensor]
+    weights: tuple[Any, ...]
     _anatomy: Anatomy
     is_stock: bool = False
 
@@ -68,8 +71,13 @@ class Prefix:
 
         Raises:
             UnsupportedFeatureError: A prompt begins otherwise, ends with the prefix or shows another or a further
-                image, or a method of the patch on the model cannot go on from here.
+                image, a method of the patch on the model cannot go on from here, or the model has other weights by now.
         """
+        if weights_of(self._anatomy.model) != self.weights:
+            raise UnsupportedFeatureError(
+                "This prefix was read with other weights than the model has now: an adapter was switched, merged or "
+                "disabled since, or weights were changed. Read it again: vlmfix.shared_prefix(model, inputs)."
+            )
         ids, mask = _ids_and_mask(inputs)
         ids, mask = ids.to(self.input_ids.device), mask.to(self.input_ids.device)
         if rows is None:
@@ -157,6 +165,7 @@ class Prefix:
             any_image=True,
             all_images=True,
             learned=learned,
+            prompts=((0, valid.shape[1]),),
         )
 
 
@@ -215,6 +224,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = Fal
         {} if state is None else state.learned,
         tuple((layer.keys, layer.values) for layer in cache.layers),
         {n: v for n, v in shared.items() if isinstance(v, torch.Tensor) and is_image_argument(n, v)},
+        weights_of(anatomy.model),
         anatomy,
         stock,
     )

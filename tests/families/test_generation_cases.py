@@ -204,12 +204,8 @@ CASES: tuple[Callable[[Any, Family], None], ...] = (
 LIMITS: dict[tuple[str, str], str] = {
     **{("drafted_tokens_change_nothing", name): "Assisted decoding" for name in CONTRASTS},
     **{("a_static_cache_changes_nothing", name): "static cache" for name in CONTRASTS},
-    ("no_cache_changes_nothing", "flb"): "Leave use_cache on",
-    ("no_cache_changes_nothing", "iri"): "Leave use_cache on",
+    **{("no_cache_changes_nothing", name): "Leave use_cache on" for name in ("flb", "sid")},
 }
-
-# Documented: without a cache every step counts as a prompt, and these decide anew.
-DECIDE_ANEW = frozenset({"vhr", "pai", "var", "act", "sid"})
 
 
 @cache
@@ -246,8 +242,6 @@ def test_a_promise_of_transformers_holds_under_a_patch(
         vlmfix.patch(model, method, **parameters_of(method, model))
     except vlmfix.MethodError as error:
         pytest.skip(f"refused when patching: {error}"[:200])
-    if case is no_cache_changes_nothing and method in DECIDE_ANEW:
-        pytest.skip("decides anew in every forward without a cache, as its README says")
     limit = LIMITS.get((case.__name__, method))
     if limit is None:
         case(model, family)

@@ -71,6 +71,7 @@ class DecodingMethod(Method):
     default_layers = DefaultLayers("none, and none can be given: it acts on logits", lambda num_layers: ())
     replaces_logits = True
     needs_whole_prompt = True  # its last row is contrasted
+    needs_cache = False
     changes_image: ClassVar[bool] = False
     """Whether the other branch has another image: the same tokens, at the same positions."""
     removes_image: ClassVar[bool] = False

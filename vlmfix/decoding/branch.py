@@ -229,7 +229,8 @@ class BranchEdits:
 
     def keep_text(self, cache: Any, state: SequenceState, length: int) -> None:
         """Note on a cache what is known of the first ``length`` tokens, which were read before there was an image."""
-        known = dataclasses.replace(state.cropped(length), methods=self.methods, learned={}, constants={}, branch=None)
+        nothing: dict[str, Any] = {"learned": {}, "constants": {}, "outdated": (), "branch": None}
+        known = dataclasses.replace(state.cropped(length), methods=self.methods, lost_image=False, **nothing)
         self._beginner.keep(cache, known)
 
 

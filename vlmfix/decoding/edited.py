@@ -70,6 +70,11 @@ class Edited(DecodingMethod):
         """Whether the branches differ, and their difference counts."""
         return self.alpha != 0 and not self._edit.is_identity
 
+    @property
+    def needs_cache(self) -> bool:  # type: ignore[override]
+        """As the edit does."""
+        return self._edit.needs_cache
+
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
         """Return the edit, bound to the model."""
         return placed(self._edit, anatomy)

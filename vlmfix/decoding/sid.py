@@ -80,6 +80,7 @@ class SID(Contrast):
     name = "sid"
     paper = "arXiv 2408.02032"
     summary = "contrasts the answer with that to the image tokens which get the least attention"
+    needs_cache = True
 
     keep: int = parameter(
         50,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from vlmfix.engine.calls import (
     answer_length,
     check_batch,
+    check_whole_prompt,
     is_empty,
     length_of,
     num_drafted,
@@ -19,14 +20,16 @@ from vlmfix.engine.calls import (
     parameter_names,
     refuse_export,
     tokens_of,
+    with_prompt,
 )
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import PatchedSite
 from vlmfix.engine.prompt_pass import begin_methods, encoded_text_only_heads, text_only_heads
+from vlmfix.engine.stand_ins import PREFILL
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
-from vlmfix.methods.sequence import SequenceState, extend_mask, from_the_end, keep_state, state_of
+from vlmfix.methods.sequence import SequenceState, extend_mask, keep_state, state_of
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.images import ImageFinder, attended_keys, brings_pictures
 from vlmfix.model.vision_tower import VisionRecorder
@@ -55,7 +58,15 @@ class ForwardBeginner:
         self.runs_passes = bool(self._compared) or any(method.reads_prompt for method in active)
         self._keeps_ids = bool(self._compared) or any(method.needs_ids for method in active)
         self._needs_past = any(site.is_sliding for site in sites) or any(each.needs_past for each in active)
-        self._needs_cache = [method.name for method in active if method.needs_cache]
+        # Older versions do not tell how long a prompt is. Contrasts have two prompts, and the vision tower runs before
+        # the first forward only.
+        self._is_told = hasattr(type(anatomy.language_model), PREFILL)
+        self._needs_cache = [
+            each.name
+            for each in active
+            if each.needs_cache and (each.replaces_logits or each.vision_layers or not self._is_told)
+        ]
+        self._contrasts = any(each.replaces_logits for each in active)
         self._acts = bool(active)
         self._reorders = any(method.reorders or method.replaces_logits for method in active)
         self._takes_few_logits = "logits_to_keep" in parameter_names(anatomy.language_model)
@@ -79,16 +90,19 @@ class ForwardBeginner:
         cache = inputs.get("past_key_values")
         state = state_of(cache)
         if self.anatomy.encoder is not None:
-            return self._begin_answer(module, cache, state, inputs)
+            return self._begin_answer(module, cache, state, inputs, prompt_end)
+        state = self._followed(cache, state)
         tokens = tokens_of(inputs)
         if tokens is None:
             return None
         batch, q_len = tokens.shape[:2]
         drafted = num_drafted(inputs) if self._acts else 0
+        if cache is None and prompt_end is not None and not self._contrasts:
+            drafted = q_len - prompt_end  # the answer so far
         # Behind a known prompt, a single token goes on with the answer, and so do several that are a draft but for the
-        # token before it. Only generate can tell when a single token is the rest of a prompt.
+        # token before it. That a single token is the rest of a prompt is known to generate, and of a cropped prompt.
         goes_on = q_len == 1 or (q_len - drafted <= 1 and not brings_pictures(inputs))
-        is_rest = prompt_end is not None and state is not None and not state.is_answered
+        is_rest = state is not None and (state.is_cut or (prompt_end is not None and not state.is_answered))
         if state is not None and goes_on and not is_rest and not is_empty(cache):
             if state.image_mask.shape[0] > 1 or self._reorders:  # a single prompt may be continued in several ways
                 check_batch(state, batch)
@@ -99,6 +113,18 @@ class ForwardBeginner:
     def keep(self, cache: Any, state: SequenceState) -> None:
         """Keep what is known about sequences on their cache."""
         keep_state(cache, state, reorders=self._reorders)
+
+    def _followed(self, cache: Any, state: SequenceState | None) -> SequenceState | None:
+        """Follow a cache that was cropped since its last forward; a static one cannot be."""
+        if state is None or getattr(cache, "is_compileable", False):
+            return state
+        past, known = int(cache.get_seq_length()), state.image_mask.shape[1]
+        if past == known:
+            state.is_answered = False
+        elif 0 < past < known:
+            state = state.cropped(past)
+            keep_state(cache, state)
+        return state
 
     # Further tokens of an answer.
 
@@ -113,9 +139,11 @@ class ForwardBeginner:
             # The outermost hooks are compiled by themselves: a copy made there would be a graph of its own.
             is_later = is_static and torch.compiler.is_compiling() and module is not self.anatomy.inner
             past = cache.get_seq_length() if is_later else length_of(cache)
-        if not is_static and past < state.image_mask.shape[1]:
-            state = state.cropped(int(past))
-            keep_state(cache, state)
+        if state.outdated:
+            raise UnsupportedFeatureError(
+                f"This cache was cropped, and the prompt is gone at whose end {state.outdated[0]} has chosen what to "
+                "edit. Start with an empty cache, or go on with a further turn."
+            )
         if keeps_ids and input_ids is not None:
             state.decoded.append((past, input_ids))
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
@@ -138,7 +166,8 @@ class ForwardBeginner:
         prompt_end: int | None,
     ) -> EditedForward:
         past, known = self._continued(cache, known)
-        if self._needs_cache and cache is None and self._is_step_without_cache(inputs):
+        is_step = prompt_end is not None if self._is_told else self._is_step_without_cache(inputs)
+        if self._needs_cache and cache is None and is_step:
             raise UnsupportedFeatureError(
                 f"{self._needs_cache[0]} edits a prompt and the tokens generated behind it in different ways, and "
                 "without a cache every new token makes all of them a prompt. Leave use_cache on."
@@ -149,7 +178,7 @@ class ForwardBeginner:
             drafted = 0  # a prompt whose caller wants many logits
         forward = self._read(known, past, image_mask, inputs, drafted)
         goes_on = prompt_end is not None and past + forward.q_len < prompt_end
-        _check_whole_prompt(known, forward, goes_on=goes_on)
+        check_whole_prompt(known, forward, goes_on=goes_on)
         # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.
         embeds = inputs.get("inputs_embeds") if self._is_inside(module) and not past else None
         if forward.state.any_image and self._compared:
@@ -212,6 +241,7 @@ class ForwardBeginner:
             all_images=len(with_image) == batch,
             learned={} if known is None else dict(known.learned),
             decoded=decoded,
+            prompts=with_prompt(known, past, past + prompt_len),
             branch=None if known is None else known.branch,
         )
         image_stops = [max(image_end + 1 - past, 0) for image_end, _ in with_image]
@@ -230,14 +260,19 @@ class ForwardBeginner:
         )
 
     def _is_step_without_cache(self, inputs: dict[str, Any]) -> bool:
-        """Whether a forward is one of ``generate`` without a cache, which asks for few logits where it can."""
+        """Whether a forward is one of older ``generate`` without a cache, which asks for few logits where it can."""
         few = inputs.get("logits_to_keep") is not None or not self._takes_few_logits
         return few and inputs.get("use_cache") is False
 
     # An answer behind an encoder.
 
     def _begin_answer(
-        self, module: nn.Module, cache: Any, state: SequenceState | None, inputs: dict[str, Any]
+        self,
+        module: nn.Module,
+        cache: Any,
+        state: SequenceState | None,
+        inputs: dict[str, Any],
+        prompt_end: int | None,
     ) -> EditedForward:
         """Begin a forward of a decoder whose encoder has read the prompt: all its rows are generated tokens'."""
         if state is not None and not is_empty(cache):
@@ -261,9 +296,15 @@ class ForwardBeginner:
         q_len = answer_length(inputs)
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
         forward.begins = forward.is_measured = begins
+        if inputs.get("labels") is not None:
+            forward.num_given = 1  # labels are read behind the start token
+        elif begins and prompt_end is not None:
+            forward.num_given = prompt_end
         if encoded is not None:
             if state.any_image and self._compared:
-                forward.text_only_heads = encoded_text_only_heads(self.anatomy, self._compared, encoded, inputs)
+                forward.text_only_heads = encoded_text_only_heads(
+                    self.anatomy, self._compared, encoded, inputs, forward.num_given
+                )
             begin_methods(self.anatomy, self._head(module), forward, inputs, self.vision)
             if cache is not None:
                 self.keep(cache, state)
@@ -283,8 +324,6 @@ class ForwardBeginner:
             return 0, None
         if state is not None:
             self._check_same_methods(state)
-            if past < state.image_mask.shape[1]:
-                state = state.cropped(past)
         return past, state
 
     def _check_same_methods(self, state: SequenceState) -> None:
@@ -306,34 +345,3 @@ class ForwardBeginner:
     def _head(self, module: nn.Module) -> PreTrainedModel:
         """Return the model with the head of the language model that a module's arguments are for."""
         return self.anatomy.language_model if self._is_inside(module) else self.anatomy.model
-
-
-def _check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, goes_on: bool) -> None:
-    """Refuse a prompt in parts where what methods do in one part depends on another.
-
-    Args:
-        known: What is known about the tokens in the cache.
-        forward: The forward that reads a prompt, or a part of one.
-        goes_on: Whether more of the prompt is to come.
-    """
-    continues = known is not None and not known.is_answered
-    if not forward.state.any_image or not (continues or goes_on):
-        return
-    has_further_image, is_prefix = False, False
-    if continues and known is not None and known.any_image:
-        # Rows before a further image were edited as if they stood behind the last one.
-        old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
-        behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (from_the_end(old) == 0)
-        has_further_image = bool((behind.any(1) & new.any(1)).any())
-        is_prefix = not bool(behind.any())  # the known part ends with its last image token
-    only_text_before = not goes_on and known is not None and not known.any_image
-    for method in forward.methods:
-        if is_prefix and method.leaves_prefix:
-            continue
-        needs_it = method.minds_text_before_image if only_text_before else method.needs_whole_prompt
-        if not method.is_identity and (needs_it or (has_further_image and method.prompt_rows == "text")):
-            raise UnsupportedFeatureError(
-                f"{method.name} needs a prompt in one forward, and this one reads a part: what it does in one part "
-                "depends on tokens of another. Leave prefill_chunk_size unset, and do not prefill a part of a prompt "
-                "with an image in advance."
-            )

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmfix.engine.forwards import EditedForward
 from vlmfix.errors import UnsupportedFeatureError
-from vlmfix.methods.sequence import SequenceState
+from vlmfix.methods.sequence import SequenceState, from_the_end
 from vlmfix.model.images import brings_pictures
 
 _NO_LABEL = -100
@@ -138,4 +139,53 @@ def refuse_export() -> None:
         raise UnsupportedFeatureError(
             "A patch looks at every prompt anew (where its image is, which heads to edit), which an exported graph "
             "cannot do. Export the stock model: vlmfix.unpatch(model)."
+        )
+
+
+def with_prompt(known: SequenceState | None, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """Return where prompts lie, with one more, or more of the last one."""
+    before = () if known is None else known.prompts
+    if known is not None and before and not known.is_answered:
+        return (*before[:-1], (before[-1][0], stop))
+    return (*before, (start, stop))
+
+
+def check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, goes_on: bool) -> None:
+    """Refuse a prompt in parts where what methods do in one part depends on another.
+
+    Args:
+        known: What is known about the tokens in the cache.
+        forward: The forward that reads a prompt, or a part of one.
+        goes_on: Whether more of the prompt is to come.
+
+    Raises:
+        UnsupportedFeatureError: A method needs the prompt in one forward.
+    """
+    continues = known is not None and not known.is_answered
+    lost_image = known is not None and known.lost_image
+    if not (forward.state.any_image or lost_image) or not (continues or goes_on):
+        return
+    has_further_image, is_prefix = False, False
+    if continues and known is not None and known.any_image:
+        # Rows before a further image were edited as if they stood behind the last one.
+        old, new = forward.image_mask.tensor_split([known.image_mask.shape[1]], dim=1)
+        behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (from_the_end(old) == 0)
+        has_further_image = bool((behind.any(1) & new.any(1)).any())
+        is_prefix = not bool(behind.any())  # the known part ends with its last image token
+    only_text_before = not goes_on and known is not None and not known.any_image
+    for method in forward.methods:
+        if is_prefix and method.leaves_prefix:
+            continue
+        needs_it = method.minds_text_before_image if only_text_before else method.needs_whole_prompt
+        if method.is_identity or not (needs_it or (has_further_image and method.prompt_rows == "text")):
+            continue
+        if known is not None and known.is_cut:
+            raise UnsupportedFeatureError(
+                f"This cache was cropped into its prompt, and {method.name} needs a prompt in one forward: what it did "
+                "in the part that is left need not fit what follows now. Start with an empty cache."
+            )
+        raise UnsupportedFeatureError(
+            f"{method.name} needs a prompt in one forward, and this one reads a part: what it does in one part "
+            "depends on tokens of another. Leave prefill_chunk_size unset, and do not prefill a part of a prompt "
+            "with an image in advance."
         )

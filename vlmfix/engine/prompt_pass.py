@@ -173,7 +173,7 @@ def positions_kept(anatomy: Anatomy) -> Iterator[None]:
 
 
 def encoded_text_only_heads(
-    anatomy: Anatomy, sites: frozenset[int], encoded: Encoded, inputs: dict[str, Any]
+    anatomy: Anatomy, sites: frozenset[int], encoded: Encoded, inputs: dict[str, Any], num_given: int
 ) -> dict[int, torch.Tensor]:
     """Let an encoder read the prompts of a batch without their image tokens, and the decoder begin its answer.
 
@@ -184,15 +184,16 @@ def encoded_text_only_heads(
         sites: Indices of the attention modules to record.
         encoded: What the encoder has read.
         inputs: The arguments of the forward that begins the answer.
+        num_given: How many of its tokens come before the first one that is predicted.
 
     Returns:
-        By site index, head outputs at the last position, ``[batch, num_heads, head_dim]``.
+        By site index, head outputs at the last of these, ``[batch, num_heads, head_dim]``.
 
     Raises:
         UnsupportedFeatureError: A prompt has no text, or how the answer begins is not said.
     """
     names = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
-    answer = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    answer = {name: inputs[name][:, :num_given] for name in names if inputs.get(name) is not None}
     if "decoder_input_ids" not in answer and "decoder_inputs_embeds" not in answer:
         raise UnsupportedFeatureError(
             "This method compares how the answer begins with and without the image. Pass decoder_input_ids."
@@ -243,11 +244,7 @@ def begin_methods(
 
     def first_logits() -> torch.Tensor:
         logits = _read_prompt(model, forward, inputs, None)
-        if forward.state.in_encoder:
-            return logits[:, -1].float()
-        if logits.shape[1] == forward.q_len:
-            return forward.at_last_position(logits).float()
-        return logits[:, forward.prompt_len - forward.q_len - 1].float()
+        return (forward.at_last_position(logits) if logits.shape[1] == forward.q_len else logits[:, -1]).float()
 
     def patch_attention() -> dict[int, torch.Tensor]:
         assert vision is not None
@@ -281,8 +278,11 @@ def _read_prompt(
     cache = inputs.get("past_key_values")
     if not forward.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
         cache = None
+    left_out = {"labels", "output_attentions"}
+    if forward.q_len != forward.prompt_len:  # an answer follows, and the last logits are not those of the prompt
+        left_out.add("logits_to_keep")
     options = {
-        **{name: value for name, value in inputs.items() if name not in ("labels", "output_attentions")},
+        **{name: value for name, value in inputs.items() if name not in left_out},
         "past_key_values": copy.deepcopy(cache),  # the prompt itself must find it as it was
         "use_cache": cache is not None,
         "return_dict": True,

@@ -94,7 +94,8 @@ class ForwardWithHooks:
 class TellingPrefill:
     """Stands in for ``_prefill`` of a model: tells the forwards that they read a prompt, and how long it is.
 
-    The forwards of a prompt in parts cannot tell by themselves: its last token alone looks like one of the answer.
+    The forwards of a prompt in parts cannot tell by themselves: its last token alone looks like one of the answer. Nor
+    can those without a cache, which read the prompt and the answer so far: they are told at every step.
     """
 
     model: nn.Module
@@ -105,7 +106,9 @@ class TellingPrefill:
         """Do what the model's own method does."""
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         embeds, length = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if self.model.config.is_encoder_decoder:
+            pass  # the ids are those of the decoder
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
             length = mask.shape[1]  # of all turns
         elif embeds is not None:
             length = embeds.shape[1]
@@ -116,7 +119,8 @@ class TellingPrefill:
         try:
             return stock(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
-            del model_kwargs[PROMPT_END_KWARG]
+            if model_kwargs.get("use_cache") is not False:
+                del model_kwargs[PROMPT_END_KWARG]
 
 
 @dataclasses.dataclass(frozen=True)

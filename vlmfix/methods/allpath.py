@@ -37,6 +37,7 @@ class AllPath(Method):
     scales_heads = True
     minds_text_before_image = True  # heads are scaled in all rows
     needs_text_keys = False
+    needs_cache = False
     prompt_rows = "none"  # no scores or weights are edited
     default_layers = DefaultLayers("those of the lists", lambda num_layers: tuple(range(num_layers)))
 

@@ -57,8 +57,9 @@ class Method(InLayers):
     """Whether ``layer.forward.past`` must be known while decoding with a static cache too."""
     needs_ids: ClassVar[bool] = False
     """Whether generated ids are remembered, because a further turn reads the whole text again without its images."""
-    needs_cache: ClassVar[bool] = False
-    """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else."""
+    needs_cache: ClassVar[bool] = True
+    """Whether decoding without a cache, which reads generated tokens as a prompt, would compute something else, unless
+    ``generate`` tells which tokens are generated."""
     replaces_logits: ClassVar[bool] = False
     """Whether it decides on the next token instead of editing a layer (``vlmfix.decoding``); one at a time can."""
     rewrites_logits: ClassVar[bool] = False
@@ -121,6 +122,14 @@ class Method(InLayers):
     def minds_text_before_image(self) -> bool:
         """Whether the text before a prompt's first image is edited too, or decides on edits."""
         return self.needs_whole_prompt and "all" in (self.prompt_rows, self.observed_rows)
+
+    @property
+    def keeps_choice(self) -> bool:
+        """Whether what it learned at the end of a prompt holds for the answer behind that prompt alone.
+
+        If a cache is cropped into the prompt, the choice is lost, unless :meth:`crop` says what is left of it.
+        """
+        return self.needs_whole_prompt and self.edits_decode and type(self).crop is Method.crop
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:

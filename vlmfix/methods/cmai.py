@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ class CMAI(ExperimentalMethod):
     hides_keys = True
     reorders = True  # generated rows differ between the beams of a prompt
     needs_past = True
+    needs_cache = False
     observed_rows = "all"  # text between images lends its focus too
     default_layers = DefaultLayers(
         "from the one before a quarter of the depth on (ours); the first one is the reference, which is not edited",
@@ -79,10 +80,6 @@ class CMAI(ExperimentalMethod):
     def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows to what text looked at, and choose what they keep."""
         layer.shared = Focus.extended(layer.shared, attn_weights, layer, self.rho)
-
-    def crop(self, learned: Focus, length: int) -> Focus:
-        """Forget image tokens behind ``length``; rows behind it are written anew before they are read."""
-        return replace(learned, seen=learned.seen[:, :length], dropped=learned.dropped[:, :length])
 
     def edit_scores(self, scores: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> EditedRows:
         """Hide keys from the rows ``[batch, num_heads, rows, keys]``."""

@@ -13,6 +13,7 @@ class EarlyLogits(Method):
 
     counts = "next tokens"
     rewrites_logits = True
+    needs_cache = False
     prompt_rows = "last"
     attention_kinds = ("joint",)
 

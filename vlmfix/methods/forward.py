@@ -53,6 +53,7 @@ class Forward:
         past: Tokens in the cache before this forward: int, or a 0-d tensor with a static cache while decoding.
         q_len: Tokens of this forward.
         prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
+        num_given: Behind an encoder, how many tokens of the decoder come before the first one that is predicted.
         begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
         is_over: Whether it has ended. Gradient checkpointing computes layers again later, and nothing is learned then.
         text_only_heads: By site index, head outputs at the last position of an image-free pass over the same prompt,
@@ -78,6 +79,7 @@ class Forward:
         self.past = past
         self.q_len = q_len
         self.prompt_len = prompt_len
+        self.num_given = q_len
         self.begins = is_prefill
         self.is_over = False
         self.text_only_heads: dict[int, torch.Tensor] = {}
@@ -124,7 +126,7 @@ class Forward:
     def at_last_position(self, states: torch.Tensor) -> torch.Tensor:
         """Pick each sample's last prompt token: ``[batch, q_len, ...]`` in, ``[batch, ...]`` out."""
         if self.state.in_encoder:
-            return states[:, -1]
+            return states[:, self.num_given - 1]
         valid = self.valid_mask[:, -self.prompt_len :].to(states.device)
         positions = torch.arange(self.prompt_len, device=states.device) + states.shape[1] - self.q_len
         last = (valid * positions).amax(1)

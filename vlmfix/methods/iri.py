@@ -54,8 +54,6 @@ class IRI(Method):
 
     The paper leaves two things open, which are ours: rates below 0 count as 0, and sources are injected as they left
     their block, before an edit of their own.
-
-    Decoding with a cache defines the method: without one, tokens generated earlier would lose their edits.
     """
 
     name = "iri"
@@ -63,7 +61,6 @@ class IRI(Method):
     summary = "adds block outputs that carry the object to those of later layers, at the last position"
     edits_blocks = ("attention", "mlp")
     prompt_rows = "last"
-    needs_cache = True
 
     lambda_a: float = parameter(
         0.26,

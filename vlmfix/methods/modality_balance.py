@@ -29,6 +29,7 @@ class ModalityBalance(ExperimentalMethod):
     summary = "moves each row's attention to the image towards one half (experimental)"
     caveat = "a hypothesis of ours, not a published method"
     edits_scores = True
+    needs_cache = False
 
     tau: float = parameter(
         0.5, low=0, high=1, off=0, search=Range(0.05, 1.0), help="How far towards one half. Untested at every value."

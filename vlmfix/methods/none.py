@@ -14,3 +14,4 @@ class NoMethod(Method):
     name = "none"
     summary = "the identity: baseline of every evaluation"
     is_identity = True
+    needs_cache = False

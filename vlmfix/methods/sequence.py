@@ -24,6 +24,12 @@ SHARED = -1
 class Learner(Protocol):
     """What a sequence must know of the methods that learned something in it, see ``vlmfix.methods.base.Method``."""
 
+    name: str
+
+    @property
+    def keeps_choice(self) -> bool:
+        """Whether what it learned at the end of a prompt holds for the answer behind that prompt alone."""
+
     def crop(self, learned: Any, length: int) -> Any:
         """Forget what was learned of tokens behind the first ``length``."""
 
@@ -45,7 +51,11 @@ class SequenceState:
         learned: What methods learned, by (method index, site index or ``SHARED``).
         decoded: Ids generated since the prompt, as (position, ids ``[batch, n]``); kept only for methods that read
             the text of earlier turns again.
+        prompts: Where each prompt, a part of one or a further turn's, begins and ends; answers lie between.
         is_answered: Whether any token was decoded since the prompt.
+        is_cut: Whether the cache was cropped into a prompt, so that what comes next is the rest of one.
+        lost_image: Whether a prompt's image was cropped away, but not what was read with it.
+        outdated: Names of the methods that chose something at the end of a prompt that was cropped away.
         is_picked: Whether somebody has picked rows of the cache since, so that this is no longer about its rows.
         in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
@@ -61,7 +71,11 @@ class SequenceState:
     all_images: bool = False
     learned: dict[tuple[int, int], Any] = field(default_factory=dict)
     decoded: list[tuple[int | torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    prompts: tuple[tuple[int, int], ...] = ()
     is_answered: bool = False
+    is_cut: bool = False
+    lost_image: bool = False
+    outdated: tuple[str, ...] = ()
     is_picked: bool = False
     in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -69,14 +83,29 @@ class SequenceState:
     branch: Any = None
 
     def cropped(self, length: int) -> SequenceState:
-        """Return the state of the first ``length`` tokens, fewer than the prompt has."""
+        """Return the state of the first ``length`` tokens, fewer than the prompt has.
+
+        In an earlier turn, these end within a prompt, or behind one and a part of its answer.
+        """
+        kept = tuple((start, min(stop, length)) for start, stop in self.prompts if start < length)
+        end = kept[-1][1] if kept else length
+        image_mask = self.image_mask[:, :end]
+        has_image = image_mask.any(1).tolist()
+        learners = sorted({index for index, _ in self.learned})
         return replace(
             self,
-            image_mask=self.image_mask[:, :length],
-            valid_mask=self.valid_mask[:, :length],
-            input_ids=None if self.input_ids is None else self.input_ids[:, :length],
-            learned={key: self.methods[key[0]].crop(value, length) for key, value in self.learned.items()},
-            decoded=[],
+            image_mask=image_mask,
+            valid_mask=self.valid_mask[:, :end],
+            any_image=any(has_image),
+            all_images=all(has_image),
+            prompts=kept,
+            is_answered=end < length,
+            is_cut=kept != self.prompts[: len(kept)],
+            lost_image=self.lost_image or (self.any_image and not any(has_image)),
+            outdated=tuple(self.methods[index].name for index in learners if self.methods[index].keeps_choice),
+            input_ids=None if self.input_ids is None else self.input_ids[:, :end],
+            learned={key: self.methods[key[0]].crop(value, end) for key, value in self.learned.items()},
+            decoded=[] if self.input_ids is None else [(end, self.input_ids[:, end:length])],
             key_masks={},
         )
 

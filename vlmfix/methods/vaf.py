@@ -28,6 +28,7 @@ class VAF(Method):
     paper = "arXiv 2503.13107"
     summary = "multiplies the scores of the image up and those of the tokens before it down"
     edits_scores = True
+    needs_cache = False
     default_layers = scaled_layers(9, 14)
 
     enhance: float = parameter(

@@ -46,8 +46,6 @@ class VISTA(Method):
     two rounding errors of the model's dtype) is left alone, since only the direction of ``v_l`` counts, and that one
     would be noise. In a further turn on the same cache, ``v_l`` is computed anew, with the earlier turns as the cache
     holds them.
-
-    Decoding with a cache defines the method: without one, a new vector would be computed at every token.
     """
 
     name = "vista"
@@ -58,7 +56,6 @@ class VISTA(Method):
     needs_whole_prompt = True  # the vector belongs to the end of the prompt
     reads_prompt = True
     needs_ids = True
-    needs_cache = True
 
     lam: float | None = parameter(
         None,

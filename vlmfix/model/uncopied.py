@@ -43,6 +43,30 @@ def standing(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def weights_of(model: nn.Module) -> tuple[Any, ...]:
+    """Describe what a model computes with, whatever hangs on it: what was read with other weights does not fit it.
+
+    Parameters that were exchanged or written to show in it, and adapters that were switched, merged, disabled or scaled
+    (which are names and numbers on their modules). Offloaded parameters have no identity and are left out.
+    """
+    tensors = [each for each in model.parameters() if each.device.type != "meta"]
+    switches = [
+        (place, name, str(value))
+        for place, module in enumerate(model.modules())
+        for name, value in list(vars(module).items())
+        if name != "training" and _is_plain(value)
+    ]
+    return (*((id(each), 0 if each.is_inference() else each._version) for each in tensors), *switches)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a name or number, or a list or dictionary of these (hooks lie in ordered dictionaries)."""
+    if type(value) is dict:
+        value = list(value.values())
+    values = value if type(value) in (list, tuple) else [value]
+    return bool(values) and all(isinstance(each, (bool, int, float, str)) for each in values)
+
+
 def _described(value: Any, known: dict[int, Any], *, are_shared: bool = False) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value

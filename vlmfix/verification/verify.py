@@ -46,6 +46,7 @@ class Verify(Method):
     summary = "asks the model for every object it named, and leaves out the phrases that it does not stand by"
     counts = "phrases"
     rewrites_answers = True
+    needs_cache = False
     leaves_prefix = False  # a call that goes on from a prefix brings no image to ask about
     default_layers = DefaultLayers("none, and none can be given: it acts on answers", lambda num_layers: ())
 

@@ -98,6 +98,40 @@ def test_a_prefix_is_continued_again_and_again(model: Any) -> None:
     close(answered(model, one.continued(three))[1], once[1][:, :3])
 
 
+@pytest.mark.parametrize("method", [None, "pai"])
+def test_a_prefix_read_with_other_weights_is_refused(method: str | None) -> None:
+    """Adapters are switched, disabled and merged; a patch, answers and what goes back to as it was change nothing."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(by_name("llava").build(), adapter, adapter_name="a").eval()
+    wrapped.add_adapter("b", adapter)
+    first, whole, rows = questions(by_name("llava"))
+    prefix = vlmfix.shared_prefix(wrapped, first)
+    if method is not None:
+        vlmfix.patch(wrapped, method)
+    expected = answered(wrapped, whole)
+    wrapped.set_adapter("b")
+    with pytest.raises(UnsupportedFeatureError, match="an adapter was switched"):
+        prefix.continued(whole, rows)
+    wrapped.set_adapter("a")
+    with wrapped.disable_adapter(), pytest.raises(UnsupportedFeatureError, match="an adapter was switched"):
+        prefix.continued(whole, rows)
+    close(answered(wrapped, prefix.continued(whole, rows))[1], expected[1])
+    wrapped.merge_adapter()
+    with pytest.raises(UnsupportedFeatureError, match="an adapter was switched"):
+        prefix.continued(whole, rows)
+
+
+def test_a_prefix_read_before_training_is_refused(model: Any) -> None:
+    first, whole, rows = questions(by_name("llava"))
+    prefix = vlmfix.shared_prefix(model, first)
+    prefix.continued(whole, rows)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.0)  # an optimizer's step
+    with pytest.raises(UnsupportedFeatureError, match="weights were changed"):
+        prefix.continued(whole, rows)
+
+
 def test_further_turns_go_on(model: Any) -> None:
     """The prompt that continues a prefix is continued itself, under a patch too."""
     first, whole, rows = questions(by_name("llava"))

@@ -68,34 +68,6 @@ def test_padding_behind_a_short_answer_is_no_text_of_the_next_turn(tiny: Any, me
     close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["fia", "var", "cmai", "vhr", "spin", "act"])
-def test_a_prompt_behind_a_cropped_one_forgets_what_was_cropped_away(tiny: Any, name: str) -> None:
-    """A cache goes back to its beginning, an image and a word; then comes another prompt with an image of its own."""
-    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
-    first, second = sample(3, 1, 8, seed=1), sample(0, 1, 4, seed=3)
-    kept = 1 + 3 + 9 + 1
-    cropped, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
-    forward(tiny, collate([first]), past_key_values=cropped, use_cache=True)
-    forward(tiny, collate([Sample(first.ids[:kept], first.pixels)]), past_key_values=fresh, use_cache=True)
-    with torch.no_grad():
-        for cache in (cropped, fresh):
-            tiny(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
-            cache.crop(kept - cache.get_seq_length())
-    for layer in range(4):  # rows before the crop were edited under another prompt
-        cropped.layers[layer].keys.copy_(fresh.layers[layer].keys)
-        cropped.layers[layer].values.copy_(fresh.layers[layer].values)
-    found = []
-    for cache in (cropped, fresh):
-        options = {"pixel_values": second.pixels, "past_key_values": cache, "use_cache": True}
-        with torch.no_grad():
-            if name == "act" and cache is cropped:
-                with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped into a prompt"):
-                    tiny(input_ids=torch.tensor([second.ids]), **options)
-                return
-            found.append(tiny(input_ids=torch.tensor([second.ids]), **options).logits)
-    close(*found)
-
-
 @pytest.mark.parametrize("strength", [1, 60])
 def test_half_precision_scores_do_not_overflow(build: Any, strength: int) -> None:
     """Products of queries and keys pass 65504 in some models, where fused kernels scale them first."""

@@ -49,9 +49,6 @@ CONTRASTS = [name for name in ACTING if method_class(name).replaces_logits and n
 """They run a second branch beside the prompt's own."""
 EDITS = [name for name in ACTING if name not in SEARCHES and name not in CONTRASTS]
 """They edit what happens inside a forward."""
-SAME_WITHOUT_CACHE = ("cmai", "modality_balance", "vaf")
-"""They edit every text row alike, whether it is read in a prompt or decoded."""
-
 CANNOT_FORGET = ("act",)
 """What they learn of a prompt cannot be told apart again."""
 
@@ -321,28 +318,78 @@ def test_a_cropped_answer_leaves_nothing_behind(tiny: Any, name: str) -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
-@each_of([name for name in EDITS if name not in ("vhr", "vista")])  # they keep what the prompt's end chose
-def test_a_cache_cropped_into_the_prompt_forgets_what_was_there(tiny: Any, name: str) -> None:
-    """Its last picture and a word on either side go; what a method cannot take back is refused."""
-    acting(tiny, name, **({"layers": [0]} if name == "var" else {}))  # what enters other layers was edited
+def read(model: Any, cache: Any, ids: Any, pixels: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a loop of one's own, which says nothing but the tokens and their pictures."""
+    with torch.no_grad():
+        options = {"past_key_values": cache, "use_cache": True}
+        found: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), pixel_values=pixels, **options).logits
+    return found
+
+
+@each_of(EDITS + CONTRASTS)
+@pytest.mark.parametrize("answer", [(), (20, 21)], ids=["unread", "answered"])
+@pytest.mark.parametrize("rest", [(33,), (33, 34)], ids=["a token", "tokens"])
+@pytest.mark.parametrize("kept", ["all but one", "behind the image", "text alone"])
+def test_a_cache_cropped_into_the_prompt_is_right_or_refused(
+    tiny: Any, name: str, answer: tuple[int, ...], rest: tuple[int, ...], kept: str
+) -> None:
+    """What comes next is the rest of a prompt, as if the model had read that prompt at once."""
+    (method,) = vlmfix.status(acting(tiny, name)).methods
     each = RAGGED[0]
-    longer = Sample((*each.ids, SINK_WORD, *[IMAGE] * 9, 21), torch.cat([each.pixels, pictures(1, 6)]))
-    kept, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
-    forward(tiny, collate([longer]), past_key_values=kept, use_cache=True)
-    forward(tiny, collate([each]), past_key_values=fresh, use_cache=True)
-    kept.crop(-11)
-    for one, two in zip(kept.layers, fresh.layers, strict=True):  # other rows of the longer prompt were edited
-        one.keys.copy_(two.keys)
-        one.values.copy_(two.values)
-    for token in (20, 21, 22):
-        options = {"input_ids": torch.tensor([[token]]), "use_cache": True}
-        with torch.no_grad():
-            expected = tiny(**options, past_key_values=fresh).logits
-            if name in CANNOT_FORGET:
-                with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped"):
-                    tiny(**options, past_key_values=kept)
-                return
-            close(tiny(**options, past_key_values=kept).logits, expected)
+    length = {"all but one": len(each.ids) - 1, "behind the image": len(each.ids) - 3, "text alone": 3}[kept]
+    cache, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
+    read(tiny, cache, each.ids, each.pixels)
+    for token in answer:
+        read(tiny, cache, [token])
+    cache.crop(length - cache.get_seq_length())
+    try:
+        found = read(tiny, cache, rest)
+    except vlmfix.UnsupportedFeatureError:
+        assert method.minds_text_before_image if kept == "text alone" else method.needs_whole_prompt
+        return
+    whole = read(tiny, fresh, (*each.ids[:length], *rest), None if kept == "text alone" else each.pixels)
+    close(found[:, -1], whole[:, -1])
+    close(read(tiny, cache, [22]), read(tiny, fresh, [22]))
+
+
+@each_of(EDITS + CONTRASTS)
+@pytest.mark.parametrize("rest", ["a token", "a turn", "a turn with an image"])
+def test_a_turn_cropped_away_leaves_nothing_behind(tiny: Any, name: str, rest: str) -> None:
+    """The answer before it goes on, or another turn follows, as if it had never been read."""
+    (method,) = vlmfix.status(acting(tiny, name)).methods
+    first, second, third = RAGGED[0], sample(2, 2, 4, seed=9), sample(3, 1, 4, seed=11)
+    caches = [DynamicCache(config=tiny.config) for _ in range(2)]
+    for cache in caches:
+        read(tiny, cache, first.ids, first.pixels)
+        for token in (20, 21):
+            read(tiny, cache, [token])
+    read(tiny, caches[0], second.ids[1:], second.pixels)
+    read(tiny, caches[0], [23])
+    caches[0].crop(-len(second.ids))
+    ids, pixels = {"a token": ([24], None), "a turn": ([24, 25, 26], None)}.get(rest, (third.ids[1:], third.pixels))
+    expected = [read(tiny, caches[1], ids, pixels), read(tiny, caches[1], [22])]
+    try:
+        found = [read(tiny, caches[0], ids, pixels), read(tiny, caches[0], [22])]
+    except vlmfix.UnsupportedFeatureError:
+        keeps_choice = method.keeps_choice and rest == "a token"
+        assert keeps_choice or name in CANNOT_FORGET or name in CONTRASTS
+    else:
+        for one, two in zip(found, expected, strict=True):
+            close(one[:, -1], two[:, -1])
+
+
+@each_of(EDITS + CONTRASTS)
+def test_generate_from_all_but_the_last_token_of_a_prompt_is_right_or_refused(tiny: Any, name: str) -> None:
+    (method,) = vlmfix.status(acting(tiny, name)).methods
+    cache, text = DynamicCache(config=tiny.config), {k: v for k, v in ONE.items() if k != "pixel_values"}
+    first = generate(tiny, ONE, 3, past_key_values=cache)
+    cache.crop(ONE["input_ids"].shape[1] - 1 - cache.get_seq_length())
+    try:
+        found = generate(tiny, text, 3, past_key_values=cache)
+    except vlmfix.UnsupportedFeatureError:
+        assert method.needs_whole_prompt
+    else:
+        close(found[1], first[1])
 
 
 @each_of(EDITS + CONTRASTS)
@@ -365,13 +412,27 @@ def test_generate_continues_a_conversation(tiny: Any, name: str) -> None:
     close(after.logits[0][0], out.logits[0, -1])
 
 
-@each_of(SAME_WITHOUT_CACHE)
-def test_decoding_equals_reading_everything_again(tiny: Any, name: str) -> None:
+@each_of(EDITS + CONTRASTS)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_without_a_cache_answers_are_the_same_or_refused(tiny: Any, name: str, beams: int) -> None:
+    (method,) = vlmfix.status(acting(tiny, name)).methods
+    options = {"num_beams": beams, "max_new_tokens": 5, "do_sample": False, "output_logits": True}
+    options |= {"return_dict_in_generate": True}
+    expected = tiny.generate(**BATCH, **options)
+    if method.needs_cache and (name in CONTRASTS or method.vision_layers):
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="Leave use_cache on"):
+            tiny.generate(**BATCH, use_cache=False, **options)
+        return
+    found = tiny.generate(**BATCH, use_cache=False, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+@each_of(SEARCHES)
+def test_a_search_without_a_cache_is_refused(tiny: Any, name: str) -> None:
     acting(tiny, name)
-    ids, logits = generate(tiny, BATCH, 5)
-    again, expected = generate(tiny, BATCH, 5, use_cache=False)
-    assert torch.equal(ids, again)
-    close(logits, expected)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="use_cache"):
+        answer(tiny, name, {**ONE, "use_cache": False})
 
 
 # Prompts in parts, and tokens that were drafted.
