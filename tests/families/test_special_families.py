@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_parameters import parameters_of
 
 import vlmfix
 from families import Family
@@ -35,6 +36,7 @@ from families.altered import (
     spelt_out,
     spied,
 )
+from families.tiny_llava import generate
 from vlmfix.model.anatomy import analyse
 
 # Strength zero and restoring.
@@ -230,6 +232,23 @@ def test_vhr_is_what_the_formula_gives(name: str) -> None:
     assert gap(expected, stock) > 1e-2
     forward = family.forward(model, inputs).logits[:, -1]
     assert gap(forward, expected[:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("method", ["vhr", "pai", "act", "allpath"])
+def test_an_answer_scores_behind_an_encoder_as_it_is_generated(name: str, method: str) -> None:
+    """By labels, which begin behind what the decoder was given, and without a cache."""
+    family, model = build(name)
+    inputs = family.collate([family.single()])
+    vlmfix.patch(model, method, **parameters_of(method, model))
+    ids, expected = generate(model, inputs, 4)
+    assert gap(generate(model, inputs, 4, use_cache=False)[1], expected) < 1e-5
+    given = inputs.pop("decoder_input_ids").shape[1]
+    labels = ids[:, 1:].clone()
+    labels[:, : given - 1] = -100
+    with torch.no_grad():
+        scored = model(**inputs, decoder_input_ids=ids[:, :-1], labels=labels).logits
+    assert gap(scored[:, -4:], expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ENCODED)

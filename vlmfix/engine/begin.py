@@ -297,7 +297,7 @@ class ForwardBeginner:
         forward = EditedForward(state, self.methods, is_prefill=False, past=past, q_len=q_len, prompt_len=0)
         forward.begins = forward.is_measured = begins
         if inputs.get("labels") is not None:
-            forward.num_given = 1  # labels are read behind the start token
+            forward.num_given = min(q_len - num_drafted(inputs) + 1, q_len)  # a row's label is the next token
         elif begins and prompt_end is not None:
             forward.num_given = prompt_end
         if encoded is not None:
