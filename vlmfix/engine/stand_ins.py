@@ -98,7 +98,7 @@ class TellingPrefill:
     can those without a cache, which read the prompt and the answer so far: they are told at every step.
     """
 
-    model: nn.Module
+    model: Any
 
     def __call__(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

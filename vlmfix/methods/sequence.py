@@ -6,7 +6,7 @@ It sits on the cache object, so that it dies with the sequence and follows copie
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ SHARED = -1
 class Learner(Protocol):
     """What a sequence must know of the methods that learned something in it, see ``vlmfix.methods.base.Method``."""
 
-    name: str
+    name: ClassVar[str]
 
     @property
     def keeps_choice(self) -> bool:
