@@ -64,6 +64,17 @@ def score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return Scorer(tmp_path, capsys)
 
 
+@pytest.fixture
+def nltk_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nltk find its data in the test data, and nowhere else."""
+    from shared_data import DATA
+
+    nltk = pytest.importorskip("nltk")
+    if not (DATA / "nltk_data").exists():
+        pytest.skip(f"test data nltk_data not found in {DATA}")
+    monkeypatch.setattr(nltk.data, "path", [str(DATA / "nltk_data")])
+
+
 @pytest.fixture(scope="session")
 def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny LLaVA with its processor."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from families.tiny_llava import RAGGED, collate, forward, generate
+from families.tiny_llava import RAGGED, Sample, collate, forward, generate
 from transformers import DynamicCache
 
 import vlmfix
@@ -16,6 +17,47 @@ import vlmfix
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class Loop:
+    """A model and a cache that it reads into, forward by forward, as a loop of a user's own does.
+
+    Attributes:
+        cache: What was read.
+        logits: Of the prompt, ``[batch, tokens, vocab]``.
+    """
+
+    def __init__(self, model: Any, inputs: Any = None, *, cache: Any = None) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config) if cache is None else cache
+        if inputs is not None:
+            self.logits = forward(model, inputs, past_key_values=self.cache, use_cache=True).logits
+
+    def copied(self) -> Loop:
+        """The same model with a copy of the cache."""
+        return Loop(self.model, cache=copy.deepcopy(self.cache))
+
+    @torch.no_grad()
+    def read(self, *tokens: int, **options: Any) -> torch.Tensor:
+        """The logits of one forward that reads some tokens of a single prompt, or ``input_ids`` among the options."""
+        options.setdefault("input_ids", torch.tensor([tokens]))
+        logits: torch.Tensor = self.model(past_key_values=self.cache, use_cache=True, **options).logits
+        return logits
+
+    def turn(self, each: Sample, **options: Any) -> torch.Tensor:
+        """The logits of a further turn, without the first token of a prompt."""
+        return self.read(*each.ids[1:], pixel_values=each.pixels, **options)
+
+    def steps(self, *tokens: int, **options: Any) -> torch.Tensor:
+        """The logits of one forward for each token, ``[1, tokens, vocab]``."""
+        found = [self.read(token, **options) for token in tokens]
+        return torch.cat(found, dim=1) if found else torch.empty(1, 0, 0)
+
+
+def hold_the_same(cache: Any, other: Any) -> None:
+    """Put the keys and values of another cache of the same length into a cache."""
+    for own, theirs in zip(cache.layers, other.layers, strict=True):
+        own.keys.copy_(theirs.keys)
+        own.values.copy_(theirs.values)
 
 
 def continued(model: Any, inputs: Any, steps: Sequence[Any], **options: Any) -> list[Any]:

@@ -12,6 +12,13 @@ def read(folder: Path) -> dict[str, Any]:
     return results
 
 
+def answers_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every answer of a run by its key, each once, without its time."""
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows), "no answer twice"
+    return {row["key"]: {name: value for name, value in row.items() if name != "seconds"} for row in rows}
+
+
 def timeless(value: Any) -> Any:
     """Without wall times and without the command, which names the folder."""
     if isinstance(value, dict):

@@ -125,7 +125,7 @@ class Prefix:
         return tokens[len(known) :]
 
     def _check_pictures(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> None:
-        """Refuse pictures beside the prompts that are not those of the prefix, as far as it is known whose they are."""
+        """Refuse pictures beside the prompts that are known not to be those of the prefix."""
         for name, mine in self.pictures.items():
             given = inputs.get(name)
             if list(rows) == list(range(len(self))):

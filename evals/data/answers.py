@@ -1,4 +1,4 @@
-"""What a model answered, out of a file that anybody wrote: the one reader of answer files."""
+"""Reads what a model answered from a file, whoever wrote it; the only reader of answer files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Given:
     cut_off: bool | None = None
 
     def answer(self, score: float | None = None) -> Answer:
-        """It as an answer of a run.
+        """Return it as an answer of a run.
 
         Args:
             score: Its yes-minus-no logit, if there is one.
@@ -74,7 +74,7 @@ class AnswerFile:
 
     @classmethod
     def of(cls, path: Path, options: Namespace) -> AnswerFile:
-        """A file as the options say it is to be read, none of which needs to be there."""
+        """Return a file to be read as the options say; a verb need not have all of them."""
         names = ("text_key", "thinking", "subset", "by_order")
         return cls(path, **{name: getattr(options, name) for name in names if hasattr(options, name)})
 
@@ -212,7 +212,7 @@ class FileAnswers(dict[tuple[str, int, str], Answer]):
         file: The file, with what the reader of the figures must know.
 
     Raises:
-        DataError: There is a doubt which questions are answered.
+        DataError: It is not certain which questions the answers belong to.
     """
 
     def __init__(self, file: AnswerFile, samples: Iterable[Sample], answers: Iterable[Answer]):
@@ -315,7 +315,7 @@ def once(pairs: Sequence[tuple[int, Row]], asked: Sequence[Asked]) -> tuple[dict
         first = found.setdefault(index, row)
         if first is not row and dict(first.fields) != dict(row.fields):
             raise DataError(
-                f"{row.where}: {asked[index].name} is answered already, on {first.where}: leave one of the lines"
+                f"{row.where}: {asked[index].name} is answered already, on {first.where}: keep only one of these lines"
             )
         if first is not row:
             repeated.add(id(row))

@@ -109,7 +109,7 @@ def id_text(value: Any) -> str:
 
 
 def image_name(value: Any) -> int | str:
-    """An image as it is compared: by its COCO id, else by its file's name."""
+    """An image in the form that is compared: its COCO id, else the name of its file."""
     try:
         return parse_image_id(value, "")
     except DataError:
@@ -117,13 +117,13 @@ def image_name(value: Any) -> int | str:
 
 
 def plain(text: str) -> str:
-    """A question as it is compared: case, blanks, placeholders, and the first release's spelling of POPE aside."""
+    """A question in the form that is compared: without case, blanks, placeholders and old spellings of POPE."""
     text = _PLACEHOLDER.sub(" ", text.lower()).replace("in the imange", "in the image").replace("there an ", "there a ")
     return " ".join(text.split())
 
 
 def is_asked(given: str, asked: str) -> bool:
-    """Whether a text asks a question: it is it, goes on with an instruction, or holds it in a chat template."""
+    """Whether a text asks a question: alone, with an instruction behind it, or within a chat template."""
     given, asked = plain(given), plain(asked)
     if given == asked:
         return True
@@ -152,7 +152,7 @@ def match(
         fields: The names of the parts of a question's key.
         source: How a message names the question file.
         by_order: Whether the user says that the answers are in the order of the questions.
-        doubts: Takes up why rows should not be taken in order after all, to be said if nothing else is wrong.
+        doubts: Takes reasons against taking the rows in order, which are told if nothing else is wrong.
 
     Returns:
         Pairs of a question's index and a row, in file order; a row of several splits stands in several pairs.

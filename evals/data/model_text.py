@@ -43,7 +43,7 @@ _NO_TEXT = frozenset(
         *("model", "model_id", "answer_id", "dataset", "index", "finish_reason", "filter", "task", "question_id"),
     }
 )
-"""Names of fields that are no answers, whatever they hold."""
+"""Names of fields that never hold an answer."""
 
 WORDS: Mapping[str, bool] = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}
 """Spellings of yes and no in labels."""
@@ -53,7 +53,7 @@ Reading = Callable[[str], Collection[bool | None]]
 
 
 def word(value: Any) -> str:
-    """A label as it is compared."""
+    """A label in the form that is compared."""
     text = str(value).strip().rstrip(".").lower()
     return text[:-2] if text in ("0.0", "1.0") else text
 

@@ -24,9 +24,9 @@ def search(session: Session, samples: Sequence[CalibrationSample], method: ACT, 
     """Find the heads to calibrate.
 
     Each head of the method's layers is calibrated alone and judged by the margin ``logit(right) - logit(wrong)`` of yes
-    and no at the first new token, in the mean over the samples (ours: smoother than the paper's accuracy, and prefill
-    only). Heads that raise it are kept, the best ``share`` of those searched at most. Costs one prefill per sample and
-    head, and one without any.
+    and no at the first new token, averaged over the samples (ours: smoother than the paper's accuracy, and it needs
+    prefills only). Heads that raise it are kept, at most the best ``share`` of those searched. This costs one prefill
+    per sample and head, and one per sample without any.
 
     Args:
         session: The model.

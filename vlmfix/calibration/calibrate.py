@@ -25,7 +25,7 @@ logger = logging.getLogger("vlmfix")
 SEARCHES = {
     module.__name__.rpartition(".")[2]: module for module in (act, adaiat, adhh, allpath, iri, vaf, var, verify)
 }
-"""By method: the module that learns it. Its ``search`` does, and its ``LEARNED`` names the parameters that are."""
+"""By method: the module whose ``search`` finds the parameters that its ``LEARNED`` names."""
 
 
 @torch.no_grad()

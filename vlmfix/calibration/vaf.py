@@ -21,8 +21,8 @@ LEARNED = ("heads",)
 def search(session: Session, samples: Sequence[CalibrationSample], method: VAF) -> Found:
     """Find image-centric heads: per layer of the method, the half that looks most at the image.
 
-    A head's score is its attention to the image in the prompt's last row, in the mean over the samples. Costs one
-    prefill per sample.
+    A head's score is its attention to the image in the prompt's last row, averaged over the samples. This costs
+    one prefill per sample.
 
     Raises:
         DataError: No sample with finite attention.

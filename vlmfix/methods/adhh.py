@@ -27,8 +27,8 @@ class ADHH(Method):
     gets ``w_j <- 0`` for j in T. The rest of the row stays as it is, so that the row's sum falls to 1 - share. Text
     before the image is never in T, even if it is the question. Decided per sample, head and step.
 
-    Lists of one's own come from ``vlmfix.calibrate``. It labels mentions of objects where they stand in the text; the
-    released search labels every occurrence of a word's first token.
+    ``vlmfix.calibrate`` finds the heads of other models. It labels mentions of objects where they stand in the text;
+    the released search labels every occurrence of a word's first token.
     """
 
     name = "adhh"

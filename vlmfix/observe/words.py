@@ -93,7 +93,7 @@ def word_tokens(tokenizer: Any, ids: Sequence[int], word: str) -> list[int]:
 
 
 def find_word(text: str, word: str, start: int = 0) -> tuple[int, int] | None:
-    """Return the span of a word (or of several) in a text, whatever the case; ``None`` if it never stands alone."""
+    """Return the span of a word (or of several) in a text, ignoring case; ``None`` if it never stands alone."""
     pattern = r"\s+".join(map(re.escape, word.split()))
     match = re.compile(rf"(?<!\w)(?<!\w-){pattern}(?!\w)(?!-\w)", re.IGNORECASE).search(text, start)
     return match.span() if match and word.strip() else None

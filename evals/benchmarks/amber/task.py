@@ -148,7 +148,7 @@ class Amber(Benchmark):
         }
 
     def responses(self, answers: Answers) -> dict[int, str]:
-        """Responses by item id; to a question "Yes" or "No" where just one of the words is in the answer, else it."""
+        """Responses by item id; of a question "Yes" or "No" if exactly one of them is in the answer, else all of it."""
         found = {}
         for query in self.queries:
             text = answers[self.sample(query).key].text

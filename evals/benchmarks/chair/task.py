@@ -281,7 +281,7 @@ def read_captions(file: AnswerFile) -> dict[int, Given]:
         if first.text != given.text:
             raise DataError(
                 f"{given.row.where}: image {image_id} has a caption already, another one on {first.row.where}; CHAIR "
-                "takes one caption per image: leave one of the lines, or score the two sets one by one"
+                "takes one caption per image: keep only one of these lines, or score the two sets one by one"
             )
         repeated += first is not given
     file.repeats(repeated)

@@ -135,7 +135,7 @@ def _from_lines(path: Path) -> dict[int, Any]:
     for where, row in read_rows(path, what=_WHAT, remedy=_REMEDY):
         image_id = image_id_of(row, where)
         if image_id in objects:
-            raise DataError(f"{where}: image {image_id} is listed already: leave one of the lines")
+            raise DataError(f"{where}: image {image_id} is listed already: keep only one of these lines")
         objects[image_id] = row.get("objects")
     return objects
 

@@ -2,8 +2,8 @@
 
     accuracy = right answers / answers,  average = mean accuracy of the sub-axes
 
-It measures no hallucination but what a method costs in ability. The official script divides by 250 and 1500 whatever
-the number of answers; here the answers that are there are counted, which is the same of all.
+It measures not hallucination but what a method costs in ability. The official script always divides by 250 and 1500.
+Here figures are shares of the answers that are there, which is the same if all questions are answered.
 
 ``vlmfix score mmstar`` takes the official rows: index, question, answer (the right letter, never read as the model's),
 category, l2_category and prediction.

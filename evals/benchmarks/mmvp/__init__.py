@@ -1,1 +1,1 @@
-"""MMVP: pairs of images that CLIP takes for alike."""
+"""MMVP: pairs of images that look alike to CLIP."""

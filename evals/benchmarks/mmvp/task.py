@@ -1,4 +1,4 @@
-"""MMVP as a task: pairs of images that CLIP takes for alike, one question with two options each.
+"""MMVP as a task: pairs of images that look alike to CLIP, one question with two options each.
 
 ``vlmfix score mmvp`` takes the official answer file: rows of question_id (from 1), prompt, answer and response. There
 ``answer`` is the right answer: it is never read as the model's. Ids make the pairs, never the order.
@@ -43,7 +43,7 @@ class Mmvp(Questions):
 
     name: ClassVar[str] = "mmvp"
     title: ClassVar[str] = "MMVP"
-    summary: ClassVar[str] = "pairs of images that CLIP takes for alike"
+    summary: ClassVar[str] = "pairs of images that look alike to CLIP"
     figures = MmvpTable.FIGURES
     records: ClassVar[Records] = "text"
     prompt_template: ClassVar[str] = "{question}\nAnswer with the option's letter from the given choices directly."

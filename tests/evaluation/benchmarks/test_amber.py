@@ -7,12 +7,11 @@ import gzip
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError, UnsupportedFeatureError
 from vlmfix.evals.benchmarks.amber.data import AmberData, AmberItem, load_amber
@@ -321,17 +320,6 @@ def test_missing_spacy_is_an_error(monkeypatch, tmp_path, capsys):
 # Real data.
 
 
-@pytest.fixture
-def nltk_data() -> Iterator[None]:
-    """Let nltk find its data in the test data."""
-    nltk = pytest.importorskip("nltk")
-    if not (DATA / "nltk_data").exists():
-        pytest.skip(f"test data nltk_data not found in {DATA}")
-    nltk.data.path.insert(0, str(DATA / "nltk_data"))
-    yield
-    nltk.data.path.remove(str(DATA / "nltk_data"))
-
-
 def test_missing_nltk_is_an_error(monkeypatch):
     nltk = pytest.importorskip("nltk")
     with monkeypatch.context() as patch:
@@ -386,7 +374,7 @@ def test_official_figures(name, nltk_data):
     similarity = None
     if name == "similarity_difflib":
         similarity = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()  # noqa: E731
-    expected = json.loads((DATA / "expected.json").read_text())["amber"]["synthetic"][name]
+    expected = official()["amber"]["synthetic"][name]
     assert score_responses(released(), responses(), similarity=similarity).figures() == expected
 
 
@@ -394,6 +382,6 @@ def test_official_figures(name, nltk_data):
 def test_score_amber_gives_the_official_figures(score, nltk_data):
     rows = [{"id": i, "response": text} for i, text in responses().items()]
     result = score("amber", rows, "--data", DATA / "amber")
-    expected = json.loads((DATA / "expected.json").read_text())["amber"]["synthetic"]["similarity_zero"]
+    expected = official()["amber"]["synthetic"]["similarity_zero"]
     assert result["figures"] == expected
     assert result["counts"].items() >= {"chair_num": 5166, "non_hallu_num": 1004, "qa_correct_num": 14216}.items()

@@ -11,7 +11,7 @@ from typing import Any
 import benchmark_data
 import pytest
 from declared import columns_of
-from run_folders import read, timeless
+from run_folders import answers_of, read, timeless
 from shared_data import DATA
 
 from vlmfix.cli import main
@@ -57,12 +57,6 @@ def finished(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     out = tmp_path_factory.mktemp("finished") / "run"
     assert main([*words, str(out)]) == 0
     return out
-
-
-def answers(folder: Path) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert len({row["key"] for row in rows}) == len(rows)
-    return {row["key"]: {k: v for k, v in row.items() if k != "seconds"} for row in rows}
 
 
 def exported(folder: Path, name: str, method: str = "none") -> Path:
@@ -161,7 +155,7 @@ def test_controls_and_compare_know_them(finished: Path, described: bool, capsys:
 
 
 def test_second_turns_follow_the_methods_own_answer(finished: Path) -> None:
-    rows = answers(finished).values()
+    rows = answers_of(finished).values()
     doubted = [row for row in rows if "second" in row]
     assert len(doubted) == sum(
         row["benchmark"] == "sycophancy" and "second" not in row and "think" not in row["question"] for row in rows
@@ -170,7 +164,7 @@ def test_second_turns_follow_the_methods_own_answer(finished: Path) -> None:
 
 
 def test_questions_without_an_image(finished: Path) -> None:
-    rows = [row for row in answers(finished).values() if row["image_id"] == 0]
+    rows = [row for row in answers_of(finished).values() if row["image_id"] == 0]
     assert {row["benchmark"] for row in rows} == {"hallusionbench", "custom"}
     results = read(finished)
     none = [row["text"] for row in rows if row["method"] == "none"]
@@ -185,7 +179,7 @@ def test_resume_after_a_cut_gives_the_same(finished: Path, words: list[str], tmp
     cut = next(i for i, row in enumerate(rows) if b'"second"' in row) + 1  # in the midst of the second turns
     (out / "answers.jsonl").write_bytes(b"".join(rows[:cut]) + rows[cut][:30])
     assert main([*words, str(out)]) == 0
-    assert answers(out) == answers(finished)
+    assert answers_of(out) == answers_of(finished)
     assert timeless(read(out)) == timeless(read(finished))
 
 
@@ -201,7 +195,7 @@ def test_amber_file_gives_the_same_counts(
         found = rescored(tmp_path, "amber", file, "--data", data["amber"] / "data")
         assert found["counts"] == method["amber"]["counts"]
         official = dict(found["figures"]["Descriminative Task"])
-        lines = answers(finished).values()
+        lines = answers_of(finished).values()
         said = [
             a["text"] for a in lines if a["benchmark"] == "amber" and a["method"] == method["label"] and "score" in a
         ]

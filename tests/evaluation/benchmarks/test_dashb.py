@@ -9,7 +9,7 @@ from typing import Any
 import benchmark_data
 import pytest
 from families.saved_llava import write_lines
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.dashb.data import DashImage, load_images
@@ -134,11 +134,11 @@ def test_rows_of_the_data_set_are_questions_and_no_answers(tmp_path, score):
 
 @needs_data("expected_new.json", "new/dashb")
 def test_official_figures(score):
-    folder, official = DATA / "new/dashb", json.loads((DATA / "expected_new.json").read_text())["dashb"]
+    folder, figures = DATA / "new/dashb", official("expected_new.json")["dashb"]
     lists = [folder / f"synthetic_{side}.json" for side in ("neg", "pos")]
     hub = folder / "hf_rows_synthetic.jsonl"
     for path, questions in ((folder / "answers_synthetic.json", lists), (hub, [hub])):
-        found, expected = score("dashb", path, "--questions", *questions), official["synthetic"]
+        found, expected = score("dashb", path, "--questions", *questions), figures["synthetic"]
         summary = found["summary"]
         assert [summary[name] for name in ("accuracy", "tnr", "tpr", "harmonic_mean")] == [
             expected[name] for name in ("ACC", "TNR", "TPR", "Harmonic Mean")
@@ -146,7 +146,7 @@ def test_official_figures(score):
         cells = {"TN": "no->no", "FP": "no->yes", "FN": "yes->no", "TP": "yes->yes"}
         assert {cell: found["counts"][cell] for cell in cells} == {c: expected["counts"][n] for c, n in cells.items()}
         assert found["counts"]["unparsed"] == expected["counts"]["no->None"] + expected["counts"]["yes->None"]
-    for case in official["parser_cases"]:
+    for case in figures["parser_cases"]:
         assert parse_answer(case["answer"], "repope") is {"yes": True, "no": False, None: None}[case["dashb"]]
 
 

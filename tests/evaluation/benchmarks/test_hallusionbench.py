@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.hallusionbench.data import HallusionQuestion, load_hallusionbench
@@ -246,7 +246,7 @@ def official_judgements(n: int) -> tuple[list[int], list[bool]]:
 
 @needs_data("hallusionbench", "expected.json")
 def test_official_figures(score):
-    expected = json.loads((DATA / "expected.json").read_text())["hallusionbench"]
+    expected = official()["hallusionbench"]
     path = DATA / "hallusionbench" / "HallusionBench.json"
     questions = load_hallusionbench(path)
     assert [sum(q.category == name for q in questions) for name in ("VD", "VS")] == [591, 538]

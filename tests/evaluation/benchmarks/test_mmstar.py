@@ -1,11 +1,10 @@
 """MMStar: the official rule and figures by hand, refusals, the official counts, and a run."""
 
-import json
 from typing import Any
 
 import benchmark_data
 import pytest
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.evals.benchmarks.mmstar.task import LETTERS, MmstarQuestion, is_right, score_answers
 
@@ -57,8 +56,8 @@ def test_refusals(score, answers, message):
 
 @needs_data("expected_new.json", "new/mmstar")
 def test_official_figures(score):
-    official = json.loads((DATA / "expected_new.json").read_text())["mmstar"]
-    expected, path = official["synthetic"], DATA / "new/mmstar/answers_synthetic.jsonl"
+    figures = official("expected_new.json")["mmstar"]
+    expected, path = figures["synthetic"], DATA / "new/mmstar/answers_synthetic.jsonl"
     found = score("mmstar", path, "--subset")
     assert "SUBSET: 36 of 1500" in score.said
     assert (found["counts"]["n"], found["counts"]["correct"]) == (expected["rows"], expected["official_correct"])
@@ -66,7 +65,7 @@ def test_official_figures(score):
     assert {k: v["correct"] / v["n"] for k, v in found["sub_axes"].items()} == expected["official_axes"]
     axes = expected["official_axes"].values()
     assert found["summary"]["average"] == pytest.approx(sum(axes) / len(axes))
-    for case in official["parser_cases"]:
+    for case in figures["parser_cases"]:
         letters = [letter for letter in LETTERS if is_right(case["answer"], letter)]
         assert case["official_letter"] in (letters or [None])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import benchmark_data
 import pytest
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.mmvp.figures import MmvpQuestion, MmvpTable, parse_answer, score_answers
@@ -138,8 +138,8 @@ def test_refusals(tmp_path, score, answers, message):
 
 @needs_data("expected_new.json", "new/mmvp")
 def test_figures_of_lmms_eval(score):
-    folder, official = DATA / "new/mmvp", json.loads((DATA / "expected_new.json").read_text())["mmvp"]
-    expected, path = official["synthetic"], folder / "answers_synthetic.jsonl"
+    folder, figures = DATA / "new/mmvp", official("expected_new.json")["mmvp"]
+    expected, path = figures["synthetic"], folder / "answers_synthetic.jsonl"
     for more in (["--questions", folder / "Questions_synthetic.csv"], ["--subset"]):
         found = score("mmvp", path, "--parser", "lmms", *more)
         names = {"accuracy": "mmvp_accuracy", "pair_accuracy": "mmvp_pair_accuracy"}
@@ -148,13 +148,13 @@ def test_figures_of_lmms_eval(score):
     letters = {True: "A", False: "B", None: ""}
     given = [json.loads(line)["response"] for line in path.read_text().splitlines()]
     assert [letters[parse_answer(text, parser="lmms")] for text in given] == expected["letters"]
-    for case in official["parser_cases"]:
+    for case in figures["parser_cases"]:
         assert letters[parse_answer(case["answer"], parser="lmms")] == case["lmms_eval"]
 
 
 @needs_data("expected_new.json")
 def test_the_labels_that_were_corrected():
-    corrected = json.loads((DATA / "expected_new.json").read_text())["mmvp"]["corrected_labels"]
+    corrected = official("expected_new.json")["mmvp"]["corrected_labels"]
     for number, label in corrected.items():
         assert MmvpQuestion(int(number), "", "", True).corrected is (label == "(a)")
     assert [n for n in range(1, 301) if MmvpQuestion(n, "", "", True).was_corrected] == [int(n) for n in corrected]

@@ -9,7 +9,7 @@ from typing import Any
 import benchmark_data
 import pytest
 from families.saved_llava import write_lines
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.naturalbench.data import load_items
@@ -153,8 +153,8 @@ def test_another_order_is_refused(score):
 
 @needs_data("expected_new.json", "new/naturalbench")
 def test_official_figures(score):
-    folder, official = DATA / "new/naturalbench", json.loads((DATA / "expected_new.json").read_text())["naturalbench"]
-    path, expected = folder / "answers_synthetic.jsonl", official["synthetic"]
+    folder, figures = DATA / "new/naturalbench", official("expected_new.json")["naturalbench"]
+    path, expected = folder / "answers_synthetic.jsonl", figures["synthetic"]
     for more in (["--questions", folder / "hf_rows_synthetic.jsonl"], ["--subset"]):
         found = score("naturalbench", path, *more)
         names = {"g_acc": "G_Acc", "q_acc": "Q_Acc", "i_acc": "I_Acc", "acc": "Acc"}
@@ -163,7 +163,7 @@ def test_official_figures(score):
     given = [json.loads(line) for line in path.read_text().splitlines()]
     read_as = {True: 1, False: 0, None: -1}
     assert [read_as[parse_answer(r["prediction"], r["Question_Type"])] for r in given] == expected["extracted"]
-    for case in official["parser_cases"]:
+    for case in figures["parser_cases"]:
         assert read_as[parse_answer(case["answer"], case["type"])] == case["official"]
 
 

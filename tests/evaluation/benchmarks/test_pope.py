@@ -1,21 +1,18 @@
 """POPE: parsers, figures, question files and the published rule that makes questions."""
 
-import functools
-import gzip
 import json
 import math
 
 import numpy as np
 import pytest
 from pope_rule import check_questions, score_logits
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official, released_ground_truth
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.coco_objects import ChairMatcher, ground_truth
 from vlmfix.evals.benchmarks.object_questions import SPLITS, PopeQuestion, build_questions, load_questions
 from vlmfix.evals.benchmarks.pope.task import Pope
 from vlmfix.evals.benchmarks.yes_no import (
-    PARSERS,
     YesNoTable,
     is_unparsed,
     parse_answer,
@@ -324,21 +321,10 @@ def test_check_questions_finds_contradictions():
 # Real data.
 
 
-@functools.cache
-def expected() -> dict:
-    return json.loads((DATA / "expected.json").read_text())["pope"]
-
-
-@functools.cache
-def released_ground_truth(mode: str) -> dict[int, frozenset[str]]:
-    raw = json.loads(gzip.decompress((DATA / f"chair_gt/chair_gt_{mode}_trainval2014.json.gz").read_bytes()))
-    return {int(i): frozenset(raw["categories"][k] for k in objects) for i, objects in raw["objects"].items()}
-
-
 @needs_data("expected.json")
 def test_official_parser_cases():
     word = {True: "yes", False: "no", None: "unknown"}
-    for case in expected()["parser_cases"]:
+    for case in official()["pope"]["parser_cases"]:
         answer = case["answer"]
         assert word[parse_answer(answer, "official_raw")] == case["official"], answer
         assert word[parse_answer(answer, "opera")] == case["opera_pai"], answer
@@ -349,19 +335,6 @@ def test_official_parser_cases():
             assert parse_answer(answer) == parse_answer(answer, "official_raw"), answer
 
 
-@needs_data("expected.json", "pope/answers")
-@pytest.mark.parametrize("parser", PARSERS)
-def test_sentence_long_answers(parser):
-    lines = (DATA / "pope/answers/paint_llava15_random_910.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    table = score_labels([r["label"] == 1 for r in rows], [r["ans"] for r in rows], image_ids=range(910), parser=parser)
-    published = expected()["paint_llava15_random_910"]["parsers"]
-    wanted = published[parser if parser in published else "official"]  # all agree on these answers, except lmms
-    assert table.counts() == {name: wanted[name] for name in ("n", "TP", "FP", "TN", "FN", "unparsed")}
-    for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
-        assert table.summary()[name] == pytest.approx(wanted[name], abs=1e-12)
-
-
 @needs_data("expected.json", "pope", "chair_gt")
 @pytest.mark.parametrize("mode", ["pattern", "nltk"])
 @pytest.mark.parametrize("split", SPLITS)
@@ -370,7 +343,7 @@ def test_official_questions_follow_the_rule(split, mode):
     assert (len(questions), sum(q.label for q in questions)) == (3000, 1500)
     assert {q.split for q in questions} == {split}
     found = check_questions(questions, released_ground_truth(mode))
-    wanted = expected()["builder_check"][f"gt_{mode}"][split]
+    wanted = official()["pope"]["builder_check"][f"gt_{mode}"][split]
     assert {name: count for name, count in found.items() if count or name in wanted} == wanted
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import read, timeless
 
 from vlmfix.cli import main
 from vlmfix.evals import testbed
@@ -75,12 +76,7 @@ class Life:
 def without_times(folder: Path) -> dict[str, bytes]:
     """What a run leaves, but for wall times (``seconds``, ``pace``), and the command, which names the folder."""
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
-        return [clean(each) for each in value] if isinstance(value, list) else value
-
-    results = clean(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    results = timeless(read(folder))
     lines = (folder / "answers.jsonl").read_bytes().splitlines(keepends=True)
     assert all(line.endswith(b"}\n") and b',"seconds":' in line for line in lines)
     return {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.saved_llava import build_coco_folder, build_tiny_llava
+from run_folders import answers_of
 
 import vlmfix
 from vlmfix.cli import main
@@ -31,9 +32,7 @@ def run(home: Path, out: Path, *more: object) -> tuple[dict[str, dict[str, Any]]
     words = ["eval", "--model", home / "m", "--data", home / "c", "--out", out, "--max-new-tokens", 6]
     words += ["--pope-max-new-tokens", 2, "--batch-size", 7, "--method", *METHODS, "--no-controls", *more]
     assert main([str(word) for word in words]) == 0
-    records = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    answers = {each["key"]: {k: v for k, v in each.items() if k != "seconds"} for each in records}
-    return answers, json.loads((out / "config.json").read_text(encoding="utf-8"))["runtime"]["prefixes"]
+    return answers_of(out), json.loads((out / "config.json").read_text(encoding="utf-8"))["runtime"]["prefixes"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import answers_of, read, timeless
 
 from vlmfix.cli import main
 from vlmfix.errors import VlmfixError
@@ -19,20 +19,8 @@ from vlmfix.evals.run.shards import Shard, merge_parts
 WORDS = "--method pai --limit 6 --batch-size 4 --out"
 
 
-def answers(folder: Path) -> dict[str, Any]:
-    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    assert len({record["key"] for record in records}) == len(records)
-    return {record["key"]: {k: v for k, v in record.items() if k != "seconds"} for record in records}
-
-
 def figures(folder: Path) -> Any:
-    def without_times(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: without_times(v) for k, v in value.items() if k not in ("seconds", "pace", "command")}
-        return [without_times(each) for each in value] if isinstance(value, list) else value
-
-    return without_times(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    return timeless(read(folder))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +56,7 @@ def test_two_processes_give_what_one_gives(launcher: str, alone: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 processes share the batches") == 1
     assert done.stdout.count("written:") == 1, "only one process reports"
-    assert answers(folder) == answers(alone)
+    assert answers_of(folder) == answers_of(alone)
     assert figures(folder) == figures(alone)
     assert not list(folder.glob("answers.part-*"))
 
@@ -149,7 +137,7 @@ def test_what_an_interrupted_run_left_is_not_generated_again(
 
     monkeypatch.setattr("vlmfix.evals.run.answering.generate_answers", never)
     assert main(["eval", *WORDS.split(), str(folder)]) == 0
-    assert answers(folder) == answers(alone)
+    assert answers_of(folder) == answers_of(alone)
     assert figures(folder) == figures(alone)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from families.saved_llava import write_lines
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, official
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
@@ -330,10 +330,6 @@ def test_one_file_is_scored(tmp_path: Path, truth: Path, capsys: pytest.CaptureF
 # The official figures, through the command line.
 
 
-def official(name: str) -> Any:
-    return json.loads((DATA / name).read_text())
-
-
 FILES = {
     "opera/llava-1.5_beam5.jsonl": ("original", "nltk", "mixed"),
     "opera/llava-1.5_greedy.jsonl": ("original", "nltk", "mixed"),
@@ -347,13 +343,12 @@ FILES = {
 
 
 @needs_data("expected.json", "expected_sentences.json.gz", "chair_captions", "chair_gt", "nltk_data")
+@pytest.mark.usefixtures("nltk_data")
 @pytest.mark.parametrize(("name", "mode"), [(name, mode) for name, modes in FILES.items() for mode in modes])
 def test_chair_files_give_the_official_counts(
-    name: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nltk = pytest.importorskip("nltk")
-    monkeypatch.setattr(nltk.data, "path", [str(DATA / "nltk_data")])
-    expected = official("expected.json")["chair"][name]
+    expected = official()["chair"][name]
     truth = DATA / f"chair_gt/chair_gt_{'nltk' if mode == 'nltk' else 'pattern'}_trainval2014.json.gz"
     words = ("chair", "--captions", DATA / "chair_captions" / name, "--ground-truth", truth, "--mode", mode)
     found = score(tmp_path, *words)
@@ -364,25 +359,23 @@ def test_chair_files_give_the_official_counts(
         assert found["summary"][ours] == pytest.approx(column[theirs], abs=1e-12)
     assert found["summary"]["length_words"] == pytest.approx(expected["len_split_space"], abs=1e-9)
     assert f"mode {mode} (" in capsys.readouterr().out.splitlines()[0]
-    sentences = json.loads(gzip.decompress((DATA / "expected_sentences.json.gz").read_bytes()))[name]
+    sentences = official("expected_sentences.json.gz")[name]
     captions = read_captions(AnswerFile(DATA / "chair_captions" / name))
     by_image = dict(zip(captions, sentences[{"original": "pattern"}.get(mode, mode)], strict=True))
     assert {each["image_id"]: [each["mentions"], each["hallucinated"]] for each in found["sentences"]} == by_image
 
 
 @needs_data("expected.json", "coco_sample", "nltk_data")
+@pytest.mark.usefixtures("nltk_data")
 @pytest.mark.parametrize("mode", ["original", "nltk", "mixed"])
-def test_ground_truth_from_a_coco_folder_and_from_a_file(
-    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ground_truth_from_a_coco_folder_and_from_a_file(mode: str, tmp_path: Path) -> None:
     """The 268 sample images: rebuilt from their annotations, and the official ground truth as a file, are the same."""
-    monkeypatch.setattr(pytest.importorskip("nltk").data, "path", [str(DATA / "nltk_data")])
     references = json.loads((DATA / "coco_sample/captions_sample.json").read_text())["annotations"]
     captions = {row["image_id"]: f"{row['caption']} A dog sits on a chair with a bus." for row in references}
     path = captions_file(tmp_path, captions)
     column = "nltk" if mode == "nltk" else "pattern"
     truth = tmp_path / "truth.json"
-    truth.write_text(json.dumps({"objects": official("expected.json")["coco_sample_ground_truth"][column]}))
+    truth.write_text(json.dumps({"objects": official()["coco_sample_ground_truth"][column]}))
     rebuilt, given = (
         score(tmp_path, "chair", "--captions", path, "--ground-truth", place, "--mode", mode)
         for place in (DATA / "coco_sample", truth)
@@ -399,7 +392,7 @@ def test_the_original_mode_needs_no_nltk_data(
     name = "opera/llava-1.5_greedy.jsonl"
     words = ["chair", "--captions", DATA / "chair_captions" / name, "--ground-truth"]
     found = score(tmp_path, *words, DATA / "chair_gt/chair_gt_pattern_trainval2014.json.gz")
-    expected = dict(official("expected.json")["chair"][name]["pattern"]["counts"])
+    expected = dict(official()["chair"][name]["pattern"]["counts"])
     del expected["tokens_after_double_words"]
     assert found["counts"] == expected
     assert "nltk.downloader punkt_tab" in capsys.readouterr().out
@@ -412,7 +405,7 @@ def test_the_original_mode_needs_no_nltk_data(
 @needs_data("expected.json", "pope/answers")
 @pytest.mark.parametrize("parser", PARSERS)
 def test_pope_files_give_the_official_counts(parser: str, tmp_path: Path) -> None:
-    expected = official("expected.json")["pope"]["paint_llava15_random_910"]["parsers"]
+    expected = official()["pope"]["paint_llava15_random_910"]["parsers"]
     found = score(
         tmp_path, "pope", "--answers", DATA / "pope/answers/paint_llava15_random_910.jsonl", "--parser", parser
     )
@@ -437,11 +430,11 @@ def test_the_first_910_answers_fit_the_released_questions(tmp_path: Path) -> Non
 def test_the_official_figures_of_repopes_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """POPE and RePOPE in one table, on the same answers."""
     folder = DATA / "new" / "repope_synthetic"
-    official = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]
+    figures = official("expected_new.json")["repope"]["synthetic"]
     questions = ("--questions", folder / "coco_repope_random.json", folder / "coco_pope_random.json")
     found = score(tmp_path, "pope", folder / "answers.jsonl", *questions, "--parser", "repope")
     names = {"precision": "Precision", "recall": "Recall", "f1": "F1", "accuracy": "ACC", "yes_ratio": "Yes Ratio"}
-    for expected, part in ((official["POPE"], found), (official["RePOPE"], found["repope"])):
+    for expected, part in ((figures["POPE"], found), (figures["RePOPE"], found["repope"])):
         assert part["splits"]["random"]["counts"] == {
             **{name: expected[name] for name in ("TP", "FP", "TN", "FN")},
             "n": expected["rows"],
@@ -506,7 +499,7 @@ def test_answers_to_questions_that_repope_leaves_out_are_ignored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = DATA / "new" / "repope_synthetic"
-    expected = json.loads((DATA / "expected_new.json").read_text())["repope"]["synthetic"]["RePOPE"]
+    expected = official("expected_new.json")["repope"]["synthetic"]["RePOPE"]
     asked = {row["question_id"]: row for _, row in read_rows(folder / "coco_pope_random.json")}
     rows = [
         {"question_id": row["question_id"], "question": asked[row["question_id"]]["text"], "response": row["text"]}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from families.tiny_llava import RAGGED, collate, forward, generate, words
-from invariants import close
-from transformers import DynamicCache
+from families.tiny_llava import RAGGED, collate, generate, words
+from invariants import Loop, close
 
 import vlmfix
 from vlmfix.decoding.base import AnswerToken
@@ -18,16 +16,6 @@ ONE = collate([RAGGED[0]])
 TEXT = collate([RAGGED[2]])
 STRONG = [vlmfix.M3ID(lam=0.15, alpha=1.0), vlmfix.FLB(gamma=2.0, lam=1.0, beta=0.0)]
 EACH = pytest.mark.parametrize("method", STRONG, ids=lambda method: method.name)
-
-
-def read(model: Any, cache: Any, tokens: list[int], **options: Any) -> torch.Tensor:
-    """The logits behind each of some tokens, one step each."""
-    with torch.no_grad():
-        steps = [
-            model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, **options).logits[0, -1]
-            for token in tokens
-        ]
-    return torch.stack(steps)
 
 
 # The formulas.
@@ -105,13 +93,11 @@ def test_flb_reads_nothing_more_and_leaves_the_first_token(tiny: Any) -> None:
 @EACH
 def test_a_crop_takes_tokens_back(tiny: Any, method: Any) -> None:
     vlmfix.patch(tiny, method)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-    twin = copy.deepcopy(cache)
-    expected = read(tiny, twin, [20, 21, 22])
-    read(tiny, cache, [20, 30, 31, 32])
-    cache.crop(-3)
-    close(read(tiny, cache, [21, 22]), expected[1:])
+    loop = Loop(tiny, ONE)
+    expected = loop.copied().steps(20, 21, 22)
+    loop.steps(20, 30, 31, 32)
+    loop.cache.crop(-3)
+    close(loop.steps(21, 22), expected[:, 1:])
 
 
 @EACH
@@ -119,18 +105,12 @@ def test_a_turn_begins_anew(tiny: Any, method: Any) -> None:
     """The second answer equals that to the whole conversation as one prompt."""
     vlmfix.patch(tiny, method)
     answer, question = words(3, seed=31), words(4, seed=32)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-    read(tiny, cache, answer)
-    with torch.no_grad():
-        first = tiny(input_ids=torch.tensor([question]), past_key_values=cache, use_cache=True).logits[0, -1]
-    found = torch.stack([first, *read(tiny, cache, [20, 21])])
-    whole = DynamicCache(config=tiny.config)
+    loop, whole = Loop(tiny, ONE), Loop(tiny)
+    loop.steps(*answer)
     ids = torch.cat([ONE["input_ids"], torch.tensor([[*answer, *question]])], dim=1)
-    with torch.no_grad():
-        options = {"pixel_values": ONE["pixel_values"], "past_key_values": whole, "use_cache": True}
-        start = tiny(input_ids=ids, **options).logits[0, -1]
-    close(found, torch.stack([start, *read(tiny, whole, [20, 21])]))
+    start = whole.read(input_ids=ids, pixel_values=ONE["pixel_values"])
+    close(loop.read(*question)[:, -1], start[:, -1])
+    close(loop.steps(20, 21), whole.steps(20, 21))
 
 
 @EACH

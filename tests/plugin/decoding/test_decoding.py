@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import pytest
 import torch
 from families import available, by_name
 from families.tiny_llava import RAGGED, Sample, collate, forward, generate, position_ids, sample, words
-from invariants import close, continued
+from invariants import Loop, close, continued
 from method_parameters import parameters_of
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -154,10 +153,10 @@ def test_a_returned_cache_holds_the_own_branch_and_shares_nothing(build: Any, na
     stock = model.generate(**EVEN, max_new_tokens=4, return_dict_in_generate=True, do_sample=False)
     patch(model, name)
     forced = stock.sequences
-    cache = DynamicCache(config=model.config)
-    forward(model, EVEN, past_key_values=cache, use_cache=True)
+    loop = Loop(model, EVEN)
     for token in forced[:, EVEN["input_ids"].shape[1] : -1].T:
-        model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
+        loop.read(input_ids=token[:, None])
+    cache = loop.cache
     branch = cache._vlmfix.branch
     other = branch.pair.other()
     assert cache.get_seq_length() == stock.past_key_values.get_seq_length()
@@ -269,13 +268,12 @@ def test_sampling_draws_from_the_contrast(tiny: Any, name: str) -> None:
     state = torch.get_rng_state()
     torch.manual_seed(5)
     inputs = {key: value.repeat_interleave(3, 0) for key, value in ONE.items()}
-    cache, drawn = DynamicCache(config=tiny.config), []
-    logits = forward(tiny, inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+    loop, drawn = Loop(tiny, inputs), []
+    logits = loop.logits[:, -1]
     for _ in range(4):
         logits[:, tiny.generation_config.suppress_tokens] = -torch.inf
         drawn.append(torch.multinomial(logits.softmax(-1), 1))
-        with torch.no_grad():
-            logits = tiny(input_ids=drawn[-1], past_key_values=cache, use_cache=True).logits[:, -1].clone()
+        logits = loop.read(input_ids=drawn[-1])[:, -1].clone()
     assert torch.equal(torch.cat(drawn, 1), found)
     assert torch.equal(torch.get_rng_state(), state), "nothing else is drawn from the global generator"
 
@@ -311,13 +309,9 @@ def test_a_further_turn_continues_both_branches(tiny: Any, name: str) -> None:
         pytest.skip("every turn begins anew")
     patch(tiny, name)
     first, answer, question = RAGGED[0], words(3, seed=31), words(4, seed=32)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([first]), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        for token in answer:
-            tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        found = [tiny(input_ids=torch.tensor([question]), past_key_values=cache, use_cache=True).logits[0, -1]]
-        found.append(tiny(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True).logits[0, -1])
+    loop = Loop(tiny, collate([first]))
+    loop.steps(*answer)
+    found = [loop.read(*question)[0, -1], loop.read(20)[0, -1]]
     ids = (*first.ids, *answer, *question)
     for ending, each in zip(((), (20,)), found, strict=True):
         close(each, forward(tiny, collate([Sample((*ids, *ending), first.pixels)])).logits[0, -1])
@@ -329,13 +323,10 @@ def test_an_image_in_a_later_turn(tiny: Any, name: str) -> None:
         pytest.skip("every turn begins anew")
     patch(tiny, name)
     later = sample(2, 1, 4, seed=6)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, TEXT, past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        tiny(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
-        options = {"pixel_values": later.pixels, "past_key_values": cache, "use_cache": True}
-        found = tiny(input_ids=torch.tensor([later.ids]), **options).logits[0, -1]
-        step = tiny(input_ids=torch.tensor([[21]]), past_key_values=cache, use_cache=True).logits[0, -1]
+    loop = Loop(tiny, TEXT)
+    loop.read(20)
+    found = loop.read(*later.ids, pixel_values=later.pixels)[0, -1]
+    step = loop.read(21)[0, -1]
     ids = (*RAGGED[2].ids, 20, *later.ids)
     close(found, forward(tiny, collate([Sample(ids, later.pixels)])).logits[0, -1])
     close(step, forward(tiny, collate([Sample((*ids, 21), later.pixels)])).logits[0, -1])
@@ -344,23 +335,14 @@ def test_an_image_in_a_later_turn(tiny: Any, name: str) -> None:
 @EACH
 def test_a_cropped_and_a_copied_cache(tiny: Any, name: str) -> None:
     patch(tiny, name)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-    copied = copy.deepcopy(cache)
-
-    def read(tokens: list[int], cache: Any) -> torch.Tensor:
-        with torch.no_grad():
-            for token in tokens:
-                logits = tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
-        return logits
-
-    expected = read([20, 21], copied)
-    read([20, 30, 31], cache)
-    cache.crop(-2)
-    close(read([21], cache), expected)
-    cache.crop(-6)
+    loop = Loop(tiny, ONE)
+    expected = loop.copied().steps(20, 21)[:, 1:]
+    loop.steps(20, 30, 31)
+    loop.cache.crop(-2)
+    close(loop.read(21), expected)
+    loop.cache.crop(-6)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped into its prompt"):
-        read([21], cache)
+        loop.read(21)
 
 
 # With attention methods: they act in the model's own branch.
@@ -552,11 +534,10 @@ def test_static_caches_losses_and_chunks_are_refused(tiny: Any, name: str) -> No
         forward(tiny, ONE, past_key_values=cache)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="no loss"):
         tiny(**ONE, labels=ONE["input_ids"])
-    cache = DynamicCache(config=tiny.config)
-    ids = ONE["input_ids"]
-    tiny(input_ids=ids[:, :-2], pixel_values=ONE["pixel_values"], past_key_values=cache, use_cache=True)
+    loop, ids = Loop(tiny), ONE["input_ids"]
+    loop.read(input_ids=ids[:, :-2], pixel_values=ONE["pixel_values"])
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="one forward"):
-        tiny(input_ids=ids[:, -2:], past_key_values=cache, use_cache=True)
+        loop.read(input_ids=ids[:, -2:])
 
 
 @EACH
@@ -570,11 +551,10 @@ def test_models_that_read_the_prompt_elsewhere_are_refused(name: str, family: st
 
 def test_another_number_of_rows_is_refused(tiny: Any) -> None:
     vlmfix.patch(tiny, "vcd")
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(2)
+    loop = Loop(tiny, ONE)
+    loop.cache.batch_repeat_interleave(2)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="batch of 1"):
-        tiny(input_ids=torch.tensor([[20], [21]]), past_key_values=cache, use_cache=True)
+        loop.read(input_ids=torch.tensor([[20], [21]]))
 
 
 def test_images_only_as_features_are_refused(tiny: Any) -> None:

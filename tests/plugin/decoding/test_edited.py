@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
 import pytest
 import torch
 from families import available
-from families.tiny_llava import IMAGE, RAGGED, Sample, collate, forward, generate, words
-from invariants import close, continued
+from families.tiny_llava import IMAGE, RAGGED, Sample, collate, generate, words
+from invariants import Loop, close, continued
 from transformers import DynamicCache
 
 import vlmfix
@@ -61,11 +60,9 @@ def test_the_first_branch_is_the_stock_model_to_the_bit(tiny: Any, edit: Any) ->
     for method in (None, vlmfix.Edited(edit)):
         if method is not None:
             vlmfix.patch(tiny, method)
-        cache = DynamicCache(config=tiny.config)
-        forward(tiny, ONE, past_key_values=cache, use_cache=True)
-        for token in answer[0]:
-            tiny(input_ids=token[None, None], past_key_values=cache, use_cache=True)
-        caches.append(cache)
+        loop = Loop(tiny, ONE)
+        loop.steps(*answer[0].tolist())
+        caches.append(loop.cache)
     for stock, own in zip(caches[0].layers, caches[1].layers, strict=True):
         assert torch.equal(stock.keys, own.keys) and torch.equal(stock.values, own.values)
     other = caches[1]._vlmfix.branch.cache
@@ -87,21 +84,13 @@ def test_methods_beside_it_act_in_the_first_branch_only(tiny: Any) -> None:
 def test_turns_crops_beams_and_no_cache(tiny: Any, edit: Any) -> None:
     vlmfix.patch(tiny, vlmfix.Edited(edit, beta=0.0))
     answer, question = words(3, seed=31), words(4, seed=32)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-
-    def read(tokens: list[int], cache: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return tiny(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[:, -1]
-
-    twin = copy.deepcopy(cache)
-    expected = [read([token], twin) for token in answer]
-    read([answer[0]], cache)
-    read([50], cache)
-    cache.crop(-1)
-    close(read([answer[1]], cache), expected[1])
-    read([answer[2]], cache)
-    assert read(question, cache).isfinite().all()
+    loop = Loop(tiny, ONE)
+    expected = loop.copied().steps(*answer)
+    loop.steps(answer[0], 50)
+    loop.cache.crop(-1)
+    close(loop.read(answer[1]), expected[:, 1:2])
+    loop.read(answer[2])
+    assert loop.read(*question)[:, -1].isfinite().all()
     options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
     beams = tiny.generate(**collate(RAGGED[:2]), **options)[:, -5:]
     for row, each in enumerate(RAGGED[:2]):
@@ -111,17 +100,10 @@ def test_turns_crops_beams_and_no_cache(tiny: Any, edit: Any) -> None:
 def test_an_image_in_a_later_turn(tiny: Any) -> None:
     vlmfix.patch(tiny, vlmfix.Edited(EDITS[0], beta=0.0))
     first, later = RAGGED[2], RAGGED[0]
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([first]), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        options = {"pixel_values": later.pixels, "past_key_values": cache, "use_cache": True}
-        found = tiny(input_ids=torch.tensor([later.ids]), **options).logits[0, -1]
-        step = tiny(input_ids=torch.tensor([[21]]), past_key_values=cache, use_cache=True).logits[0, -1]
-    whole = DynamicCache(config=tiny.config)
-    inputs = collate([Sample((*first.ids, *later.ids), later.pixels)])
-    close(found, forward(tiny, inputs, past_key_values=whole, use_cache=True).logits[0, -1])
-    with torch.no_grad():
-        close(step, tiny(input_ids=torch.tensor([[21]]), past_key_values=whole, use_cache=True).logits[0, -1])
+    loop = Loop(tiny, collate([first]))
+    whole = Loop(tiny, collate([Sample((*first.ids, *later.ids), later.pixels)]))
+    close(loop.read(*later.ids, pixel_values=later.pixels)[0, -1], whole.logits[0, -1])
+    close(loop.read(21), whole.read(21))
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "gemma3", "qwen3_5"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from families.tiny_llava import (
     sample,
     words,
 )
-from invariants import close
+from invariants import Loop, close
 from method_parameters import parameters_of
 from transformers import DynamicCache, StaticCache
 
@@ -121,40 +120,31 @@ def test_gradients_are_the_same_under_checkpointing(
 @pytest.mark.parametrize("name", ["vhr", "vista", "vcd", "m3id"])
 def test_a_cache_whose_rows_were_put_in_another_order_is_refused(tiny: Any, name: str) -> None:
     vlmfix.patch(tiny, name)
-    cache = DynamicCache(config=tiny.config)
     inputs = collate([RAGGED[0], RAGGED[3]])
-    forward(tiny, inputs, past_key_values=cache, use_cache=True)
-    swapped = torch.tensor([1, 0])
-    cache.batch_select_indices(swapped)
+    loop, swapped = Loop(tiny, inputs), torch.tensor([1, 0])
+    loop.cache.batch_select_indices(swapped)
     mask = F.pad(inputs["attention_mask"][swapped], (0, 1), value=1)
-    step = {"input_ids": torch.tensor([[20], [20]]), "attention_mask": mask, "past_key_values": cache}
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="put in another order"), torch.no_grad():
-        tiny(**step, use_cache=True)
-    with torch.no_grad():
-        tiny(**step, use_cache=True, vlmfix=None)  # the stock model has no need to know
+    step = {"input_ids": torch.tensor([[20], [20]]), "attention_mask": mask}
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="put in another order"):
+        loop.read(**step)
+    loop.read(**step, vlmfix=None)  # the stock model has no need to know
 
 
 def test_a_cache_whose_rows_were_picked_or_repeated_is_refused(tiny: Any) -> None:
     """Unless a single prompt is continued in several ways, which is what it was repeated for."""
     vlmfix.patch(tiny, VHR)
-    several, one = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
-    forward(tiny, collate(RAGGED), past_key_values=several, use_cache=True)
-    forward(tiny, collate([RAGGED[0]]), past_key_values=one, use_cache=True)
-    picked, repeated = copy.deepcopy(several), copy.deepcopy(one)
-    picked.batch_select_indices(torch.tensor([2, 0]))
-    repeated.batch_repeat_interleave(2)
-    with torch.no_grad():
-        with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 4 sequences and is now used with 2"):
-            tiny(input_ids=torch.tensor([[20], [20]]), past_key_values=picked, use_cache=True)
-        expected = tiny(input_ids=torch.tensor([[20]]), past_key_values=one, use_cache=True).logits
-        found = tiny(input_ids=torch.tensor([[21], [20]]), past_key_values=repeated, use_cache=True).logits
-        close(found[1:], expected)
-        vlmfix.patch(tiny, "act", **parameters_of("act", tiny))
-        act = DynamicCache(config=tiny.config)
-        forward(tiny, collate([RAGGED[0]]), past_key_values=act, use_cache=True)
-        act.batch_repeat_interleave(2)
-        with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 1 sequences and is now used with 2"):
-            tiny(input_ids=torch.tensor([[21], [20]]), past_key_values=act, use_cache=True)
+    picked, one, two = Loop(tiny, collate(RAGGED)), Loop(tiny, collate([RAGGED[0]])), torch.tensor([[21], [20]])
+    repeated = one.copied()
+    picked.cache.batch_select_indices(torch.tensor([2, 0]))
+    repeated.cache.batch_repeat_interleave(2)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 4 sequences and is now used with 2"):
+        picked.read(input_ids=two)
+    close(repeated.read(input_ids=two)[1:], one.read(20))
+    vlmfix.patch(tiny, "act", **parameters_of("act", tiny))
+    act = Loop(tiny, collate([RAGGED[0]]))
+    act.cache.batch_repeat_interleave(2)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="a batch of 1 sequences and is now used with 2"):
+        act.read(input_ids=two)
 
 
 def test_an_image_may_come_in_the_second_turn(tiny: Any) -> None:
@@ -165,13 +155,10 @@ def test_an_image_may_come_in_the_second_turn(tiny: Any) -> None:
     vlmfix.patch(tiny, "act", **parameters_of("act", tiny))
     found = []
     for first in ([text], [text, image]):
-        cache = DynamicCache(config=tiny.config)
-        with torch.no_grad():
-            for turn in (first, [second] * len(first)):
-                inputs = {name: value for name, value in collate(turn).items() if name != "attention_mask"}
-                tiny(**inputs, past_key_values=cache, use_cache=True)
-                ids = torch.full((len(first), 1), 20)
-                logits = tiny(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+        loop = Loop(tiny)
+        for turn in (first, [second] * len(first)):
+            loop.read(**{name: value for name, value in collate(turn).items() if name != "attention_mask"})
+            logits = loop.read(input_ids=torch.full((len(first), 1), 20))[0]
         found.append(logits)
     close(*found)
     assert vlmfix.status(tiny).edited[0] > 0

@@ -30,7 +30,13 @@ from families.tiny_llava import (
     sample,
     snapshot,
 )
-from invariants import assert_four_threads_equal_one, assert_offloaded_equals_loaded, close, continued
+from invariants import (
+    Loop,
+    assert_four_threads_equal_one,
+    assert_offloaded_equals_loaded,
+    close,
+    continued,
+)
 from method_parameters import IN_FORWARDS, OFF, parameters_of
 from transformers import DynamicCache, StaticCache
 
@@ -282,48 +288,22 @@ def test_a_static_cache_can_be_reset_and_used_again(tiny: Any, name: str) -> Non
 @each_of(EDITS + CONTRASTS)
 def test_a_copied_prefix_serves_several_continuations(tiny: Any, name: str) -> None:
     acting(tiny, name)
-    prefix = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=prefix, use_cache=True)
-    found = []
-    for _ in range(2):
-        cache = copy.deepcopy(prefix)
-        with torch.no_grad():
-            for token in (20, 21):
-                out = tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        found.append(out.logits)
-    assert torch.equal(*found)
-    assert prefix.get_seq_length() == ONE["input_ids"].shape[1]
+    prefix = Loop(tiny, ONE)
+    assert torch.equal(*(prefix.copied().steps(20, 21) for _ in range(2)))
+    assert prefix.cache.get_seq_length() == ONE["input_ids"].shape[1]
 
 
 @each_of(EDITS)
 def test_a_cropped_answer_leaves_nothing_behind(tiny: Any, name: str) -> None:
     """The prompt stays, a token of the answer goes; a step and a further turn with an image follow."""
     acting(tiny, name)
-    caches, second, found = [], sample(2, 1, 4, seed=9), []
-    for tokens in ((20, 21), (20,)):
-        cache = DynamicCache(config=tiny.config)
-        forward(tiny, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
-        for token in tokens:
-            with torch.no_grad():
-                tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        caches.append(cache)
-    caches[0].crop(-1)
-    for cache in caches:
-        with torch.no_grad():
-            step = tiny(input_ids=torch.tensor([[23]]), past_key_values=cache, use_cache=True).logits
-            ids = torch.tensor([second.ids[1:]])
-            turn = tiny(input_ids=ids, pixel_values=second.pixels, past_key_values=cache, use_cache=True).logits
-        found.append((step, turn))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-
-
-def read(model: Any, cache: Any, ids: Any, pixels: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of a loop of one's own, which says nothing but the tokens and their pictures."""
-    with torch.no_grad():
-        options = {"past_key_values": cache, "use_cache": True}
-        found: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), pixel_values=pixels, **options).logits
-    return found
+    cropped, fresh = (Loop(tiny, collate([RAGGED[0]])) for _ in range(2))
+    cropped.steps(20, 21)
+    fresh.steps(20)
+    cropped.cache.crop(-1)
+    assert torch.equal(cropped.read(23), fresh.read(23))
+    second = sample(2, 1, 4, seed=9)
+    assert torch.equal(cropped.turn(second), fresh.turn(second))
 
 
 @each_of(EDITS + CONTRASTS)
@@ -337,19 +317,18 @@ def test_a_cache_cropped_into_the_prompt_is_right_or_refused(
     (method,) = vlmfix.status(acting(tiny, name)).methods
     each = RAGGED[0]
     length = {"all but one": len(each.ids) - 1, "behind the image": len(each.ids) - 3, "text alone": 3}[kept]
-    cache, fresh = DynamicCache(config=tiny.config), DynamicCache(config=tiny.config)
-    read(tiny, cache, each.ids, each.pixels)
-    for token in answer:
-        read(tiny, cache, [token])
-    cache.crop(length - cache.get_seq_length())
+    loop, fresh = Loop(tiny), Loop(tiny)
+    loop.read(*each.ids, pixel_values=each.pixels)
+    loop.steps(*answer)
+    loop.cache.crop(length - loop.cache.get_seq_length())
     try:
-        found = read(tiny, cache, rest)
+        found = loop.read(*rest)
     except vlmfix.UnsupportedFeatureError:
         assert method.minds_text_before_image if kept == "text alone" else method.needs_whole_prompt
         return
-    whole = read(tiny, fresh, (*each.ids[:length], *rest), None if kept == "text alone" else each.pixels)
-    close(found[:, -1], whole[:, -1])
-    close(read(tiny, cache, [22]), read(tiny, fresh, [22]))
+    pixels = None if kept == "text alone" else each.pixels
+    close(found[:, -1], fresh.read(*each.ids[:length], *rest, pixel_values=pixels)[:, -1])
+    close(loop.read(22), fresh.read(22))
 
 
 @each_of(EDITS + CONTRASTS)
@@ -358,18 +337,17 @@ def test_a_turn_cropped_away_leaves_nothing_behind(tiny: Any, name: str, rest: s
     """The answer before it goes on, or another turn follows, as if it had never been read."""
     (method,) = vlmfix.status(acting(tiny, name)).methods
     first, second, third = RAGGED[0], sample(2, 2, 4, seed=9), sample(3, 1, 4, seed=11)
-    caches = [DynamicCache(config=tiny.config) for _ in range(2)]
-    for cache in caches:
-        read(tiny, cache, first.ids, first.pixels)
-        for token in (20, 21):
-            read(tiny, cache, [token])
-    read(tiny, caches[0], second.ids[1:], second.pixels)
-    read(tiny, caches[0], [23])
-    caches[0].crop(-len(second.ids))
+    loop, fresh = Loop(tiny), Loop(tiny)
+    for each in (loop, fresh):
+        each.read(*first.ids, pixel_values=first.pixels)
+        each.steps(20, 21)
+    loop.turn(second)
+    loop.read(23)
+    loop.cache.crop(-len(second.ids))
     ids, pixels = {"a token": ([24], None), "a turn": ([24, 25, 26], None)}.get(rest, (third.ids[1:], third.pixels))
-    expected = [read(tiny, caches[1], ids, pixels), read(tiny, caches[1], [22])]
+    expected = [fresh.read(*ids, pixel_values=pixels), fresh.read(22)]
     try:
-        found = [read(tiny, caches[0], ids, pixels), read(tiny, caches[0], [22])]
+        found = [loop.read(*ids, pixel_values=pixels), loop.read(22)]
     except vlmfix.UnsupportedFeatureError:
         keeps_choice = method.keeps_choice and rest == "a token"
         assert keeps_choice or name in CANNOT_FORGET or name in CONTRASTS
@@ -402,14 +380,10 @@ def test_generate_continues_a_conversation(tiny: Any, name: str) -> None:
     ids = torch.cat([turn.sequences, torch.tensor([second.ids[1:]])], dim=1)
     more = {"attention_mask": torch.ones_like(ids), "pixel_values": second.pixels}
     after = tiny.generate(input_ids=ids, past_key_values=turn.past_key_values, **more, **options)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([first]), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        for token in turn.sequences[0, -3:-1].tolist():
-            tiny(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        new = ids[:, cache.get_seq_length() :]
-        out = tiny(input_ids=new, pixel_values=second.pixels, past_key_values=cache, use_cache=True)
-    close(after.logits[0][0], out.logits[0, -1])
+    loop = Loop(tiny, collate([first]))
+    loop.steps(*turn.sequences[0, -3:-1].tolist())
+    new = ids[:, loop.cache.get_seq_length() :]
+    close(after.logits[0][0], loop.read(input_ids=new, pixel_values=second.pixels)[0, -1])
 
 
 @each_of(EDITS + CONTRASTS)
@@ -456,17 +430,10 @@ def test_a_prompt_in_chunks_is_right_or_refused(tiny: Any, name: str, size: int)
 def test_a_prompt_in_parts_is_right_or_refused(tiny: Any, name: str) -> None:
     expected = forward(acting(tiny, name), collate([RAGGED[0]])).logits
     (method,) = vlmfix.status(tiny).methods
-    ids, cache, found = RAGGED[0].ids, DynamicCache(config=tiny.config), []
-
-    def read(start: int, stop: int) -> None:
-        pixels = RAGGED[0].pixels if IMAGE in ids[start:stop] else None
-        with torch.no_grad():
-            options = {"past_key_values": cache, "use_cache": True}
-            found.append(tiny(input_ids=torch.tensor([ids[start:stop]]), pixel_values=pixels, **options).logits)
-
+    ids, loop, found = RAGGED[0].ids, Loop(tiny), []
     try:
-        for part in [(0, 15), (15, 17), (17, len(ids))]:
-            read(*part)
+        for part in (ids[:15], ids[15:17], ids[17:]):
+            found.append(loop.read(*part, pixel_values=RAGGED[0].pixels if IMAGE in part else None))
     except vlmfix.UnsupportedFeatureError as error:
         assert method.needs_whole_prompt and "one forward" in str(error)
     else:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import RAGGED, collate, forward, generate
+from invariants import Loop
 from naive.iri import RANKING
-from transformers import DynamicCache
 
 import vlmfix
 from vlmfix.methods.iri import Plan, turned
@@ -106,9 +106,7 @@ def test_half_precision_near_the_end_of_its_range_stays_finite(tiny: Any) -> Non
 
 def test_nothing_is_kept_on_the_cache_and_scratch_dies_with_the_forward(tiny: Any) -> None:
     vlmfix.patch(tiny, IRI)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
-    assert cache._vlmfix.learned == {}
+    assert Loop(tiny, ONE).cache._vlmfix.learned == {}
 
 
 # The ranking.

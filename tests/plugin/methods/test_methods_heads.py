@@ -17,12 +17,11 @@ from families.tiny_llava import (
     forward,
     generate,
 )
-from invariants import close, continued
+from invariants import Loop, close, continued
 from naive.adaiat import HALLUCINATED, REAL, STATISTICS
 from naive.adhh import LISTED
 from naive.allpath import BAD, GOOD
 from naive.reference import Reference
-from transformers import DynamicCache
 
 import vlmfix
 from vlmfix.methods.adaiat import AdaIAT
@@ -330,8 +329,7 @@ def test_large_keys_do_not_overflow_in_half_precision() -> None:
 def test_the_sum_of_image_keys_is_read_once_per_prompt(tiny: Any) -> None:
     """Changing cached image keys behind its back changes attention, not the choice; a new prompt reads them again."""
     vlmfix.patch(tiny, SPIN_ON)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, ONE, past_key_values=cache, use_cache=True)
+    cache = Loop(tiny, ONE).cache
     (known, *_) = [value for value in cache._vlmfix.learned.values() if isinstance(value, tuple)]
     image = ONE["input_ids"][0] == IMAGE
     close(known[0][0, :, 0], cache.layers[0].keys[0, :, image].sum(1))

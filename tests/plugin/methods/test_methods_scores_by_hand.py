@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families.tiny_llava import IMAGE, RAGGED, collate, forward, generate, sample
-from invariants import close
+from invariants import Loop, close
 from transformers import DynamicCache
 
 import vlmfix
@@ -231,14 +231,12 @@ def test_the_pass_for_confidence_leaves_no_trace(build: Any) -> None:
     found = []
     for method in (AdaptVis("fixed", factor=1.5), AdaptVis(threshold=0.0, high=1.5)):
         vlmfix.patch(model, method)
-        cache = DynamicCache(config=model.config)
-        forward(model, collate([first]), past_key_values=cache, use_cache=True)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        loop = Loop(model, collate([first]))
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            model(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
-            ids = torch.tensor([second.ids[1:]])
-            turn = model(input_ids=ids, pixel_values=second.pixels, past_key_values=cache, use_cache=True).logits
-            assert cache.get_seq_length() == len(first.ids) + 1 + ids.shape[1]
+            loop.read(20)
+            turn = loop.turn(second)
+            assert loop.cache.get_seq_length() == len(first.ids) + len(second.ids)
             found.append((turn, model.generate(**ONE, do_sample=True, max_new_tokens=5)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 

@@ -8,10 +8,9 @@ import naive
 import pytest
 import torch
 from families.tiny_llava import BOS, IMAGE, PAD, RAGGED, SINK_WORD, Sample, collate, forward, generate, sample, words
-from invariants import close
+from invariants import Loop, close
 from naive.adaiat import case as adaiat_case
 from naive.reference import Reference
-from transformers import DynamicCache
 
 import vlmfix
 
@@ -69,17 +68,13 @@ def test_further_turns_agree_with_the_formula(build: Any, kind: str, case: str) 
     """
     model, reference = both(build, case, kind, window=24)
     turns = [Sample((BOS, *words(4, 7))), sample(2, 1, 5, seed=8), sample(1, 1, 4, seed=9)]
-    cache, state = DynamicCache(config=model.config), None
+    loop, state = Loop(model), None
     for turn in turns:
         ids = turn.ids if state is None else turn.ids[1:]
         state, expected = reference.prompt(ids, turn.pixels, state)
-        with torch.no_grad():
-            options = {"past_key_values": cache, "use_cache": True}
-            out = model(input_ids=torch.tensor([ids]), pixel_values=turn.pixels, **options)
-            close(out.logits[0], expected)
-            for token in (SINK_WORD, 21):
-                out = model(input_ids=torch.tensor([[token]]), **options)
-                close(out.logits[0, 0], reference.decode(state, token))
+        close(loop.read(*ids, pixel_values=turn.pixels)[0], expected)
+        for token in (SINK_WORD, 21):
+            close(loop.read(token)[0, 0], reference.decode(state, token))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][0] not in ("vhr", "vista")])

@@ -19,9 +19,9 @@ from families.tiny_llava import (
     generate,
     pictures,
 )
+from invariants import Loop, close, hold_the_same
 from naive.reference import Reference
 from naive.var import NaiveVar, sink_value
-from transformers import DynamicCache
 
 import vlmfix
 from vlmfix.methods.var import find_sinks
@@ -47,18 +47,10 @@ def test_a_visual_sink_cropped_away_is_gone(sinky: Any) -> None:
     assert any(sinks[13:])
     assert sinks[0]
     vlmfix.patch(sinky, var(layers=[0]))
-    caches = [DynamicCache(config=sinky.config) for _ in range(2)]
-    for cache, each in zip(caches, (longer, shorter), strict=True):
-        forward(sinky, collate([each]), past_key_values=cache, use_cache=True)
-    caches[0].crop(-9)
-    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
-        one.keys.copy_(other.keys)
-        one.values.copy_(other.values)
-    found = []
-    for cache in caches:
-        with torch.no_grad():
-            found.append(sinky(input_ids=torch.tensor([[30]]), past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    cropped, fresh = (Loop(sinky, collate([each])) for each in (longer, shorter))
+    cropped.cache.crop(-9)
+    hold_the_same(cropped.cache, fresh.cache)
+    close(cropped.read(30), fresh.read(30))
 
 
 def test_decoding_agrees_with_recomputation_without_a_cache(sinky: Any) -> None:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from families import available
 from families.tiny_llava import IMAGE, RAGGED, collate, forward, generate
-from invariants import close
+from invariants import Loop, close
 from test_iri import block_outputs
-from transformers import DynamicCache
 
 import vlmfix
 from vlmfix.methods.vista import beyond_rounding, steered
@@ -24,9 +23,7 @@ STEERING = vlmfix.VISTA(lam=0.8, sla_alpha=0.0)
 def vectors(model: Any, method: Any, inputs: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
     """The vectors a prompt leaves on its cache."""
     vlmfix.patch(model, method)
-    cache = DynamicCache(config=model.config)
-    forward(model, inputs, past_key_values=cache, use_cache=True)
-    found: dict[int, torch.Tensor] = cache._vlmfix.learned[0, -1]
+    found: dict[int, torch.Tensor] = Loop(model, inputs).cache._vlmfix.learned[0, -1]
     return found
 
 
@@ -65,8 +62,7 @@ def test_the_vector_depends_on_the_prompt_alone(tiny: Any) -> None:
         again = vectors(tiny, method, collate(RAGGED))
         assert all(torch.equal(again[layer], first[layer]) for layer in first)
     vlmfix.patch(tiny, [STEERING, vlmfix.PAI(alpha=2.0, layers=":")])  # always the stock model's
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate(RAGGED), past_key_values=cache, use_cache=True)
+    cache = Loop(tiny, collate(RAGGED)).cache
     found = next(value for value in cache._vlmfix.learned.values() if isinstance(value, dict))
     assert all(torch.equal(found[layer], first[layer]) for layer in first)
 

@@ -22,7 +22,7 @@ from families.tiny_llava import (
     generate,
     pictures,
 )
-from invariants import close
+from invariants import Loop, close
 from method_parameters import parameters_of
 from naive.act import NaiveAct
 from naive.iri import RANKING
@@ -31,7 +31,7 @@ from naive.pai import NaivePai
 from naive.reference import Reference
 from naive.var import NaiveVar
 from naive.vhr import NaiveVhr
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 import vlmfix
 
@@ -83,14 +83,11 @@ def test_a_cache_cropped_too_far_for_running_sums_is_refused(sinky: Any) -> None
     """ACT keeps the rows of the last forward apart, older ones are summed up."""
     vlmfix.patch(sinky, ACT)
     for crop in (-2, -4):
-        cache = DynamicCache(config=sinky.config)
-        forward(sinky, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
-        with torch.no_grad():
-            for token in (20, 21, 22):
-                sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache.crop(crop)
-            with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped"):
-                sinky(input_ids=torch.tensor([[23]]), past_key_values=cache, use_cache=True)
+        loop = Loop(sinky, collate([RAGGED[0]]))
+        loop.steps(20, 21, 22)
+        loop.cache.crop(crop)
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="cropped"):
+            loop.read(23)
 
 
 def test_generated_image_ids_are_no_images(sinky: Any) -> None:
@@ -99,12 +96,9 @@ def test_generated_image_ids_are_no_images(sinky: Any) -> None:
     reference = Reference(sinky, [NaiveVar()])
     state, _ = reference.prompt(each.ids, each.pixels)
     vlmfix.patch(sinky, VAR)
-    cache = DynamicCache(config=sinky.config)
-    forward(sinky, collate([each]), past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        for token in (IMAGE, IMAGE, 20):
-            out = sinky(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            close(out.logits[0, 0], reference.decode(state, token))
+    loop = Loop(sinky, collate([each]))
+    for token in (IMAGE, IMAGE, 20):
+        close(loop.read(token)[0, 0], reference.decode(state, token))
 
 
 # Streaming, pipeline, threads.
@@ -200,15 +194,8 @@ def test_tokens_drafted_beside_the_prompt_are_never_sinks(sinky: Any) -> None:
     each = repetitive()
     vlmfix.patch(sinky, VAR)
     draft = (SINK_WORD, SINK_WORD, 22)
-    plain, drafted = DynamicCache(config=sinky.config), DynamicCache(config=sinky.config)
-    forward(sinky, collate([each]), past_key_values=plain, use_cache=True)
-    with torch.no_grad():
-        for token in draft:
-            expected = sinky(input_ids=torch.tensor([[token]]), past_key_values=plain, use_cache=True).logits
-        ids = torch.tensor([[*each.ids, *draft]])
-        options = {"past_key_values": drafted, "use_cache": True, "logits_to_keep": len(draft) + 1}
-        found = sinky(input_ids=ids, pixel_values=each.pixels, **options).logits[:, -1:]
-    close(found, expected)
+    found = Loop(sinky).read(*each.ids, *draft, pixel_values=each.pixels, logits_to_keep=len(draft) + 1)
+    close(found[:, -3:], Loop(sinky, collate([each])).steps(*draft))
 
 
 # torch.compile.

@@ -21,6 +21,7 @@ from families.tiny_llava import (
     snapshot,
     tiny_llava,
 )
+from invariants import Loop, close
 from naive.iri import RANKING
 from naive.reference import Reference
 from naive.var import NaiveVar
@@ -414,29 +415,26 @@ def test_merged_inputs_embeds_are_refused(sinky: Any, method: Any) -> None:
 
 
 def test_a_cache_filled_before_patching_is_refused(tiny: Any) -> None:
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
+    loop = Loop(tiny, collate([RAGGED[0]]))
     vlmfix.patch(tiny, VHR)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="empty cache"), torch.no_grad():
-        tiny(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="empty cache"):
+        loop.read(20)
 
 
 @pytest.mark.parametrize("new_ids", [[20], [20, 21, 22]])
 def test_a_cache_of_another_patch_is_refused(tiny: Any, new_ids: list[int]) -> None:
     vlmfix.patch(tiny, VHR)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
+    loop = Loop(tiny, collate([RAGGED[0]]))
     vlmfix.patch(tiny, "vhr", alpha=1.5)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="empty cache"), torch.no_grad():
-        tiny(input_ids=torch.tensor([new_ids]), past_key_values=cache, use_cache=True)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="empty cache"):
+        loop.read(*new_ids)
 
 
 def test_a_cache_used_with_another_batch_is_refused(tiny: Any) -> None:
     vlmfix.patch(tiny, VHR)
-    cache = DynamicCache(config=tiny.config)
-    forward(tiny, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
-    with pytest.raises(vlmfix.UnsupportedFeatureError, match="batch"), torch.no_grad():
-        tiny(input_ids=torch.tensor([[20, 21], [22, 23]]), past_key_values=cache, use_cache=True)
+    loop = Loop(tiny, collate([RAGGED[0]]))
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="batch"):
+        loop.read(input_ids=torch.tensor([[20, 21], [22, 23]]))
 
 
 @pytest.mark.parametrize("method", ["none", VHR, IRI, VISTA], ids=["none", "vhr", "iri", "vista"])
@@ -470,17 +468,12 @@ def test_tuple_outputs_keep_the_state_of_the_cache(tiny: Any) -> None:
 
 def test_a_second_turn_that_asks_for_several_logits_is_a_prompt(sinky: Any) -> None:
     vlmfix.patch(sinky, VAR)
-    caches = [DynamicCache(config=sinky.config) for _ in range(2)]
-    second = RAGGED[3]
     found = []
-    for cache, keep in zip(caches, (0, 2), strict=True):
-        forward(sinky, collate([RAGGED[0]]), past_key_values=cache, use_cache=True)
-        with torch.no_grad():
-            sinky(input_ids=torch.tensor([[20]]), past_key_values=cache, use_cache=True)
-            ids = torch.tensor([second.ids[1:]])
-            options = {"pixel_values": second.pixels, "past_key_values": cache, "logits_to_keep": keep}
-            found.append(sinky(input_ids=ids, use_cache=True, **options).logits[:, -2:])
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    for keep in (0, 2):
+        loop = Loop(sinky, collate([RAGGED[0]]))
+        loop.read(20)
+        found.append(loop.turn(RAGGED[3], logits_to_keep=keep)[:, -2:])
+    close(*found)
 
 
 @pytest.mark.parametrize("method", [VAR, VHR], ids=["var", "vhr"])
