@@ -105,13 +105,15 @@ def _with_edited_heads(
     scores, allowed = explicit_scores(call, 0, forward.q_len)
     mine = allowed if allowed is None or allowed.shape[1] == 1 else allowed.index_select(1, head_index)
     edits = [(method, layer.at(part)) for method, layer in edits]
-    own = (scores.index_select(1, head_index), mine)
-    some_weights, some_edited, _ = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
-    attn_weights = masked_softmax(scores, allowed)
+    edits_scores = any(method.edits_scores for method, _ in edits)
+    states = scores if edits_scores else masked_softmax(scores, allowed)
+    own = (states.index_select(1, head_index), mine)
+    some = _edited_weights(forward, part, 0, forward.q_len, edits, observe=True, written=own)
     edited = None
-    if some_edited is not None and is_measured(forward):
-        edited = torch.zeros_like(attn_weights[..., 0], dtype=torch.bool).index_copy(1, head_index, some_edited)
-    return attn_weights.index_copy(1, head_index, some_weights), edited
+    if some.edited is not None and is_measured(forward):
+        edited = torch.zeros_like(states[..., 0], dtype=torch.bool).index_copy(1, head_index, some.edited)
+    attn_weights = masked_softmax(states, allowed) if edits_scores else states
+    return attn_weights.index_copy(1, head_index, some.weights), edited
 
 
 def _rows(forward: Forward, method: Method) -> Rows:
@@ -191,10 +193,11 @@ def _edited_weights(
         edits: The methods to apply.
         observe: Whether methods see the weights in between.
         counts: Whether edited rows are counted.
-        written: The scores, where they are known, as by ``explicit_scores``.
+        written: What is known of the rows: their scores, as by ``explicit_scores``, or their weights if no method edits
+            scores.
     """
-    scores, allowed = explicit_scores(call, start, stop) if written is None else written
-    states, is_softmaxed = scores, False
+    states, allowed = explicit_scores(call, start, stop) if written is None else written
+    is_softmaxed = written is not None and not any(method.edits_scores for method, _ in edits)
     selected: torch.Tensor | None = None
     for method, layer in edits:
         if method.edits_weights and not is_softmaxed:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
@@ -100,12 +101,23 @@ class ACT(Method):
 
     def observe(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows to the running column sums."""
-        means: ColumnMeans | None = layer.learned
-        layer.learned = ColumnMeans.extended(means, attn_weights, allowed, layer, frozen=self.sinks == "frozen")
+        known: ColumnMeans | None = layer.learned
+        if known is not None and known.is_cropped:
+            raise UnsupportedFeatureError(
+                "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
+                "cache."
+            )
+        before = None if known is None else known.seen
+        is_frozen = self.sinks == "frozen"
+        rows, seen = layer.per_mask(
+            "seen", lambda: Seen.extended(before, attn_weights, allowed, layer, is_frozen), before
+        )
+        sums = RunningSum.before(attn_weights) if known is None else known.sums
+        layer.learned = ColumnMeans(sums.extended(rows, attn_weights), seen)
 
     def crop(self, learned: ColumnMeans, length: int) -> ColumnMeans:
         """Refuse: the rows of a prompt are summed up and cannot be told apart again."""
-        return replace(learned, is_cropped=True)
+        return learned._replace(is_cropped=True)
 
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
@@ -113,26 +125,23 @@ class ACT(Method):
         is_sink = self.find_sinks(layer.learned, layer)
         if heads is not None:
             is_sink = is_sink & heads[:, None, None]
-        recipients = ~is_sink
-        if self.recipients == "image":
-            recipients = recipients & layer.keys("image", attn_weights)[:, None, None]
-        groups = torch.stack([is_sink, recipients], dim=-1).to(attn_weights.dtype)
-        # What sinks and recipients hold. Rows that share their sinks are summed up, and scaled, by one product.
-        rows = attn_weights if groups.shape[2] == 1 else attn_weights[..., None, :]
-        sink_mass, rest = (rows @ groups.squeeze(2)).unbind(-1)
-        if groups.shape[2] > 1:
-            sink_mass, rest = sink_mass[..., 0], rest[..., 0]
-        # Sinks keep beta of their weight; recipients take the rest in proportion to what they have.
-        edited = (sink_mass > 0) & (rest >= 1e-6)
-        gain = (1 - self.beta) * sink_mass / rest.clamp_min(1e-6)
-        change = torch.stack([torch.full_like(gain, self.beta - 1), gain], dim=-1) * edited[..., None]
-        if groups.shape[2] == 1:
-            by_key = change @ groups[:, :, 0].transpose(-1, -2)
+        image = layer.keys("image", attn_weights)[:, None, None] if self.recipients == "image" else None
+        # What sinks and recipients hold. Rows of a prompt share their sinks and are summed up by one product.
+        if layer.forward.is_prefill and is_sink.shape[2] == 1:
+            recipients = ~is_sink if image is None else ~is_sink & image
+            groups = torch.stack([is_sink, recipients], dim=-1).squeeze(2).to(attn_weights.dtype)
+            sink_mass, rest = (attn_weights @ groups).split(1, dim=-1)
         else:
-            by_key = (groups @ change[..., None])[..., 0]
-        if attn_weights.requires_grad:
-            return attn_weights * (1 + by_key), edited
-        return attn_weights.addcmul_(attn_weights, by_key), edited
+            held = attn_weights * is_sink
+            others = attn_weights - held if image is None else (attn_weights - held) * image
+            sink_mass, rest = held.sum(-1, keepdim=True), others.sum(-1, keepdim=True)
+        # Sinks keep beta of their weight; recipients take the rest in proportion to what they have.
+        gain = sink_mass / F.threshold(rest, 1e-6, torch.inf)
+        edited = gain > 0
+        change = (gain if image is None else gain * image).masked_fill(is_sink & edited, -1.0)
+        if layer.forward.is_prefill and not attn_weights.requires_grad:
+            return attn_weights.addcmul_(attn_weights, change, value=1 - self.beta), edited[..., 0]
+        return attn_weights.addcmul(attn_weights, change, value=1 - self.beta), edited[..., 0]
 
     def _chosen(self, layer: Layer, attn_weights: torch.Tensor) -> torch.Tensor | None:
         """Return which heads in hand are to be calibrated, bool ``[num_heads]``, or ``None`` for all."""
@@ -142,131 +151,173 @@ class ACT(Method):
 
     def find_sinks(self, means: ColumnMeans, layer: Layer) -> torch.Tensor:
         """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
-        sums, tokens = means.at_rows(layer)
-        sums, counts = sums[:, :-1], sums[:, -1:]
+        least = layer.per_mask("least", lambda: self._least(means.seen, layer), means.seen)
+        is_sink: torch.Tensor = means.sums.at_rows(layer) > least
+        return is_sink
+
+    def _least(self, seen: Seen, layer: Layer) -> torch.Tensor:
+        """Return the sum above which a key is a sink, infinite where none is: fp32 ``[batch, 1, rows or 1, keys]``."""
+        counts, tokens = seen.counts.at_rows(layer), seen.tokens.at_rows(layer)
         # mean > alpha / N, or mean > threshold, without a division by the number of rows
         assert self._threshold is not None
         limit, is_relative = self._threshold
-        least = counts * (limit / tokens[:, None, :, None]) if is_relative else counts * limit
-        can_be = layer.per_keys(lambda: ~layer.keys("first", counts)[:, None, None], counts) & (counts >= self.min_rows)
-        result: torch.Tensor = (sums > least) & can_be
-        return result
+        least = counts * (limit / tokens) if is_relative else counts * limit
+        return least.masked_fill((counts < self.min_rows) | layer.keys("first", counts)[:, None, None], torch.inf)
 
 
-@dataclass(frozen=True)
-class ColumnMeans:
-    """Column sums of one layer's attention weights.
-
-    Rows of the last forward behind ``length`` are kept apart until the next one: a draft may be cropped away.
+class NewRows(NamedTuple):
+    """Rows that are added to running sums.
 
     Attributes:
-        sums: fp32 ``[batch, num_heads + 1, keys]``, over the rows of the first ``length`` tokens; in place of one more
-            head, how many of those rows may see the key.
-        tokens: fp32 ``[batch]``: how many of those tokens are no padding.
-        length: How many tokens are summed up: int, or a 0-d tensor with a static cache while decoding.
-        offset: Position of the first key; a sliding cache drops early ones.
-        rows: Weights of the rows behind, and which keys they see (1 or 0), fp32 ``[batch, num_heads + 1, n, keys]``.
-        frozen: Whether rows of generated tokens are left out.
-        is_cropped: Whether the cache was cropped into a prompt; the sums are lost then.
+        is_first: Whether they are the first of their forward.
+        accepted: How many rows of the forward before have stayed in the cache.
+        shift: By how many keys the first one has moved on; a sliding cache drops early ones.
+        num_keys: How many keys there are now.
+        prompt: How many of the rows are a prompt's.
+        stop: How many of them are summed up at all.
+        mask: Which rows count, fp32 ``[batch, 1, rows]``; ``None`` for all.
+    """
+
+    is_first: bool
+    accepted: int
+    shift: int | torch.Tensor
+    num_keys: int
+    prompt: int
+    stop: int
+    mask: torch.Tensor | None
+
+
+class RunningSum(NamedTuple):
+    """A sum over the rows of a sequence, by head and key.
+
+    Attributes:
+        sums: fp32 ``[batch, heads, keys]``.
+        rows: The generated rows of the last forward, fp32 ``[batch, heads, n, keys]``. They are kept apart until the
+            next one: a draft may be cropped away.
+        total: The sum with these rows.
     """
 
     sums: torch.Tensor
-    tokens: torch.Tensor
+    rows: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def before(cls, new: torch.Tensor) -> RunningSum:
+        """Return the sum before the rows ``[batch, heads, rows, keys]``: none."""
+        nothing = torch.zeros_like(new[:, :, 0])
+        return cls(nothing, new[:, :, :0], nothing)
+
+    def extended(self, rows: NewRows, new: torch.Tensor) -> RunningSum:
+        """Add rows ``[batch, heads, rows, keys]``; generated ones must not be changed any more."""
+        sums, waiting = self.sums, self.rows.shape[2]
+        if rows.is_first and rows.accepted:
+            sums = self.total if rows.accepted == waiting else sums + self.rows[:, :, : rows.accepted].sum(2)
+        sums = take_keys(sums, rows.shift, rows.num_keys)
+        if rows.prompt:
+            assert rows.mask is not None
+            # A product, so that no row is written out again.
+            sums = sums + (rows.mask[:, None, :, : rows.prompt] @ new[:, :, : rows.prompt]).squeeze(2)
+        generated = new.narrow(2, rows.prompt, rows.stop - rows.prompt)
+        if rows.mask is not None:
+            generated = generated * rows.mask[:, :, rows.prompt : rows.stop, None]
+        if waiting and not rows.is_first:
+            generated = torch.cat([self.rows, generated], dim=2)
+        number = generated.shape[2]
+        total = sums + (generated.squeeze(2) if number == 1 else generated.sum(2)) if number else sums
+        return RunningSum(sums, generated, total)
+
+    def at_rows(self, layer: Layer) -> torch.Tensor:
+        """Return the sum as it is at the rows in hand; rows of a prompt share it.
+
+        Returns:
+            fp32 ``[batch, heads, rows or 1, keys]``.
+        """
+        forward, (start, stop) = layer.forward, layer.rows
+        number = self.rows.shape[2]
+        if not number or (forward.is_prefill and stop <= forward.prompt_len):
+            return self.sums.unsqueeze(2)
+        if number == 1 and not forward.is_prefill:
+            return self.total.unsqueeze(2)
+        prompt = max(forward.prompt_len - start, 0) if forward.is_prefill else 0
+        first = max(start - forward.prompt_len, 0) if forward.is_prefill else start
+        before = self.sums[:, :, None]
+        # Generated (or drafted) rows see what was summed up before them, themselves included.
+        after = (before + self.rows.cumsum(2)).narrow(2, first, stop - start - prompt)
+        return torch.cat([before.expand(-1, -1, prompt, -1), after], dim=2)
+
+
+class Seen(NamedTuple):
+    """How often keys were seen: the same in all layers with one mask.
+
+    Attributes:
+        counts: How many rows may see each key, ``[batch, 1, keys]``.
+        tokens: How many rows there are, ``[batch, 1, 1]``; none of them is padding.
+        length: How many tokens are summed up: int, or a 0-d tensor with a static cache while decoding.
+        offset: Position of the first key.
+    """
+
+    counts: RunningSum
+    tokens: RunningSum
     length: int | torch.Tensor
     offset: int | torch.Tensor
-    rows: torch.Tensor
-    frozen: bool = False
-    is_cropped: bool = False
 
     @classmethod
     def extended(
-        cls, known: ColumnMeans | None, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer, *, frozen: bool
-    ) -> ColumnMeans:
-        """Add the rows a method observes, see ``Method.observe``."""
-        forward, (start, stop) = layer.forward, layer.rows
-        batch, num_heads, _, num_keys = attn_weights.shape
-        offset = layer.key_offset(num_keys)
-        seen = allowed.any(1, keepdim=True).expand(batch, 1, stop - start, num_keys)
-        mask = None if layer.row_mask is None else layer.row_mask.to(seen.device)
-        if known is None:
-            # Turns before the first image are left alone, and count for nothing.
-            known = cls(
-                sums=attn_weights.new_zeros(batch, num_heads + 1, num_keys),
-                tokens=attn_weights.new_zeros(batch),
-                length=forward.past,
-                offset=offset,
-                rows=attn_weights.new_zeros(batch, num_heads + 1, 0, num_keys),
-                frozen=frozen,
-            )
-        if known.is_cropped:
-            raise UnsupportedFeatureError(
-                "The cache was cropped into a prompt, whose column sums cannot be split (act). Start with an empty "
-                "cache."
-            )
-        if start == 0:
-            known = known._settled(forward.past)
-        known = known._aligned(offset, num_keys)
-        prompt = max(min(forward.prompt_len - start, stop - start), 0) if forward.is_prefill else 0
-        if prompt:
-            assert mask is not None
-            counted = mask[:, None, None, :prompt].float()  # a product, so that no row is written out again
-            parts = [counted @ attn_weights[:, :, :prompt], counted @ seen[:, :, :prompt].float()]
-            known = replace(
-                known,
-                sums=known.sums + torch.cat(parts, dim=1)[:, :, 0],
-                tokens=known.tokens + mask[:, :prompt].sum(1),
-                length=forward.past + start + prompt,
-            )
-        if prompt == stop - start:
-            return known
-        new = torch.cat([attn_weights[:, :, prompt:], seen[:, :, prompt:].to(attn_weights.dtype)], dim=1)
-        if mask is not None:
-            new = new * mask[:, None, prompt:, None]
-        return replace(known, rows=torch.cat([known.rows, new], dim=2) if known.rows.shape[2] else new)
+        cls, known: Seen | None, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer, is_frozen: bool
+    ) -> tuple[NewRows, Seen]:
+        """Add the rows that a method observes, see ``Method.observe``.
 
-    def at_rows(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums and the number of tokens as they are at the rows in hand.
-
-        Returns:
-            fp32 ``[batch, num_heads + 1, rows or 1, keys]``, ``[batch, rows or 1]``. In a prompt, all its rows share
-            the same.
+        Args:
+            known: The rows before them.
+            attn_weights: The weights that are observed.
+            allowed: The keys that each row sees.
+            layer: The layer.
+            is_frozen: Whether rows of generated tokens are left out.
         """
-        forward, (start, stop) = layer.forward, layer.rows
-        sums, tokens = self.sums[:, :, None], self.tokens[:, None]
-        if self.frozen or (forward.is_prefill and stop <= forward.prompt_len):
-            return sums, tokens
-        if not forward.is_prefill and self.rows.shape[2] == 1:
-            return sums + self.rows, tokens + 1
-        prompt = max(forward.prompt_len - start, 0) if forward.is_prefill else 0
-        first = max(start - forward.prompt_len, 0) if forward.is_prefill else start
-        # Generated (or drafted) rows see what was summed up before them, themselves included.
-        number = torch.arange(1, self.rows.shape[2] + 1, device=tokens.device)
-        found = []
-        for known, after, dim in ((sums, sums + self.rows.cumsum(2), 2), (tokens, tokens + number, 1)):
-            before = known.expand(*known.shape[:dim], prompt, *known.shape[dim + 1 :])
-            found.append(torch.cat([before, after.narrow(dim, first, stop - start - prompt)], dim=dim))
-        return found[0], found[1]
+        forward, start, (batch, _, num_rows, num_keys) = layer.forward, layer.rows[0], attn_weights.shape
+        visible = allowed.any(1, keepdim=True).expand(batch, 1, num_rows, num_keys).to(attn_weights.dtype)
+        every = visible.new_ones(batch, 1, num_rows, 1)
+        offset, past = layer.key_offset(num_keys), forward.past
+        if known is None:  # turns before the first image are left alone, and count for nothing
+            known = cls(RunningSum.before(visible), RunningSum.before(every), past, offset)
+        prompt = max(min(forward.prompt_len - start, num_rows), 0) if forward.is_prefill else 0
+        rows = NewRows(
+            is_first=start == 0,
+            accepted=known._accepted(past) if start == 0 and not is_frozen else 0,
+            shift=offset - known.offset,
+            num_keys=num_keys,
+            prompt=prompt,
+            stop=prompt if is_frozen else num_rows,
+            mask=None if layer.row_mask is None else layer.row_mask.to(visible)[:, None],
+        )
+        counts = known.counts.extended(rows, visible)
+        tokens = known.tokens.extended(rows._replace(shift=0, num_keys=1), every)
+        length = past + start + prompt if prompt or start == 0 else known.length
+        return rows, cls(counts, tokens, length, offset)
 
-    def _settled(self, past: int | torch.Tensor) -> ColumnMeans:
-        """Sum up the rows that stayed in the cache, now of ``past`` tokens."""
-        waiting = self.rows.shape[2]
-        accepted = waiting  # a static cache is never cropped
-        if isinstance(past, int) and isinstance(self.length, int):
-            accepted = min(past - self.length, waiting)
-            if accepted < 0 or past > self.length + waiting:
-                raise UnsupportedFeatureError(
-                    f"The cache holds {past} tokens, but attention was summed up over {self.length} to "
-                    f"{self.length + waiting} of them (act). Only the tokens of the last forward can be cropped."
-                )
-        sums = self.sums
-        if accepted and not self.frozen:
-            sums = sums + (self.rows[:, :, 0] if accepted == 1 else self.rows[:, :, :accepted].sum(2))
-        tokens = self.tokens + accepted if accepted else self.tokens
-        return replace(self, sums=sums, tokens=tokens, length=past, rows=self.rows[:, :, :0])
+    def _accepted(self, past: int | torch.Tensor) -> int:
+        """Return how many rows behind ``length`` stayed in the cache, now of ``past`` tokens."""
+        waiting = self.counts.rows.shape[2]
+        if isinstance(past, torch.Tensor) or isinstance(self.length, torch.Tensor):
+            return waiting  # a static cache is never cropped
+        accepted = min(past - self.length, waiting)
+        if accepted < 0 or past > self.length + waiting:
+            raise UnsupportedFeatureError(
+                f"The cache holds {past} tokens, but attention was summed up over {self.length} to "
+                f"{self.length + waiting} of them (act). Only the tokens of the last forward can be cropped."
+            )
+        return accepted
 
-    def _aligned(self, offset: int | torch.Tensor, num_keys: int) -> ColumnMeans:
-        """Follow the keys: later ones are new, a sliding window drops early ones."""
-        shift = offset - self.offset
-        rows = self.rows
-        rows = take_keys(rows, shift, num_keys) if rows.shape[2] else rows.new_zeros((*rows.shape[:3], num_keys))
-        return replace(self, sums=take_keys(self.sums, shift, num_keys), rows=rows, offset=offset)
+
+class ColumnMeans(NamedTuple):
+    """Column sums of one layer's attention weights.
+
+    Attributes:
+        sums: The weights, by head and key.
+        seen: What they are to be divided by.
+        is_cropped: Whether the cache was cropped into a prompt; the sums are lost then.
+    """
+
+    sums: RunningSum
+    seen: Seen
+    is_cropped: bool = False

@@ -115,6 +115,15 @@ class Forward:
             self.made[key] = make()
         return self.made[key]
 
+    def once_for(self, key: Hashable, objects: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return what ``make`` returned when this was first asked for under ``key`` with these very objects."""
+        known: list[tuple[tuple[Any, ...], Any]] = self.once(("for", key), list)
+        for others, made in known:
+            if all(one is other for one, other in zip(objects, others, strict=True)):
+                return made
+        known.append((objects, make()))
+        return known[-1][1]
+
     def record_move(
         self, methods: Iterable[int], stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor | None = None
     ) -> None:

@@ -125,7 +125,7 @@ def take_keys(per_key: torch.Tensor, start: int | torch.Tensor, length: int) -> 
     So values by key follow a layer whose first key moves on, because its window slides.
     """
     if isinstance(start, int) and start >= 0:
-        kept = per_key[..., start : start + length]
+        kept = per_key if start == 0 and per_key.shape[-1] <= length else per_key[..., start : start + length]
         return F.pad(kept, (0, length - kept.shape[-1])) if kept.shape[-1] < length else kept
     wanted = torch.arange(length, device=per_key.device) + on_device(start, per_key.device)
     inside = (wanted >= 0) & (wanted < per_key.shape[-1])

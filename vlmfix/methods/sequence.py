@@ -25,6 +25,7 @@ class Learner(Protocol):
     """What a sequence must know of the methods that learned something in it, see ``vlmfix.methods.base.Method``."""
 
     name: ClassVar[str]
+    hides_keys: ClassVar[bool]
 
     @property
     def keeps_choice(self) -> bool:

@@ -148,6 +148,18 @@ class Layer(View):
         """
         return self.forward.once((self.index, *self._keys_like(like)), make)
 
+    def per_mask(self, name: str, make: Callable[[], Any], *objects: Any) -> Any:
+        """Return what ``make`` returned when this method first asked in this forward for rows that see the same keys.
+
+        It must depend on the rows in hand, the keys that they see, and the given objects, which must be the very same.
+        """
+        call, methods = self.call, self.forward.state.methods
+        if any(method.hides_keys for method in methods[: self.index]):  # in this layer alone
+            return make()
+        return self.forward.once_for(
+            (self.index, name, self.rows, *call.visibility), (call.attention_mask, *objects), make
+        )
+
     def _keys_like(self, like: torch.Tensor) -> tuple[Hashable, ...]:
         """Layers for which this is the same have the same keys."""
         return self.site.kind, self.site.is_sliding, like.shape[-1], like.device

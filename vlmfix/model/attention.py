@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,13 @@ class AttentionCall(NamedTuple):
     openings: tuple[Opening, ...] = ()
     heads: tuple[int, ...] | None = None
     head_index: torch.Tensor | None = None
+
+    @property
+    def visibility(self) -> tuple[Hashable, ...]:
+        """What decides, beside the mask, which keys the rows of a call see."""
+        site, (num_keys, kwargs) = self.site, (self.key.shape[2], self.kwargs)
+        flags = (kwargs.get("is_causal"), kwargs.get("sliding_window"))
+        return (site.kind, site.is_sliding, self.query.shape[2], num_keys, self.key.device, *flags)
 
     def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the model's own kernel: ``[batch, q_len, num_heads, value_dim]`` and its weights, if it returns them."""
@@ -273,17 +280,21 @@ def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor
 def _softcap(call: AttentionCall) -> float | None:
     """Return the cap on a layer's scores; sdpa ignores it where it does not refuse it."""
     softcap: float | None = call.kwargs.get("softcap")
-    return None if call.site.implementation == "sdpa" else softcap
+    return None if softcap is None or call.site.implementation == "sdpa" else softcap
 
 
 def _grouped(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Fold query heads that share a key head into rows: ``[batch, num_kv_heads, group * rows, ...]``."""
     batch, num_heads, rows, size = states.shape
+    if num_heads == num_kv_heads:
+        return states
     return states.reshape(batch, num_kv_heads, num_heads // num_kv_heads * rows, size)
 
 
 def _ungrouped(states: torch.Tensor, rows: int) -> torch.Tensor:
     """Undo ``_grouped``: ``[batch, num_heads, rows, ...]``."""
+    if states.shape[2] == rows:
+        return states
     batch, num_kv_heads, grouped_rows, size = states.shape
     return states.reshape(batch, num_kv_heads * grouped_rows // rows, rows, size)
 
@@ -298,6 +309,8 @@ def _keys_and_mask(call: AttentionCall, start: int, stop: int) -> tuple[torch.Te
     q_len, num_keys = call.query.shape[2], key.shape[2]
     if isinstance(mask, torch.Tensor) and mask.dim() == 4:
         return key, mask[:, :, start:stop, :num_keys]
+    if mask is None and q_len == 1 and call.kwargs.get("sliding_window") is None:
+        return key, None
     if mask is None and "flash" not in call.site.implementation:
         is_causal = call.kwargs.get("is_causal")
         if q_len == 1 or not (is_causal if is_causal is not None else getattr(call.module, "is_causal", True)):
