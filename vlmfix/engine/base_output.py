@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from vlmfix.methods.base import Method
 from vlmfix.methods.views import Forward, Layer
 from vlmfix.model.attention import (
+    CHUNK_ELEMENTS,
     AttentionCall,
     Opening,
     explicit_scores,
+    is_plain,
     masked_softmax,
     opened_attention,
+    opened_bias,
     visible_keys,
     weighted_values,
 )
@@ -24,13 +28,14 @@ class BaseOutput:
     """The base kernel's output of one attention call; the kernel runs at once.
 
     Attributes:
+        forward: The forward.
         head_outputs: ``[batch, q_len, num_heads, value_dim]``.
         weights: ``[batch, num_heads, q_len, keys]``, or ``None`` where the kernel returns none.
     """
 
     def __init__(self, forward: Forward, call: AttentionCall) -> None:
         self.head_outputs, self.weights = call.base()
-        self._forward = forward
+        self.forward = forward
         if self.head_outputs.requires_grad:  # autograd keeps what the kernel returned
             self.head_outputs = self.head_outputs.clone()
             self.weights = None if self.weights is None else self.weights.clone()
@@ -71,8 +76,8 @@ class BaseOutput:
         numbers: Sequence[int],
     ) -> None:
         old = stock if head_index is None else stock.index_select(heads_dim, head_index)
-        if numbers and is_measured(self._forward):
-            self._forward.record_move(numbers, old, new, where)
+        if numbers and is_measured(self.forward):
+            self.forward.record_move(numbers, old, new, where)
         if head_index is None:
             stock.copy_(torch.where(where, new, old))
         else:
@@ -109,16 +114,49 @@ def write_opened_rows(base: BaseOutput, call: AttentionCall, openers: Sequence[L
         openers: For each of them, the opening method's view of the layer.
         stop: End of the rows that may have opened pairs.
     """
-    chunks, numbers = list(call.row_chunks(0, stop)), [layer.index for layer in openers]
-    for first, last in chunks:
-        opened = torch.stack([opening.pairs(first, last).any(3) for opening in call.openings]).any(0)  # [batch, 1, q]
-        if base.weights is None:
-            base.write(first, opened_attention(call, first, last), None, opened, numbers)
-        else:
+    numbers = tuple(layer.index for layer in openers)
+    if base.weights is None and is_plain(call):
+        rows: Iterable[OpenedRows] = _opened_rows(call, stop)
+        if call.query.shape[0] * stop * call.key.shape[2] <= CHUNK_ELEMENTS:
+            key = ("opened", numbers, *call.visibility)
+            rows = base.forward.once_for(key, (call.attention_mask,), lambda: list(_opened_rows(call, stop)))
+        for first, opened, bias, seen in rows:
+            base.write(first, opened_attention(call, first, bias, seen), None, opened, numbers)
+    else:
+        for first, last in call.row_chunks(0, stop):
             attn_weights = masked_softmax(*explicit_scores(call, first, last))
+            opened = _opened(call, first, last)
             base.write(first, weighted_values(call, attn_weights), attn_weights, opened, numbers)
     for layer, opening in zip(openers, call.openings, strict=True):
-        _count(layer, opening, call, chunks)
+        _count(layer, opening, call, list(call.row_chunks(0, stop)))
+
+
+class OpenedRows(NamedTuple):
+    """Rows of a prompt in which pairs are opened; the same in all layers with one mask.
+
+    Attributes:
+        start: The first row.
+        opened: In which rows pairs are opened, bool ``[batch, 1, rows]``.
+        bias: Their additive mask for the keys that any of them sees, ``[batch, num_heads or 1, rows, seen]``.
+        seen: These keys, int64 ``[seen]``.
+    """
+
+    start: int
+    opened: torch.Tensor
+    bias: torch.Tensor
+    seen: torch.Tensor
+
+
+def _opened_rows(call: AttentionCall, stop: int) -> Iterator[OpenedRows]:
+    """Yield the rows before ``stop`` in pieces, few enough that a piece does not see every key."""
+    for first, last in call.row_chunks(0, stop, most=256):
+        bias, seen = opened_bias(call, first, last)
+        if len(seen):
+            yield OpenedRows(first, _opened(call, first, last), bias, seen)
+
+
+def _opened(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
+    return torch.stack([opening.pairs(start, stop).any(3) for opening in call.openings]).any(0)
 
 
 def _count(layer: Layer, opening: Opening, call: AttentionCall, chunks: Sequence[tuple[int, int]]) -> None:

@@ -130,7 +130,7 @@ class ACT(Method):
         if layer.forward.is_prefill and is_sink.shape[2] == 1:
             recipients = ~is_sink if image is None else ~is_sink & image
             groups = torch.stack([is_sink, recipients], dim=-1).squeeze(2).to(attn_weights.dtype)
-            sink_mass, rest = (attn_weights @ groups).split(1, dim=-1)
+            sink_mass, rest = (attn_weights @ groups)[..., None].unbind(-2)
         else:
             held = attn_weights * is_sink
             others = attn_weights - held if image is None else (attn_weights - held) * image

@@ -190,7 +190,7 @@ class Method(InLayers):
         return 0.0
 
     def open_mask(self, layer: Layer, start: int, stop: int) -> torch.Tensor:
-        """Let the rows ``start..stop - 1`` of a prompt see keys that the causal mask hides.
+        """Let the rows ``start..stop - 1`` of a prompt see keys that the causal mask hides, the same in every layer.
 
         Returns:
             Bool ``[batch, stop - start, q_len]``: the (query, key) pairs to open where they are closed.

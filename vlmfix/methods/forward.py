@@ -194,12 +194,13 @@ def squared_move(stock: torch.Tensor, edited: torch.Tensor, where: torch.Tensor 
     Args:
         stock: The outputs before, of any shape.
         edited: The outputs behind the edits, of the same shape.
-        where: Which of them were up for edits, bool, broadcastable to both; ``None`` for all.
+        where: Which of them were up for edits, bool ``[..., 1]``, broadcastable to both; ``None`` for all.
 
     Returns:
         fp32 ``[2]``.
     """
-    before, change = stock.float(), edited.float() - stock.float()
-    if where is not None:
-        before, change = before * where, change * where
-    return torch.stack([change.square().sum(), before.square().sum()])
+    squares = []
+    for moved in (edited.float() - stock.float(), stock.float()):
+        square = torch.linalg.vector_norm(moved, dim=-1, keepdim=True).square()  # without a square of every number
+        squares.append((square if where is None else square * where).sum())
+    return torch.stack(squares)

@@ -106,10 +106,10 @@ class AttentionCall(NamedTuple):
             head_index=head_index,
         )
 
-    def row_chunks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``."""
+    def row_chunks(self, start: int, stop: int, most: int | None = None) -> Iterator[tuple[int, int]]:
+        """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``, and ``most`` rows."""
         per_row = self.query.shape[0] * self.query.shape[1] * self.key.shape[2]
-        size = max(1, CHUNK_ELEMENTS // per_row)
+        size = max(1, min(CHUNK_ELEMENTS // per_row, most or stop))
         for first in range(start, stop, size):
             yield first, min(first + size, stop)
 
@@ -246,30 +246,44 @@ def explicit_attention(call: AttentionCall, attn_weights: torch.Tensor) -> tuple
     return outputs, attn_weights.to(outputs.dtype) if call.site.implementation == "eager" else None
 
 
-def opened_attention(call: AttentionCall, start: int, stop: int) -> torch.Tensor:
-    """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows with opened keys, by a fused kernel where possible.
-
-    The additive mask of all their keys is written out; the attention weights are only where the layer caps its scores
-    or has a position bias.
-    """
+def is_plain(call: AttentionCall) -> bool:
+    """Whether a layer's weights are a softmax of products and a mask, which a fused kernel can compute."""
     has_more = any(call.kwargs.get(name) is not None for name in ("position_bias", *SINKS))
-    if has_more or _softcap(call) is not None:
-        return weighted_values(call, masked_softmax(*explicit_scores(call, start, stop)))
+    return not has_more and _softcap(call) is None
+
+
+def opened_bias(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the additive mask of rows with opened pairs, for the keys that any of them sees.
+
+    Waits for the device.
+
+    Returns:
+        ``[batch, num_heads or 1, stop - start, seen]`` in the model's dtype, and these keys, int64 ``[seen]``.
+    """
     key, allowed = _keys_and_mask(call, start, stop)
-    query = call.query[:, :, start:stop]
     if allowed is None:
         allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device)
-    bias = allowed.to(query.dtype)
+    dtype = call.query.dtype
+    lowest = torch.finfo(dtype).min
+    bias = allowed.to(dtype)
     if allowed.dtype == torch.bool:
-        bias = torch.zeros_like(bias).masked_fill(~allowed, torch.finfo(query.dtype).min)
-    bias = bias.expand(query.shape[0], -1, stop - start, key.shape[2])
+        bias = torch.zeros_like(bias).masked_fill(~allowed, lowest)
+    bias = bias.expand(call.query.shape[0], -1, stop - start, key.shape[2])
     for opening in call.openings:
         pairs = opening.pairs(start, stop)[..., : key.shape[2]]
-        bias = torch.where(pairs & (bias <= torch.finfo(bias.dtype).min / 2), opening.bias, bias)
+        bias = torch.where(pairs & (bias <= lowest / 2), opening.bias, bias)
+    seen = (bias > lowest / 2).any(2).flatten(0, 1).any(0).nonzero()[:, 0]
+    return bias.index_select(3, seen), seen
+
+
+def opened_attention(call: AttentionCall, start: int, bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows from ``start`` on, see ``opened_bias``."""
+    query = call.query[:, :, start : start + bias.shape[2]]
+    key, value = (states.index_select(2, seen) for states in (call.key, call.value))
     outputs = F.scaled_dot_product_attention(
         query,
         key,
-        call.value[:, :, : key.shape[2]],
+        value,
         attn_mask=bias,
         scale=call.kwargs.get("scaling"),
         enable_gqa=key.shape[1] != query.shape[1],
