@@ -107,7 +107,7 @@ class AttentionCall(NamedTuple):
         )
 
     def row_chunks(self, start: int, stop: int, most: int | None = None) -> Iterator[tuple[int, int]]:
-        """Split query rows so that the explicit weights of a chunk stay within ``CHUNK_ELEMENTS``, and ``most`` rows."""
+        """Split query rows so that a chunk has at most ``most`` and its explicit weights ``CHUNK_ELEMENTS``."""
         per_row = self.query.shape[0] * self.query.shape[1] * self.key.shape[2]
         size = max(1, min(CHUNK_ELEMENTS // per_row, most or stop))
         for first in range(start, stop, size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from families.tiny_llava import (
     IMAGE,
@@ -54,13 +55,15 @@ def test_no_text_behind_the_image_is_a_no_op(tiny: Any) -> None:
 # ACT.
 
 
-def test_a_row_wholly_on_sinks_is_left_alone() -> None:
+@pytest.mark.parametrize("is_prefill", [False, True])
+def test_a_row_wholly_on_sinks_is_left_alone(is_prefill: bool) -> None:
     attn_weights = torch.tensor([[[[0.0, 0.5, 0.5], [0.2, 0.4, 0.4]]]])
     method = vlmfix.ACT(beta=0.0)
     is_sink = torch.tensor([False, True, True]).expand(1, 1, 1, 3)
-    layer: Any = SimpleNamespace(constant=lambda make: torch.tensor([True]), learned=None)
+    forward = SimpleNamespace(is_prefill=is_prefill)
+    layer: Any = SimpleNamespace(constant=lambda make: torch.tensor([True]), learned=None, forward=forward)
     edited, rows = type("Planted", (vlmfix.ACT,), {"find_sinks": lambda *_: is_sink})(beta=0.0).edit_weights(
-        attn_weights, layer
+        attn_weights.clone(), layer
     )
     assert rows.tolist() == [[[False, True]]]
     assert torch.equal(edited[0, 0, 0], attn_weights[0, 0, 0])
