@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ def tiny(build: Callable[..., Any]) -> Any:
 def sinky(build: Callable[..., Any]) -> Any:
     """A LLaVA on Llama with injected sinks."""
     return build(sinks=True)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Leave no compiled code to other tests, nor find any of theirs."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

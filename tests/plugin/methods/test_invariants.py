@@ -601,14 +601,7 @@ def test_gradients_pass(tiny: Any, name: str) -> None:
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @each_of(EDITS)
 def test_compiled_decoding_equals_eager_and_compiles_no_further_step(build: Any, name: str) -> None:
     """The first step may differ from the later ones: nothing was generated before it."""
