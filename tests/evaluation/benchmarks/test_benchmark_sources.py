@@ -189,6 +189,11 @@ def test_a_run_reads_its_answers_by_repopes_labels_too(tmp_path: Path) -> None:
     assert pope.settings() != replace(pope, corrected=()).settings()
 
 
+def test_a_row_must_have_an_image_where_the_question_needs_one() -> None:
+    with pytest.raises(DataError, match="row 3: expected an image"):
+        source.own_image({"question": "Is it?", "image": None}, "row 3")
+
+
 # Limits
 
 
