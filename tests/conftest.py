@@ -67,6 +67,19 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """Type a command that must be refused, and return what is said of it."""
+    from vlmfix.cli import main
+
+    def say(words: list[str]) -> str:
+        capsys.readouterr()
+        assert main(words) == 2
+        return capsys.readouterr().err
+
+    return say
+
+
+@pytest.fixture
 def score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Run ``vlmfix score`` in a folder of the test's own."""
     from scoring import Scorer

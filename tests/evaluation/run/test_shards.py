@@ -141,13 +141,10 @@ def test_what_an_interrupted_run_left_is_not_generated_again(
     assert figures(folder) == figures(alone)
 
 
-def test_answers_that_never_came_are_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_that_never_came_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     """Such as those of processes on a machine that writes them to a folder of its own."""
     monkeypatch.setattr("vlmfix.evals.run.answering.generate_answers", lambda *_, **__: None)
-    assert main(["eval", *WORDS.split(), str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
+    error = refused(["eval", *WORDS.split(), str(tmp_path / "run")])
     assert (
         "answers are not in" in error
         and "a shared one with --out DIR" in error
