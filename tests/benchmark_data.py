@@ -42,5 +42,5 @@ def mmhal(folder: Path, number: int = 3) -> Path:
 
 
 def custom(folder: Path, number: int = 3, *, more: Sequence[dict[str, Any]] = ()) -> Path:
-    """A file of questions of one's own."""
+    """A file of the user's own questions."""
     return data.custom(folder, scenes(number), more=more)

@@ -150,7 +150,7 @@ def mmhal(folder: Path, found: Pictures) -> Path:
 
 
 def custom(folder: Path, found: Pictures, *, more: Sequence[dict[str, Any]] = ()) -> Path:
-    """A file of questions of one's own: yes/no, free, and without an image."""
+    """A file of the user's own questions: yes/no, free, and without an image."""
     rows: list[dict[str, Any]] = [{"question": "Is there a dog in the image?", "answer": "no"}]
     for index, (path, objects) in enumerate(found):
         _copy(path, folder / f"{index}.png")

@@ -1,4 +1,4 @@
-"""Questions of one's own as a task: yes/no ones are scored as POPE's, free ones by the words of the right answer.
+"""Your own questions as a task: yes/no ones are scored as POPE's, free ones by the words of the right answer.
 
 They are JSON lines (or one JSON list) of image, question and answer::
 
@@ -174,11 +174,11 @@ class CustomTable(Table):
 
 @dataclass(frozen=True)
 class Custom(Questions):
-    """Questions of one's own, or those about some of the images; a question without an image counts as one."""
+    """The user's questions, or those about some of the images; a question without an image counts as one."""
 
     name: ClassVar[str] = "custom"
-    title: ClassVar[str] = "questions of one's own"
-    summary: ClassVar[str] = "questions of one's own from a file, yes/no or free"
+    title: ClassVar[str] = "your own questions"
+    summary: ClassVar[str] = "your own questions from a file, yes/no or free"
     figures = CustomTable.FIGURES
     matched_on: ClassVar[Mapping[str, str]] = {"yes bias": "yes_ratio"}
     row_by_row: ClassVar[bool] = True
@@ -189,7 +189,7 @@ class Custom(Questions):
 
     @classmethod
     def load(cls, where: str) -> list[CustomQuestion]:
-        """Read questions of one's own.
+        """Read the user's questions.
 
         Args:
             where: A file in the module's form, or a data set with image, question and answer.
@@ -243,7 +243,7 @@ class Custom(Questions):
         closed = sum(q.label is not None for q in self.asked)
         images = len({q.path for q in self.asked if q.path is not None})
         return (
-            f"questions of one's own: {closed} yes/no (official POPE parser), {len(self.asked) - closed} free "
+            f"your own questions: {closed} yes/no (official POPE parser), {len(self.asked) - closed} free "
             f"(equal to a right answer, or containing one, articles and punctuation aside), on {images} images"
         )
 
