@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from families.saved_llava import write_lines
 from run_folders import read
 
 from vlmfix.cli import main
+
+
+def changed(rows: Sequence[dict[str, Any]], place: int, **fields: Any) -> list[dict[str, Any]]:
+    """Rows of which one has other fields."""
+    return [{**row, **fields} if number == place else row for number, row in enumerate(rows)]
 
 
 class Scorer:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from naive.reference import Naive, Row
+from naive.vista import length
 
 RATES = {"attention": [0.3, 0.5, -0.2, 0.4], "mlp": [0.9, -0.1, 0.2, 0.6]}
 RANKING = {"model": "", "rr_attn": RATES["attention"], "rr_mlp": RATES["mlp"]}
@@ -48,10 +48,6 @@ class NaiveIri(Naive):
                 edited = [u * length(raw) / length(moved) for u in moved]
         notes[row.layer] = raw if self.inject == "raw" else edited
         return torch.tensor(edited, dtype=added.dtype)
-
-
-def length(vector: Sequence[float]) -> float:
-    return math.sqrt(sum(x * x for x in vector))
 
 
 def case(

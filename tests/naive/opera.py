@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from families.tiny_llava import IMAGE
 
+from naive.guidance import log_probabilities
+
 
 class NaiveOpera:
     def __init__(
@@ -85,7 +87,7 @@ class NaiveOpera:
                     continue
             options = []
             for b, (_, score) in enumerate(states[-1]):
-                probs = log_softmax(scored[b]) if self.mode == "official" or free else scored[b]
+                probs = log_probabilities(scored[b]) if self.mode == "official" or free else scored[b]
                 options += [
                     (score + value, b, t) for t, value in enumerate(probs) if t not in suppress and value > -1e8
                 ]
@@ -115,7 +117,7 @@ class NaiveOpera:
         scored, commonest = [], []
         for (beam, _), row in zip(state, logits, strict=True):
             if self.mode == "paper":
-                row = log_softmax(row)
+                row = log_probabilities(row)
             best = sorted(range(len(row)), key=lambda t: -row[t])[: self.candidates]
             penalties, places = [], []
             for token in best:
@@ -144,9 +146,3 @@ def most_common(values: list[int]) -> int:
     """The commonest, the smallest of equals."""
     counts = Counter(values)
     return min(value for value in counts if counts[value] == max(counts.values()))
-
-
-def log_softmax(values: list[float]) -> list[float]:
-    largest = max(values)
-    total = largest + math.log(sum(math.exp(value - largest) for value in values))
-    return [value - total for value in values]

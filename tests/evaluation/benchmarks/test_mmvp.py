@@ -7,6 +7,7 @@ from typing import Any
 
 import benchmark_data
 import pytest
+from scoring import changed
 from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
@@ -115,20 +116,14 @@ def test_ids_make_the_pairs(tmp_path, score):
     assert "2 of 150 pairs" in score.error("mmvp", rows())
 
 
-def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
-    answers = rows()
-    answers[place] |= fields
-    return answers
-
-
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
         ([*rows(), {**rows()[0], "response": "b"}], "is answered already"),
-        (changed(0, question_id=0), "expected an id from 1"),
-        (changed(0, question_id=99), "99"),
-        (changed(0, answer="(b)"), "belong to other questions"),
-        (changed(0, prompt="Is it another?"), "belong to other questions"),
+        (changed(rows(), 0, question_id=0), "expected an id from 1"),
+        (changed(rows(), 0, question_id=99), "99"),
+        (changed(rows(), 0, answer="(b)"), "belong to other questions"),
+        (changed(rows(), 0, prompt="Is it another?"), "belong to other questions"),
         ([{k: v for k, v in row.items() if k != "response"} for row in rows()], "expected one of response"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import benchmark_data
 import pytest
 from families.saved_llava import write_lines
+from scoring import changed
 from shared_data import DATA, needs_data, official
 
 from vlmfix.errors import DataError
@@ -124,20 +125,14 @@ def test_incomplete_groups(tmp_path, score):
     assert "2 of 1900 groups" in score.error("naturalbench", rows())
 
 
-def changed(place: int, **fields: Any) -> list[dict[str, Any]]:
-    answers = rows()
-    answers[place] |= fields
-    return answers
-
-
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
         ([*rows(), {**rows()[0], "prediction": "No"}], "is answered already"),
-        (changed(0, Index="first"), "expected 'Index'"),
-        (changed(0, Index=99), "99"),
-        (changed(0, Answer="No"), "belong to other questions"),
-        (changed(0, Question="Is it another?"), "belong to other questions"),
+        (changed(rows(), 0, Index="first"), "expected 'Index'"),
+        (changed(rows(), 0, Index=99), "99"),
+        (changed(rows(), 0, Answer="No"), "belong to other questions"),
+        (changed(rows(), 0, Question="Is it another?"), "belong to other questions"),
         ([{k: v for k, v in row.items() if k != "prediction"} for row in rows()], "expected one of prediction"),
     ],
 )

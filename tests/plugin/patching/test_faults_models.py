@@ -120,15 +120,21 @@ def test_a_model_whose_images_cannot_be_found_is_refused() -> None:
         vlmfix.patch(model, "vhr")
 
 
-@pytest.mark.parametrize("name", ["pai", "vaf", "hgai"])
-def test_autocast_to_half_precision_does_not_overflow(name: str) -> None:
-    """Unscaled scores of about 67,600, scaled 6,000: beyond fp16 and within, as with Qwen2's biases."""
+def biased(value: float) -> Any:
+    """A model whose queries and keys have large biases in a few dimensions."""
     model = tiny_llava("qwen2", hidden=256, heads=2, kv_heads=1)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 projection.bias.zero_()
-                projection.bias.view(-1, 128)[:, 60:64] = 130.0
+                projection.bias.view(-1, 128)[:, 60:64] = value
+    return model
+
+
+@pytest.mark.parametrize("name", ["pai", "vaf", "hgai"])
+def test_autocast_to_half_precision_does_not_overflow(name: str) -> None:
+    """Unscaled scores of about 67,600, scaled 6,000: beyond fp16 and within, as with Qwen2's biases."""
+    model = biased(130.0)
     stock = forward(model, ONE).logits
     vlmfix.patch(model, name, layers=":")
     exact = forward(model, ONE).logits
@@ -142,12 +148,7 @@ def test_autocast_to_half_precision_does_not_overflow(name: str) -> None:
 
 def test_written_out_rows_in_bf16_are_no_farther_off_than_eager_attention() -> None:
     """With key biases such as Qwen2's, where scores lose their last digits in bf16; the edit is next to nothing."""
-    model = tiny_llava("qwen2", hidden=256, heads=2, kv_heads=1)
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                projection.bias.zero_()
-                projection.bias.view(-1, 128)[:, 60:64] = 40.0
+    model = biased(40.0)
     inputs = collate([sample(3, 1, 6, seed=seed) for seed in range(6)])
     exact = forward(model, inputs).logits[:, -1]
     low = model.to(torch.bfloat16)
