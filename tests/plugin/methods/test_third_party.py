@@ -111,7 +111,7 @@ def test_a_broken_package_is_named_and_stops_nothing(
     assert "lantern" not in found and "vhr" in found
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vlmfix.patch(tiny, "vhr")
+        vlmfix.patch(tiny, "vhr", alpha=1.2)
 
 
 def test_a_name_of_ours_stays_ours_and_the_package_is_named(tiny: Any, install: Install) -> None:

@@ -59,7 +59,7 @@ def test_fully_sharded_models_in_either_order(tiny: Any, one_process: Any, name:
 
 def test_cleared_hooks_are_told_and_healed(tiny: Any) -> None:
     stock = forward(tiny, ONE).logits
-    vlmfix.patch(tiny, "vhr")
+    vlmfix.patch(tiny, "vhr", alpha=1.2)
     assert not vlmfix.status(tiny).notes
     for module in (tiny, tiny.model, *tiny.model.language_model.modules()):
         module._forward_hooks.clear()
