@@ -90,7 +90,8 @@ def _draw_baselines(
                 label=f"{control} of none",
             )  # fmt: skip
     shown, matched = (figure.name for figure in chosen)
-    stairs = _stairs([p for p in results.get(CURVES[EARLY_STOP], ()) if (p.get(matched) or 0) >= lowest])
+    curve = results.get(CURVES[EARLY_STOP], ())
+    stairs = _stairs([p for p in curve if _is_known(p, (shown, matched)) and p[matched] >= lowest])
     if len(stairs) < 2:
         return []
     steps, regressed = (
@@ -104,11 +105,17 @@ def _draw_baselines(
     return [(f"{p['words']:.0f} words", x, y) for p, (x, y) in zip(stairs[1:], steps[1:], strict=True)]
 
 
+def _is_known(point: Mapping[str, Any], figures: Sequence[str]) -> bool:
+    """Whether a point of an early-stop curve has its length and these figures, measured and by regression."""
+    regressed = point.get("of_length", {})
+    return None not in (point.get("words"), *(each.get(name) for each in (point, regressed) for name in figures))
+
+
 def _stairs(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The whole descriptions, and the points of an early-stop curve that are nearest to round numbers of words."""
-    lengths = [p["words"] for p in curve if p.get("words") is not None and None not in p["of_length"].values()]
-    if not lengths:
+    if not curve:
         return []
+    lengths = [p["words"] for p in curve]
     longest, shortest = lengths[0], min(lengths)
     step = next((each for each in _ROUND if (longest - shortest) / each <= _STAIRS), _ROUND[-1])
     wanted = range(step * int(longest // step), int(shortest), -step)
