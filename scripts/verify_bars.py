@@ -2,6 +2,7 @@
 
     python scripts/verify_bars.py --out runs/verify                        # all of it: about half an hour on one core
     python scripts/verify_bars.py --models tiny --limit 100 --out /tmp/v   # a look
+    python scripts/verify_bars.py --models tiny --together --out /tmp/v    # with VHR on the same model, and alone
 
 The weights come from ``--calibrate`` scenes of the calibration split; held-out scenes are read once they stand. Early
 stop is matched to the method's recall again in every resample of the images.
@@ -19,6 +20,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlmfix.cli import main as vlmfix
+from vlmfix.evals.data.coco import load_image
+from vlmfix.evals.options import EvalOptions
+from vlmfix.evals.run.answering import load_run_model
+from vlmfix.evals.run.generate import Answerer, EncodedBatch, Generator
+from vlmfix.evals.run.plan import plan_run
+from vlmfix.evals.stats.bootstrap import interval_dict
+from vlmfix.observe.prompts import PromptBuilder
+from vlmfix.recipes import load_recipe
 
 SPLITS = ("heldout", "heldout2")
 OTHERS = {"tiny": ("vhr", "pai", "vaf", "iat"), "smol": ("vhr", "pai", "vaf")}
@@ -28,6 +37,7 @@ HEAD = (
     "| model, split | method | CHAIR_s | CHAIR_i | recall | F1 | words | rep-4 | seconds | CHAIR_i to early stop |",
     "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
 )
+HEAD_TOGETHER = ("| split, methods | CHAIR_s | CHAIR_i | recall | F1 |", "|---|--:|--:|--:|--:|")
 
 
 def run(command: Sequence[str]) -> None:
@@ -75,6 +85,46 @@ def row_of(name: str, method: dict[str, Any], results: dict[str, Any]) -> str:
     return "| " + " | ".join(parts) + " |"
 
 
+def together(model: str, options: argparse.Namespace) -> list[str]:
+    """Evaluate VHR and verification alone and on one model, and return what the one adds to the other."""
+    folder, own = options.out / model, [] if model == "tiny" else ["--model", model]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "verify.json").is_file():
+        run(["calibrate", "verify", *own, "--limit", str(options.calibrate), "--out", str(folder / "verify.json")])
+    rows = []
+    for split in SPLITS:
+        asked = EvalOptions(model=model, benchmarks=("chair",), split=split, limit=options.limit, methods=("vhr",))
+        plan = plan_run(asked)
+        vhr = plan.methods[1].build()
+        verify = load_recipe(folder / "verify.json")[0]
+        rows += compared(plan, split, {"none": None, "vhr": [vhr], "verify": [verify], "vhr + verify": [vhr, verify]})
+    return rows
+
+
+def compared(plan: Any, split: str, methods: dict[str, Any]) -> list[str]:
+    """Return a row per combination of methods: its figures, and their differences to the rows before it."""
+    (task,) = plan.tasks.tasks
+    generator = Generator(load_run_model(plan), plan.source.processor)
+    answerer, tables = Answerer(generator), {}
+    prompt = PromptBuilder(plan.source.processor)(task.samples[0].question)
+    for label, each in methods.items():
+        answers = {}
+        for start in range(0, len(task.samples), plan.batch_size):
+            samples = task.samples[start : start + plan.batch_size]
+            batch = EncodedBatch(generator, [prompt] * len(samples), [load_image(s.path) for s in samples])
+            found = answerer.answer(batch, label, each, "text", task.max_new_tokens)
+            answers |= {sample.key: answer for sample, answer in zip(samples, found, strict=True)}
+        tables[label] = task.score(answers)
+    rows = []
+    for label, table in tables.items():
+        figures = [task.figure(name).statistic for name in ("chair_s", "chair_i", "recall", "f1")]
+        rows.append(f"| {split} `{label}` | " + " | ".join(f"{100 * f.of(table):.1f}" for f in figures) + " |")
+        for other in [other for other in tables if label == "vhr + verify" and other != label]:
+            changes = [interval_dict(f.difference(table, tables[other])) for f in figures]
+            rows.append(f"| - `{other}` | " + " | ".join(map(_signed, changes)) + " |")
+    return rows
+
+
 def _differences(method: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     found = method.get("differences") or {}
     return [(key.rpartition(".")[2], value) for key, value in found.items() if isinstance(value, dict)]
@@ -92,10 +142,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=300, help="images of a split (default: 300)")
     parser.add_argument("--calibrate", type=int, default=300, help="images to calibrate on (default: 300)")
     parser.add_argument("--alone", action="store_true", help="no methods beside it")
+    parser.add_argument("--together", action="store_true", help="VHR and verification, alone and on one model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and the table go")
     options = parser.parse_args()
-    rows = [row for model in options.models for row in measure(model, options)]
-    text = "\n".join([*HEAD, *rows]) + "\n"
+    head, rows_of = (HEAD_TOGETHER, together) if options.together else (HEAD, measure)
+    rows = [row for model in options.models for row in rows_of(model, options)]
+    text = "\n".join([*head, *rows]) + "\n"
     (options.out / "table.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 

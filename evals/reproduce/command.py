@@ -26,18 +26,37 @@ Published tables that this package can meet: commands, expected figures with the
 examples:
   vlmfix reproduce                                        the list
   vlmfix reproduce vhr-llava15-chair                      commands, expected figures, sources
+  vlmfix reproduce --matrix                               an independent re-run of several methods, cell by cell
   vlmfix reproduce vhr-llava15-chair --data COCO --run    runs them, after a look at what is missing
   vlmfix reproduce vhr-llava15-chair --check runs/vhr-llava15-chair-seed0
   vlmfix reproduce vhr-llava15-chair --check              all its runs in --out
 
 We have run none of the evaluations: nothing printed as published was measured by us.
 """
-SPELLED = {"data": "COCO_DIR", "train": "TRAIN_COCO_DIR", "pope": "POPE_DIR", "captions": "CAPTIONS_DIR"}
+SPELLED = {
+    "data": "COCO_DIR",
+    "train": "TRAIN_COCO_DIR",
+    "pope": "POPE_DIR",
+    "captions": "CAPTIONS_DIR",
+    "amber": "AMBER_DIR",
+    "mmstar": "MMSTAR",
+    "mmhal": "MMHAL_DIR",
+    "judge": "JUDGE",
+}
+WIDTH = 120
+
+MATRIX = "assess-"
+"""What the names of the tables of the independent re-run begin with: model and benchmark follow."""
+
 PLACES = {
     "data": "COCO folder: instances_val2014.json, captions_val2014.json, val2014/",
     "train": "COCO folder of train2014, to calibrate on other images",
     "pope": "folder of coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json",
     "captions": "folder of the released captions",
+    "amber": "AMBER's folder",
+    "mmstar": "MMStar's file",
+    "mmhal": "MMHal-Bench's folder",
+    "judge": "command that reads a prompt and writes a judgement with 'Rating: N'",
 }
 
 
@@ -45,6 +64,7 @@ def add_reproduce(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a command line's subparsers; import nothing heavy."""
     parser = verb_parser(verbs, "reproduce", _ABOUT, "[TABLE] [OPTIONS]")
     parser.add_argument("name", nargs="?", metavar="TABLE", choices=list(TABLES), help="a table (default: list them)")
+    parser.add_argument("--matrix", action="store_true", help="published cells of an independent re-run")
     parser.add_argument("--run", action="store_true", help="run the commands (a killed run goes on where it was)")
     parser.add_argument("--check", nargs="*", type=Path, metavar="RUN", help="compare runs (default: those in --out)")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint (default: the hub's)")
@@ -61,7 +81,7 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
         VlmfixError: Something that the commands need is missing, one of them failed, or there is no such run.
     """
     if options.name is None:
-        show(listing())
+        show(matrix() if options.matrix else listing())
         return
     table = TABLES[options.name]
     filled = [command(words, table, options) for words in table.commands]
@@ -84,6 +104,32 @@ def listing() -> str:
     return "\n".join([*lines, "", "We have run none of the evaluations. Type: vlmfix reproduce TABLE"])
 
 
+def matrix() -> str:
+    """The independent re-run, cell by cell: a row per model and method, a column per figure of each benchmark."""
+    from ..benchmarks.columns import figure_of
+    from ..tables import Table as Printed
+
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    own: set[str] = set()
+    for name, table in TABLES.items():
+        if name.startswith(MATRIX):
+            for row in (*table.rows, *table.quoted):
+                cells.setdefault((name.split("-")[1], row.method), {}).update(row.figures)
+            own.update(row.method for row in table.rows)
+    keys = list(dict.fromkeys(key for figures in cells.values() for key in figures))
+    rows = [["model", "method", *(figure_of(key).heading for key in keys)]]
+    for (model, method), figures in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        found = [f"{figures[key]:g}" if key in figures else "" for key in keys]
+        rows.append([model, method if method in own else f"({method})", *found])
+    benchmarks = [key.partition(".")[0] for key in keys]
+    groups = [("", 2), *((each.upper(), benchmarks.count(each)) for each in dict.fromkeys(benchmarks))]
+    first = next(found for name, found in TABLES.items() if name.startswith(MATRIX))
+    notes = [*first.notes[:1], "in brackets: no method of this package, quoted only; empty: not printed there"]
+    text = [f"source: {first.source}", "", Printed(rows, words=(0, 1), groups=tuple(groups)).plain(WIDTH), ""]
+    commands = f"Commands of a cell: vlmfix reproduce {MATRIX}MODEL-BENCHMARK, such as {MATRIX}llava15-chair"
+    return "\n".join([*text, *(fill(note, WIDTH - 4, subsequent_indent="  ") for note in notes), "", commands])
+
+
 def command(words: Sequence[str], table: Table, options: argparse.Namespace) -> list[str]:
     """A command with its placeholders filled in, as far as they are known."""
     known = {name: getattr(options, name) or SPELLED[name] for name in PLACES}
@@ -102,6 +148,8 @@ def description(name: str, table: Table, commands: Sequence[Sequence[str]]) -> s
     lines = [f"{name}: {table.title}", f"source: {table.source}", f"figures: {LABELS[table.label]}", ""]
     lines += ["published (percent; lengths in words; ± standard deviation over seeds):"]
     lines += [f"  {row.method.ljust(16)} {_figures(row)}" for row in table.rows]
+    lines += [f"  {f'({row.method})'.ljust(16)} {_figures(row)}" for row in table.quoted]
+    lines += ["  (...): quoted, not run"] * bool(table.quoted)
     if table.notes:
         lines += ["", "where this differs from the published run, and what to know:"]
         lines += [fill(note, 116, initial_indent="  - ", subsequent_indent="    ") for note in table.notes]
@@ -145,7 +193,9 @@ def missing(table: Table, places: Mapping[str, str | None], model: str | None) -
         place = places[name]
         if place is None:
             lacking.append(f"--{name} DIR ({PLACES[name]})")
-        else:
+        elif name in ("amber", "mmstar", "mmhal"):
+            lacking += [] if Path(place).exists() else [f"--{name} {place}: there is no such path ({PLACES[name]})"]
+        elif name != "judge":
             lacking += _lacking_files(name, Path(place), table)
     if any(word in ("nltk", "mixed") for words in table.commands for word in words):
         from ..benchmarks.coco_objects import ChairMatcher

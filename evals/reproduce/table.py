@@ -51,7 +51,9 @@ class Table:
         source: Paper and table.
         label: One of :data:`LABELS`.
         rows: Expected figures, the plain model first.
-        commands: Words with the placeholders {model}, {data}, {train}, {pope}, {captions} and {out}.
+        quoted: Published figures of methods that this package does not have, or of cells that it does not run.
+        commands: Words with the placeholders {model}, {data}, {train}, {pope}, {captions}, {amber},
+            {mmstar}, {mmhal}, {judge} and {out}.
         runs: Folders (or one folder of result files) below {out} that ``--check`` reads.
         model: Default of {model}; None where no model is needed.
         notes: How our run differs from the published one, and what else a reader must know.
@@ -71,6 +73,7 @@ class Table:
     captions: int = 0
     steps: int = 170
     questions: int = 0
+    quoted: Sequence[Row] = ()
 
     @property
     def minutes(self) -> tuple[float, float]:
@@ -102,10 +105,13 @@ def _tables(published: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
             elif "{row}" in words[-1]:
                 each = [{"row": method} for method in found["rows"]]
             commands += [[filled_in(word, values) for word in words] for values in each]
-        rows = [_row(method, figures) for method, figures in found.pop("rows").items()]
+        rows, quoted = (
+            [_row(method, figures) for method, figures in found.pop(kind, {}).items()] for kind in ("rows", "quoted")
+        )
         notes = [published["notes"].get(note, note) for note in found.pop("notes")]
         needs_model = found.get("model", "") is not None
-        yield name, Table(rows=rows, commands=commands, runs=runs if needs_model else [""], notes=notes, **found)
+        runs = runs if needs_model else [""]
+        yield name, Table(rows=rows, quoted=quoted, commands=commands, runs=runs, notes=notes, **found)
 
 
 def _row(method: str, figures: Mapping[str, float | Sequence[float]]) -> Row:

@@ -23,7 +23,7 @@ from vlmfix.evals.benchmarks.columns import figure_of
 from vlmfix.evals.benchmarks.yes_no import score_labels
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.reproduce.check import measured
-from vlmfix.evals.reproduce.command import command, run_commands
+from vlmfix.evals.reproduce.command import PLACES, command, run_commands
 from vlmfix.evals.reproduce.table import LABELS, TABLES
 from vlmfix.evals.run.methods import plan_methods
 from vlmfix.evals.scores import counts
@@ -31,7 +31,7 @@ from vlmfix.evals.scores import counts
 
 def commands(folder: Path) -> list[tuple[str, Any, list[str]]]:
     """Every command with its placeholders filled in, and the recipes that earlier commands of its table write."""
-    options = SimpleNamespace(model=None, out=str(folder), data="coco", train="train", pope="pope", captions="captions")
+    options = SimpleNamespace(model=None, out=str(folder), **{name: name for name in PLACES})
     found = []
     for name, table in TABLES.items():
         for words in table.commands:
@@ -65,7 +65,7 @@ def test_every_command_is_one_of_this_package(tmp_path: Path) -> None:
 def test_every_figure_has_a_source_and_is_one_we_measure() -> None:
     for name, table in TABLES.items():
         assert table.source and table.label in LABELS, name
-        for row in table.rows:
+        for row in (*table.rows, *table.quoted):
             assert row.figures and set(row.spread) <= set(row.figures), name
             for key, value in row.figures.items():
                 figure = key.partition(".")[2]
@@ -98,6 +98,32 @@ def test_listing_and_description(capsys: pytest.CaptureFixture[str]) -> None:
     assert "33.32 ± 1.31" in text and "read in the paper" in text
     with pytest.raises(SystemExit):
         vlmfix_main(["reproduce", "vhr-llava16"])
+
+
+def test_the_matrix_of_the_independent_rerun_is_printed_cell_by_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vlmfix_main(["reproduce", "--matrix"]) == 0
+    text = capsys.readouterr().out
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in text.splitlines() if line[:3] in ("ins", "lla")}
+    assert len(rows) == 12, "three models, the stock model and three methods with figures"
+    published = [46.6, 14.8, 79.6, 88.1, 7.4, 48.7, 31.3, 3.4, 32.13, 2.19, 60]
+    assert [float(cell) for cell in rows["llava15", "none"]] == published
+    assert [float(cell) for cell in rows["llavanext", "m3id"]] == [40.8, 12.3, 65.2, 189.6, 13.4, 60.4, 61.3, 5.5]
+    assert [float(cell) for cell in rows["instructblip", "(agla)"]] == [
+        51,
+        13.5,
+        72.4,
+        106.1,
+        7.5,
+        54,
+        35.1,
+        3.8,
+        1.9,
+        62,
+    ]
+    assert max(map(len, text.splitlines())) <= 120
+    assert vlmfix_main(["reproduce", "assess-llava15-chair"]) == 0
+    said = capsys.readouterr().out
+    assert "(agla)" in said and "--method vcd m3id" in said and "sampled" in said
 
 
 def test_nothing_runs_before_everything_is_there(
