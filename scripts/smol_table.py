@@ -80,7 +80,7 @@ def figures_of(folder: Path) -> dict[str, Any]:
         results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
         rows = {row["label"]: _row(row) for row in results["methods"]}
         for line in results["controls"]:
-            key = f"{line['metric'].rpartition('.')[2]} to {line['control']}"
+            key = f"{_own_name(line['metric'])} to {line['control']}"
             rows[line["method"]]["controls"][key] = change(line["difference"])
         if name != "questions":
             compared = compare_runs([load_run(folder / "captions"), load_run(folder / name)], against="A:verify")
@@ -123,10 +123,15 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changes(differences: Mapping[str, Any]) -> dict[str, list[float]]:
     return {
-        key.rpartition(".")[2]: change(each, 1 if key.endswith("words") else 100)
+        _own_name(key): change(each, 1 if key.endswith("words") else 100)
         for key, each in differences.items()
         if isinstance(each, Mapping)
     }
+
+
+def _own_name(key: str) -> str:
+    """A figure's name; with its benchmark's for questions beyond existence, whose accuracy is not POPE's."""
+    return key if key.startswith("custom.") else key.rpartition(".")[2]
 
 
 def write_figures(folder: Path) -> None:
@@ -170,7 +175,7 @@ def questions_table(figures: Mapping[str, Any], split: str) -> str:
     for label, row in rows.items():
         pope, change = row["pope"], row["minus_none"]
         cells = [_name(label, row), _value(pope["accuracy"], change.get("accuracy"))]
-        cells += [f"{pope[key]:.1f}" for key in ("f1", "yes_ratio", "auc")]
+        cells += [f"{pope[key]:.1f}" if key in pope else "" for key in ("f1", "yes_ratio", "auc")]
         cells += [f"{each['accuracy']:.1f}" for each in pope["splits"].values()]
         cells += [_signed(row["controls"].get("accuracy to yes bias"))]
         cells += [f"{each['right']:.1f}" for each in row["custom"]["kinds"].values()]

@@ -16,10 +16,12 @@ from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.methods import plan_methods, strengths_on
 from vlmfix.evals.testbed import RECIPES
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def test_smol_runs_at_the_strengths_of_its_recipe() -> None:
     strengths, notes = strengths_on("smol")
-    assert {*table.METHODS} <= {*strengths}
+    assert {*table.METHODS, *table.HEAD_METHODS} == {*strengths}
     assert "calibration split" in notes[0]
     assert any("sink_threshold" in note and "distribution" in note for note in notes), "how it was set is said"
     specs = {spec.label: spec for spec in plan_methods(EvalOptions(model="smol"), strengths)}
@@ -77,3 +79,19 @@ def test_right_answers_are_told_by_kind(tmp_path: Path) -> None:
     for kind, row in found.items():
         wrong = 100 / kinds.count("colour") if kind == "colour" else 0
         assert row["right"] == pytest.approx(100 - wrong)
+
+
+def test_the_tables_on_file_are_those_of_the_figures() -> None:
+    figures = json.loads((ROOT / "evals/testbed/smol/figures.json").read_text(encoding="utf-8"))
+    assert table.opening_table(figures) in (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "evals/testbed/README.md").read_text(encoding="utf-8")
+    for split in table.SPLITS:
+        assert table.captions_table(figures, split) in text
+        assert table.questions_table(figures, split) in text
+
+
+def test_accuracy_of_other_questions_is_not_that_of_pope() -> None:
+    difference = {"estimate": -0.004, "low": -0.01, "high": 0.001}
+    none = {"estimate": 0.0, "low": 0.0, "high": 0.0}
+    found = table._changes({"pope.accuracy": difference, "custom.accuracy": none})
+    assert found == {"accuracy": [-0.4, -1.0, 0.1], "custom.accuracy": [0.0, 0.0, 0.0]}
