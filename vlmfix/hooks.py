@@ -44,6 +44,7 @@ from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
 from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
+from vlmfix.methods.sequence import state_of
 from vlmfix.model.anatomy import FORWARD_KWARG, SITE_ATTRIBUTE, Anatomy
 from vlmfix.model.uncopied import Uncopied
 from vlmfix.recipes import placement_notes
@@ -247,6 +248,11 @@ class Patch:
                     "A forward takes vlmfix=None, for the stock model. Methods for one call are named in "
                     "model.generate(..., vlmfix=...); for forwards, use 'with vlmfix.patched(model, ...)'."
                 )
+            cache = kwargs.get("past_key_values")
+            state = state_of(cache)
+            if kwargs[FORWARD_KWARG] is None and state is not None:
+                stale = "The stock model has read tokens of this cache (vlmfix=None), of which nothing is known."
+                self.beginner.keep(cache, dataclasses.replace(state, stale=stale))  # a copy may share what is known
             if module is self.anatomy.inner and isinstance(kwargs[FORWARD_KWARG], EditedForward):
                 kwargs[FORWARD_KWARG].hold_past()
             return (args, kwargs) if told else None

@@ -327,11 +327,8 @@ class ForwardBeginner:
         return past, state
 
     def _check_same_methods(self, state: SequenceState) -> None:
-        if state.is_picked and self._acts:
-            raise UnsupportedFeatureError(
-                "Rows of this cache were picked or put in another order (batch_select_indices), and what is known of "
-                "their prompts was not. Start with an empty cache."
-            )
+        if state.stale and self._acts:
+            raise UnsupportedFeatureError(f"{state.stale} Start with an empty cache.")
         if state.methods != self.methods:
             raise UnsupportedFeatureError(
                 f"This cache was filled under {describe(state.methods)}, and the model is now patched with "

@@ -57,7 +57,7 @@ class SequenceState:
         is_cut: Whether the cache was cropped into a prompt, so that what comes next is the rest of one.
         lost_image: Whether a prompt's image was cropped away, but not what was read with it.
         outdated: Names of the methods that chose something at the end of a prompt that was cropped away.
-        is_picked: Whether somebody has picked rows of the cache since, so that this is no longer about its rows.
+        stale: Why this is no longer about its cache, as a sentence; empty if it is.
         in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
         constants: Tensors made once per sequence, by (method index, site index).
@@ -77,7 +77,7 @@ class SequenceState:
     is_cut: bool = False
     lost_image: bool = False
     outdated: tuple[str, ...] = ()
-    is_picked: bool = False
+    stale: str = ""
     in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -236,7 +236,10 @@ class _PickAndTell:
         type(self.cache).batch_select_indices(self.cache, indices)
         state = state_of(self.cache)
         if state is not None and state.image_mask.shape[0] > 1:  # a single prompt may be continued in several ways
-            state.is_picked = True
+            state.stale = (
+                "Rows of this cache were picked or put in another order (batch_select_indices), and what is known of "
+                "their prompts was not."
+            )
 
 
 class _ReorderWithState:

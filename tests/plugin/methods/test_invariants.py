@@ -357,6 +357,19 @@ def test_a_turn_cropped_away_leaves_nothing_behind(tiny: Any, name: str, rest: s
 
 
 @each_of(EDITS + CONTRASTS)
+def test_a_cache_that_the_stock_model_has_read_on_is_refused(tiny: Any, name: str) -> None:
+    """Of what it read, nothing is known: neither where an answer ends nor where a picture is."""
+    loop = Loop(acting(tiny, name), ONE)
+    copied = loop.copied()
+    loop.read(20, 21, vlmfix=None)
+    loop.read(22, vlmfix=None)
+    for tokens in ((23,), (23, 24)):
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="stock model has read"):
+            loop.read(*tokens)
+    copied.read(23)
+
+
+@each_of(EDITS + CONTRASTS)
 def test_generate_from_all_but_the_last_token_of_a_prompt_is_right_or_refused(tiny: Any, name: str) -> None:
     (method,) = vlmfix.status(acting(tiny, name)).methods
     cache, text = DynamicCache(config=tiny.config), {k: v for k, v in ONE.items() if k != "pixel_values"}
