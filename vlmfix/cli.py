@@ -46,6 +46,9 @@ VERBS = {
     "inspect": Verb(
         "vlmfix.evals.inspect.command", "show where each word of an answer looks and what it rests on, as a page"
     ),
+    "trace": Verb(
+        "vlmfix.evals.inspect.trace", "show which layers and attention edges an answer comes through, as a page"
+    ),
     "compare": Verb("vlmfix.evals.compare.report", "paired differences between the methods of several runs"),
     "plot": Verb("vlmfix.evals.report.plots", "the plots of a run as PNG"),
     "export": Verb("vlmfix.clients.export", "fold factors of heads into a checkpoint, for engines of others", False),

@@ -190,6 +190,15 @@ def inspect_scene(bench: Bench) -> Any:
     return {"captions": said, "flagged": flagged, "shown": once(figures(shown))}
 
 
+def trace_scene(bench: Bench) -> Any:
+    """What a trace says, and the numbers of its page."""
+    out = bench.folder / "trace.html"
+    text = done("trace", "--scene", 356, "--object", "kite", "--out", out)
+    page = out.read_text()
+    assert not re.search(r"(?:src|href)=.http", page), "the page refers to no other"
+    return {"said": text.splitlines()[:3], "cells": re.findall(r"<td[^>]*>([^<]*)</td>", page)}
+
+
 def plot(bench: Bench) -> Any:
     """Which plots are drawn, and that each is a picture of some size."""
     from PIL import Image
@@ -260,6 +269,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
         calibrate,
         tune,
         inspect_scene,
+        trace_scene,
         plot,
         methods,
         info,

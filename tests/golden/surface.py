@@ -19,6 +19,7 @@ VERBS = (
     "tune",
     "power",
     "inspect",
+    "trace",
     "compare",
     "plot",
     "run",

@@ -15,7 +15,7 @@ from vlmfix.methods.var import VAR
 from vlmfix.model.sink_dims import find_sink_dims
 from vlmfix.observe.samples import CalibrationSample
 from vlmfix.observe.words import prompt_tokens
-from vlmfix.probes.sinks import prompt_sink_values
+from vlmfix.probes.sinks import prompt_states
 
 logger = logging.getLogger("vlmfix")
 
@@ -110,6 +110,6 @@ def _image_values(
     """Return phi of all image tokens: fp32 ``[layers, image tokens]``."""
     found = []
     for _, inputs in session.batches(samples):
-        values = prompt_sink_values(session, inputs, dims, layers).transpose(0, 1)
+        values = prompt_states(session, inputs, dims, layers)[0].transpose(0, 1)
         found.append(values[:, prompt_tokens(session.anatomy, inputs).image.cpu()])
     return torch.cat(found, dim=1)

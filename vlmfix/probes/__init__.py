@@ -21,6 +21,7 @@ from vlmfix.probes.head_divergence import HeadDivergence, head_divergence
 from vlmfix.probes.image_attention import ImageAttention, attention_to_image
 from vlmfix.probes.knockout import Knockout, knockout
 from vlmfix.probes.result import ProbeResult
+from vlmfix.probes.retrieval import Retrieval, retrieval
 from vlmfix.probes.sinks import Sinks, sinks
 from vlmfix.probes.spans import text_span
 
@@ -33,6 +34,7 @@ __all__ = [
     "Knockout",
     "ObjectPlace",
     "ProbeResult",
+    "Retrieval",
     "Sinks",
     "attention_to_image",
     "causal_trace",
@@ -40,6 +42,7 @@ __all__ = [
     "evidence",
     "head_divergence",
     "knockout",
+    "retrieval",
     "sinks",
     "text_span",
 ]

@@ -143,23 +143,25 @@ class CausalTrace(ProbeResult):
         parts = {name: getattr(self.corruption, name) for name in ("kind", "sigma", "seed")}
         return super().to_dict() | {"corruption": parts, "num_skipped": int((~self.is_kept).sum())}
 
-    def plot(self, ax: Any = None, *, component: Component | None = None, **options: Any) -> Any:
+    def plot(
+        self, ax: Any = None, *, component: Component | None = None, group: str | None = None, **options: Any
+    ) -> Any:
         """Draw recovery rates: over the layers for one group of tokens, else of one component as a map of both."""
         title = f"causal tracing, {int(self.is_kept.sum())} of {len(self.is_kept)} samples"
-        if len(self.groups) > 1:
+        if group is None and len(self.groups) > 1:
             at = 0 if component is None else self.components.index(component)
             title = f"{title}\n{self.components[at]}"
             ax = self._map(ax, self.recovery[at], xlabel="tokens", label="recovery rate", title=title)
             ax.set_xticks(range(len(self.groups)), [group.replace("_", "\n") for group in self.groups])
             return ax
-        ax = new_axis(ax)
-        for at, name in enumerate(self.components):
+        ax, group = new_axis(ax), group or self.groups[0]
+        for name in self.components:
             if component in (None, name):
-                ax.plot(self.layers, self.recovery[at, :, 0].tolist(), marker="o", markersize=3, label=name)
+                ax.plot(self.layers, self.of(name, group).tolist(), marker="o", markersize=3, label=name)
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         ax.locator_params(axis="x", integer=True)
         ax.legend()
-        return self._labelled(ax, "layer", "recovery rate", f"{title}\ntokens: {self.groups[0]}")
+        return self._labelled(ax, "layer", "recovery rate", f"{title}\ntokens: {group}")
 
 
 @torch.no_grad()

@@ -31,6 +31,10 @@ class Sinks(ProbeResult):
         values: fp32 ``[batch, layers, tokens]``: phi, ``max_d |x_d| / rms(x)`` of the residual stream entering the
             layer, over the sink dimensions (VAR, arXiv 2503.03321). 0 for padding and where there are no dimensions.
         hidden_sinks: Bool, same shape: ``phi >= hidden_threshold``.
+        value_norms: fp32 ``[batch, layers, num_heads, tokens]``: length of the value that each head reads at a token
+            (the heads of a group read the same one). 0 for padding.
+        residual_norms: fp32 ``[batch, layers, tokens]``: length of the residual stream entering the layer. 0 for
+            padding.
         is_image: Bool ``[batch, tokens]``: visual tokens; the others are text.
         is_token: Bool ``[batch, tokens]``: tokens that are not padding.
         sink_dims: The dimensions.
@@ -42,6 +46,8 @@ class Sinks(ProbeResult):
     attention_sinks: torch.Tensor
     values: torch.Tensor
     hidden_sinks: torch.Tensor
+    value_norms: torch.Tensor
+    residual_norms: torch.Tensor
     is_image: torch.Tensor
     is_token: torch.Tensor
     sink_dims: tuple[int, ...]
@@ -62,6 +68,36 @@ class Sinks(ProbeResult):
             "hidden, text": (self.hidden_sinks & ~image).sum(-1),
         }
 
+    def sink_rate(self, epsilon: float = 0.3) -> torch.Tensor:
+        """Return the share of all heads of all layers in which a token is a sink, fp32 ``[batch, tokens]``.
+
+        That is the sink metric of Gu et al. (ICLR 2025, arXiv 2410.10781): the mean over layers and heads of
+        ``1[alpha_k > epsilon]``, with alpha_k the mean weight of token k over the rows from k on (``received``). The
+        paper takes ``epsilon = 0.3`` and reports the first token's. Tokens that are seen by few rows say little.
+        """
+        return (self.received > epsilon).float().mean((1, 2))
+
+    def value_drains(self) -> torch.Tensor:
+        """Return each token's ``value_norms`` over the prompt's median, fp32 ``[batch, layers, num_heads, tokens]``.
+
+        Far below 1 at a sink: a value-state drain (Guo et al., arXiv 2410.13835). Heads look at it to add nothing. NaN
+        for padding and in samples without an image.
+        """
+        return self._over_median(self.value_norms)
+
+    def residual_peaks(self) -> torch.Tensor:
+        """Return each token's ``residual_norms`` over the prompt's median, fp32 ``[batch, layers, tokens]``.
+
+        Far above 1 at a sink: a residual-state peak (Guo et al., arXiv 2410.13835). NaN as in ``value_drains``.
+        """
+        return self._over_median(self.residual_norms)
+
+    def _over_median(self, norms: torch.Tensor) -> torch.Tensor:
+        """Divide lengths ``[batch, ..., tokens]`` by their median over a prompt's tokens."""
+        shown = self.is_token & self.is_image.any(1, keepdim=True)
+        known = norms.masked_fill(~shown.view(len(norms), *(1,) * (norms.dim() - 2), -1), float("nan"))
+        return known / known.nanmedian(-1, keepdim=True).values
+
     def plot(self, ax: Any = None, *, sample: int = 0, kind: str = "attention", **options: Any) -> Any:
         """Draw, by layer and token, the attention received (mean over heads), or phi with ``kind="hidden"``."""
         if kind not in ("attention", "hidden"):
@@ -78,11 +114,13 @@ class ReceivedLog:
     Attributes:
         sums: fp32 ``[batch, num_heads, tokens]``.
         rows: Over how many rows, ``[batch, tokens]``.
+        value_norms: Length of what each head reads there, fp32 ``[batch, num_heads, tokens]``.
     """
 
     def __init__(self) -> None:
         self.sums: dict[int, torch.Tensor] = {}
         self.rows: dict[int, torch.Tensor] = {}
+        self.value_norms: dict[int, torch.Tensor] = {}
 
     def see(self, attn_weights: torch.Tensor, allowed: torch.Tensor, layer: Layer) -> None:
         """Add rows of ``[batch, num_heads, rows, keys]`` of a prompt."""
@@ -94,12 +132,15 @@ class ReceivedLog:
         rows = (allowed & counted).expand(-1, -1, -1, attn_weights.shape[-1])[:, 0].sum(1)[:, :length].cpu()
         self.sums[at] = self.sums.get(at, 0) + sums
         self.rows[at] = self.rows.get(at, 0) + rows
+        if at not in self.value_norms:
+            norms = torch.linalg.vector_norm(layer.call.value[:, :, :length], dim=-1, dtype=torch.float32).cpu()
+            self.value_norms[at] = norms.repeat_interleave(sums.shape[1] // norms.shape[1], dim=1)
 
 
-def prompt_sink_values(
+def prompt_states(
     subject: Subject, inputs: Mapping[str, Any], sink_dims: Sequence[int], layers: Sequence[int], *watches: Method
-) -> torch.Tensor:
-    """Let a prompt be read, and return phi of its tokens: fp32 ``[batch, layers, tokens]`` on the CPU.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let a prompt be read, and return phi and the length of its tokens' hidden states.
 
     Args:
         subject: The model.
@@ -107,16 +148,22 @@ def prompt_sink_values(
         sink_dims: Hidden dimensions that mark sinks; without any, phi is 0.
         layers: Layers to look at.
         *watches: What else watches.
+
+    Returns:
+        fp32 ``[batch, layers, tokens]`` on the CPU, twice; 0 for padding and in samples without an image.
     """
-    found = {at: torch.zeros(inputs["input_ids"].shape) for at in layers}
+    values, lengths = ({at: torch.zeros(inputs["input_ids"].shape) for at in layers} for _ in range(2))
 
     def see(hidden_states: torch.Tensor, layer: Layer) -> None:
-        found[layer.site.layer_idx] = sink_values(hidden_states, sink_dims).cpu()
+        lengths[layer.site.layer_idx] = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32).cpu()
+        if sink_dims:
+            values[layer.site.layer_idx] = sink_values(hidden_states, sink_dims).cpu()
 
-    subject.answer(inputs, *watches, *([InputWatch(see, layers=layers)] if sink_dims else []))
+    subject.answer(inputs, *watches, InputWatch(see, layers=layers))
     tokens = prompt_tokens(subject.anatomy, inputs)
-    is_shown = tokens.valid & tokens.image.any(1, keepdim=True)
-    return torch.stack(list(found.values()), dim=1) * is_shown[:, None].cpu()
+    is_shown = (tokens.valid & tokens.image.any(1, keepdim=True))[:, None].cpu()
+    phi, length = (torch.stack(list(found.values()), dim=1) * is_shown for found in (values, lengths))
+    return phi, length
 
 
 @torch.no_grad()
@@ -160,7 +207,7 @@ def sinks(
         raise MethodError(f"sink_dims must lie below the hidden size {subject.anatomy.hidden_size}, got {dims}.")
     log = ReceivedLog()
     watch = AttentionWatch(log.see, "all", layers=wanted)
-    values = prompt_sink_values(subject, inputs, dims, wanted, watch)
+    values, lengths = prompt_states(subject, inputs, dims, wanted, watch)
     tokens = prompt_tokens(subject.anatomy, inputs)
     batch, length = tokens.valid.shape
     nothing = torch.zeros(batch, subject.anatomy.num_heads, length)  # without any image in the batch
@@ -169,6 +216,7 @@ def sinks(
     is_token, is_image = tokens.valid.cpu(), tokens.image.cpu()
     is_shown = (is_token & is_image.any(1, keepdim=True))[:, None]
     received = sums / rows.clamp_min(1) * is_shown[:, :, None]
+    value_norms = torch.stack([log.value_norms.get(at, nothing) for at in wanted], dim=1) * is_shown[:, :, None]
     limit = attention_threshold / is_token.sum(1).clamp_min(1)[:, None, None, None]
     return Sinks(
         wanted,
@@ -177,6 +225,8 @@ def sinks(
         attention_sinks=(received > limit) & (rows >= min_rows),
         values=values,
         hidden_sinks=values >= hidden_threshold,
+        value_norms=value_norms,
+        residual_norms=lengths,
         is_image=is_image,
         is_token=is_token,
         sink_dims=dims,

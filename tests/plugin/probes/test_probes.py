@@ -237,6 +237,35 @@ def test_injected_sinks_are_found(sinky: Any) -> None:
         assert torch.allclose(alone.values[0, layer], phi, atol=1e-4)
 
 
+@torch.no_grad()
+def test_drains_peaks_and_the_sink_rate_are_those_spelt_out(sinky: Any) -> None:
+    """Lengths of what the value projections give and of what enters the layers; sinks counted head by head."""
+    inputs, values = collate(RAGGED[:1]), []
+    modules = [m for n, m in sinky.named_modules() if n.endswith("self_attn.v_proj") and "vision" not in n]
+    hooks = [m.register_forward_hook(lambda _, args, out: values.append(out[0])) for m in modules]
+    hidden = sinky(**inputs, output_hidden_states=True).hidden_states
+    for hook in hooks:
+        hook.remove()
+    found = sinks(sinky, inputs, sink_dims=(5, 11))
+    drains, peaks, rate = found.value_drains()[0], found.residual_peaks()[0], found.sink_rate(0.1)[0]
+    tokens, heads = drains.shape[-1], drains.shape[1]
+    config = sinky.config.text_config
+    group, size = heads // config.num_key_value_heads, values[0].shape[-1] // config.num_key_value_heads
+    for layer, (value, state) in enumerate(zip(values, hidden, strict=False)):
+        length = [sum(float(x) ** 2 for x in state[0, token]) ** 0.5 for token in range(tokens)]
+        middle = sorted(length)[(tokens - 1) // 2]
+        assert peaks[layer].tolist() == pytest.approx([each / middle for each in length], rel=1e-4)
+        for head in range(heads):
+            part = value[:, head // group * size : (head // group + 1) * size]
+            read = [sum(float(x) ** 2 for x in row) ** 0.5 for row in part]
+            middle = sorted(read)[(tokens - 1) // 2]
+            assert drains[layer, head].tolist() == pytest.approx([each / middle for each in read], rel=1e-4)
+    for token in range(tokens):
+        above = [float(found.received[0, layer, head, token]) > 0.1 for layer in range(4) for head in range(heads)]
+        assert float(rate[token]) == pytest.approx(sum(above) / len(above))
+    assert peaks[0, 0] > 2, "the injected sinks are long"
+
+
 def test_received_attention_is_that_of_eager_maps(build: Any) -> None:
     model, inputs = build(attn="eager"), collate([RAGGED[0]])
     weights = torch.stack(model(**inputs, output_attentions=True).attentions, dim=1)
@@ -282,7 +311,16 @@ def test_a_left_padded_batch_gives_what_its_prompts_give(name: str, probe: str) 
         part, padding = of_sample(whole, row, len(each.ids)), inputs["input_ids"].shape[1] - len(each.ids)
         single = alone.to_dict()
         if isinstance(whole, Sinks):
-            for key in ("received", "attention_sinks", "values", "hidden_sinks", "is_image", "is_token"):
+            for key in (
+                "received",
+                "attention_sinks",
+                "values",
+                "hidden_sinks",
+                "value_norms",
+                "residual_norms",
+                "is_image",
+                "is_token",
+            ):
                 tensor = getattr(whole, key)[row : row + 1, ..., padding:]
                 assert torch.allclose(tensor.float(), getattr(alone, key).float(), atol=2e-5), key
                 assert not getattr(whole, key)[row, ..., :padding].any()
