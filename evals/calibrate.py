@@ -31,7 +31,7 @@ class CalibrateOptions(DataOptions):
     """The options of ``vlmfix calibrate``."""
 
     method: str = option(
-        "act, adhh, adaiat, allpath, iri, vaf, var or verify",
+        "act, adhh, adaiat, allpath, iri, maskcd, vaf, var, verify or vti",
         group=MODEL,
         default=MISSING,
         name="method",
@@ -175,7 +175,8 @@ Learn the heads, statistics or dimensions that a method needs for one model, and
   vlmfix calibrate act --model llava-hf/llava-1.5-7b-hf --data COCO_DIR --limit 100 --exclude ids.txt
 
 act costs a prefill per question and head; adhh a decode step per named object and head; iri two prefills per question
-and layer; the others a prefill or a caption per image. VLMFIX_LOG_LEVEL=INFO shows how far it is.
+and layer; vti two prefills and 51 passes of the vision tower per image; the others a prefill or a caption per image.
+VLMFIX_LOG_LEVEL=INFO shows how far it is.
 vlmfix.patch(model, "act.json") takes the file.
 """
 

@@ -7,13 +7,16 @@ from vlmfix.clients.beside_weights import from_pretrained as from_pretrained
 from vlmfix.clients.beside_weights import save_recipe_beside_weights as save_recipe_beside_weights
 from vlmfix.clients.export import export as export
 from vlmfix.clients.opera_generate import opera_generate as opera_generate
+from vlmfix.decoding.causalmm import CausalMM as CausalMM
 from vlmfix.decoding.edited import Edited as Edited
 from vlmfix.decoding.flb import FLB as FLB
 from vlmfix.decoding.guidance import Guidance as Guidance
+from vlmfix.decoding.ibd import IBD as IBD
 from vlmfix.decoding.icd import ICD as ICD
 from vlmfix.decoding.ifg import IFG as IFG
 from vlmfix.decoding.lqcd import LQCD as LQCD
 from vlmfix.decoding.m3id import M3ID as M3ID
+from vlmfix.decoding.maskcd import MaskCD as MaskCD
 from vlmfix.decoding.opera import OPERA as OPERA
 from vlmfix.decoding.sid import SID as SID
 from vlmfix.decoding.vcd import VCD as VCD
@@ -38,6 +41,7 @@ from vlmfix.methods.hgai import HGAI as HGAI
 from vlmfix.methods.iat import IAT as IAT
 from vlmfix.methods.iri import IRI as IRI
 from vlmfix.methods.measured import Calibration as Calibration
+from vlmfix.methods.memvr import MemVR as MemVR
 from vlmfix.methods.mma import MMA as MMA
 from vlmfix.methods.modality_balance import ModalityBalance as ModalityBalance
 from vlmfix.methods.none import NoMethod as NoMethod
@@ -48,6 +52,7 @@ from vlmfix.methods.vaf import VAF as VAF
 from vlmfix.methods.var import VAR as VAR
 from vlmfix.methods.vhr import VHR as VHR
 from vlmfix.methods.vista import VISTA as VISTA
+from vlmfix.methods.vti import VTI as VTI
 from vlmfix.model.sink_dims import find_sink_dims as find_sink_dims
 from vlmfix.observe.samples import CalibrationSample as CalibrationSample
 from vlmfix.patching import patch as patch

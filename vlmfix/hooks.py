@@ -42,6 +42,7 @@ from vlmfix.engine.stand_ins import (
 )
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
+from vlmfix.engine.tower import TowerHooks
 from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import state_of
@@ -108,8 +109,9 @@ class Patch:
         self.choose = choose
         self.variants: Uncopied[str, Any] = Uncopied()
         self.counters = Counters(len(methods))
-        self.block_hooks = make_block_hooks(anatomy, methods)
         self.early_head = EarlyHead(anatomy, methods, self.counters)
+        self.tower_hooks = TowerHooks(anatomy, methods, self.counters)
+        self.block_hooks = make_block_hooks(anatomy, methods, self.early_head)
         self.notes = tuple(
             note
             for method in methods
@@ -164,8 +166,8 @@ class Patch:
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(after, with_kwargs=True))
             self._stand_in_for_methods()
-            parts: list[Any] = [self.beginner.images, self.beginner.vision, *self.layer_hooks, *self.block_hooks]
-            for part in parts:
+            parts: list[Any] = [self.beginner.images, self.beginner.vision, self.tower_hooks]
+            for part in (*parts, *self.layer_hooks, *self.block_hooks):
                 self._handles += part.attach() if part is not None else ()
             _forget_compiled_code(self.anatomy.model)
         except BaseException:
@@ -224,7 +226,8 @@ class Patch:
                 self._stand_ins.put(model, "generate", self._rewriters[number])
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
-                self._generate = GenerateByCall(model, model.generate, self.choose, self.refuse)
+                told = (self.refuse, self.tower_hooks.call)
+                self._generate = GenerateByCall(model, model.generate, self.choose, *told)
             self._stand_ins.put(model, "generate", self._generate)
 
     def refuse(self, error: VlmfixError) -> None:
@@ -242,6 +245,8 @@ class Patch:
         told = {name: kwargs[name] for name in (OTHER_IMAGES_KWARG, PROMPT_END_KWARG) if name in kwargs}
         if told:
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
+        if FORWARD_KWARG not in kwargs or kwargs[FORWARD_KWARG] is None:
+            self.tower_hooks.call(is_stock=FORWARD_KWARG in kwargs)
         if FORWARD_KWARG in kwargs:
             if isinstance(kwargs[FORWARD_KWARG], (str, list, dict, Method)):
                 raise UnsupportedFeatureError(
@@ -266,7 +271,7 @@ class Patch:
             chosen, kwargs = self.branches.begin(forward, inputs, kwargs, told.get(OTHER_IMAGES_KWARG))
             if isinstance(chosen, PairedForward):
                 return (), {**kwargs, FORWARD_KWARG: chosen}
-        tokens = tokens_of(inputs) if self._wants_every_row and forward.state.any_image else None
+        tokens = tokens_of(inputs) if self._wants_every_row and forward.acts else None
         rows = {} if tokens is None else every_row(kwargs, forward.q_len, tokens.device)
         return args, {**kwargs, **rows, FORWARD_KWARG: forward}
 

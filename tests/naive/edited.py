@@ -16,6 +16,9 @@ class NaiveEdited(NaiveBranches):
     def __init__(self, edit: Naive, alpha: float, beta: float) -> None:
         self.edit, self.alpha, self.beta = edit, alpha, beta
 
+    def combine(self, logits: list[float], other: list[float], number: int) -> list[float]:
+        return contrast(logits, other, self.alpha, self.beta)
+
     @torch.no_grad()
     def generate(
         self, model: Any, ids: Sequence[int], pixels: torch.Tensor | None, tokens: int, suppress: Sequence[int] = ()
@@ -27,7 +30,7 @@ class NaiveEdited(NaiveBranches):
         mine, theirs = first[-1], second[-1]
         answer, steps = [], []
         for _ in range(tokens):
-            step = contrast(mine.tolist(), theirs.tolist(), self.alpha, self.beta)
+            step = self.combine(mine.tolist(), theirs.tolist(), len(answer) + 1)
             steps.append(step)
             allowed = [value for token, value in enumerate(step) if token not in suppress]
             answer.append(next(t for t, value in enumerate(step) if t not in suppress and value == max(allowed)))

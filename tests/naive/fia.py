@@ -14,9 +14,16 @@ MASKS = {"attention_mask", "causal_attention_mask"}
 
 
 class NaiveFia(Naive):
-    def __init__(self, layers: Sequence[int], alpha: float = 0.7, beta: float = 0.4, ratio: float = 0.15) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        alpha: float = 0.7,
+        beta: float = 0.4,
+        ratio: float = 0.15,
+        factors: Sequence[Sequence[float]] = ((1.0,) * 4,) * 4,
+    ) -> None:
         super().__init__(layers)
-        self.alpha, self.beta, self.ratio = alpha, beta, ratio
+        self.alpha, self.beta, self.ratio, self.factors = alpha, beta, ratio, factors
 
     def begin(self, sequence: State, reference: Reference) -> None:
         tower = reference.model.model.vision_tower
@@ -42,7 +49,7 @@ class NaiveFia(Naive):
             for head in range(len(scores)):
                 s = float(scores[head, j])
                 if s > float("-inf"):
-                    edited[head, j] = s + gain * abs(s)
+                    edited[head, j] = s + self.factors[row.layer][head] * gain * abs(s)
         return edited
 
 
@@ -79,8 +86,10 @@ def class_token_rows(tower, picture: torch.Tensor) -> tuple[list[float], list[fl
     return rows[0], rows[-2]
 
 
+FACTORS = ((1.0, 2.0, 0.0, 0.5), (0.0, 0.0, 3.0, 1.0), (1.0, 1.0, 1.0, 1.0), (0.2, 0.4, 0.6, 0.8))
 CASES = [
     ({"layers": ":", "local_ratio": 0.5}, NaiveFia(range(4), ratio=0.5)),
     ({"beta": 0.0, "layers": "1:", "local_ratio": 0.5}, NaiveFia([1, 2, 3], beta=0.0, ratio=0.5)),
     ({"alpha": 0.3, "beta": 1.2, "layers": ":", "local_ratio": 0.9}, NaiveFia(range(4), 0.3, 1.2, 0.9)),
+    ({"layers": ":", "local_ratio": 0.5, "head_factors": FACTORS}, NaiveFia(range(4), ratio=0.5, factors=FACTORS)),
 ]

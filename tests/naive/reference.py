@@ -23,15 +23,21 @@ class Naive:
     Attributes:
         layers: The layers to edit.
         needs_sinks: Whether it has something to do only in a model with massive activations.
+        acts_without_image: Whether it acts in prompts without an image.
     """
 
     needs_sinks = False
+    acts_without_image = False
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
 
     def begin(self, sequence: State, reference: Reference) -> None:
         """See a prompt before it is read; its tokens are already in ``sequence``."""
+
+    def features(self, reference: Reference, picture: torch.Tensor) -> torch.Tensor | None:
+        """The features ``[tokens, hidden_size]`` of a picture, where the method changes how the tower reads it."""
+        return None
 
     def enter(self, row: Row) -> None:
         """See what enters a layer in a row, also in prompts without an image."""
@@ -59,6 +65,10 @@ class Naive:
     def heads(self, row: Row, heads: list[torch.Tensor]) -> list[torch.Tensor]:
         """Edit the head outputs of a row."""
         return heads
+
+    def mlps(self, rows: Sequence[Row], entered: list[torch.Tensor], added: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Edit what the MLPs of all rows of a forward add; ``entered`` is what the MLPs were given."""
+        return [self.block(row, "mlp", each) for row, each in zip(rows, added, strict=True)]
 
     def block(self, row: Row, kind: str, added: torch.Tensor) -> torch.Tensor:
         """Edit what a row's ``"attention"`` or ``"mlp"`` block adds to the residual stream, ``[hidden_size]``."""
@@ -125,7 +135,7 @@ class Row:
     @property
     def is_behind_the_image(self) -> bool:
         """Whether it comes behind the last image token."""
-        return self.generated or self.position > max(self.sequence.image())
+        return self.generated or self.position > max(self.sequence.image(), default=-1)
 
 
 class Reference:
@@ -182,7 +192,7 @@ class Reference:
         sequence.is_image += [token == self.image_id and not generated for token in ids]
         if not generated:
             sequence.turn, sequence.prompt_length = past, len(sequence.ids)
-        naive = self.naive if any(sequence.is_image) else ()
+        naive = [each for each in self.naive if each.acts_without_image or any(sequence.is_image)]
         if not generated:
             for method in naive:
                 method.begin(sequence, self)
@@ -192,7 +202,7 @@ class Reference:
             rows = self._project_all(sequence, number, states, past, generated)
             acting = [method for method in naive if number in method.layers]
             heads = self._attention(rows, acting)
-            states = [self._leave(row, each, acting) for row, each in zip(rows, heads, strict=True)]
+            states = self._leave(rows, heads, acting)
             streams.append(states)
         logits = [self.read(self.language_model.norm(x[None])[0]) for x in states]
         for i, row in enumerate(rows):
@@ -216,7 +226,7 @@ class Reference:
         for number in range(len(self.language_model.layers)):
             rows = self._project_all(sequence, number, states, 0, False)
             heads = self._attention(rows, ())
-            states = [self._leave(row, each, ()) for row, each in zip(rows, heads, strict=True)]
+            states = self._leave(rows, heads, ())
             last.append((heads[-1], states[-1]))
         return last
 
@@ -227,6 +237,9 @@ class Reference:
         if pixels is not None:
             features = self.model.get_image_features(pixel_values=pixels)
             features = getattr(features, "pooler_output", features)  # transformers 4 returns the list itself
+            for method in self.naive:
+                edited = [method.features(self, picture) for picture in pixels]
+                features = features if edited[0] is None else edited
             embeds = embeds.clone()
             embeds[[i for i, token in enumerate(ids) if token == self.image_id]] = torch.cat(list(features))
         if self.config.model_type == "gemma2" and not hasattr(embedding, "scalar_embed_scale"):
@@ -315,23 +328,29 @@ class Reference:
         group = head // (self.config.num_attention_heads // self.config.num_key_value_heads)
         return row.to(values.dtype) @ values[: len(row), group]
 
-    def _leave(self, row: Row, heads: list[torch.Tensor], naive: Sequence[Naive]) -> torch.Tensor:
+    def _leave(
+        self, rows: Sequence[Row], heads: Sequence[list[torch.Tensor]], naive: Sequence[Naive]
+    ) -> list[torch.Tensor]:
         """Output projection, residual, MLP; methods edit what is added."""
-        layer = self.language_model.layers[row.layer]
+        layer = self.language_model.layers[rows[0].layer]
         has_norms_behind = hasattr(layer, "pre_feedforward_layernorm")  # Gemma2
-        added = layer.self_attn.o_proj(torch.cat(heads))
-        if has_norms_behind:
-            added = layer.post_attention_layernorm(added[None])[0]
-        for method in naive:
-            added = method.block(row, "attention", added)
-        x = row.state + added
         norm = layer.pre_feedforward_layernorm if has_norms_behind else layer.post_attention_layernorm
-        added = layer.mlp(norm(x[None]))[0]
-        if has_norms_behind:
-            added = layer.post_feedforward_layernorm(added[None])[0]
+        states, entered, outputs = [], [], []
+        for row, each in zip(rows, heads, strict=True):
+            added = layer.self_attn.o_proj(torch.cat(each))
+            if has_norms_behind:
+                added = layer.post_attention_layernorm(added[None])[0]
+            for method in naive:
+                added = method.block(row, "attention", added)
+            states.append(row.state + added)
+            entered.append(norm(states[-1][None])[0])
+            added = layer.mlp(entered[-1][None])[0]
+            if has_norms_behind:
+                added = layer.post_feedforward_layernorm(added[None])[0]
+            outputs.append(added)
         for method in naive:
-            added = method.block(row, "mlp", added)
-        return x + added
+            outputs = method.mlps(rows, entered, outputs)
+        return [x + added for x, added in zip(states, outputs, strict=True)]
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmfix.calibration import act, adaiat, adhh, allpath, iri, vaf, var, verify
+from vlmfix.calibration import act, adaiat, adhh, allpath, iri, maskcd, vaf, var, verify, vti
 from vlmfix.calibration.session import Found, Session, open_session
 from vlmfix.errors import MethodError
 from vlmfix.methods.measured import Calibration, plain
@@ -23,7 +23,8 @@ logger = logging.getLogger("vlmfix")
 
 
 SEARCHES = {
-    module.__name__.rpartition(".")[2]: module for module in (act, adaiat, adhh, allpath, iri, vaf, var, verify)
+    module.__name__.rpartition(".")[2]: module
+    for module in (act, adaiat, adhh, allpath, iri, maskcd, vaf, var, verify, vti)
 }
 """By method: the module whose ``search`` finds the parameters that its ``LEARNED`` names."""
 
@@ -53,9 +54,11 @@ def calibrate(
     adaiat    images with their objects       attention to generated text at real and at other objects
     allpath   either, as ``answers`` says     heads to scale up and down
     iri       yes/no questions with answers   per layer, how much of a yes its blocks restore
+    maskcd    any                             heads that look at the image
     vaf       any                             per layer, the half of the heads that look at the image
     var       any                             hidden dimensions that mark sinks
     verify    images, at best with objects    what each kind of evidence says about a word
+    vti       images with their objects       directions from hallucinated to right captions, and in the vision tower
     ========= =============================== =======================================================
 
     The model may be patched or not: the stock model is looked at, and left as it was found. The same samples and seed
@@ -75,9 +78,10 @@ def calibrate(
         batch_size: Samples per forward.
         max_new_tokens: Limit of captions.
         **options: Options of the search (act: ``share``; adhh: ``count``, ``variants``; adaiat: ``min_generated``;
-            allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``; var:
-            ``sink_threshold``, ``sink_share``;
-            verify: ``labels``) and parameters of the method (``beta=0.5``).
+            allpath: ``lens_norm``, ``xi``, ``zeta``; iri: ``corruption``, ``sigma``, ``floor``, ``rows``; maskcd:
+            ``threshold``; var: ``sink_threshold``, ``sink_share``; verify: ``labels``; vti: ``pairs``, ``swapped``,
+            ``trials``, ``masked``, ``mask_seed``, ``vision_tokens``,
+            ``sign``) and parameters of the method (``beta=0.5``).
 
     Returns:
         The method and how it came about. ``vlmfix.patch(model, calibration)`` takes it as it is.

@@ -2,7 +2,8 @@
 
 One file per method; ``vlmfix.list_methods()`` lists them with the others. Each is a ``weight`` of the contrast, and
 says what the other branch reads: another image (``vcd``, ``ifg``), other tokens (``guidance``, ``m3id``, ``icd``,
-``lqcd``), the same under an attention method (``edited``, ``sid``), or nothing (``flb``). What they share:
+``lqcd``), the same under an attention method (``edited``, ``sid``,
+``ibd``, ``maskcd``, ``causalmm``), or nothing (``flb``). What they share:
 
 - ``base``: the contract, the contrast and the cut.
 - ``two_branches``: what happens before and after a forward of the model, in its hooks.

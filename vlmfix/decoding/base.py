@@ -146,11 +146,12 @@ class DecodingMethod(Method):
         """
         raise NotImplementedError
 
-    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float | torch.Tensor:
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float | torch.Tensor:
         """Return ``w`` of the contrast ``l + w (l - l')``: a number, or fp32 ``[batch, 1]``.
 
         Args:
             logits: Of the model's own branch, fp32 ``[batch, vocab]``.
+            other: Of the other branch.
             token: Which token is chosen. A method that asks must set ``needs_cache``: without a cache, every forward
                 reads a prompt.
         """
@@ -164,7 +165,7 @@ class DecodingMethod(Method):
             other: Of the other branch; without one, those of the model's own.
             token: See :meth:`weight`.
         """
-        return cut(contrast(logits, other, self.weight(logits, token)), logits, self.beta)
+        return cut(contrast(logits, other, self.weight(logits, other, token)), logits, self.beta)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict ``{"method": name, **parameters}``."""
@@ -188,7 +189,7 @@ class Contrast(DecodingMethod):
         """Not for the cut alone."""
         return self.alpha != 0
 
-    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float:
         """``alpha``."""
         return self.alpha
 

@@ -17,7 +17,39 @@ from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
-class Edited(DecodingMethod):
+class AgainstEdit(DecodingMethod):
+    """Contrast the answer with that of the same model under one attention method; base class."""
+
+    @property
+    def alpha(self) -> float:
+        """The strength, which every method of this kind declares as a parameter."""
+        return 0.0
+
+    def edit_of_branch(self) -> Method:
+        """Return the attention method of the other branch."""
+        raise NotImplementedError
+
+    @property
+    def uses_branch(self) -> bool:
+        """Whether the branches differ, and their difference counts."""
+        return self.alpha != 0 and not self.edit_of_branch().is_identity
+
+    @property
+    def needs_cache(self) -> bool:  # type: ignore[override]
+        """As the edit does."""
+        return self.edit_of_branch().needs_cache
+
+    def branch_edit(self, anatomy: Anatomy) -> Method | None:
+        """Return the edit, bound to the model."""
+        return placed(self.edit_of_branch(), anatomy)
+
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float | torch.Tensor:
+        """``alpha``."""
+        return self.alpha
+
+
+@dataclass(frozen=True)
+class Edited(AgainstEdit):
     """Contrast the answer with that of the same model under an attention method: ``(1 + alpha) l - alpha l'``.
 
     ``l'`` are the logits behind the same prompt and the same answer, where ``edit`` acts on attention. The model's own
@@ -60,25 +92,11 @@ class Edited(DecodingMethod):
                 "Choose one that edits scores, weights or heads of attention, such as pai, vaf, spin or allpath."
             )
 
-    @property
-    def _edit(self) -> Method:
+    def edit_of_branch(self) -> Method:
+        """Return ``edit``."""
         assert isinstance(self.edit, Method)
         return self.edit
 
-    @property
-    def uses_branch(self) -> bool:
-        """Whether the branches differ, and their difference counts."""
-        return self.alpha != 0 and not self._edit.is_identity
-
-    @property
-    def needs_cache(self) -> bool:  # type: ignore[override]
-        """As the edit does."""
-        return self._edit.needs_cache
-
-    def branch_edit(self, anatomy: Anatomy) -> Method | None:
-        """Return the edit, bound to the model."""
-        return placed(self._edit, anatomy)
-
-    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float:
         """``alpha``, away from the edited branch or towards it."""
         return self.alpha if self.mode == "away" else -self.alpha

@@ -33,6 +33,6 @@ class Guidance(WithoutImage):
     )
     beta: float = plausibility(0.1, "Default: the released code's.")
 
-    def weight(self, logits: torch.Tensor, token: AnswerToken) -> float:
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float:
         """``gamma - 1``."""
         return self.gamma - 1

@@ -50,7 +50,7 @@ class M3ID(WithoutImage):
         """Whether any step can be contrasted."""
         return self.lam != 0 and self.alpha != 0
 
-    def weight(self, logits: torch.Tensor, token: AnswerToken) -> torch.Tensor:
+    def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> torch.Tensor:
         """``exp(lam t) - 1`` where the model is unsure, else 0."""
         is_unsure = logits.softmax(-1).amax(-1, keepdim=True) < self.alpha
         return torch.where(is_unsure, min(math.expm1(min(self.lam * token.number, 100.0)), LARGEST), 0.0)

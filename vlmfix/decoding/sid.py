@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vlmfix.decoding.base import Contrast, placed
+from vlmfix.decoding.base import plausibility, strength
+from vlmfix.decoding.edited import AgainstEdit
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Choice, parameter
 from vlmfix.methods.scores import take_keys, visible
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.methods.views import EditedRows, Layer
-from vlmfix.model.anatomy import Anatomy
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LeastSeenImage(Method):
 
 
 @dataclass(frozen=True)
-class SID(Contrast):
+class SID(AgainstEdit):
     """Contrast the answer with that to the image tokens which get the least attention: ``(1 + alpha) l - alpha l'``.
 
     ``l'`` is the model's own answer to the same prompt, where from layer 2 on only the ``keep`` image tokens with the
@@ -82,6 +82,8 @@ class SID(Contrast):
     summary = "contrasts the answer with that to the image tokens which get the least attention"
     needs_cache = True
 
+    alpha: float = strength(1.0)
+    beta: float = plausibility(0.1)
     keep: int = parameter(
         50,
         low=1,
@@ -90,6 +92,6 @@ class SID(Contrast):
         "has 576 (100 for POPE).",
     )
 
-    def branch_edit(self, anatomy: Anatomy) -> Method | None:
-        """Return the edit of the second branch, bound to the model."""
-        return placed(LeastSeenImage(self.keep), anatomy)
+    def edit_of_branch(self) -> Method:
+        """Hide all but ``keep`` image tokens."""
+        return LeastSeenImage(self.keep)

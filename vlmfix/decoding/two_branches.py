@@ -25,6 +25,7 @@ from vlmfix.decoding.branch import (
     WATCHED,
     Branch,
     BranchEdits,
+    BranchForward,
     PairedForward,
     cache_of,
     logits_of,
@@ -36,7 +37,7 @@ from vlmfix.decoding.caches import PairedCache, copy_columns, emptied, forget_pr
 from vlmfix.decoding.other_image import ENCODES, EncodeOtherImages, OtherImages
 from vlmfix.decoding.other_prompt import OtherPrompt, with_other_tokens, with_same_tokens
 from vlmfix.engine.calls import every_row, parameter_names, tokens_of
-from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.forwards import STOCK, EditedForward
 from vlmfix.engine.prompt_pass import positions_kept
 from vlmfix.engine.stand_ins import DRAFTS, RefuseDrafts
 from vlmfix.engine.status import Counters
@@ -294,14 +295,14 @@ class TwoBranches:
             arguments = {**arguments, "logits_to_keep": 1}
         options = {"past_key_values": cache, "use_cache": use_cache, "return_dict": True}
         arguments = {**arguments, **options}
-        forward = None
+        forward = STOCK
         if self._edits is not None:
             forward = self._edits.begin(arguments)
             arguments.update(every_row(arguments, length, tokens.device))  # as the patch does for the own branch
         with positions_kept(self._anatomy):
             output = self._anatomy.model(**arguments, **{FORWARD_KWARG: forward})
         filled, logits = getattr(output, "past_key_values", None), output.logits
-        if self._edits is not None and forward is not None:
+        if self._edits is not None and isinstance(forward, BranchForward):
             self._edits.finish(forward, filled)
         if valid is None or ends or logits.shape[1] != length:
             last = logits[:, -1]

@@ -32,7 +32,7 @@ _HEAD_INDEX = -1
 
 def attend(forward: Forward, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute attention with the edits of a site; without any, exactly what the base kernel returns."""
-    if not forward.state.any_image:
+    if not forward.acts:
         return call.base()
     if forward.is_prefill and site.masks:
         openers = _layers(forward, site.masks, call)
@@ -117,7 +117,11 @@ def _with_edited_heads(
 
 
 def _rows(forward: Forward, method: Method) -> Rows:
-    return forward.rows(method.prompt_rows, method.edits_decode)
+    return forward.rows(method.prompt_rows, method.edits_decode, every=method.acts_without_image)
+
+
+def _observed_rows(forward: Forward, method: Method) -> Rows:
+    return forward.rows(method.observed_rows, every=method.acts_without_image)
 
 
 def _observes(method: Method, layer: Layer) -> bool:
@@ -136,7 +140,7 @@ def _over_base(
         openers = [layer for _, layer in _layers(forward, site.masks, call)]
         write_opened_rows(base, call, openers, forward.image_stop)
     wanted = [_rows(forward, method) for method, _ in edits]
-    observed = [forward.rows(method.observed_rows) for method, layer in edits if _observes(method, layer)]
+    observed = [_observed_rows(forward, method) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
         return base.head_outputs, base.weights
@@ -239,7 +243,7 @@ def _show(
 ) -> None:
     """Show a method the weights of the rows ``start..stop - 1`` before it edits any."""
     forward = layer.forward
-    seen = layer.at(call, forward.rows(method.observed_rows).part(start, stop))
+    seen = layer.at(call, _observed_rows(forward, method).part(start, stop))
     method.observe(attn_weights, _all_if_none(forward, allowed, attn_weights), seen)
 
 

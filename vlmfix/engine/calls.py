@@ -163,7 +163,7 @@ def check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, g
     """
     continues = known is not None and not known.is_answered
     lost_image = known is not None and known.lost_image
-    if not (forward.state.any_image or lost_image) or not (continues or goes_on):
+    if not (forward.acts or lost_image) or not (continues or goes_on):
         return
     has_further_image, is_prefix = False, False
     if continues and known is not None and known.any_image:
@@ -172,11 +172,14 @@ def check_whole_prompt(known: SequenceState | None, forward: EditedForward, *, g
         behind = forward.valid_mask[:, : old.shape[1]] & (old.cumsum(1) > 0) & (from_the_end(old) == 0)
         has_further_image = bool((behind.any(1) & new.any(1)).any())
         is_prefix = not bool(behind.any())  # the known part ends with its last image token
-    only_text_before = not goes_on and known is not None and not known.any_image
+    has_text_before = continues and known is not None and not known.any_image
     for method in forward.methods:
         if is_prefix and method.leaves_prefix:
             continue
-        needs_it = method.minds_text_before_image if only_text_before else method.needs_whole_prompt
+        needs_it = method.needs_whole_prompt and (goes_on or not has_text_before)
+        needs_it = needs_it or (has_text_before and method.minds_text_before_image)
+        if not (forward.state.any_image or lost_image or method.acts_without_image):
+            continue
         if method.is_identity or not (needs_it or (has_further_image and method.prompt_rows == "text")):
             continue
         if known is not None and known.is_cut:

@@ -24,7 +24,7 @@ class EarlyHead:
     """The head of a model, for states of early layers, which some of a patch's bound methods read.
 
     Raises:
-        UnsupportedModelError: A method mixes logits, and the model has no language-model head.
+        UnsupportedModelError: A method reads them, and the model has no language-model head.
         UnsupportedFeatureError: A method wants the final norm, and it was not found.
     """
 
@@ -33,15 +33,18 @@ class EarlyHead:
         self.mixing = tuple(
             (index, each) for index, each in enumerate(methods) if each.early_layers and not each.is_identity
         )
-        head = anatomy.language_model.get_output_embeddings() if self.mixing else None
-        if self.mixing and not isinstance(head, nn.Module):
+        inside = [each for each in methods if each.reads_mlp_input and not each.is_identity]
+        is_read = bool(self.mixing or inside)
+        head = anatomy.language_model.get_output_embeddings() if is_read else None
+        if is_read and not isinstance(head, nn.Module):
             raise UnsupportedModelError(
                 f"{type(anatomy.language_model).__name__} has no language-model head to read early layers with. "
-                "Patch the model that generates, or choose a method that mixes no logits."
+                "Patch the model that generates, or choose a method that reads no early logits."
             )
         self._head = head
         self._loss_function: Any = getattr(anatomy.language_model, "loss_function", None)
-        self._norm = final_norm(anatomy) if any(each.early_norm for _, each in self.mixing) else None
+        is_normed = bool(inside) or any(each.early_norm for _, each in self.mixing)
+        self._norm = final_norm(anatomy) if is_normed else None
         self._softcap = self._scale = self._divisor = None
         if isinstance(head, nn.Module):
             self._softcap, self._scale, self._divisor = _behind_head(anatomy, head)
@@ -93,7 +96,7 @@ class EarlyHead:
         after = before.float()
         for _, method in self.mixing:
             states = [forward.early[layer][:, chosen.to(forward.early[layer].device)] for layer in method.early_layers]
-            early = [self._read(each, normed=method.early_norm).to(logits.device) for each in states]
+            early = [self.read(each, normed=method.early_norm).to(logits.device) for each in states]
             after = method.mix_logits(after, early)
         mixed = torch.where(mask[..., None], after.to(logits.dtype), before)
         if is_measured(forward):
@@ -104,7 +107,7 @@ class EarlyHead:
             mixed = torch.cat([logits[:batch, :start], mixed], dim=1)
         return mixed if batch == logits.shape[0] else torch.cat([mixed, logits[batch:]])
 
-    def _read(self, states: torch.Tensor, *, normed: bool) -> torch.Tensor:
+    def read(self, states: torch.Tensor, *, normed: bool) -> torch.Tensor:
         """Return logits of ``[batch, rows, hidden_size]``, fp32."""
         assert self._head is not None
         if normed:

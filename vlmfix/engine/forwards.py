@@ -46,6 +46,10 @@ class StockForward:
         """See what leaves a decoder layer, ``[batch, q_len, hidden_size]``."""
 
 
+STOCK = StockForward()
+"""For passes through the stock model in the middle of a call that does not ask for it (which ``None`` would)."""
+
+
 class StreamRecorder(StockForward):
     """Keeps the residual stream at each sample's last position.
 

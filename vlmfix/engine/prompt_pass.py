@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmfix.engine.forwards import EditedForward, StockForward, StreamRecorder
+from vlmfix.engine.forwards import STOCK, EditedForward, StockForward, StreamRecorder
 from vlmfix.engine.plan import PatchedSite
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.sequence import SHARED, SequenceState
@@ -243,7 +243,7 @@ def begin_methods(
         return
 
     def first_logits() -> torch.Tensor:
-        logits = _read_prompt(model, forward, inputs, None)
+        logits = _read_prompt(model, forward, inputs, STOCK)
         return (forward.at_last_position(logits) if logits.shape[1] == forward.q_len else logits[:, -1]).float()
 
     def patch_attention() -> dict[int, torch.Tensor]:
@@ -271,7 +271,7 @@ def begin_methods(
 
 @torch.no_grad()
 def _read_prompt(
-    model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StreamRecorder | None
+    model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StockForward
 ) -> torch.Tensor:
     """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
     # An empty cache need not be copied; the pass then runs without one.

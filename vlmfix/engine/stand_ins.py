@@ -132,12 +132,14 @@ class GenerateByCall:
         stock: What generates without it.
         choose: Returns a model with the same weights under other methods.
         remember: Is told of a refused call before its error is raised: many callers swallow it.
+        begin: Is told of a call before it begins: whether it asks for the stock model.
     """
 
     model: nn.Module
     stock: Any
     choose: Callable[[nn.Module, Any], Any]
     remember: Callable[[VlmfixError], None]
+    begin: Callable[..., None]
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -148,6 +150,7 @@ class GenerateByCall:
         """Generate with the methods of the patch, with none (``vlmfix=None``), or with those that are named."""
         try:
             if kwargs.get(FORWARD_KWARG) is None:
+                self.begin(is_stock=FORWARD_KWARG in kwargs)
                 return self.stock(*args, **kwargs)
             return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
         except VlmfixError as error:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vlmfix.engine.base_output import is_measured
+from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import MISSING, EditedForward, reached_from_outside
 from vlmfix.engine.plan import Numbered, PatchedSite
 from vlmfix.methods.base import Method
@@ -49,13 +50,17 @@ class BlockHooks:
     """Hooks on one decoder layer and its blocks: bound methods and partials of them follow ``copy.deepcopy(model)``.
 
     ``edits`` are the methods that edit each kind of block, ``early`` those that read the layer's output for
-    ``Method.mix_logits``.
+    ``Method.mix_logits``. ``head`` reads what enters the layer, for methods that ask for it.
     """
 
-    def __init__(self, blocks: ResidualBlocks, edits: Mapping[BlockKind, Numbered], early: Numbered) -> None:
+    def __init__(
+        self, blocks: ResidualBlocks, edits: Mapping[BlockKind, Numbered], early: Numbered, head: EarlyHead
+    ) -> None:
         self.blocks = blocks
         self.edits = edits
         self.early = early
+        self.head = head
+        self.is_read = any(method.reads_mlp_input for _, method in edits.get("mlp", ()))
         self._attached: Uncopied[int, weakref.ref[EditedForward]] = Uncopied()
         self._traced: EditedForward | None = None
 
@@ -68,6 +73,8 @@ class BlockHooks:
         for kind in self.edits.keys() - {"embedding"}:
             hook = functools.partial(self.after_block, kind)
             handles.append(self.blocks.module(kind).register_forward_hook(hook))
+        if self.is_read:
+            handles.append(self.blocks.mlp_entrance.register_forward_pre_hook(self.before_mlp, with_kwargs=True))
         handles.append(layer.register_forward_hook(self.after, with_kwargs=True))
         return handles
 
@@ -78,11 +85,24 @@ class BlockHooks:
             raise reached_from_outside(f"Decoder layer {self.blocks.layer_idx}")
         self._attach(forward)
         edited = self._forward()
-        if "embedding" not in self.edits or edited is None or not edited.is_prefill:
+        if edited is None:
             return None
-        if args:
-            return (self.after_block("embedding", module, (), args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.after_block("embedding", module, (), kwargs["hidden_states"])}
+        states = args[0] if args else kwargs["hidden_states"]
+        if self.is_read:
+            rows = edited.rows("last")
+            edited.early_logits[self.blocks.layer_idx] = self.head.read(
+                self._own(states)[:, rows.start : rows.stop], normed=True
+            )
+        if "embedding" not in self.edits or not edited.is_prefill:
+            return None
+        states = self.after_block("embedding", module, (), states)
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    def before_mlp(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what enters the MLP until its output is edited."""
+        forward = self._forward()
+        if forward is not None:
+            forward.mlp_inputs[self.blocks.layer_idx] = self._own(args[0] if args else next(iter(kwargs.values())))
 
     def before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Attach it again: checkpointing computes what is inside a layer a second time, without the layer's hooks."""
@@ -125,13 +145,21 @@ class BlockHooks:
         states = output[0] if isinstance(output, tuple) else output
         every = states.reshape(-1, forward.q_len, states.shape[-1])  # some MLPs return rows of all samples in one
         batch = forward.state.image_mask.shape[0]
-        rows = every[:batch]  # the other branch of a contrast comes behind
+        rows = self._own(states)
         for index, method in self.edits[kind]:
             rows = _edit_rows(rows, method, Block(forward, self.blocks.layer_idx, kind, index))
         if batch < every.shape[0]:
             rows = torch.cat([rows, every[batch:]])
         edited = rows.reshape(states.shape)
+        if kind == "mlp":
+            forward.mlp_inputs.pop(self.blocks.layer_idx, None)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def _own(self, states: torch.Tensor) -> torch.Tensor:
+        """Return ``[batch, q_len, hidden_size]`` of the model's own branch: that of a contrast's other comes behind."""
+        forward = self._forward()
+        assert forward is not None
+        return states.reshape(-1, forward.q_len, states.shape[-1])[: forward.state.image_mask.shape[0]]
 
 
 def own_branch(forward: Any) -> Any:
@@ -152,14 +180,15 @@ def _edit_rows(states: torch.Tensor, method: Method, block: Block) -> torch.Tens
     if after is before:
         return states
     after = after.to(states.dtype)
+    mask = None if rows.mask is None else rows.mask.to(states.device)
+    if block.edited is not None:
+        mask = block.edited if mask is None else mask & block.edited
     if is_measured(block.forward):
-        where = None if rows.mask is None else rows.mask.to(states.device)[:, seen, None]
-        block.record_move(before[:, seen], after[:, seen], where)
-    if rows.mask is None:
+        block.record_move(before[:, seen], after[:, seen], None if mask is None else mask[:, seen, None])
+    if mask is None:
         count = before.shape[0] * before.shape[1]
         block.count(torch.full((), count, dtype=torch.int64, device=before.device))
     else:
-        mask = rows.mask.to(states.device)
         after = torch.where(mask[..., None], after, before)
         block.count(mask.sum())
     if rows.stop - rows.start == states.shape[1]:
@@ -174,8 +203,10 @@ def make_layer_hooks(sites: Iterable[PatchedSite]) -> tuple[LayerHooks, ...]:
     return tuple(LayerHooks(each, tuple(site for site in read if site.decoder_layer is each)) for each in layers)
 
 
-def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[BlockHooks, ...]:
+def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method], head: EarlyHead) -> tuple[BlockHooks, ...]:
     """Place the hooks on the layers in which one of the bound methods edits a block or reads the output.
+
+    ``head`` is the model's, for methods that read what enters a layer.
 
     Raises:
         UnsupportedModelError: A method edits blocks, and the model's layers are built differently from those known.
@@ -193,5 +224,5 @@ def make_block_hooks(anatomy: Anatomy, methods: Sequence[Method]) -> tuple[Block
                     edits[kind] = (*edits.get(kind, ()), (n, each))
         early = tuple((n, each) for n, each in acting if blocks.layer_idx in each.early_layers)
         if edits or early:
-            hooks.append(BlockHooks(blocks, edits, early))
+            hooks.append(BlockHooks(blocks, edits, early, head))
     return tuple(hooks)

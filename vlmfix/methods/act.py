@@ -31,7 +31,8 @@ class ACT(Method):
 
     Where this differs from the released code: its decode step multiplies row sums (up to 1.37), which is not followed.
     It spares the first element of its list of sinks, which is not the first token where that token is no sink. It has
-    no ``min_rows``. The paper is about text models; prompts without an image are left alone here.
+    no ``min_rows``. The paper is about text models; here prompts without an image are left alone unless
+    ``without_image``.
     """
 
     name = "act"
@@ -76,6 +77,10 @@ class ACT(Method):
         "itself counts as a mean.",
     )
 
+    without_image: bool = parameter(
+        False, help="Calibrate prompts without an image too, which is what the paper is about."
+    )
+
     def validate(self) -> None:
         """Check that a threshold given as a text can be read."""
         self.require(isinstance(self._threshold, tuple), "sink_threshold", _THRESHOLDS)
@@ -87,6 +92,11 @@ class ACT(Method):
             return float(self.sink_threshold), False
         match = re.fullmatch(r"\s*(\d*\.?\d+)\s*/\s*[nN]\s*", self.sink_threshold)
         return (float(match.group(1)), True) if match else None
+
+    @property
+    def acts_without_image(self) -> bool:
+        """As chosen."""
+        return self.without_image and not self.is_identity
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:

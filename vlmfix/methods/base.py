@@ -45,6 +45,8 @@ class Method(InLayers):
     edits_blocks: ClassVar[tuple[BlockKind, ...]] = ()
     """Which outputs of a decoder layer's blocks it edits, before they are added to the residual stream; as
     ``"embedding"``, the image's tokens as they enter the first layer, whatever ``layers`` and ``prompt_rows`` are."""
+    reads_mlp_input: ClassVar[bool] = False
+    """Whether :meth:`edit_block` looks at ``block.input`` and ``block.early_logits`` of the MLPs it edits."""
     hides_keys: ClassVar[bool] = False
     """Whether :meth:`edit_scores` hides keys, by the lowest score there is; later edits do not see them."""
     reads_layer_input: ClassVar[bool] = False
@@ -86,6 +88,16 @@ class Method(InLayers):
         return is_off(self)
 
     @property
+    def acts_without_image(self) -> bool:
+        """Whether it edits prompts without an image too, which every method of this project leaves alone by default."""
+        return False
+
+    @property
+    def edits_vision(self) -> tuple[BlockKind, ...]:
+        """Which outputs of the blocks of the vision tower's layers it edits, in every image that is read."""
+        return ()
+
+    @property
     def prompt_rows(self) -> PromptRows:
         """The rows of a prompt whose scores, weights or block outputs are up for edits; or its parameter ``rows``."""
         rows: PromptRows = getattr(self, "rows", "text")
@@ -114,6 +126,7 @@ class Method(InLayers):
         logits, opens the mask or looks at the whole prompt beforehand is none of these.
         """
         looks = self.reads_prompt or self.needs_text_only_heads or self.vision_layers or self.opens_mask
+        looks = looks or bool(self.edits_vision)
         edits = self.edits_heads or self.replaces_logits or "embedding" in self.edits_blocks
         is_behind = {"image", "all"}.isdisjoint([self.prompt_rows, self.observed_rows])
         return self.is_identity or (not (looks or edits) and is_behind)
@@ -282,6 +295,22 @@ class Method(InLayers):
         Returns:
             The edited states, in any dtype. Rows that are not up for edits come back as they were, whatever is
             returned for them.
+        """
+        raise NotImplementedError
+
+    def edit_vision(self, states: torch.Tensor, kind: BlockKind, layer_idx: int) -> torch.Tensor:
+        """Edit what a block of a layer of the vision tower adds to its residual stream, in all tokens.
+
+        The tower may read images before a prompt's forward begins, so there is no forward to look at.
+
+        Args:
+            states: ``[..., tokens, width]``, in the model's dtype; must not be changed in place. Towers that read
+                images of any size give the tokens of all images in one row.
+            kind: ``"attention"`` or ``"mlp"``.
+            layer_idx: The layer's number.
+
+        Returns:
+            The edited states, in any dtype.
         """
         raise NotImplementedError
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlmfix.errors import UnsupportedFeatureError
+from vlmfix.errors import MethodError, UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import raise_keys
 from vlmfix.methods.selection import all_but
 from vlmfix.methods.views import EditedRows, Layer, Prompt, PromptRows
+from vlmfix.model.anatomy import Anatomy
 
 _FIRST, _PENULTIMATE = 0, -2
 
@@ -29,9 +30,10 @@ class FIA(Method):
     CLIP-like tower and one token per patch.
 
     The abstract of the paper's first version speaks of head-specific modulation. No released code has it: all heads
-    get the same factor, here too. The "spatial" tokens of the released code are the top k of softmax row sums, which
-    are all 1; they are not offered. The published runs use guidance beside it, and do not edit the prompt's last row
-    then: ``[FIA(edit_prompt=False), Guidance()]``. The headline setting (ratio 0.25, guidance on) makes captions loop.
+    get the same factor, here too unless ``head_factors`` says otherwise. The "spatial" tokens of the released code are
+    the top k of softmax row sums, which are all 1; they are not offered. The published runs use guidance beside it, and
+    do not edit the prompt's last row then: ``[FIA(edit_prompt=False), Guidance()]``. The headline setting (ratio 0.25,
+    guidance on) makes captions loop.
     The default is the one logged setting with a gain and intact text. It was logged with guidance, and has not been
     measured without.
     """
@@ -57,11 +59,29 @@ class FIA(Method):
     edit_prompt: bool = parameter(
         True, help="Edit the prompt's last row too; the published runs, with guidance, do not."
     )
+    head_factors: tuple[tuple[float, ...], ...] | None = parameter(
+        None,
+        low=0,
+        expected="a table [layers][heads] of finite numbers >= 0",
+        help="Experimental, ours: ``[num_layers][num_heads]``, factors of both gains by head, such as ``.factors()`` "
+        "of ``vlmfix.probes.head_divergence``. Default: 1 for all.",
+    )
 
     @property
     def is_identity(self) -> bool:
         """Whether both gains are 0."""
         return self.alpha == 0 == self.beta
+
+    def bind(self, anatomy: Anatomy) -> FIA:
+        """Resolve the layers, and check the factors.
+
+        Raises:
+            MethodError: They are those of a model of another shape.
+        """
+        factors, shape = self.head_factors, (anatomy.num_layers, anatomy.num_heads)
+        if factors is not None and {(len(factors), len(row)) for row in factors} != {shape}:
+            raise MethodError(f"fia: head_factors must have {shape[0]} layers of {shape[1]} heads for this model.")
+        return super().bind(anatomy)
 
     @property
     def prompt_rows(self) -> PromptRows:
@@ -85,7 +105,13 @@ class FIA(Method):
             known = layer.visible_keys(layer.shared.to(scores.device), scores.shape[-1])
             return F.pad(known, (0, scores.shape[-1] - known.shape[1]))
 
-        return raise_keys(scores, layer, gain)
+        return raise_keys(scores, layer, gain, layer.constant(lambda: self._factors(layer, scores)))
+
+    def _factors(self, layer: Layer, scores: torch.Tensor) -> torch.Tensor | None:
+        """Return the factors of the heads in hand, fp32 ``[num_heads, 1, 1]``; ``None`` without any."""
+        if self.head_factors is None:
+            return None
+        return torch.tensor(self.head_factors[layer.site.layer_idx], device=scores.device)[:, None, None]
 
     def _gains(self, prompt: Prompt) -> torch.Tensor:
         """Return the gains of all tokens so far, fp32 ``[batch, prompt]``; images of earlier turns keep theirs."""

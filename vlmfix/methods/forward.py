@@ -55,6 +55,7 @@ class Forward:
         prompt_len: Those of them that belong to the prompt; drafted tokens of assisted decoding may follow.
         num_given: Behind an encoder, how many tokens of the decoder come before the first one that is predicted.
         begins: Whether it is the first forward of an answer: it reads a prompt, or an encoder has just read one.
+        acts: Whether any method has something to do: there is an image, or one that acts without.
         is_over: Whether it has ended. Gradient checkpointing computes layers again later, and nothing is learned then.
         text_only_heads: By site index, head outputs at the last position of an image-free pass over the same prompt,
             ``[batch, num_heads, head_dim]``, where a method needs them.
@@ -62,6 +63,8 @@ class Forward:
         moved: Per method, how far its edited outputs moved, see ``record_move``.
         is_measured: Whether that is measured in this forward: in prompts, and in the first step behind each.
         made: What several layers or methods share in this forward, see ``once``.
+        mlp_inputs: By decoder layer, what entered its MLP, ``[batch, q_len, hidden_size]``, for methods that read it.
+        early_logits: By decoder layer, what the head reads from the stream that entered it, for the same methods.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Forward:
         self.prompt_len = prompt_len
         self.num_given = q_len
         self.begins = is_prefill
+        self.acts = state.any_image or any(method.acts_without_image for method in state.methods)
         self.is_over = False
         self.text_only_heads: dict[int, torch.Tensor] = {}
         self.edited: list[list[torch.Tensor]] = [[] for _ in state.methods]
@@ -88,6 +92,8 @@ class Forward:
         self.is_measured = is_prefill
         self._first_rows = first_rows or {}
         self.made: dict[Hashable, Any] = {}
+        self.mlp_inputs: dict[int, torch.Tensor] = {}
+        self.early_logits: dict[int, torch.Tensor] = {}
 
     @property
     def image_mask(self) -> torch.Tensor:
@@ -147,43 +153,46 @@ class Forward:
             return torch.full_like(self.valid_mask[:, 0], self.q_len, dtype=torch.int64)
         return self.valid_mask[:, -self.prompt_len :].sum(1) + self.q_len - self.prompt_len
 
-    def rows(self, kind: PromptRows, decode: bool = True) -> Rows:
+    def rows(self, kind: PromptRows, decode: bool = True, *, every: bool = False) -> Rows:
         """Return query rows of samples with an image.
 
         Args:
             kind: Which rows of the prompt.
             decode: Whether rows of generated (or drafted) tokens belong to them.
+            every: Whether those of samples without an image do too.
         """
-        key = ("rows", kind, decode)
+        key = ("rows", kind, decode, every)
         if key not in self.made:
-            self.made[key] = self._prompt_rows(kind, decode) if self.is_prefill else self._decode_rows(decode)
+            rows_of = self._prompt_rows if self.is_prefill else self._decode_rows
+            self.made[key] = rows_of(kind, decode, every)
         rows: Rows = self.made[key]
         return rows
 
-    def _decode_rows(self, decode: bool) -> Rows:
+    def _decode_rows(self, kind: PromptRows, decode: bool, every: bool) -> Rows:
         if not decode:
             return Rows(0, 0, self.has_image[:, None][:, :0])
-        mask = None if self.state.all_images else self.has_image[:, None].expand(-1, self.q_len)
-        return Rows(0, self.q_len, mask)
+        is_all = every or self.state.all_images
+        return Rows(0, self.q_len, None if is_all else self.has_image[:, None].expand(-1, self.q_len))
 
-    def _prompt_rows(self, kind: PromptRows, decode: bool) -> Rows:
+    def _prompt_rows(self, kind: PromptRows, decode: bool, every: bool) -> Rows:
         image, valid, past = self.image_mask, self.valid_mask, self.past
         assert isinstance(past, int)
-        has_image = self.has_image[:, None]
+        chosen = self.has_image[:, None]
+        chosen = torch.ones_like(chosen) if every else chosen
         drafted = self.q_len - self.prompt_len
         if kind == "none":
             start, mask = self.prompt_len, valid[:, :0]
         elif kind in ("image", "all"):
-            start, mask = 0, (image if kind == "image" else valid & has_image)[:, past:]
+            start, mask = 0, (image if kind == "image" else valid & chosen)[:, past:]
         else:
             # Rows behind a sample's last image: no image token follows.
-            start = min(self._first_rows[kind], self.prompt_len)
-            behind = valid & has_image & (from_the_end(image) == 0)
+            start = 0 if every else min(self._first_rows[kind], self.prompt_len)
+            behind = valid & chosen & (from_the_end(image) == 0)
             if kind == "last":
                 behind &= from_the_end(valid) == 1
             mask = behind[:, past + start :]
         if drafted and decode:
-            mask = torch.cat([mask, has_image.expand(-1, drafted)], dim=1)
+            mask = torch.cat([mask, chosen.expand(-1, drafted)], dim=1)
         return Rows(start, start + mask.shape[1], mask)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
-from vlmfix.methods.measured import LayerRanking, how_to_rank
+from vlmfix.methods.measured import LayerRanking, how_to_measure
 from vlmfix.methods.parameters import Range, is_off, parameter
 from vlmfix.methods.views import Block
 from vlmfix.model.anatomy import Anatomy
@@ -103,7 +103,8 @@ class IRI(Method):
             return bound
         if self.ranking is None:
             raise MethodError(
-                f"iri needs a ranking of this checkpoint's layers, and none is shipped. {how_to_rank(anatomy)}"
+                "iri needs a ranking of this checkpoint's layers, and none is shipped. "
+                f"{how_to_measure('iri', anatomy)}"
             )
         ranking = LayerRanking.load(self.ranking) if isinstance(self.ranking, str) else self.ranking
         assert isinstance(ranking, LayerRanking)

@@ -202,18 +202,75 @@ class LayerRanking(Measured):
         Raises:
             MethodError: Another depth or another checkpoint.
         """
-        if len(self.rr_attn) != anatomy.num_layers:
-            raise MethodError(
-                f"iri: the ranking is of {self.model!r} with {len(self.rr_attn)} layers, and this model has "
-                f"{anatomy.num_layers}. Rankings do not carry over. {how_to_rank(anatomy)}"
-            )
-        found = checkpoint_name(anatomy)
-        if Path(self.model).name != found:
-            raise MethodError(
-                f"iri: the ranking is of the checkpoint {self.model!r}, and this model is {found!r}. Rankings do not "
-                f"carry over. {how_to_rank(anatomy)} If it is the same checkpoint under another name, write that name "
-                "into the ranking."
-            )
+        check_checkpoint("iri", "rankings", self.model, f"{len(self.rr_attn)} layers", anatomy, len(self.rr_attn))
+
+
+_DIRECTIONS = "a table [layers][size] of finite numbers"
+
+
+@dataclass(frozen=True, repr=False)
+class Directions(Measured):
+    """Directions in which outputs of blocks are turned, see ``vlmfix.calibration.vti``."""
+
+    noun = "directions"
+
+    model: str = field(
+        metadata=described("Name of the checkpoint they were measured on (the last part of its path or hub id counts).")
+    )
+    text: tuple[tuple[float, ...], ...] = field(
+        metadata=described("``[num_layers][hidden_size]`` in the decoder.", expected=_DIRECTIONS)
+    )
+    vision: tuple[tuple[tuple[float, ...], ...], ...] = parameter(
+        (),
+        expected="a table [layers][tokens or 1][width] of finite numbers",
+        help="``[layers][tokens][width]`` in the vision tower; one token where all share their directions.",
+    )
+
+    def validate(self) -> None:
+        """Check that all layers of the decoder have one width."""
+        self.require(len({len(row) for row in self.text}) == 1, "text", _DIRECTIONS)
+
+    def __repr__(self) -> str:
+        """Without the numbers: they are many."""
+        return f"Directions(model={self.model!r}, {len(self.text)} layers, {len(self.vision)} of the vision tower)"
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuse a model other than the one measured.
+
+        Raises:
+            MethodError: Another shape or another checkpoint.
+        """
+        size = len(self.text[0])
+        shape = f"{len(self.text)} layers of size {size}"
+        same = len(self.text) if size == anatomy.hidden_size else -1
+        check_checkpoint("vti", self.noun, self.model, shape, anatomy, same)
+
+
+def check_checkpoint(method: str, noun: str, model: str, shape: str, anatomy: Anatomy, num_layers: int) -> None:
+    """Refuse a model other than the one that something was measured on.
+
+    Args:
+        method: Whose it is.
+        noun: What it is, in the plural.
+        model: The checkpoint it is of.
+        shape: How large that is, in words.
+        anatomy: The model at hand.
+        num_layers: How many layers that has.
+
+    Raises:
+        MethodError: Another depth or another checkpoint.
+    """
+    how, found = how_to_measure(method, anatomy), checkpoint_name(anatomy)
+    if num_layers != anatomy.num_layers:
+        raise MethodError(
+            f"{method}: the {noun} are of {model!r} with {shape}, and this model has {anatomy.num_layers} layers of "
+            f"size {anatomy.hidden_size}. {noun.capitalize()} do not carry over. {how}"
+        )
+    if Path(model).name != found:
+        raise MethodError(
+            f"{method}: the {noun} are of the checkpoint {model!r}, and this model is {found!r}. {noun.capitalize()} "
+            f"do not carry over. {how} If it is the same checkpoint under another name, write that name into the file."
+        )
 
 
 def checkpoint_name(anatomy: Anatomy) -> str:
@@ -221,12 +278,12 @@ def checkpoint_name(anatomy: Anatomy) -> str:
     return Path(str(anatomy.model.config._name_or_path or "")).name
 
 
-def how_to_rank(anatomy: Anatomy) -> str:
-    """Return the line to type."""
+def how_to_measure(method: str, anatomy: Anatomy) -> str:
+    """Return the line to type for what a method needs."""
     name = str(anatomy.model.config._name_or_path or "MODEL")
     return (
-        f"Measure one: vlmfix calibrate iri --model {name} --data COCO_DIR --limit 50 --out iri.json, then "
-        "vlmfix.patch(model, 'iri.json')."
+        f"To measure: vlmfix calibrate {method} --model {name} --data COCO_DIR --limit 50 --out {method}.json, then "
+        f"vlmfix.patch(model, '{method}.json')."
     )
 
 

@@ -83,20 +83,23 @@ def raise_scores(scores: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 
     Args:
         scores: ``[batch, num_heads, rows, keys]``.
-        gain: fp32 ``[batch, 1, 1, keys]``, >= 0.
+        gain: fp32, broadcastable to it, >= 0.
     """
     if scores.requires_grad:
         return torch.addcmul(scores, scores.abs(), gain)
     return scores.addcmul_(scores.abs(), gain)
 
 
-def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor]) -> EditedRows:
+def raise_keys(
+    scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch.Tensor], by_head: torch.Tensor | None = None
+) -> EditedRows:
     """Raise the scores of a layer by gains that all layers with the same keys share.
 
     Args:
         scores: ``[batch, num_heads, rows, keys]``.
         layer: The layer.
         make_gain: Returns the gains, fp32 ``[batch, keys]``, >= 0.
+        by_head: Factors of the gains in this layer, fp32 ``[num_heads, 1, 1]``, >= 0.
 
     Returns:
         The scores and which rows have a raised key, bool ``[batch, num_heads, rows]``.
@@ -107,7 +110,7 @@ def raise_keys(scores: torch.Tensor, layer: Layer, make_gain: Callable[[], torch
         return gain, (gain > 0).any(3)
 
     gain, edited = layer.per_keys(make, scores)
-    return raise_scores(scores, gain), edited.expand(scores.shape[:3])
+    return raise_scores(scores, gain if by_head is None else gain * by_head), edited.expand(scores.shape[:3])
 
 
 def visible(keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -180,3 +183,15 @@ def best(values: torch.Tensor, count: int) -> torch.Tensor:
     """
     ranks = values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return ranks < count
+
+
+def turned_towards(states: torch.Tensor, vector: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
+    """Turn vectors towards a unit vector by about ``strength`` radians: ``|x| unit(unit(x) + strength v)``.
+
+    Args:
+        states: fp32 ``[..., size]``; a zero vector stays zero.
+        vector: fp32, broadcastable to it: unit vectors, or zero to leave the states alone.
+        strength: A number, or fp32 ``[..., 1]``.
+    """
+    length: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+    return length * F.normalize(F.normalize(states, dim=-1) + strength * vector, dim=-1)

@@ -31,6 +31,10 @@ class Learner(Protocol):
     def keeps_choice(self) -> bool:
         """Whether what it learned at the end of a prompt holds for the answer behind that prompt alone."""
 
+    @property
+    def acts_without_image(self) -> bool:
+        """Whether it edits prompts without an image too."""
+
     def crop(self, learned: Any, length: int) -> Any:
         """Forget what was learned of tokens behind the first ``length``."""
 

@@ -73,14 +73,30 @@ class Block(View):
         forward: The forward.
         layer_idx: The decoder layer's index.
         kind: Which half of it.
+        edited: For the method to set, where it leaves some of the rows in hand alone: which ones it edited, bool
+            ``[batch, rows]``.
     """
 
-    __slots__ = ("kind", "layer_idx")
+    __slots__ = ("edited", "kind", "layer_idx")
 
     def __init__(self, forward: Forward, layer_idx: int, kind: BlockKind, index: int) -> None:
         super().__init__(forward, index)
         self.layer_idx = layer_idx
         self.kind = kind
+        self.edited: torch.Tensor | None = None
+
+    @property
+    def input(self) -> torch.Tensor:
+        """What entered the MLP, ``[batch, q_len, hidden_size]`` of the forward; see ``reads_mlp_input``."""
+        return self.forward.mlp_inputs[self.layer_idx]
+
+    @property
+    def early_logits(self) -> torch.Tensor:
+        """What the model's head reads from the stream that entered the layer, see ``reads_mlp_input``.
+
+        In the rows that predict new tokens (``forward.rows("last")``): fp32 ``[batch, rows, vocab]``.
+        """
+        return self.forward.early_logits[self.layer_idx]
 
 
 class Layer(View):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
+from vlmfix.methods.scores import turned_towards
 from vlmfix.methods.selection import LAYERS_IN_WORDS, LayerSpec, resolve_layers
 from vlmfix.methods.views import Block, Prompt
 from vlmfix.model.anatomy import Anatomy
@@ -168,8 +169,5 @@ def steered(states: torch.Tensor, vector: torch.Tensor, lam: float) -> torch.Ten
         vector: fp32, of the same shape or broadcastable to it: unit vectors, or zero to leave the states alone.
         lam: Strength.
     """
-    unit = F.normalize(states, dim=-1)
-    cosine = (unit * vector).sum(-1, keepdim=True)
-    turned = F.normalize(unit + lam * (1 + F.relu(-cosine)) * vector, dim=-1)
-    length: torch.Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-    return length * turned
+    cosine = (F.normalize(states, dim=-1) * vector).sum(-1, keepdim=True)
+    return turned_towards(states, vector, lam * (1 + F.relu(-cosine)))

@@ -63,6 +63,7 @@ class ResidualBlocks:
         mixer: Its token mixer, which takes the keyword arguments of the layer.
         attention: The module whose output is what the token mixer adds; a tensor, or a tuple that begins with it.
         mlp: The same of the MLP. OPT's and Llama 4's come flat, ``[batch * q_len, hidden_size]``.
+        mlp_entrance: The module whose first argument is what enters the MLP.
     """
 
     layer_idx: int
@@ -70,6 +71,7 @@ class ResidualBlocks:
     mixer: nn.Module
     attention: nn.Module
     mlp: nn.Module
+    mlp_entrance: nn.Module
 
     def module(self, kind: BlockKind) -> nn.Module:
         """Return one of its two modules."""
@@ -108,6 +110,7 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
             "vlmfix.list_methods() lists them."
         )
     attention, mlp = parts[mixers[0]], parts[mlps[0]]
+    mlp_entrance = parts.get("fc1", mlp)
     if getattr(layer, "norm_after", False) or getattr(anatomy.text_config, "swin_norm", False):
         # Molmo 2 and large Chameleon: the same norms, behind their blocks
         attention, mlp = parts["input_layernorm"], parts["post_attention_layernorm"]
@@ -116,7 +119,7 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
         attention = parts.get("post_attention_layernorm", attention)
     attention = parts.get("post_self_attn_layernorm", attention)  # GLM-4
     mlp = parts.get("post_mlp_layernorm", mlp)
-    return ResidualBlocks(index, layer, parts[mixers[0]], attention, mlp)
+    return ResidualBlocks(index, layer, parts[mixers[0]], attention, mlp, mlp_entrance)
 
 
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")

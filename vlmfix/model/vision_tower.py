@@ -1,11 +1,13 @@
-"""Records the attention of the vision tower's class token, for methods that rank patches by it."""
+"""The vision tower: the blocks of its layers, and a record of its class token's attention to the patches."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,65 @@ from vlmfix.model.uncopied import Uncopied
 
 POSITION_ARGUMENTS = {"position_embeddings", "freqs_ci", "rotary_pos_emb", "cu_seqlens"}
 """Arguments of an attention module that turns queries and keys by their positions, or packs images into one row."""
+
+
+_TOWER = re.compile("vis(ion|ual)|image|img")
+"""What stands in the path of a vision tower's layers."""
+
+
+_NO_TOWER = re.compile("audio|connector|deepstack|language_model|qformer|vqmodel")
+"""What stands in the path of other lists of layers."""
+
+
+_MIXERS = ("self_attn", "attn", "attention", "conv")
+_MLPS = ("mlp", "feed_forward", "ffn")
+
+
+@dataclass(frozen=True, eq=False)
+class VisionLayer:
+    """One layer of a vision tower.
+
+    Attributes:
+        layer: The layer. What leaves it is a tensor, or a tuple that begins with it.
+        attention: The module whose output is what the token mixer adds to the residual stream, up to a factor.
+        mlp: The same of the MLP.
+    """
+
+    layer: nn.Module
+    attention: nn.Module
+    mlp: nn.Module
+
+
+def find_vision_layers(model: nn.Module) -> tuple[VisionLayer, ...]:
+    """Find the layers of a model's vision tower, in order. By structure: each has one token mixer and one MLP.
+
+    Raises:
+        UnsupportedModelError: There is no such tower, or there are several.
+    """
+    found = {
+        name: layers
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _TOWER.search(name) and not _NO_TOWER.search(name)
+        if all(layers := [_vision_layer(each) for each in module]) and layers
+    }
+    if len(found) != 1:
+        reason = f"has several, {', '.join(found)}," if found else "has none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} {reason} of the vision towers that vlmfix knows (layers with one attention and "
+            "one MLP each), so no method can act in it."
+        )
+    return tuple(each for layers in found.values() for each in layers if each is not None)
+
+
+def _vision_layer(module: nn.Module) -> VisionLayer | None:
+    parts = dict(module.named_children())
+    mixers, mlps = ([name for name in names if name in parts] for names in (_MIXERS, _MLPS))
+    if len(mixers) != 1 or len(mlps) != 1:
+        return None
+    attention, mlp = parts[mixers[0]], parts[mlps[0]]
+    if "post_feedforward_layernorm" in parts:  # Gemma: norms stand before the additions too
+        attention, mlp = parts["post_attention_layernorm"], parts["post_feedforward_layernorm"]
+    return VisionLayer(module, attention, mlp)
 
 
 class VisionRecorder:

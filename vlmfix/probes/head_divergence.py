@@ -40,6 +40,16 @@ class HeadDivergence(ProbeResult):
     top_k: int
     tokens: tuple[tuple[int, ...], ...]
 
+    def factors(self) -> list[list[float]]:
+        """Return each head's mean divergence relative to that of its layer, ``[layers][num_heads]`` (ours).
+
+        As ``head_factors`` of ``FIA``, in a model of which all layers were looked at; 1 where nothing diverges.
+        """
+        mean = self.divergence.nanmean((0, 1))
+        of_layer = mean.mean(1, keepdim=True)
+        found: list[list[float]] = torch.where(of_layer > 0, mean / of_layer, 1.0).tolist()
+        return found
+
     def plot(self, ax: Any = None, *, sample: int = 0, step: int = 0, **options: Any) -> Any:
         """Draw the heads of one sample at one step as a map of layers and heads."""
         title = f"head divergence, token {step}"

@@ -322,6 +322,11 @@ def test_vaf_takes_the_half_that_looks_at_the_image(model: Any, processor: Any, 
     close(table(found, "image_mass"), mass)
     best = {at: mass[at].argsort(descending=True)[: HEADS // 2].tolist() for at in (0, 2)}
     assert found.method.heads == tuple((at, head) for at in (0, 2) for head in sorted(best[at]))  # type: ignore[attr-defined]
+    limit = float(mass.flatten().sort().values[-5:-3].mean())
+    found = vlmfix.calibrate(model, "maskcd", samples, processor=processor, threshold=limit, alpha=0.5, **YES_NO)
+    heads = found.method.heads  # type: ignore[attr-defined]
+    assert heads == tuple(map(tuple, (mass > limit).nonzero().tolist())) and len(heads) == 4
+    vlmfix.patch(model, found)
 
 
 def with_sinks(model: Any, dims: tuple[int, ...] = (7, 19)) -> Any:
@@ -629,6 +634,8 @@ def test_models_without_image_tokens_in_their_prompt_are_refused(name: str) -> N
         ("allpath", asked(1), {"answers": "yesno"}, DataError, "objects that are not"),
         ("allpath", asked(1), {"answers": "yesno", "xi": 13}, MethodError, "xi must be from 1 to 12"),
         ("allpath", described(1), {"mentions": lambda text: []}, DataError, "allpath needs records"),
+        ("maskcd", asked(1), {"threshold": 1.0}, MethodError, "threshold must lie between 0 and 1"),
+        ("maskcd", asked(1), {"threshold": 0.999}, DataError, "Choose a lower threshold"),
         ("var", asked(1), {"sink_share": 0}, MethodError, "sink_share must lie between 0 and 1"),
         ("iri", described(2), {}, DataError, "2 of 2 samples have no answer"),
         ("iri", asked()[1:3], {}, DataError, "none of 2 questions has that answer"),

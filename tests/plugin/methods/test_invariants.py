@@ -547,6 +547,10 @@ def test_rows_of_weights_sum_to_one_and_none_is_negative(build: Any, name: str) 
                 close(sums, torch.ones_like(sums))
 
 
+IN_THE_DECODER = {"vti": {"alpha_image": 0.0}}
+"""What keeps a method out of the vision tower, where all that the decoder reads of an image changes."""
+
+
 def rows_up_for_edits(method: Any, each: Sample, length: int) -> list[int]:
     """Rows of a left-padded prompt whose scores or weights a method declares to edit."""
     if each.pixels is None or method.prompt_rows == "none" or not (method.edits_scores or method.edits_weights):
@@ -561,7 +565,7 @@ def rows_up_for_edits(method: Any, each: Sample, length: int) -> list[int]:
 def test_other_rows_than_those_declared_keep_their_bits(build: Any, name: str, kind: str) -> None:
     model, length = build(kind, attn="eager", window=16), BATCH["input_ids"].shape[1]
     stock = forward(model, BATCH, output_attentions=True).attentions
-    acting(model, name)
+    acting(model, name, **IN_THE_DECODER.get(name, {}))
     (method,) = vlmfix.status(model).methods
     edited = forward(model, BATCH, output_attentions=True).attentions
     first = min(method.layer_indices)
@@ -591,7 +595,7 @@ def test_keys_and_values_change_only_behind_the_edited_layer_and_in_its_rows(bui
     model, inputs = build(), collate(RAGGED, side=side)
     stock = forward(model, inputs, use_cache=True).past_key_values
     layers = [1, 2] if name in ("cmai", "iri") else [2]  # which read one layer and edit the next
-    acting(model, name, layers=layers)
+    acting(model, name, layers=layers, **IN_THE_DECODER.get(name, {}))
     edited = forward(model, inputs, use_cache=True).past_key_values
     changes = 0
     for number, (before, after) in enumerate(zip(stock.layers, edited.layers, strict=True)):

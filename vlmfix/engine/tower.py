@@ -1,0 +1,73 @@
+"""Hooks on the blocks of the vision tower, which methods edit in every image that is read."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmfix.engine.plan import Numbered
+from vlmfix.engine.status import Counters
+from vlmfix.methods.base import Method
+from vlmfix.methods.forward import squared_move
+from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.blocks import BlockKind
+from vlmfix.model.uncopied import Uncopied
+from vlmfix.model.vision_tower import VisionLayer, find_vision_layers
+
+
+class TowerHooks:
+    """Lets the bound methods of a patch edit what the blocks of the vision tower add to its residual stream.
+
+    The tower reads images inside the model's forward, or before it: ``generate`` of some models encodes them first, and
+    some callers do. So a forward does not decide. Every image is edited that is read in a thread whose last call did
+    not ask for the stock model (``vlmfix=None``), and both branches of a contrast see it so.
+
+    Raises:
+        UnsupportedModelError: A method edits the tower, and the model has none that is known.
+    """
+
+    def __init__(self, anatomy: Anatomy, methods: Sequence[Method], counters: Counters) -> None:
+        self._counters = counters
+        self._editing = tuple((n, each) for n, each in enumerate(methods) if each.edits_vision and not each.is_identity)
+        self._layers = find_vision_layers(anatomy.model) if self._editing else ()
+        self._is_stock: Uncopied[int, bool] = Uncopied()
+
+    def attach(self) -> list[Any]:
+        """Register the hooks and return their handles."""
+        handles = []
+        for number, layer in enumerate(self._layers):
+            for kind, module in _blocks(layer).items():
+                editing = tuple((index, method) for index, method in self._editing if kind in method.edits_vision)
+                if editing:
+                    # A partial of a bound method follows ``copy.deepcopy(model)``.
+                    hook = functools.partial(self.after_block, kind, number, editing)
+                    handles.append(module.register_forward_hook(hook))
+        return handles
+
+    def call(self, *, is_stock: bool) -> None:
+        """Be told of a call of the model in this thread: whether it asks for the stock model."""
+        if self._layers and not torch.compiler.is_compiling():
+            self._is_stock[threading.get_ident()] = is_stock
+
+    def after_block(
+        self, kind: BlockKind, layer_idx: int, editing: Numbered, module: nn.Module, args: Any, output: Any
+    ) -> Any:
+        """Edit what the token mixer or the MLP of a layer adds."""
+        if not torch.compiler.is_compiling() and self._is_stock.get(threading.get_ident(), False):
+            return None
+        states = output[0] if isinstance(output, tuple) else output
+        for index, method in editing:
+            edited = method.edit_vision(states, kind, layer_idx).to(states.dtype)
+            self._counters.count(index, torch.full((), states[..., 0].numel(), device=states.device))
+            self._counters.move(index, squared_move(states, edited))
+            states = edited
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
+def _blocks(layer: VisionLayer) -> dict[BlockKind, nn.Module]:
+    return {"attention": layer.attention, "mlp": layer.mlp}
