@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vlmfix.errors import MethodError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vlmfix.methods.base import Method
     from vlmfix.model.anatomy import Anatomy
 
@@ -55,8 +58,8 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(f"no vision-language model in {options.model!r}: {reason}") from error
     anatomy = analyse(model)
-    show(f"{type(model).__name__} (model_type {config.model_type})\n{anatomy_text(anatomy)}\n{memory_text(anatomy)}\n")
-    show(methods_text(anatomy))
+    about = [f"{type(model).__name__} (model_type {config.model_type})", anatomy_text(anatomy), memory_text(anatomy)]
+    show("\n".join([*about, time_text(anatomy), "", methods_text(anatomy)]))
 
 
 def anatomy_text(anatomy: Anatomy) -> str:
@@ -79,14 +82,42 @@ def memory_text(anatomy: Anatomy) -> str:
     """Return what a model's weights and its cache take, in one indented line."""
     config = anatomy.text_config
     size = (getattr(config, "dtype", None) or anatomy.model.dtype).itemsize
-    weights = sum(parameter.numel() for parameter in anatomy.model.parameters()) * size
-    text = f"  memory: {weights / 1e9:.3g} GB of weights at {8 * size} bits"
+    text = f"  memory: {_bytes(_parameters(anatomy.model) * size)} of weights at {8 * size} bits"
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     width = getattr(config, "head_dim", None) or anatomy.hidden_size // config.num_attention_heads if heads else None
     if isinstance(heads, int) and isinstance(width, int):
         layers = len({site.layer_idx for site in anatomy.sites})
-        text += f"; at most {2 * layers * heads * width * size / 1e3:.0f} kB of keys and values per token"
+        text += f"; at most {_bytes(2 * layers * heads * width * size)} of keys and values per token"
     return text
+
+
+BANDWIDTH = 2e12
+"""Bytes per second that a large GPU reads from its memory, for an example."""
+
+
+def time_text(anatomy: Anatomy) -> str:
+    """Return what a token costs the stock model at most, in one indented line.
+
+    Prompts are bound by arithmetic, new tokens of few samples by reading the weights of the decoder's layers and
+    of its head. Where experts are chosen per token, fewer are read.
+    """
+    size = (getattr(anatomy.text_config, "dtype", None) or anatomy.model.dtype).itemsize
+    head = anatomy.language_model.get_output_embeddings()
+    layers = sum(map(_parameters, anatomy.decoder_layers))
+    read = (layers + (0 if head is None else _parameters(head))) * size
+    prompt = "" if anatomy.encoder is not None else f"; a token of the prompt takes {2 * layers / 1e9:.2g} GFLOP"
+    milliseconds = f"{1e3 * read / BANDWIDTH:.2g} ms at {BANDWIDTH / 1e12:.0f} TB/s"
+    return f"  time: a new token reads at most {_bytes(read)} of them ({milliseconds}){prompt}"
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(count: float) -> str:
+    """Return a size as people read it: ``14.1 GB``, ``3.1 kB``."""
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if count >= each[0]), (1e3, "kB"))
+    return f"{count / unit:.3g} {name}"
 
 
 def methods_text(anatomy: Anatomy) -> str:
@@ -120,10 +151,12 @@ def verdict(name: str, anatomy: Anatomy) -> tuple[str, str]:
     except MethodError as error:
         return "no", str(error)
     try:
-        with patched(anatomy.model, method):
-            patch = find_patch(anatomy.model)
-            assert patch is not None
-            return "yes", cost(patch.methods[0])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with patched(anatomy.model, method):
+                patch = find_patch(anatomy.model)
+                assert patch is not None
+                return "yes", "; ".join([cost(patch.methods[0]), *(str(each.message) for each in told)])
     except UnsupportedModelError as error:
         return "no", str(error)
     except MethodError as error:
@@ -151,8 +184,12 @@ def cost(method: Method) -> str:
         )
     if method.needs_text_only_heads:
         parts.append("a pass over the text without the image, per prompt")
-    if method.reads_prompt:
-        parts.append("a look at the prompt first")
+    if method.vision_layers:
+        parts.append("the attention of the vision tower")
+    elif method.reads_prompt:
+        parts.append("another reading of the prompt first")
+    if method.early_layers:
+        parts.append(f"the head {len(method.early_layers) + 1} times per new token")
     if method.edits_scores or method.edits_weights or method.edits_blocks:
         rows = {"all": "all rows", "text": "the rows behind the image", "last": "the last row"}.get(method.prompt_rows)
         each = [f"{rows} of the prompt"] if rows else []

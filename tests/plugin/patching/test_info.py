@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,13 @@ def test_a_model_is_described(processor_folder: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     model = AutoModelForImageTextToText.from_pretrained(processor_folder)
     size = sum(parameter.numel() for parameter in model.parameters()) * 4
-    assert f"{size / 1e9:.3g} GB of weights at 32 bits" in shown
+    assert f"{size / 1e3:.3g} kB of weights at 32 bits" in shown
     # Keys and values of 3 layers, 2 heads of 8 dimensions, 4 bytes each.
-    assert f"{2 * 3 * 2 * 8 * 4 / 1e3:.0f} kB of keys and values per token" in shown
+    assert f"{2 * 3 * 2 * 8 * 4 / 1e3:.3g} kB of keys and values per token" in shown
+    layers = sum(parameter.numel() for parameter in model.model.language_model.layers.parameters())
+    read = (layers + model.lm_head.weight.numel()) * 4
+    assert f"a new token reads at most {read / 1e3:.3g} kB of them ({read / 2e9:.2g} ms at 2 TB/s)" in shown
+    assert f"a token of the prompt takes {2 * layers / 1e9:.2g} GFLOP" in shown
     listed = {line.split()[0] for line in shown.splitlines() if line[2:3].isalpha() and line.startswith("  ")}
     assert set(vlmfix.list_methods()) <= listed
 
@@ -34,8 +39,9 @@ def test_what_is_said_of_a_method_is_what_patch_does(family: str) -> None:
         word, text = verdict(name, analyse(model))
         words.add(word)
         if word == "yes":
-            vlmfix.unpatch(vlmfix.patch(model, name))
-            assert text
+            with warnings.catch_warnings(record=True) as told:
+                vlmfix.unpatch(vlmfix.patch(model, name))
+            assert text and all(str(each.message) in text for each in told)
         else:
             with pytest.raises(vlmfix.VlmfixError) as error:
                 vlmfix.patch(model, name)
