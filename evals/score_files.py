@@ -38,7 +38,10 @@ def add_score(verbs: Any) -> argparse.ArgumentParser:
     parser = verb_parser(verbs, "score", _ABOUT, "BENCHMARK FILE [OPTIONS]")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True, parser_class=_BenchmarkParser)
     for name, summary in names_of_files().items():
-        kinds.add_parser(name, allow_abbrev=False, epilog=_EPILOG, help=summary.replace("%", "%%")).name = name
+        own = kinds.add_parser(
+            name, prog=f"vlmfix score {name}", allow_abbrev=False, epilog=_EPILOG, help=summary.replace("%", "%%")
+        )
+        own.name = name
     return parser
 
 

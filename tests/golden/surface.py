@@ -26,11 +26,23 @@ VERBS = (
     "serve",
     "export",
 )
-SCORED = ("chair", "pope", "amber", "hallusionbench", "mmhal", "mme", "dashb", "naturalbench", "mmvp", "mmstar")
+SCORED = (
+    "chair",
+    "pope",
+    "amber",
+    "hallusionbench",
+    "mmhal",
+    "mme",
+    "dashb",
+    "naturalbench",
+    "mmvp",
+    "mmstar",
+    "scienceqa",
+)
 
 CHOICES: dict[str, dict[str, str]] = {
     "--benchmark": {
-        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench mmvp mmstar",
+        "eval": "chair pope sycophancy amber mme hallusionbench mmhal custom dashb naturalbench mmvp mmstar scienceqa",
         "tune": "chair pope",
     },
     "--split": {"": "heldout heldout2 calibration"},

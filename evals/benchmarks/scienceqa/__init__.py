@@ -1,0 +1,1 @@
+"""ScienceQA: what a model can do beside not hallucinating."""
