@@ -29,6 +29,7 @@ from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import make_sites
 from vlmfix.engine.stand_ins import (
+    BEFORE_PROMPT,
     DRAFTS,
     PAGED,
     PREFILL,
@@ -37,6 +38,7 @@ from vlmfix.engine.stand_ins import (
     GenerateByCall,
     RefuseDrafts,
     StandIns,
+    TellingLength,
     TellingPrefill,
     refuse_pages,
 )
@@ -134,7 +136,10 @@ class Patch:
         self._stand_ins = StandIns()
         # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
         models = (anatomy.model, anatomy.language_model)
-        self._prefills = {each: TellingPrefill(each) for each in models if hasattr(type(each), PREFILL)}
+        name, telling = (
+            (PREFILL, TellingPrefill) if hasattr(type(models[0]), PREFILL) else (BEFORE_PROMPT, TellingLength)
+        )
+        self._tell = name, {each: telling(each) for each in models if hasattr(type(each), name)}
         self._forward = ForwardWithHooks(self, anatomy.language_model, anatomy.language_model.forward)
         self._no_drafts = RefuseDrafts(anatomy.language_model, _NO_DRAFTS)
         self._generate: GenerateByCall | None = None
@@ -209,8 +214,9 @@ class Patch:
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
             self._stand_ins.put(each, PAGED, refuse_pages)
-            if each in self._prefills:
-                self._stand_ins.put(each, PREFILL, self._prefills[each])
+            name, telling = self._tell
+            if each in telling:
+                self._stand_ins.put(each, name, telling[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         if self.branches is not None or self.early_head.mixing:
             self._stand_ins.put(language_model, "forward", self._forward)

@@ -207,11 +207,6 @@ LIMITS: dict[tuple[str, str], str] = {
     **{("no_cache_changes_nothing", name): "Leave use_cache on" for name in ("flb", "sid")},
 }
 
-# Faults that are known and not mended yet: each must still fail here, so that a mend removes its line.
-KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
-    ("no_cache_changes_nothing", "vhr", "paligemma"): "VHR on PaliGemma answers differently without a cache",
-}
-
 
 @cache
 def built(name: str) -> Any:
@@ -247,8 +242,6 @@ def test_a_promise_of_transformers_holds_under_a_patch(
         vlmfix.patch(model, method, **parameters_of(method, model))
     except vlmfix.MethodError as error:
         pytest.skip(f"refused when patching: {error}"[:200])
-    if (case.__name__, method, family.name) in KNOWN_FAULTS:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[case.__name__, method, family.name]))
     limit = LIMITS.get((case.__name__, method))
     if limit is None:
         case(model, family)

@@ -25,7 +25,6 @@ from vlmfix.engine.calls import (
 from vlmfix.engine.forwards import EditedForward
 from vlmfix.engine.plan import PatchedSite
 from vlmfix.engine.prompt_pass import begin_methods, encoded_text_only_heads, text_only_heads
-from vlmfix.engine.stand_ins import PREFILL
 from vlmfix.engine.status import describe
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
@@ -58,13 +57,9 @@ class ForwardBeginner:
         self.runs_passes = bool(self._compared) or any(method.reads_prompt for method in active)
         self._keeps_ids = bool(self._compared) or any(method.needs_ids for method in active)
         self._needs_past = any(site.is_sliding for site in sites) or any(each.needs_past for each in active)
-        # Older versions do not tell how long a prompt is. Contrasts have two prompts, and the vision tower runs before
-        # the first forward only.
-        self._is_told = hasattr(type(anatomy.language_model), PREFILL)
+        # Contrasts have two prompts, and the vision tower runs before the first forward only.
         self._needs_cache = [
-            each.name
-            for each in active
-            if each.needs_cache and (each.replaces_logits or each.vision_layers or not self._is_told)
+            each.name for each in active if each.needs_cache and (each.replaces_logits or each.vision_layers)
         ]
         self._contrasts = any(each.replaces_logits for each in active)
         self._acts = bool(active)
@@ -166,8 +161,7 @@ class ForwardBeginner:
         prompt_end: int | None,
     ) -> EditedForward:
         past, known = self._continued(cache, known)
-        is_step = prompt_end is not None if self._is_told else self._is_step_without_cache(inputs)
-        if self._needs_cache and cache is None and is_step:
+        if self._needs_cache and cache is None and prompt_end is not None:
             raise UnsupportedFeatureError(
                 f"{self._needs_cache[0]} edits a prompt and the tokens generated behind it in different ways, and "
                 "without a cache every new token makes all of them a prompt. Leave use_cache on."
@@ -258,11 +252,6 @@ class ForwardBeginner:
                 "image_stop": max(image_stops, default=0),
             },
         )
-
-    def _is_step_without_cache(self, inputs: dict[str, Any]) -> bool:
-        """Whether a forward is one of older ``generate`` without a cache, which asks for few logits where it can."""
-        few = inputs.get("logits_to_keep") is not None or not self._takes_few_logits
-        return few and inputs.get("use_cache") is False
 
     # An answer behind an encoder.
 

@@ -95,8 +95,8 @@ def text_only_inputs(
         assert embeds is not None
         text["inputs_embeds"] = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[2]))
     token_types = inputs.get("token_type_ids")
-    if isinstance(token_types, torch.Tensor) and token_types.shape == keep.shape:  # PaliGemma: who sees whom
-        text["token_type_ids"] = token_types.gather(1, order)
+    if isinstance(token_types, torch.Tensor) and token_types.shape[1] >= length:  # PaliGemma: who sees whom
+        text["token_type_ids"] = token_types[:, :length].gather(1, order)  # without a cache the answer so far follows
     # Without padding the model is called without a mask, as a text alone would be.
     if min(lengths) < max(lengths):
         text["attention_mask"] = attention_mask.long()

@@ -22,6 +22,10 @@ PREFILL = "_prefill"
 """The method of a model in which ``generate`` reads a prompt (since transformers 5.x)."""
 
 
+BEFORE_PROMPT = "_get_initial_cache_position"
+"""The method of a model that ``generate`` calls once before it reads a prompt (up to transformers 5.0)."""
+
+
 PAGED = "init_continuous_batching"
 """The method of a model that every way into continuous batching passes. Its own thread would swallow the error of the
 attention function."""
@@ -104,23 +108,46 @@ class TellingPrefill:
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Do what the model's own method does."""
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-        embeds, length = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
-        if self.model.config.is_encoder_decoder:
-            pass  # the ids are those of the decoder
-        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            length = mask.shape[1]  # of all turns
-        elif embeds is not None:
-            length = embeds.shape[1]
-        elif cache is not None and length <= cache.get_seq_length():
-            length += int(cache.get_seq_length())
         stock = getattr(type(self.model), PREFILL)
-        model_kwargs[PROMPT_END_KWARG] = length  # in place, as the method itself (of 5.0) keeps positions there
+        # In place, as the method itself (of 5.0) keeps positions there.
+        model_kwargs[PROMPT_END_KWARG] = _prompt_end(self.model, input_ids.shape[1], model_kwargs)
         try:
             return stock(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
         finally:
             if model_kwargs.get("use_cache") is not False:
                 del model_kwargs[PROMPT_END_KWARG]
+
+
+@dataclasses.dataclass(frozen=True)
+class TellingLength:
+    """Stands in for ``BEFORE_PROMPT`` of a model without ``PREFILL``: tells the forwards how long the prompt is.
+
+    Only without a cache, where each of them reads the prompt. With one, the first reads it and the others do not.
+    """
+
+    model: Any
+
+    def __call__(self, seq_length: int, device: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Do what the model's own method does."""
+        found: dict[str, Any] = getattr(type(self.model), BEFORE_PROMPT)(self.model, seq_length, device, model_kwargs)
+        if found.get("use_cache") is False:
+            found[PROMPT_END_KWARG] = _prompt_end(self.model, seq_length, found)
+        return found
+
+
+def _prompt_end(model: Any, length: int, model_kwargs: dict[str, Any]) -> int:
+    """Return how long a prompt is, earlier turns included; ``length`` is that of its ids."""
+    mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+    embeds = model_kwargs.get("inputs_embeds")
+    if model.config.is_encoder_decoder:
+        return length  # the ids are those of the decoder
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.shape[1]  # of all turns
+    if embeds is not None:
+        return int(embeds.shape[1])
+    if cache is not None and length <= cache.get_seq_length():
+        return length + int(cache.get_seq_length())
+    return length
 
 
 @dataclasses.dataclass(frozen=True)
