@@ -30,10 +30,11 @@ class Exemption(NamedTuple):
 V5 = (5, 0)
 EXEMPTIONS = (
     Exemption(
-        "upstream: scores of beams are no log-probs",
+        "upstream: scores of beams are no log-probs, and beams without a cache are others",
         (
             r"::test_a_beam_scores_as_its_tokens_\w+\[.*",
             r"::test_beams_of_a_batch_equal_those_alone_and_without_cache\[.*",
+            r"::test_without_a_cache_answers_are_the_same_or_refused\[2-.*",
         ),
     ),
     Exemption(
