@@ -23,6 +23,7 @@ class CounterfactualAttention(Method):
     edits_scores = True
     prompt_rows = "all"
     needs_cache = False  # every row is edited alike
+    minds_text_before_image = True
     needs_text_keys = False
     attention_kinds = ("joint", "text")
 

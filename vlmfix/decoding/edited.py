@@ -39,6 +39,11 @@ class AgainstEdit(DecodingMethod):
         """As the edit does."""
         return self.edit_of_branch().needs_cache
 
+    @property
+    def minds_text_before_image(self) -> bool:
+        """As the edit does."""
+        return self.edit_of_branch().minds_text_before_image
+
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
         """Return the edit, bound to the model."""
         return placed(self.edit_of_branch(), anatomy)

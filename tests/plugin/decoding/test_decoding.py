@@ -19,11 +19,15 @@ from transformers.cache_utils import DynamicLayer
 import vlmfix
 from vlmfix.decoding.base import contrast, cut
 from vlmfix.decoding.caches import PairedCache
+from vlmfix.decoding.edited import AgainstEdit
 from vlmfix.methods.registry import make_method
 
 METHODS = sorted(name for name, cls in vlmfix.list_methods().items() if getattr(cls, "uses_branch", False))
-METHODS = [name for name in METHODS if name not in ("edited", "sid")]  # whose branches run apart: see test_edited
+METHODS = [name for name in METHODS if name not in ("edited", "sid")]  # see test_edited
+JOINED = [name for name in METHODS if not issubclass(vlmfix.list_methods()[name], AgainstEdit)]
 EACH = pytest.mark.parametrize("name", METHODS)
+EACH_JOINED = pytest.mark.parametrize("name", JOINED)
+"""Edited branches run apart, and edit the text before an image too."""
 NEEDS_CACHE = {"flb", "lqcd", "m3id"}
 """An answer cannot be told from the question without a cache, and every turn has a question of its own."""
 ONE = collate([RAGGED[0]])
@@ -131,7 +135,7 @@ def test_half_precision_is_contrasted_in_single(build: Any, name: str) -> None:
 # One step is one forward; tokens both branches begin with are read once; storage is never shared.
 
 
-@EACH
+@EACH_JOINED
 def test_forwards_and_tokens_read(tiny: Any, name: str) -> None:
     length = ONE["input_ids"].shape[1]
     patch(tiny, name)
@@ -146,7 +150,7 @@ def test_forwards_and_tokens_read(tiny: Any, name: str) -> None:
     assert steps == [(2, 1)] * 3
 
 
-@EACH
+@EACH_JOINED
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_a_returned_cache_holds_the_own_branch_and_shares_nothing(build: Any, name: str, kind: str) -> None:
     model = build(kind)
@@ -317,7 +321,7 @@ def test_a_further_turn_continues_both_branches(tiny: Any, name: str) -> None:
         close(each, forward(tiny, collate([Sample((*ids, *ending), first.pixels)])).logits[0, -1])
 
 
-@EACH
+@EACH_JOINED
 def test_an_image_in_a_later_turn(tiny: Any, name: str) -> None:
     if name in NEEDS_CACHE:
         pytest.skip("every turn begins anew")
@@ -348,7 +352,7 @@ def test_a_cropped_and_a_copied_cache(tiny: Any, name: str) -> None:
 # With attention methods: they act in the model's own branch.
 
 
-@EACH
+@EACH_JOINED
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_attention_methods_act_in_the_own_branch_only(build: Any, name: str, kind: str) -> None:
     model = build(kind)
@@ -372,7 +376,7 @@ def test_attention_methods_act_in_the_own_branch_only(build: Any, name: str, kin
         vlmfix.unpatch(model)
 
 
-@EACH
+@EACH_JOINED
 @pytest.mark.parametrize("company", [[], ["pai"], ["act", "vhr"]], ids=["alone", "pai", "act+vhr"])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_one_forward_for_both_branches_equals_two(
@@ -405,7 +409,7 @@ def test_joined_steps_equal_steps_apart(build: Any, other: str, window: int, mon
     close(joined, generate(model, collate(RAGGED), 8)[1])
 
 
-@EACH
+@EACH_JOINED
 @pytest.mark.parametrize("are_joined", [True, False], ids=["joined", "apart"])
 def test_a_step_waits_no_more_for_the_device_than_its_forwards(
     tiny: Any, name: str, are_joined: bool, monkeypatch: Any
