@@ -140,8 +140,13 @@ _MEANING: dict[AttentionKind, str] = {
 }
 
 
-def check_placement(method: Method, anatomy: Anatomy) -> None:
+def check_placement(method: Method, anatomy: Anatomy, name: str = "") -> None:
     """Refuse a method that means nothing in a model.
+
+    Args:
+        method: The method.
+        anatomy: The model.
+        name: What it is called; by default by its own name.
 
     Raises:
         MethodError: None of the model's kinds of attention is one the method acts in, or the model undoes its edits;
@@ -149,17 +154,17 @@ def check_placement(method: Method, anatomy: Anatomy) -> None:
     """
     if method.is_identity or method.replaces_logits or method.rewrites_answers:
         return
-    model = type(anatomy.model).__name__
+    model, name = type(anatomy.model).__name__, name or method.name
     if anatomy.kinds.isdisjoint(method.attention_kinds):
         raise MethodError(
-            f"{method.name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "
+            f"{name} does not act in {model}: {_reason(anatomy)}. {method.name} is defined for "
             f"{' or '.join(_MEANING[kind] for kind in method.attention_kinds)}. Choose another method; "
             "vlmfix.list_methods() lists them."
         )
     norms = {site.norm_behind for site in anatomy.sites if site.norm_behind}
     if method.scales_heads and norms:
         raise MethodError(
-            f"{method.name} scales the outputs of heads, and {model} normalises them behind its attention "
+            f"{name} scales the outputs of heads, and {model} normalises them behind its attention "
             f"({', '.join(sorted(norms))}), which undoes every factor. Choose a method that edits scores or weights, "
             "such as vlmfix.patch(model, 'pai')."
         )

@@ -15,7 +15,6 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.model.anatomy import Anatomy
-from vlmfix.recipes import check_placement
 
 
 class OtherTokens(NamedTuple):
@@ -224,16 +223,6 @@ def check_next_token(method: Method, anatomy: Anatomy) -> None:
             f"{method.name} decides on the next token, and {type(model).__name__} predicts none: it has no "
             "language-model head. Load the model with AutoModelForImageTextToText."
         )
-
-
-def placed(edit: Method, anatomy: Anatomy) -> Method:
-    """Return an attention method for the other branch, bound to the model.
-
-    Raises:
-        MethodError: It means nothing there.
-    """
-    check_placement(edit, anatomy)
-    return edit.bind(anatomy)
 
 
 def contrast(logits: torch.Tensor, other: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from vlmfix.decoding.base import AnswerToken, DecodingMethod, placed, plausibility, strength
+from vlmfix.decoding.base import AnswerToken, DecodingMethod, plausibility, strength
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import parameter
 from vlmfix.methods.registry import make_method, method_from_dict
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.recipes import check_placement
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ class AgainstEdit(DecodingMethod):
         return self.edit_of_branch().minds_text_before_image
 
     def branch_edit(self, anatomy: Anatomy) -> Method | None:
-        """Return the edit, bound to the model."""
-        return placed(self.edit_of_branch(), anatomy)
+        """Return the edit, bound to the model.
+
+        Raises:
+            MethodError: It means nothing there.
+        """
+        edit = self.edit_of_branch()
+        check_placement(edit, anatomy, f"{self.name} ({edit.name})")
+        return edit.bind(anatomy)
 
     def weight(self, logits: torch.Tensor, other: torch.Tensor, token: AnswerToken) -> float | torch.Tensor:
         """``alpha``."""
