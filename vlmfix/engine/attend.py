@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vlmfix.engine.base_output import BaseOutput, is_measured, opening_of, write_opened_rows
+from vlmfix.engine.base_output import BaseOutput, is_measured, opening_of, with_opened_rows
 from vlmfix.engine.plan import Numbered, PatchedSite
 from vlmfix.methods.base import Method
 from vlmfix.methods.views import Forward, Layer, Rows
@@ -135,10 +135,10 @@ def _over_base(
 
     ``part`` is the call for the heads to be written out, ``edits`` are those of scores and weights.
     """
-    base = BaseOutput(forward, call)
     if call.openings:
-        openers = [layer for _, layer in _layers(forward, site.masks, call)]
-        write_opened_rows(base, call, openers, forward.image_stop)
+        base = with_opened_rows(forward, call, [layer for _, layer in _layers(forward, site.masks, call)])
+    else:
+        base = BaseOutput(forward, call)
     wanted = [_rows(forward, method) for method, _ in edits]
     observed = [_observed_rows(forward, method) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]

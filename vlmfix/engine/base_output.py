@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from vlmfix.model.attention import (
     Opening,
     explicit_scores,
     is_plain,
+    masked_attention,
     masked_softmax,
     opened_attention,
     opened_bias,
@@ -23,9 +24,11 @@ from vlmfix.model.attention import (
     weighted_values,
 )
 
+T = TypeVar("T")
+
 
 class BaseOutput:
-    """The base kernel's output of one attention call; the kernel runs at once.
+    """The output of one attention call, by default the base kernel's, which runs at once.
 
     Attributes:
         forward: The forward.
@@ -33,8 +36,13 @@ class BaseOutput:
         weights: ``[batch, num_heads, q_len, keys]``, or ``None`` where the kernel returns none.
     """
 
-    def __init__(self, forward: Forward, call: AttentionCall) -> None:
-        self.head_outputs, self.weights = call.base()
+    def __init__(
+        self,
+        forward: Forward,
+        call: AttentionCall,
+        output: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> None:
+        self.head_outputs, self.weights = output or call.base()
         self.forward = forward
         if self.head_outputs.requires_grad:  # autograd keeps what the kernel returned
             self.head_outputs = self.head_outputs.clone()
@@ -105,30 +113,64 @@ def opening_of(method: Method, layer: Layer) -> Opening:
     return Opening(method.mask_bias, pairs)
 
 
-def write_opened_rows(base: BaseOutput, call: AttentionCall, openers: Sequence[Layer], stop: int) -> None:
-    """Compute rows with opened pairs and write them over the base kernel's.
+def with_opened_rows(forward: Forward, call: AttentionCall, openers: Sequence[Layer]) -> BaseOutput:
+    """Compute a call of a prompt in which pairs are opened.
+
+    Where every sample has an image and the kernel is SDPA, its rows are computed once, with the opened mask. Else the
+    base kernel runs first: samples without an image then keep what it gives, to the bit.
 
     Args:
-        base: What the kernel computed.
+        forward: The forward.
         call: The attention call, with its openings.
         openers: For each of them, the opening method's view of the layer.
-        stop: End of the rows that may have opened pairs.
+
+    Returns:
+        The output, with the opened pairs.
     """
-    numbers = tuple(layer.index for layer in openers)
+    stop, numbers = forward.image_stop, tuple(layer.index for layer in openers)
+    for layer, opening in zip(openers, call.openings, strict=True):
+        _count(layer, opening, call, list(call.row_chunks(0, stop)))
+    if stop and call.site.implementation == "sdpa" and is_plain(call) and forward.state.all_images:
+        rows = _same_in_layers(forward, call, numbers, lambda: list(_opened_rows(call, call.query.shape[2])))
+        heads = torch.cat([opened_attention(call, piece.start, piece.bias, piece.seen) for piece in rows], 1)
+        if is_measured(forward):
+            index, mask, where = _same_in_layers(forward, call, ("watched",), lambda: _watched_rows(call, stop))
+            forward.record_move(numbers, masked_attention(call, index, mask), heads.index_select(1, index), where)
+        return BaseOutput(forward, call, (heads, None))
+    base = BaseOutput(forward, call)
     if base.weights is None and is_plain(call):
-        rows: Iterable[OpenedRows] = _opened_rows(call, stop)
-        if call.query.shape[0] * stop * call.key.shape[2] <= CHUNK_ELEMENTS:
-            key = ("opened", numbers, *call.visibility)
-            rows = base.forward.once_for(key, (call.attention_mask,), lambda: list(_opened_rows(call, stop)))
-        for first, opened, bias, seen in rows:
+        for first, opened, bias, seen in _same_in_layers(
+            forward, call, numbers, lambda: [each for each in _opened_rows(call, stop) if len(each.seen)]
+        ):
             base.write(first, opened_attention(call, first, bias, seen), None, opened, numbers)
     else:
         for first, last in call.row_chunks(0, stop):
             attn_weights = masked_softmax(*explicit_scores(call, first, last))
             opened = _opened(call, first, last)
             base.write(first, weighted_values(call, attn_weights), attn_weights, opened, numbers)
-    for layer, opening in zip(openers, call.openings, strict=True):
-        _count(layer, opening, call, list(call.row_chunks(0, stop)))
+    return base
+
+
+def _same_in_layers(forward: Forward, call: AttentionCall, kind: Hashable, make: Callable[[], T]) -> T:
+    """Return what is the same in all layers with one mask; made anew in each where it would be large."""
+    if call.query.shape[0] * call.query.shape[2] * call.key.shape[2] > CHUNK_ELEMENTS:
+        return make()
+    found: T = forward.once_for(("opened", kind, *call.visibility), (call.attention_mask,), make)
+    return found
+
+
+def _watched_rows(call: AttentionCall, stop: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Pick some 32 rows, spread over those before ``stop``, by which it is measured how far outputs move.
+
+    Returns:
+        The rows, int64 ``[rows]``; which keys they see as stock, see ``visible_keys``; and in which of them pairs are
+        opened, bool ``[batch, rows, 1, 1]``.
+    """
+    rows = range(stop - 1, -1, -max(1, stop // 32))  # each by itself: never a square of the prompt
+    visible = [visible_keys(call, row, row + 1) for row in rows]
+    mask = torch.cat([each for each in visible if each is not None], 2) if visible[0] is not None else None
+    opened = torch.cat([_opened(call, row, row + 1) for row in rows], 2)
+    return torch.tensor(list(rows), device=call.query.device), mask, opened.transpose(1, 2)[..., None]
 
 
 class OpenedRows(NamedTuple):
@@ -150,9 +192,7 @@ class OpenedRows(NamedTuple):
 def _opened_rows(call: AttentionCall, stop: int) -> Iterator[OpenedRows]:
     """Yield the rows before ``stop`` in pieces, few enough that a piece does not see every key."""
     for first, last in call.row_chunks(0, stop, most=256):
-        bias, seen = opened_bias(call, first, last)
-        if len(seen):
-            yield OpenedRows(first, _opened(call, first, last), bias, seen)
+        yield OpenedRows(first, _opened(call, first, last), *opened_bias(call, first, last))
 
 
 def _opened(call: AttentionCall, start: int, stop: int) -> torch.Tensor:

@@ -278,17 +278,21 @@ def opened_bias(call: AttentionCall, start: int, stop: int) -> tuple[torch.Tenso
 
 def opened_attention(call: AttentionCall, start: int, bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """Head outputs ``[batch, rows, num_heads, value_dim]`` of rows from ``start`` on, see ``opened_bias``."""
-    query = call.query[:, :, start : start + bias.shape[2]]
     key, value = (states.index_select(2, seen) for states in (call.key, call.value))
-    outputs = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias,
-        scale=call.kwargs.get("scaling"),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-    return outputs.transpose(1, 2)
+    return _fused(call, call.query[:, :, start : start + bias.shape[2]], key, value, bias)
+
+
+def masked_attention(call: AttentionCall, rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Head outputs ``[batch, rows, num_heads, value_dim]`` of some rows, int64 ``[rows]``, see ``visible_keys``."""
+    num_keys = call.key.shape[2] if mask is None else mask.shape[3]
+    return _fused(call, call.query[:, :, rows], call.key[:, :, :num_keys], call.value[:, :, :num_keys], mask)
+
+
+def _fused(
+    call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    options: Any = {"scale": call.kwargs.get("scaling"), "enable_gqa": key.shape[1] != query.shape[1]}
+    return F.scaled_dot_product_attention(query, key, value, mask, **options).transpose(1, 2)
 
 
 def _softcap(call: AttentionCall) -> float | None:
