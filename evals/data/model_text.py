@@ -29,7 +29,7 @@ UNSURE_KEYS = ("text", "answer")
 
 TRUTH_KEYS = (
     *("label", "gt", "gold", "ground_truth", "gt_answer", "gold_answer", "gold_answers", "solution", "reference"),
-    "target",
+    *("target", "truth"),
 )
 
 _NO_TEXT = frozenset(

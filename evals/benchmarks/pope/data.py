@@ -9,7 +9,7 @@ from pathlib import Path
 from vlmfix.errors import DataError
 
 from ...data.answers import AnswerFile, yes_no
-from ...data.matching import Asked, Row
+from ...data.matching import SPLIT_KEYS, Asked, Row
 from ..object_questions import PopeQuestion, corrections, is_repope, load_questions, releases, without_removed
 
 _REMEDY = "answer it, leave its question file out, or type --subset to score what is answered"
@@ -70,9 +70,14 @@ def read_files(files: Sequence[Path]) -> list[PopeQuestion]:
 
 
 def labelled_questions(file: AnswerFile, rows: Sequence[Row]) -> tuple[list[PopeQuestion], list[Row]]:
-    """Questions made of rows that bring their labels."""
+    """Questions made of rows that bring their labels.
+
+    Raises:
+        DataError: A label is missing or none, or two rows answer one question.
+    """
     if all(row.image is not None and row.texts for row in rows):
         rows = file.distinct(rows)
+    _refuse_second_answers(rows)
     labels = file.labels(rows, "without --questions every line needs one")
     images: dict[str, int] = {}
     known = all(row.image is not None for row in rows)
@@ -84,3 +89,23 @@ def labelled_questions(file: AnswerFile, rows: Sequence[Row]) -> tuple[list[Pope
         item = f"{name}: {text}" if text is not None else f"{name}:{place}"
         asked.append(PopeQuestion(str(place), cluster, name, "", item, label, "all"))
     return asked, list(rows)
+
+
+def _refuse_second_answers(rows: Sequence[Row]) -> None:
+    """Refuse two rows about one question, as far as its id, or its image and text, say that it is one.
+
+    Raises:
+        DataError: There are such rows. Ids alone start again in every split, so that what they name must be said.
+    """
+    first: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        number, texts = row.id(("question_id",)), tuple(row.texts.values())
+        if number is None and (row.image is None or not texts):
+            continue
+        split = tuple(str(row.fields.get(key)) for key in SPLIT_KEYS)
+        if (other := first.setdefault((number, split, row.image, texts), row)) is not row:
+            name = f"question {number[0]}" if number else f"{texts[0][:60]!r} about the image {row.image!r}"
+            raise DataError(
+                f"{row.where}: {name} is answered already, on {other.where}: keep only one of these lines, or say what "
+                "tells them apart ('split', or image and question)"
+            )

@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import lzma
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from families.saved_llava import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
-from vlmfix.evals.data.model_text import MODEL_KEYS
 from vlmfix.evals.data.records import parse_image_id, read_rows
 from vlmfix.evals.data.thinking import without_thinking
 
@@ -103,6 +101,7 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
         "line 2: 'question'",
     ),
     "another image": (lambda i: {"image": image(3 - i), "prediction": "No"}, "line 1: the image is 900002"),
+    "another truth of AMBER's name": (lambda i: {"truth": "yes", "prediction": "No"}, "line 2: the truth is 'yes'"),
     "other labels": (lambda i: {"gt": "yes", "prediction": "No"}, "line 2: the gt is 'yes'"),
     "nothing that can be read": (lambda i: {"answer": "A picture."}, "says yes or no"),
     "an unknown finish reason": (lambda i: {"answer": "No", "finish_reason": "tired"}, "finish reason 'tired'"),
@@ -209,6 +208,12 @@ def test_exact_repeats_count_once(folder: Path, capsys: pytest.CaptureFixture[st
     out = folder / "own.json"
     assert main(["score", "pope", str(write_lines(path, [*labelled, *labelled])), "--out", str(out)]) == 0
     assert json.loads(out.read_text())["splits"]["all"]["counts"] == ALL_NO
+    own: list[dict[str, Any]] = [*labelled, {**labelled[0], "answer": "Yes"}]
+    assert main(["score", "pope", str(write_lines(path, own))]) == 2
+    assert "is answered already, on" in capsys.readouterr().err
+    twice = [{"question_id": 1, "label": "no", "answer": "No"}] * 2
+    assert main(["score", "pope", str(write_lines(path, twice))]) == 2, "of two splits, or one line twice"
+    assert "say what tells them apart" in capsys.readouterr().err
 
 
 # What keeps the rows.
@@ -367,125 +372,3 @@ def test_thinking_is_counted_and_may_be_kept(folder: Path, capsys: pytest.Captur
     assert json.loads((folder / "out.json").read_text())["thinking"] == {"answers": 4, "unfinished": 0, "how": "strip"}
     assert counts(folder, path, "--thinking", "keep")["random"] != RIGHT
     assert "kept as part of the answer" in capsys.readouterr().out
-
-
-# Damaged and odd files: a right figure or a refusal, never a wrong figure.
-
-Rows = list[dict[str, Any]]
-
-
-def _on_one(change: Callable[[dict[str, Any], random.Random], None]) -> Callable[[Rows, random.Random], Rows]:
-    def apply(made: Rows, rng: random.Random) -> Rows:
-        change(rng.choice(made), rng)
-        return made
-
-    return apply
-
-
-def _add(key: str, value: Callable[[int], Any]) -> Callable[[Rows, random.Random], Rows]:
-    return lambda made, rng: [{**row, key: value(int(row["question_id"]) - 1)} for row in made]
-
-
-def _rename(made: Rows, rng: random.Random) -> Rows:
-    name = rng.choice(MODEL_KEYS)
-    return [{(name if key == "prediction" else key): value for key, value in row.items()} for row in made]
-
-
-HARMLESS: tuple[Callable[[Rows, random.Random], Rows], ...] = (
-    lambda made, rng: rng.sample(made, len(made)),
-    lambda made, rng: [dict(rng.sample(list(row.items()), len(row))) for row in made],
-    lambda made, rng: [*made, dict(rng.choice(made))],
-    _rename,
-    _add("answer", lambda i: TRUTH[i]),
-    _add("label", lambda i: TRUTH[i]),
-    _add("gt", lambda i: int(TRUTH[i] == "yes")),
-    _add("question", asked),
-    _add("prompt", lambda i: asked(i) + SUFFIX),
-    _add("text", asked),
-    _add("image", image),
-    _add("model_id", lambda i: "some-model"),
-    _add("score", lambda i: i / 7),
-    _add("category", lambda i: "random"),
-    _add("finish_reason", lambda i: "stop"),
-    lambda made, rng: [{**row, "question_id": rng.choice((str, float))(row["question_id"])} for row in made],
-)
-
-HARMFUL: tuple[Callable[[Rows, random.Random], Rows], ...] = (
-    lambda made, rng: [row for row in made if row["question_id"] != made[-1]["question_id"]],
-    _add("label", lambda i: TRUTH[3 - i]),
-    _add("target", lambda i: "yes"),
-    _add("question", lambda i: asked(i, "popular")),
-    _add("image", lambda i: image(3 - i)),
-    _add("category", lambda i: "adversarial"),
-    _add("finish_reason", lambda i: "tired"),
-    lambda made, rng: [{**row, "question_id": int(float(row["question_id"])) - 1} for row in made],
-    _on_one(lambda row, rng: row.update(question_id=rng.choice((99, "x", None, True, [1], 1.5)))),
-    _on_one(
-        lambda row, rng: [
-            row.update({key: rng.choice((None, 5, ["No"], {"a": 1}))}) for key in MODEL_KEYS if key in row
-        ]
-    ),
-    _on_one(lambda row, rng: [row.pop(key) for key in MODEL_KEYS if key in row]),
-    lambda made, rng: [*made, {**made[0], "question_id": made[0]["question_id"], "prediction": "Yes, another."}],
-    lambda made, rng: [{**row, "response": "Yes", "prediction": "No, no."} for row in made],
-)
-
-
-def _bytes(data: bytes, rng: random.Random) -> bytes:
-    """Damage to the file itself; text in ASCII that is cut, or made no UTF-8, or has a strange line."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return data.rstrip()[: rng.randrange(1, len(data.rstrip()) - 1)]
-    if kind == 1:
-        place = rng.randrange(len(data))
-        return data[:place] + b"\xe9" + data[place:]
-    if kind == 2:
-        lines = data.split(b"\n")
-        lines.insert(rng.randrange(len(lines)), rng.choice((b"null", b"[]", b"{", b"oops", b'"text"', b"{}")))
-        return b"\n".join(lines)
-    return data.decode().encode(rng.choice(("utf-16", "utf-16-le", "utf-32")))
-
-
-def outcome(folder: Path, path: Path) -> dict[str, Any] | None:
-    """The counts, or None for a refusal that names the file."""
-    out = folder / "fuzz.json"
-    out.unlink(missing_ok=True)
-    words = ["score", "pope", str(path), "--questions", str(folder / "coco_pope_random.json"), "--out", str(out)]
-    status = main(words)
-    assert status in (0, 2) and out.exists() == (status == 0)
-    return json.loads(out.read_text())["splits"]["random"]["counts"] if status == 0 else None
-
-
-def fuzz(folder: Path, trials: int, seed: int) -> tuple[int, int]:
-    """Score odd files; returns how many harmless ones there were, and how many of them were refused."""
-    rng = random.Random(seed)
-    harmless = refused = 0
-    for _ in range(trials):
-        made: Rows = rows(
-            lambda i: {"question_id": i + 1, "prediction": rng.choice(("No", "No.", "No, there is none."))}
-        )
-        steps = rng.sample(HARMLESS, rng.randint(0, 3))
-        harm = rng.random() < 0.5
-        for step in steps:
-            made = step([dict(row) for row in made], rng)
-        in_bytes = harm and rng.random() < 0.3
-        if harm and not in_bytes:
-            made = rng.choice(HARMFUL)([dict(row) for row in made], rng)
-        names = [name for name in CONTAINERS if name in ("lines", "list", "pretty", "back to back", "wrapped", "gzip")]
-        data = as_lines(made) if in_bytes else CONTAINERS[rng.choice(names)](made)
-        path = folder / "fuzzed.json"
-        path.write_bytes(_bytes(data, rng) if in_bytes else data)
-        found = outcome(folder, path)
-        told = all("image" in row and {"question", "prompt", "text"} & row.keys() for row in made)
-        if harm and not (told and found == ALL_NO):  # Image and question decide, whatever the ids say.
-            assert found is None, f"scored as {found}:\n{path.read_bytes()[:2000]!r}"
-        elif not harm:
-            harmless += 1
-            refused += found is None
-            assert found in (None, ALL_NO), f"scored as {found}:\n{path.read_bytes()[:2000]!r}"
-    return harmless, refused
-
-
-def test_odd_files_give_the_right_figure_or_a_refusal(folder: Path) -> None:
-    harmless, refused = fuzz(folder, 150, 0)
-    assert refused <= harmless / 4
