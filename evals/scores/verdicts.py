@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION, YES_BIAS
-from ..benchmarks.columns import benchmarks_of, changed_methods
+from ..benchmarks.columns import benchmarks_of, changed_methods, figure_of
 from ..stats.bootstrap import CONFIDENCE
 from ..stats.tests import holm_by_name
 from ..tables import is_certain, survives
@@ -24,7 +24,7 @@ WORDS = {
     "better": "beats a plain control (early stop, yes bias, self-verification) and loses to none",
     "worse": "loses to such a control and beats none",
     "mixed": "beats one and loses to another",
-    "trade-off": "differs from none in a figure (corrected over methods only), and is not told apart from controls",
+    "trade-off": "differs from none in a headline figure, and is not told apart from controls",
     "unclear": "nothing is told apart, neither from none nor from the controls",
     "loops": "more captions loop or are cut off at the token limit than with none; its other figures mean little",
     "unchanged": "no answer changed",
@@ -33,7 +33,8 @@ WORDS = {
 
 FALSE_WORDS = (
     "all that decides a word is one family (Holm), so that at most 5 % of runs say better, worse, mixed or loops of "
-    "methods that equal their controls"
+    "methods that equal their controls; trade-off is corrected over methods and over the headline figures, so that at "
+    "most 5 % of methods that equal none get it"
 )
 
 
@@ -159,8 +160,7 @@ def verdict(results: Mapping[str, Any], method: Mapping[str, Any]) -> str:
         return "mixed"
     if decided:
         return decided.pop()
-    told_apart = any(is_certain(found) for found in method.get("differences", {}).values())
-    return "trade-off" if told_apart else "unclear"
+    return "trade-off" if _differs(method) else "unclear"
 
 
 def verdict_legend(words: Iterable[str]) -> str:
@@ -168,6 +168,13 @@ def verdict_legend(words: Iterable[str]) -> str:
     used = set(words)
     told = [f"{word}: {says}" for word, says in WORDS.items() if word in used]
     return "; ".join([*told, FALSE_WORDS]) if told else ""
+
+
+def _differs(method: Mapping[str, Any]) -> bool:
+    """Whether a method differs from the baseline in a headline figure, which is one chance of several to do so."""
+    tests = {key: test for key, test in method.get("differences", {}).items() if figure_of(key).headline}
+    over_figures = holm_by_name({key: test.get("p_value") for key, test in tests.items()})
+    return any(is_certain(test) and survives({"p_holm": over_figures[key]}) for key, test in tests.items())
 
 
 def _loops(method: Mapping[str, Any]) -> bool:

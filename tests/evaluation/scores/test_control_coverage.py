@@ -10,8 +10,10 @@ from vlmfix.evals.benchmarks.chair.task import Chair
 from vlmfix.evals.benchmarks.yes_no import ACCURACY, YES_RATIO
 from vlmfix.evals.scores.bias_curves import Thinned
 from vlmfix.evals.scores.controls import bias_curves, bias_lines
-from vlmfix.evals.scores.verdicts import correct_controls, verdict
+from vlmfix.evals.scores.verdicts import correct_controls, correct_rows, verdict
+from vlmfix.evals.stats.bootstrap import interval_dict
 from vlmfix.evals.stats.table import Table
+from vlmfix.evals.tables import is_certain
 
 RECALL, CHAIR_I = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
 MENTIONS = 6
@@ -138,11 +140,18 @@ def lines_of(rng, n, seed, skill=0.0):
     return [*lines, *more]
 
 
-def word(lines):
+def word(lines, differences=()):
     rows = [
-        {"label": label, "role": role, "chair": {"changed": 1}, "pope": {"changed": 1}}
+        {
+            "label": label,
+            "role": role,
+            "chair": {"changed": 1},
+            "pope": {"changed": 1},
+            "differences": dict(differences),
+        }
         for label, role in (("none", "baseline"), ("m", "method"))
     ]
+    correct_rows(rows[1:])
     correct_controls(lines, rows)
     return verdict({"methods": rows, "controls": lines}, rows[1])
 
@@ -157,6 +166,23 @@ def test_a_method_that_equals_its_controls_rarely_gets_a_word():
         words += word(lines) != "unclear"
     by_chance = 1.64 * math.sqrt(runs * 0.05 * 0.95)
     assert words <= 0.05 * runs + by_chance < single, "each line is right in 95 % of runs, all three together are not"
+
+
+def test_a_method_that_equals_none_is_rarely_called_a_trade_off():
+    rng, runs = np.random.default_rng(4), 300
+    figures = [(figure.key, figure.statistic) for figure in Chair.figures if figure.headline]
+    single = words = 0
+    for seed in range(runs):
+        images = rng.normal(1, 1, 100)
+        none, method = (counted(captions(rng, images, 0.0)[0], rng.integers(1, MENTIONS + 1, 100)) for _ in range(2))
+        found = {
+            key: interval_dict(statistic.difference(method, none, seed=seed, n_resamples=400))
+            for key, statistic in figures
+        }
+        single += any(is_certain(difference) for difference in found.values())
+        line = {"method": "m", "control": "early stop", "metric": "chair.chair_i", "verdict": "same"}
+        words += word([{**line, "difference": dict(found["chair.chair_i"])}], found) == "trade-off"
+    assert words <= 0.05 * runs + 1.64 * math.sqrt(runs * 0.05 * 0.95) < single
 
 
 def test_a_better_method_still_gets_its_word():
