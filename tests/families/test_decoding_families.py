@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from invariants import close
+from invariants import Loop, close
 
 import vlmfix
 from families import available
@@ -66,6 +67,22 @@ def test_a_batch_equals_its_prompts(name: str, method: Method) -> None:
     assert (together - stock).abs().amax((1, 2))[0] > 1e-3
     for row, each in enumerate(samples):
         close(together[row], generate(model, family.collate([each]), 3)[1][0])
+
+
+@pytest.mark.parametrize("name", ["minicpmv4_6", "phi4_multimodal"])
+@pytest.mark.parametrize("method", [vlmfix.PAI(), vlmfix.MMA(), vlmfix.VCD(beta=0.0)], ids=lambda method: method.name)
+def test_an_image_in_a_later_turn(name: str, method: Method) -> None:
+    """Text first, then an image: as if both were read at once."""
+    family = available(name)
+    model, text, later = family.build(), family.sample(5, 0, 4, seed=5), family.single()
+    whole = family.collate([dataclasses.replace(later, ids=(*text.ids, *later.ids))])
+    turn = family.collate([later]) | {"attention_mask": whole["attention_mask"]}
+    stock = Loop(model, whole).logits[:, -1]
+    vlmfix.patch(model, method)
+    loop, at_once = Loop(model, family.collate([text])), Loop(model, whole)
+    close(loop.read(**turn)[:, -1], at_once.logits[:, -1])
+    close(loop.read(21), at_once.read(21))
+    assert (at_once.logits[:, -1] - stock).abs().max() > 1e-3
 
 
 # Phi-4: its image_attention_mask says which patches of a crop are padding, not where a token looks.

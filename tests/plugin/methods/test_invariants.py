@@ -38,7 +38,7 @@ from invariants import (
     continued,
 )
 from method_parameters import IN_FORWARDS, OFF, parameters_of
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import vlmfix
 from vlmfix.methods.registry import method_class, method_from_dict
@@ -118,6 +118,44 @@ def test_it_acts_and_unpatching_leaves_every_bit_and_no_residue(sinky: Any, name
     assert all(torch.equal(value, weights[key]) for key, value in sinky.state_dict().items())
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         assert (tmp_path / "patched" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
+
+
+class _TakesOff(LogitsProcessor):
+    """Takes the patch off when the second token is chosen."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.left = model, 2
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            vlmfix.unpatch(self.model)
+        return scores
+
+
+@each_of(["act", "cmai", "vhr", "vista", "flb", "ifg", "m3id", "vcd"])
+def test_beams_go_on_where_a_patch_is_taken_off_in_the_middle(tiny: Any, name: str) -> None:
+    def beams(inputs: Any) -> torch.Tensor:
+        acting(tiny, name)
+        options = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
+        return tiny.generate(**inputs, **options, logits_processor=[_TakesOff(tiny)])[:, -5:]
+
+    together = beams(collate(RAGGED[:2]))
+    assert vlmfix.status(tiny) is None
+    assert all(torch.equal(row, beams(collate([each]))[0]) for row, each in zip(together, RAGGED, strict=False))
+    acting(tiny, name)
+    loop, greedy = Loop(tiny, collate([RAGGED[0]])), []
+    logits = loop.logits
+    for step in range(5):
+        if step == 1:
+            vlmfix.unpatch(tiny)
+        logits[:, -1, tiny.generation_config.suppress_tokens] = -torch.inf
+        greedy.append(int(logits[0, -1].argmax()))
+        logits = loop.read(greedy[-1]).clone()
+    acting(tiny, name)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    found = tiny.generate(**collate([RAGGED[0]]), **options, logits_processor=[_TakesOff(tiny)])
+    assert found[0, -5:].tolist() == greedy, "the method's first tokens, and the stock model's behind them"
 
 
 @each_of(ACTING)
