@@ -17,9 +17,9 @@ if [ -x .venv/bin/python ]; then
   version=$made_with
 fi
 case $version in
-  3.10 | 3.11 | 3.12 | 3.13) ;;
+  3.10 | 3.11 | 3.12 | 3.13 | 3.14) ;;
   *)
-    echo "scripts/constraints.txt pins versions for Python 3.10 to 3.13; this is $version. Type: PYTHON=python3.12 $0" >&2
+    echo "scripts/constraints.txt pins versions for Python 3.10 to 3.14; this is $version. Type: PYTHON=python3.12 $0" >&2
     exit 1
     ;;
 esac

@@ -164,9 +164,9 @@ def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) 
 
 
 def test_a_python_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    for version in ("3.9", "3.14"):
+    for version in ("3.9", "3.15"):
         done = environment(tmp_path, "eval", fake_python(tmp_path / "other", version))
-        assert done.returncode == 1 and f"Python 3.10 to 3.13; this is {version}" in done.stderr
+        assert done.returncode == 1 and f"Python 3.10 to 3.14; this is {version}" in done.stderr
     done = environment(tmp_path, "eval", "no-such-python")
     assert done.returncode == 1 and "no Python answers to 'no-such-python'" in done.stderr
     assert not (tmp_path / ".venv").exists()
