@@ -21,7 +21,8 @@ def tradeoff_figure(results: Mapping[str, Any], width: float = WIDE, *, titled: 
 
     The cross through a method is the 95 % interval of its paired difference to the baseline. The staircase is early
     stop, with dots at several lengths in words; beside it stand what the baseline gives at these lengths by regression,
-    and self-verification.
+    as far as it has such descriptions (what invents less is shorter, so that this is no choice one has), and
+    self-verification.
 
     Args:
         results: The content of ``results.json``.
@@ -91,24 +92,25 @@ def _draw_baselines(
             )  # fmt: skip
     shown, matched = (figure.name for figure in chosen)
     curve = results.get(CURVES[EARLY_STOP], ())
-    stairs = _stairs([p for p in curve if _is_known(p, (shown, matched)) and p[matched] >= lowest])
+    stairs = _stairs([p for p in curve if _is_known(p, ("words", shown, matched)) and p[matched] >= lowest])
     if len(stairs) < 2:
         return []
     steps, regressed = (
-        [(100 * p[matched], 100 * p[shown]) for p in found] for found in (stairs, [p["of_length"] for p in stairs])
+        [(100 * p[matched], 100 * p[shown]) for p in found if _is_known(p, (shown, matched))]
+        for found in (stairs, [p.get("of_length", {}) for p in stairs])
     )
     panel.plot(*zip(*steps[1:], strict=True), "o", color=FAINT, markersize=3.5, zorder=2)
-    panel.plot(
-        *zip(*regressed, strict=True), "x:", color=FAINT, markersize=4, linewidth=0.8, zorder=1,
-        label="none at these lengths, by regression",
-    )  # fmt: skip
+    if len(regressed) > 1:
+        panel.plot(
+            *zip(*regressed, strict=True), "x:", color=FAINT, markersize=4, linewidth=0.8, zorder=1,
+            label="captions of none that came out so short, by regression",
+        )  # fmt: skip
     return [(f"{p['words']:.0f} words", x, y) for p, (x, y) in zip(stairs[1:], steps[1:], strict=True)]
 
 
-def _is_known(point: Mapping[str, Any], figures: Sequence[str]) -> bool:
-    """Whether a point of an early-stop curve has its length and these figures, measured and by regression."""
-    regressed = point.get("of_length", {})
-    return None not in (point.get("words"), *(each.get(name) for each in (point, regressed) for name in figures))
+def _is_known(point: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether a point of an early-stop curve has these figures."""
+    return None not in map(point.get, names)
 
 
 def _stairs(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -13,6 +13,10 @@ WORDS = share("words")
 """Words per description."""
 
 
+SUPPORT = 0.1
+"""Share of the descriptions that must be as short, or as long: beyond their lengths a regression says nothing."""
+
+
 def at_length(table: Table, matched: SumStatistic, statistics: Sequence[SumStatistic], words: float) -> list[float]:
     """Figures of descriptions of so many words, about the same images.
 
@@ -24,8 +28,18 @@ def at_length(table: Table, matched: SumStatistic, statistics: Sequence[SumStati
         matched: Recall: the last of its columns counts what there is to name.
         statistics: The figures.
         words: Mean length.
+
+    Returns:
+        The figures; NaN at lengths that hardly any description of an average image has, and where a count would be
+        negative.
     """
     there = matched.columns(table)[:, -1]
-    design = stacked(np.ones(len(table)), table.words, there)
-    wanted = np.asarray([1.0, words, there.mean()])
-    return [float(s.value(wanted @ np.linalg.lstsq(design, s.columns(table), rcond=None)[0])) for s in statistics]
+    image = stacked(np.ones(len(table)), there)
+    usual = image @ np.linalg.lstsq(image, table.words, rcond=None)[0]
+    shortest, longest = table.words.mean() + np.quantile(table.words - usual, [SUPPORT, 1 - SUPPORT])
+    if not shortest <= words <= longest and not np.isclose(words, table.words.mean()):
+        return [np.nan] * len(statistics)
+    design = stacked(image, table.words)
+    wanted = np.asarray([1.0, there.mean(), words])
+    sums = [wanted @ np.linalg.lstsq(design, s.columns(table), rcond=None)[0] for s in statistics]
+    return [float(s.value(each)) if min(each) >= 0 else np.nan for s, each in zip(statistics, sums, strict=True)]

@@ -304,17 +304,22 @@ def test_what_was_not_asked_for_stays():
 
 
 def test_at_another_length_by_regression():
-    """What is linear in the words is found again; at the captions' own length it is their figure."""
+    """What is linear in the words is found again; the captions' own length gives their figure, a far one nothing."""
     rng = np.random.default_rng(0)
     words, objects = rng.integers(10, 40, 60), rng.integers(2, 8, 60)
     columns = {"words": words, "gt_objects": objects, "mentions": 2 * words, "hallucinated": words - 8}
     table = Table(np.arange(60), columns | {"recalled": words + 3 * objects})
     recall, chair_i = (Chair.figure(name).statistic for name in ("recall", "chair_i"))
-    for length in (20.0, 12.5):
+    for length in (20.0, 15.5):
         found = at_length(table, recall, [recall, chair_i], length)
         assert found == pytest.approx([(length + 3 * objects.mean()) / objects.mean(), (length - 8) / (2 * length)])
     own = at_length(table, recall, [recall, chair_i], words.mean())
     assert own == pytest.approx([recall.of(table), chair_i.of(table)])
+    for length in (8.0, 45.0):
+        assert np.isnan(at_length(table, recall, [recall, chair_i], length)).all(), "no caption is like that"
+    table.columns["hallucinated"] = np.maximum(words - 24, 0)
+    found = at_length(table, recall, [recall, chair_i], 15.5)
+    assert found[0] == pytest.approx((15.5 + 3 * objects.mean()) / objects.mean()) and np.isnan(found[1]), "negative"
 
 
 # The whole curve
