@@ -96,7 +96,7 @@ class Verify(Method):
         if not self.is_identity:
             processor = find_processor(anatomy, self.processor)
             try:
-                questioner = Questioner(anatomy.model, processor, self.question, self.batch_size)
+                questioner = Questioner(anatomy.model, processor, self.question, self.batch_size, blind=False)
             except VlmfixError as error:
                 raise MethodError(f"verify cannot ask {type(anatomy.model).__name__}: {error}") from error
             object.__setattr__(bound, "_judge", Judge(questioner, self.rule))
