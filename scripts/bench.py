@@ -44,6 +44,9 @@ CURVE = ((576, 60), (1152, 60), (2880, 60), (2880, 1000))
 CURVE_VARIANTS = ("vhr", "var", "pai", "act, all heads", "mma", EAGER)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 def run_setting(
     model: PreTrainedModel,
     *,
@@ -95,9 +98,11 @@ def run_setting(
     }
 
 
-def memory_curve(device: str, shape: str, points: tuple[tuple[int, int], ...], only: list[str]) -> dict[str, Any]:
+def memory_curve(
+    device: str, dtype: torch.dtype, shape: str, points: tuple[tuple[int, int], ...], only: list[str]
+) -> dict[str, Any]:
     """Measure peak memory beyond the stock model's at growing numbers of tokens, with every layer edited."""
-    model = build(shape, device, dtype_of(device))
+    model = build(shape, device, dtype)
     extra: dict[str, list[int]] = {name: [] for name in only}
     for image_tokens, text_tokens in points:
         _progress("memory")(f"{image_tokens} + {text_tokens} tokens")
@@ -128,6 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: fp32 on a CPU, bf16 on a GPU)")
     parser.add_argument("--model", nargs="+", choices=list(SHAPES), help="shapes (default: those of the device)")
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[576, 2880])
     parser.add_argument("--text-tokens", type=int, default=60)
@@ -197,12 +203,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.out:
             args.out.write_text(json.dumps(report, indent=2))
 
+    dtype = DTYPES.get(args.dtype) or dtype_of(args.device)
     shape, model = None, None
     for setting in plan(args):
         if setting["shape"] != shape:
             model = None  # two models may not fit
             shape = setting["shape"]
-            model = build(shape, args.device, dtype_of(args.device))
+            model = build(shape, args.device, dtype)
         assert model is not None
         parameters = sum(p.numel() for p in model.model.language_model.parameters()) / 1e6
         label = f"{shape} ({parameters:.0f} M language parameters)"
@@ -217,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         shape = "163m-2-layers" if args.device == "cpu" else "llava-1.5-7b"
         is_tiny = all(name.startswith("tiny") for name in args.model)
         shape, points = ("tiny", ((16, 20), (64, 40))) if is_tiny else (shape, CURVE)
-        report["memory_curve"] = memory_curve(args.device, shape, points, list(CURVE_VARIANTS))
+        report["memory_curve"] = memory_curve(args.device, dtype, shape, points, list(CURVE_VARIANTS))
         add((curve_markdown if is_markdown else curve_table)(report["memory_curve"]))
     return 0
 
