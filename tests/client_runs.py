@@ -33,9 +33,9 @@ def stock(folder: Path) -> Any:
     return LlavaForConditionalGeneration.from_pretrained(folder)
 
 
-def inputs(folder: Path | str, image: Image.Image, question: str = QUESTION) -> Any:
-    """What the processor makes of a picture and a question."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+def inputs(folder: Path | str, *images: Image.Image, question: str = QUESTION) -> Any:
+    """What the processor makes of pictures and a question."""
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
     return AutoProcessor.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -45,9 +45,9 @@ def inputs(folder: Path | str, image: Image.Image, question: str = QUESTION) -> 
     )
 
 
-def answer(model: Any, folder: Path | str, image: Image.Image, question: str = QUESTION, **options: Any) -> str:
-    """What a model says about a picture."""
-    asked = inputs(folder, image, question)
+def answer(model: Any, folder: Path | str, *images: Image.Image, question: str = QUESTION, **options: Any) -> str:
+    """What a model says about pictures."""
+    asked = inputs(folder, *images, question=question)
     ids = model.generate(**asked, **{"max_new_tokens": 8, "do_sample": False, **options})
     processor = AutoProcessor.from_pretrained(folder)
     return str(processor.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)[0])

@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,7 +126,22 @@ def copy_without_weights(model: PreTrainedModel) -> PreTrainedModel:
             "Weights of this model are offloaded, so that no second model can share them. Choose methods with "
             "'with vlmfix.patched(model, ...)', in one thread at a time."
         )
-    return copy.deepcopy(model, _weights(model))  # what is in the memo is not copied
+    with _no_hooks_being_installed():
+        return copy.deepcopy(model, _weights(model))  # what is in the memo is not copied
+
+
+def _no_hooks_being_installed() -> AbstractContextManager[Any]:
+    """Wait for another thread whose forward is the model's first to collect hidden states.
+
+    transformers then hooks the layers one after the other, and a copy made meanwhile would take itself for hooked.
+    Older versions install no such hooks.
+    """
+    try:
+        from transformers.utils.output_capturing import _hook_installation_lock
+    except ImportError:
+        return nullcontext()
+    lock: AbstractContextManager[Any] = _hook_installation_lock
+    return lock
 
 
 def _weights(model: PreTrainedModel) -> dict[int, Any]:

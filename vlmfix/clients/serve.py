@@ -63,7 +63,7 @@ def methods_by_request() -> Iterator[None]:
     from transformers.utils import import_utils
 
     try:
-        from transformers.cli.serving import server
+        from transformers.cli.serving import server, utils
     except ImportError as error:
         remedy = "type: pip install -U transformers"
         raise VlmfixError(f"this release has no transformers serve ({error}); {remedy}") from error
@@ -82,9 +82,32 @@ def methods_by_request() -> Iterator[None]:
 
     server.build_server = build_server
     try:
-        yield
+        with _stops_at_strings(utils.GenerateManager):
+            yield
     finally:
         server.build_server = stock
+
+
+@contextmanager
+def _stops_at_strings(manager: type) -> Iterator[None]:
+    """Let what generates be given a tokenizer where the server has a processor, which cannot look up ``stop``."""
+    names = ("generate_streaming", "generate_non_streaming")
+    stock = {name: getattr(manager, name) for name in names}
+
+    def with_tokenizer(generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(generate)
+        def called(self: Any, model: Any, processor: Any, *args: Any, **kwargs: Any) -> Any:
+            return generate(self, model, getattr(processor, "tokenizer", processor), *args, **kwargs)
+
+        return called
+
+    for name, generate in stock.items():
+        setattr(manager, name, with_tokenizer(generate))
+    try:
+        yield
+    finally:
+        for name, generate in stock.items():
+            setattr(manager, name, generate)
 
 
 def _let_requests_choose(handler: Any) -> None:
@@ -111,8 +134,8 @@ def _chosen(model: PreTrainedModel, body: Mapping[str, Any]) -> PreTrainedModel:
 
     if FIELD in body:
         wanted = body[FIELD]
-        for name in wanted if isinstance(wanted, list) else [wanted]:
-            if isinstance(name, str) and name.endswith(".json"):
+        for name in _strings(wanted):
+            if name.endswith(".json"):
                 raise MethodError(f"A request names methods, not files of the server: {name!r}.")
         model = under_methods(model, "none" if wanted is None else wanted)
     patch = find_patch(model)
@@ -122,6 +145,13 @@ def _chosen(model: PreTrainedModel, body: Mapping[str, Any]) -> PreTrainedModel:
             f"{searching[0]} knows its answer only at the end of its search. Ask for it without a stream."
         )
     return model
+
+
+def _strings(wanted: Any) -> list[str]:
+    """Return the strings in lists of any depth."""
+    if isinstance(wanted, list):
+        return [name for each in wanted for name in _strings(each)]
+    return [wanted] if isinstance(wanted, str) else []
 
 
 async def _refusal(request: Any, error: VlmfixError) -> Any:

@@ -69,6 +69,12 @@ class GenerateWithOpera:
                 f"opera searches for one prompt at a time, and this batch has {input_ids.shape[0]}. Call generate for "
                 "each, or set the batch size to 1."
             )
+        config = kwargs.get("generation_config") or model.generation_config
+        if kwargs.get("stop_strings", getattr(config, "stop_strings", None)):
+            raise UnsupportedFeatureError(
+                "opera cannot stop at strings: generate gives no tokenizer to a search in the place of its own. Pass "
+                "stopping_criteria=[StopStringCriteria(tokenizer, [...])] instead, and leave stop_strings out."
+            )
         # generate prepares one sequence, not beams, and would warn of settings that mean nothing without beams.
         of_beams = {name: kwargs.pop(name) for name in ("early_stopping", "length_penalty") if name in kwargs}
 

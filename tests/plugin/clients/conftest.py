@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +18,7 @@ def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "generation_config.json").read_text())
     config["suppress_tokens"] = [0, 1, 2, 3, 4]
     (folder / "generation_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens("abcdef")  # by which transformers finds out how stop strings are spelt
+    tokenizer.save_pretrained(folder)
     return folder

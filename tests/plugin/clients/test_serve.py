@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from client_runs import QUESTION, answer, picture, stock
+from transformers import AutoTokenizer
 
 import vlmfix
 from vlmfix.cli import main
@@ -78,19 +79,28 @@ def client_of(port: int) -> Any:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
 
 
-def ask(client: Any, folder: Path, number: int, choice: Any = "not named", **options: Any) -> Any:
-    png = io.BytesIO()
-    picture(number).save(png, "png")
-    url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+def ask(client: Any, folder: Path, *numbers: int, choice: Any = "not named", more: Any = None, **options: Any) -> Any:
+    """Ask about the pictures of these numbers; ``more`` are further fields of the request."""
+    content: list[Any] = []
+    for number in numbers:
+        png = io.BytesIO()
+        picture(number).save(png, "png")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    chosen = {} if choice == "not named" else {"vlmfix": choice}
     return client.chat.completions.create(
         model=str(folder),
-        messages=[{"role": "user", "content": content}],
-        max_tokens=8,
-        temperature=0,
-        extra_body={} if choice == "not named" else {"vlmfix": choice},
-        **options,
+        messages=[{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}],
+        extra_body={**chosen, **(more or {})},
+        **{"max_tokens": 8, "temperature": 0, **options},
     )
+
+
+def said(reply: Any) -> str:
+    """The text of a reply, or of a stream."""
+    if hasattr(reply, "choices"):
+        return str(reply.choices[0].message.content)
+    return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +124,7 @@ def test_concurrent_requests_with_methods_of_their_own(
 
     def one(request: tuple[int, int, bool]) -> str:
         choice, number, streams = request
-        reply = ask(client, processor_folder, number, CHOICES[choice], stream=streams)
-        if not streams:
-            return str(reply.choices[0].message.content)
-        return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+        return said(ask(client, processor_folder, number, choice=CHOICES[choice], stream=streams))
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(one, wanted))
@@ -131,6 +138,8 @@ def test_concurrent_requests_with_methods_of_their_own(
         ("vhrr", "There is no method 'vhrr'"),
         ({"method": "vhr", "alfa": 1}, "no parameter 'alfa'"),
         ("/etc/recipe.json", "not files of the server"),
+        ([["/etc/recipe.json"]], "not files of the server"),
+        ("adhh", "needs a list of heads"),
         ({"method": "opera", "layers": [99]}, "opera"),
         (5, "Expected a method's name"),
     ],
@@ -140,14 +149,57 @@ def test_a_refused_request_is_told_why(
     server: Any, processor_folder: Path, choice: Any, reason: str, stream: bool
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
-        ask(server[0], processor_folder, 0, choice, stream=stream)
+        ask(server[0], processor_folder, 0, choice=choice, stream=stream)
 
 
 @pytest.mark.slow
 def test_a_search_gives_no_stream(server: Any, processor_folder: Path) -> None:
-    assert ask(server[0], processor_folder, 0, "opera").choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="opera knows its answer only at the end"):
-        ask(server[0], processor_folder, 0, "opera", stream=True)
+        ask(server[0], processor_folder, 0, choice="opera", stream=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", [None, "vhr", "vcd", "verify", "opera"])
+@pytest.mark.parametrize("pictures", [(), (0,), (0, 1)])
+@pytest.mark.parametrize("stop", [None, "with"])
+def test_every_number_of_pictures_and_stop_strings(
+    server: Any, processor_folder: Path, choice: Any, pictures: tuple[int, ...], stop: str | None
+) -> None:
+    """With a stream too, where there is one."""
+    model = vlmfix.patch(stock(processor_folder), "none")
+    images = [picture(number) for number in pictures]
+    by_call: dict[str, Any] = {"vlmfix": choice}
+    if stop is not None:
+        by_call |= {"stop_strings": [stop], "tokenizer": AutoTokenizer.from_pretrained(processor_folder)}
+    more = {} if stop is None else {"stop": [stop]}
+    if choice == "opera" and pictures and stop:
+        with pytest.raises(openai.BadRequestError, match="StopStringCriteria"):
+            ask(server[0], processor_folder, *pictures, choice=choice, **more)
+        return
+    expected = answer(model, processor_folder, *images, **by_call)
+    for stream in (False, True)[: 1 if choice == "opera" else 2]:
+        assert said(ask(server[0], processor_folder, *pictures, choice=choice, stream=stream, **more)) == expected
+
+
+@pytest.mark.slow
+def test_a_refusal_while_it_generates(server: Any, processor_folder: Path) -> None:
+    request = {"choice": "sid", "more": {"generation_config": '{"use_cache": false, "max_new_tokens": 4}'}}
+    with pytest.raises(openai.BadRequestError, match="without a cache"):
+        ask(server[0], processor_folder, 0, **request)
+    with pytest.raises(openai.APIError) as refused:
+        said(ask(server[0], processor_folder, 0, stream=True, **request))
+    assert "without a cache" in str(refused.value.body)
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_a_stream(server: Any, processor_folder: Path, expected: list[list[str]]) -> None:
+    for choice in CHOICES[1:]:
+        stream = ask(server[0], processor_folder, 0, choice=choice, stream=True, max_tokens=2000)
+        next(iter(stream))
+        stream.close()
+    began = time.monotonic()
+    assert said(ask(server[0], processor_folder, 0)) == expected[0][0]
+    assert time.monotonic() - began < 30, "what nobody reads is not generated to its end"
 
 
 @pytest.mark.slow
@@ -155,9 +207,9 @@ def test_what_the_patch_did_is_told_at_the_end(server: Any, processor_folder: Pa
     client, process = server
     ask(client, processor_folder, 0)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=120)
-    assert "LlavaForConditionalGeneration patched with VHR(layers=(0, 1, 2), alpha=3" in said, said
-    assert "prompts (0 without an image)" in said
+    told, _ = process.communicate(timeout=120)
+    assert "LlavaForConditionalGeneration patched with VHR(layers=(0, 1, 2), alpha=3" in told, told
+    assert "prompts (0 without an image)" in told
 
 
 @pytest.mark.slow
@@ -177,11 +229,11 @@ def test_transformers_serve_of_a_folder_with_a_recipe(
     try:
         while not listens(port):
             assert serve._thread.is_alive()
-        said = [ask(client_of(port), folder, number).choices[0].message.content for number in range(2)]
+        found = [said(ask(client_of(port), folder, number)) for number in range(2)]
     finally:
         serve.kill_server()
     model = vlmfix.patch(stock(processor_folder), "vhr", alpha=0.5, layers=":")
-    assert said == [answer(model, processor_folder, picture(number)) for number in range(2)]
+    assert found == [answer(model, processor_folder, picture(number)) for number in range(2)]
 
 
 def test_what_the_server_is_given_stands_behind_dashes(capsys: pytest.CaptureFixture[str]) -> None:

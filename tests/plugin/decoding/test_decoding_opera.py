@@ -372,6 +372,7 @@ def test_logits_processors_and_stopping_criteria(tiny: Any) -> None:
         ({"cache_implementation": "static"}, "only grow"),
         ({"prefill_chunk_size": 4}, "one forward"),
         ({"use_cache": False}, "use_cache"),
+        ({"stop_strings": ["."]}, "StopStringCriteria"),
     ],
 )
 def test_what_it_refuses(tiny: Any, options: dict[str, Any], reason: str) -> None:

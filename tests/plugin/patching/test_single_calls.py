@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,26 @@ def test_eight_threads_of_different_methods_on_one_model(tiny: Any) -> None:
             found = threads.map(lambda spec: generate(tiny, BATCH, 4, vlmfix=spec)[1], specs)
             for answer, right in zip(found, expected, strict=True):
                 torch.testing.assert_close(answer, right, atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_while_the_first_one_installs_hooks(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers hooks layers when hidden states are first collected; a copy made meanwhile would be hooked twice."""
+    capturing = pytest.importorskip("transformers.utils.output_capturing", reason="no hooks in this release")
+    install, installing = capturing.install_output_capuring_hook, threading.Event()
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        install(*args, **kwargs)
+        installing.set()
+        time.sleep(0.5)
+
+    expected = generate(vlmfix.patch(copy.deepcopy(tiny), "pai"), ONE, 2)[1]
+    vlmfix.patch(tiny, "none")
+    monkeypatch.setattr(capturing, "install_output_capuring_hook", slowly)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(generate, tiny, ONE, 2)
+        assert installing.wait(60)
+        assert torch.equal(generate(tiny, ONE, 2, vlmfix="pai")[1], expected)
+        first.result()
+    (variant,) = (each for _, each in vars(tiny)["_vlmfix_patch"].variants.values())
+    hooks = [[len(module._forward_hooks) for module in each.model.vision_tower.modules()] for each in (tiny, variant)]
+    assert hooks[0] == hooks[1] and 1 in hooks[0]
