@@ -6,8 +6,9 @@ image: how often it was drawn.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -128,8 +129,21 @@ def drawn(
     return np.concatenate([figure(weights) for weights in resamples(n, n_resamples, seed)])
 
 
-def resamples(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
+def resamples(n: int, n_resamples: int, seed: int) -> Iterable[FloatArray]:
     """How often each of n clusters is drawn, in pieces float64 [chunk, n]; the same draws for every chunk size."""
+    if n * n_resamples <= _CHUNK:
+        return _one_piece(n, n_resamples, seed)
+    return _pieces(n, n_resamples, seed)
+
+
+@functools.lru_cache(maxsize=1)  # every figure of a run is drawn from the same resamples
+def _one_piece(n: int, n_resamples: int, seed: int) -> tuple[FloatArray]:
+    (weights,) = _pieces(n, n_resamples, seed)
+    weights.setflags(write=False)
+    return (weights,)
+
+
+def _pieces(n: int, n_resamples: int, seed: int) -> Iterator[FloatArray]:
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // n)
     for start in range(0, n_resamples, chunk):
