@@ -48,6 +48,7 @@ SHELL = {
     "scripts/check_layers": "run by .ci/run",
     "scripts/test_versions": "run by .ci/run",
     "scripts/test_clients": "run by .ci/run",
+    "scripts/test_upstream": "downloads the tests of transformers",
     ".ci/run": "itself",
     "ruff": "run by .ci/run",
     "mypy": "run by .ci/run",

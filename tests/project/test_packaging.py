@@ -143,6 +143,7 @@ def test_the_demo_installs_what_it_needs_and_the_tests_the_rest(tmp_path: Path) 
         ("test", "dev"),
         ("test_versions", "dev"),
         ("test_clients", "dev"),
+        ("test_upstream", "dev"),
         ("../.ci/run", "dev"),
     ):
         assert f"\n. scripts/environment.sh {extra}\n" in (ROOT / "scripts" / script).read_text(encoding="utf-8")

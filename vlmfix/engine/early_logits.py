@@ -35,19 +35,24 @@ class EarlyHead:
         )
         inside = [each for each in methods if each.reads_mlp_input and not each.is_identity]
         is_read = bool(self.mixing or inside)
-        head = anatomy.language_model.get_output_embeddings() if is_read else None
+        self._model = anatomy.language_model
+        head = self._head if is_read else None
         if is_read and not isinstance(head, nn.Module):
             raise UnsupportedModelError(
                 f"{type(anatomy.language_model).__name__} has no language-model head to read early layers with. "
                 "Patch the model that generates, or choose a method that reads no early logits."
             )
-        self._head = head
         self._loss_function: Any = getattr(anatomy.language_model, "loss_function", None)
         is_normed = bool(inside) or any(each.early_norm for _, each in self.mixing)
         self._norm = final_norm(anatomy) if is_normed else None
         self._softcap = self._scale = self._divisor = None
         if isinstance(head, nn.Module):
             self._softcap, self._scale, self._divisor = _behind_head(anatomy, head)
+
+    @property
+    def _head(self) -> Any:
+        """The head as it is now: a model whose vocabulary is resized gets another one."""
+        return self._model.get_output_embeddings()
 
     def mix(self, forward: EditedForward, output: Any, inputs: dict[str, Any]) -> Any:
         """Return a forward's output with mixed logits in the rows that predict new tokens of prompts with an image.
@@ -67,7 +72,7 @@ class EarlyHead:
 
     def _loss(self, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Compute the model's loss of ``[batch, q_len, vocab]``, without auxiliary terms."""
-        options = {name: inputs[name] for name in ("labels", "num_items_in_batch") if name in inputs}
+        options = {name: inputs[name] for name in ("labels", "shift_labels", "num_items_in_batch") if name in inputs}
         loss: torch.Tensor = self._loss_function(logits=logits, vocab_size=logits.shape[-1], **options)
         return loss
 
@@ -109,14 +114,14 @@ class EarlyHead:
 
     def read(self, states: torch.Tensor, *, normed: bool) -> torch.Tensor:
         """Return logits of ``[batch, rows, hidden_size]``, fp32."""
-        assert self._head is not None
+        head = self._head
         if normed:
             assert self._norm is not None
             states = self._norm(states)
-        device = next(self._head.parameters()).device
+        device = next(head.parameters()).device
         if device.type != "meta":  # offloaded: accelerate's own hook moves the states
             states = states.to(device)
-        logits: torch.Tensor = self._head(states).float()
+        logits: torch.Tensor = head(states).float()
         logits = logits * (self._scale or 1) / (self._divisor or 1)
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap

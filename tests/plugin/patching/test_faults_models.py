@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from families.tiny_llava import RAGGED, collate, forward, sample, tiny_llava
+from method_parameters import parameters_of
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import vlmfix
@@ -162,3 +163,29 @@ def test_written_out_rows_in_bf16_are_no_farther_off_than_eager_attention() -> N
     vlmfix.unpatch(low)
     low.set_attn_implementation({"text_config": "eager"})
     assert written_out < error()
+
+
+@pytest.mark.parametrize("name", ["vista", "dola", "deco", "memvr", "vcd"])
+def test_a_head_that_is_replaced_behind_the_patch_is_the_one_that_is_read(tiny: Any, name: str) -> None:
+    """As ``resize_token_embeddings`` and ``set_output_embeddings`` do."""
+    inputs = collate(RAGGED)
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    with torch.random.fork_rng():
+        head = torch.nn.Linear(*reversed(tiny.get_output_embeddings().weight.shape), bias=False)
+    tiny.set_output_embeddings(head)
+    found = forward(tiny, inputs).logits
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    torch.testing.assert_close(found, forward(tiny, inputs).logits)
+    tiny.resize_token_embeddings(len(head.weight) + 8, mean_resizing=False)
+    assert forward(tiny, inputs).logits.shape[-1] == len(head.weight) + 8
+
+
+def test_a_loss_by_shifted_labels_is_that_of_mixed_logits(tiny: Any) -> None:
+    vlmfix.patch(tiny, "vista", **parameters_of("vista", tiny))
+    inputs = collate([RAGGED[0]])
+    labels = inputs["input_ids"].clone()
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        expected = tiny(**inputs, labels=labels).loss
+        found = tiny(**inputs, labels=torch.full_like(labels, 1), shift_labels=shifted).loss
+    torch.testing.assert_close(found, expected)
