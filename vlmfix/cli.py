@@ -58,6 +58,10 @@ VERBS = {
 }
 
 
+EMBEDDED_MODELS = ("tiny", "smol")
+"""Models that come with the evaluation, by the name that ``--model`` takes."""
+
+
 EVALUATION_PACKAGES = ("filelock", "jinja2", "matplotlib", "numpy", "PIL", "pycocotools", "tqdm")
 
 
@@ -127,8 +131,11 @@ def _run(verb: Verb, options: argparse.Namespace) -> None:
         VlmfixError: The packages of the evaluation are not installed; or what the verb raises.
     """
     missing = [name for name in EVALUATION_PACKAGES if importlib.util.find_spec(name) is None]
-    if verb.needs_evaluation and missing:
+    names_embedded = not verb.needs_evaluation and getattr(options, "model", None) in EMBEDDED_MODELS
+    if missing and (verb.needs_evaluation or names_embedded):
         raise VlmfixError(f"this needs {', '.join(missing)}; type: {how_to_install('eval')}")
+    if names_embedded:
+        options.model = str(import_module("vlmfix.evals.testbed").model_folder(options.model))
     import_module(verb.module).run(options, show=_show)
 
 

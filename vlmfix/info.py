@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from vlmfix.methods.base import Method
     from vlmfix.model.anatomy import Anatomy
 
+COLUMNS = f"  {'method':<17} {'taken':<10} what it adds: forwards, and rows of attention or of blocks that it computes"
+
+HOW_ROUGH = """\
+Memory and time are computed from the configuration and are lower bounds: activations, the image's encoder and the start
+of every kernel come on top; of small models they are the larger part. What stands beside a method is the work it adds,
+not a measurement. vlmfix eval measures seconds."""
+
 _ABOUT = """\
 Show what the plugin sees in a model, what each method costs there, and which are refused and why. Only the
 configuration is read.
 
   vlmfix info llava-hf/llava-1.5-7b-hf             a model of the hub, if it is cached or can be reached
   vlmfix info ./my-finetune                        a folder that save_pretrained wrote
-  vlmfix info Qwen/Qwen2.5-VL-7B-Instruct
+  vlmfix info tiny                                 an embedded model, or smol
 """
 
 
@@ -35,7 +42,7 @@ def add_info(verbs: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id; only its configuration is read")
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, tiny or smol; only its configuration is read")
     return parser
 
 
@@ -59,7 +66,7 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
         raise UnsupportedModelError(f"no vision-language model in {options.model!r}: {reason}") from error
     anatomy = analyse(model)
     about = [f"{type(model).__name__} (model_type {config.model_type})", anatomy_text(anatomy), memory_text(anatomy)]
-    show("\n".join([*about, time_text(anatomy), "", methods_text(anatomy)]))
+    show("\n".join([*about, time_text(anatomy), "", COLUMNS, methods_text(anatomy), "", HOW_ROUGH]))
 
 
 def anatomy_text(anatomy: Anatomy) -> str:
@@ -170,25 +177,30 @@ def verdict(name: str, anatomy: Anatomy) -> tuple[str, str]:
 def cost(method: Method) -> str:
     """Return what a method costs beside the stock model, by what it declares."""
     from vlmfix.decoding.base import DecodingMethod
+    from vlmfix.decoding.edited import AgainstEdit
+    from vlmfix.decoding.opera import OPERA
 
     if method.is_identity and method.name == "none":
         return "nothing"
-    if method.searches:
-        return "several beams, one prompt at a time"
+    if isinstance(method, OPERA):
+        return f"{method.num_beams} beams with a cache each, which look ahead; one prompt at a time"
     if method.rewrites_answers:
         return "a short question for each object that an answer names, behind one reading of the image"
     parts = []
-    if isinstance(method, DecodingMethod):
-        parts.append(
-            "a second branch: another prompt, and twice the rows each step" if method.uses_branch else "no forward"
-        )
+    if isinstance(method, AgainstEdit):
+        parts.append("a second branch: the prompt once more, a cache of its own, and a second forward each step")
+    elif isinstance(method, DecodingMethod):
+        branch = "a second branch: another prompt, a cache of its own, and twice the rows each step"
+        parts.append(branch if method.uses_branch else "no forward of its own")
     if method.needs_text_only_heads:
         parts.append("a pass over the text without the image, per prompt")
     if method.vision_layers:
         parts.append("the attention of the vision tower")
     elif method.reads_prompt:
         parts.append("another reading of the prompt first")
-    if method.early_layers:
+    if method.reads_mlp_input:
+        parts.append(f"the head {len(method.layers or ()) + 1} times per forward")
+    elif method.early_layers:
         parts.append(f"the head {len(method.early_layers) + 1} times per new token")
     if method.edits_scores or method.edits_weights or method.edits_blocks:
         rows = {"all": "all rows", "text": "the rows behind the image", "last": "the last row"}.get(method.prompt_rows)
