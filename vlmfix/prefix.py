@@ -207,7 +207,7 @@ def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = Fal
     shared["attention_mask"] = mask
     if "position_ids" in inspect.signature(anatomy.model.forward).parameters:
         shared["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)  # as generate counts them
-        _check_positions(anatomy, shared)
+    _check_positions(anatomy, shared)
     device = input_device(anatomy.model)
     shared = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in shared.items()}
     cache = DynamicCache(config=anatomy.text_config)
@@ -223,11 +223,58 @@ def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = Fal
         methods,
         {} if state is None else state.learned,
         tuple((layer.keys, layer.values) for layer in cache.layers),
-        {n: v for n, v in shared.items() if isinstance(v, torch.Tensor) and is_image_argument(n, v)},
+        _pictures(shared),
         weights_of(anatomy.model),
         anatomy,
         stock,
     )
+
+
+def prefix_left_behind(
+    model: object, inputs: Mapping[str, Any], cache: object, rows: Sequence[int], batch: int
+) -> Prefix | None:
+    """Take a prefix out of the cache of a stock answer, so that it need not be read again.
+
+    Args:
+        model: The model.
+        inputs: As for :func:`shared_prefix`.
+        cache: What ``generate`` has left behind.
+        rows: Which prompts of the batch that was answered these are.
+        batch: How many it held; the cache has a row per prompt, or per beam.
+
+    Returns:
+        What :func:`shared_prefix` would read, up to rounding. None where it is not in the cache as it would be read:
+        prompts whose prefixes end in different columns, or a cache of another kind.
+
+    Raises:
+        UnsupportedFeatureError: See :func:`shared_prefix`.
+    """
+    anatomy = analyse(model)
+    layers = cache.layers if isinstance(cache, DynamicCache) and not cache.offloading else []
+    ids, mask = _ids_and_mask(inputs)
+    ends = [int(row.nonzero()[-1]) + 1 for row in anatomy.is_image(ids) & mask.bool()]
+    if not layers or len(set(ends)) > 1 or any(type(layer) is not DynamicLayer for layer in layers):
+        return None
+    beams = len(layers[0].keys) // batch
+    index = torch.as_tensor(rows) * beams
+    columns = slice(int(mask.any(0).nonzero()[0]), ends[0])
+    device = input_device(anatomy.model)
+    shared = {"input_ids": ids[:, columns].to(device), "attention_mask": mask[:, columns].to(device)}
+    _check_positions(anatomy, shared | {"position_ids": (shared["attention_mask"].cumsum(1) - 1).clamp_min(0)})
+    return Prefix(
+        **shared,
+        methods=(),
+        learned={},
+        layers=tuple((each.keys[index, :, columns], each.values[index, :, columns]) for each in layers),
+        pictures=_pictures(inputs),
+        weights=weights_of(anatomy.model),
+        _anatomy=anatomy,
+        is_stock=True,
+    )
+
+
+def _pictures(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and is_image_argument(n, v)}
 
 
 def check_shares_prefix(anatomy: Anatomy) -> None:
@@ -259,6 +306,8 @@ def _check_cache(anatomy: Anatomy, cache: DynamicCache) -> None:
 
 def _check_positions(anatomy: Anatomy, prompt: Mapping[str, Any]) -> None:
     """Refuse a model that drops the positions it is given: it counts padding, and a prefix has other padding."""
+    if "position_ids" not in inspect.signature(anatomy.model.forward).parameters:
+        return
     places = torch.arange(prompt["input_ids"].shape[1], device=prompt["input_ids"].device)
     prepared = anatomy.model.prepare_inputs_for_generation(
         prompt["input_ids"],

@@ -59,12 +59,17 @@ def weights_of(model: nn.Module) -> tuple[Any, ...]:
     return (*((id(each), 0 if each.is_inference() else each._version) for each in tensors), *switches)
 
 
+_PLAIN = (bool, int, float, str)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value is a name or number, or a list or dictionary of these (hooks lie in ordered dictionaries)."""
-    if type(value) is dict:
-        value = list(value.values())
-    values = value if type(value) in (list, tuple) else [value]
-    return bool(values) and all(isinstance(each, (bool, int, float, str)) for each in values)
+    if isinstance(value, _PLAIN):
+        return True
+    if type(value) not in (dict, list, tuple):
+        return False
+    values = list(value.values()) if type(value) is dict else value
+    return bool(values) and all(isinstance(each, _PLAIN) for each in values)
 
 
 def _described(value: Any, known: dict[int, Any], *, are_shared: bool = False) -> Any:

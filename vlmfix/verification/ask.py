@@ -108,17 +108,19 @@ class Questioner:
         """The argument that makes a call one of the stock model."""
         return {} if find_patch(self.anatomy.model) is None else {FORWARD_KWARG: None}
 
-    def look(self, inputs: Mapping[str, Any]) -> Looked:
+    def look(self, inputs: Mapping[str, Any], prefix: Prefix | None = None) -> Looked:
         """Read the images of a batch of prompts, each once.
 
         Args:
             inputs: The processor's output: left-padded prompts with an image each.
+            prefix: The stock model's reading of them, if it has read them before.
 
         Raises:
             UnsupportedFeatureError: Questions cannot go on from one reading of an image in this model.
         """
-        prefix = shared_prefix(self.anatomy.model, inputs, stock=True)
-        self.cost.prefix_tokens += int(prefix.attention_mask.sum())
+        if prefix is None:
+            prefix = shared_prefix(self.anatomy.model, inputs, stock=True)
+            self.cost.prefix_tokens += int(prefix.attention_mask.sum())
         return _Shared(self, prefix, inputs)
 
     def look_at(self, images: Sequence[Any], prompt: str) -> Looked:

@@ -12,6 +12,8 @@ from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
 from vlmfix.observe.ask import end_token_ids
 from vlmfix.observe.words import decode, token_ends
+from vlmfix.patching import find_patch
+from vlmfix.prefix import prefix_left_behind
 from vlmfix.verification.judge import Judge, Texts
 from vlmfix.verification.phrases import Sentence, read_sentences
 
@@ -66,6 +68,9 @@ class GenerateVerified:
         self._check(kwargs)
         images = _image_inputs(kwargs, input_ids, has_image)
         answers = _Answers(self._judge, images, has_image, input_ids.shape[1])
+        is_tensor = not self._option(kwargs, "return_dict_in_generate")
+        if kwargs.get("past_key_values") is None and self._is_alone:  # the cache holds the stock model's prompt
+            answers.reads_cache = kwargs["return_dict_in_generate"] = True
         streamer = kwargs.get("streamer")
         if streamer is not None:
             kwargs["streamer"] = VerifyingStreamer(streamer, answers)
@@ -73,16 +78,21 @@ class GenerateVerified:
         out = self.stock(*args, **kwargs)
         found = answers.edited(out)
         self._counters.count(self._index, torch.tensor(self._judge.totals.left_out - before))
-        return found
+        return found.sequences if is_tensor and not isinstance(found, torch.Tensor) else found
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no other method of the patch acts."""
+        patch = find_patch(self._judge.questioner.anatomy.model)
+        return patch is not None and all(each.rewrites_answers or each.is_identity for each in patch.methods)
+
+    def _option(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        config = kwargs.get("generation_config") or self._judge.questioner.anatomy.model.generation_config
+        return kwargs.get(name, getattr(config, name, False))
 
     def _check(self, kwargs: Mapping[str, Any]) -> None:
-        config = kwargs.get("generation_config") or self._judge.questioner.anatomy.model.generation_config
-        wanted = [
-            f"output_{name}"
-            for name in PER_TOKEN
-            if kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False))
-        ]
-        if wanted and kwargs.get("return_dict_in_generate", config.return_dict_in_generate):
+        wanted = [f"output_{name}" for name in PER_TOKEN if self._option(kwargs, f"output_{name}")]
+        if wanted and self._option(kwargs, "return_dict_in_generate"):
             raise UnsupportedFeatureError(
                 f"verify leaves words out of an answer, and {wanted[0]} goes with the tokens that the model chose. "
                 f"Leave it out, or ask the stock model: model.generate(..., vlmfix=None, {wanted[0]}=True)."
@@ -131,10 +141,15 @@ class _Answers:
         self.prompt_length = prompt_length
         self.ends = end_token_ids(judge.questioner.anatomy.model)
         self.streamed: list[int] | None = None
+        self.reads_cache = False
 
-    def texts(self, per_prompt: int = 1) -> Texts:
-        """Read the images, and return what judges answers: several for each prompt."""
-        looked = self.judge.questioner.look(self._inputs)
+    def texts(self, per_prompt: int = 1, cache: Any = None) -> Texts:
+        """Read the images, or find them read in a cache, and return what judges answers: several for each prompt."""
+        questioner, prefix = self.judge.questioner, None
+        if cache is not None and self.reads_cache:
+            model = questioner.anatomy.model
+            prefix = prefix_left_behind(model, self._inputs, cache, self._rows, self._batch)
+        looked = questioner.look(self._inputs, prefix)
         return Texts(
             self.judge, looked if per_prompt == 1 else Repeated(looked, per_prompt), per_prompt * len(self._rows)
         )
@@ -152,7 +167,7 @@ class _Answers:
         read = {row: read_sentences(decode(tokenizer, ids)) for row, (ids, _) in given.items()}
         if not any(phrase.is_object for each in read.values() for sentence in each for phrase in sentence.phrases):
             return out
-        texts = self.texts(per_prompt)
+        texts = self.texts(per_prompt, getattr(out, "past_key_values", None))
         texts.judge([given[row][0] for row in rows], [read[row] for row in rows])
         changed: dict[int, list[int]] = {}
         for place, row in enumerate(rows):

@@ -22,6 +22,7 @@ from vlmfix.model.anatomy import analyse
 from vlmfix.observe.ask import answer
 from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.unfinished import can_drop
+from vlmfix.prefix import prefix_left_behind
 from vlmfix.verification.ask import Questioner
 
 IMAGES = [Image.fromarray(make_scene(image_id("calibration", index)).pixels) for index in (4, 7, 9, 1)]
@@ -266,3 +267,29 @@ def test_asking_changes_no_prefix_and_does_not_depend_on_the_other_questions(mod
         assert torch.equal(keys, now[0]) and torch.equal(values, now[1])
     assert questioner.cost.questions == 15 and questioner.cost.prefix_tokens == 2 * 67
     assert analyse(model).model is model
+
+
+def test_an_image_that_the_answer_was_read_from_is_not_read_again(model: Any, processor: Any) -> None:
+    prompts = [PromptBuilder(processor)(text) for text in (PROMPT, "Describe the image.", PROMPT)]
+    inputs = encode(processor, prompts[:2], IMAGES[:2])
+    three = encode(processor, [*prompts[:1], PromptBuilder(processor)(PROMPT, image=False), *prompts[:1]], IMAGES[:2])
+    for given, rows, beams in ((inputs_of(processor, IMAGES[:2]), (0, 1), 1), (three, (0, 2), 2)):
+        pictures = {**given, "input_ids": given["input_ids"][list(rows)]}
+        pictures["attention_mask"] = given["attention_mask"][list(rows)]
+        out = answers(model, given, num_beams=beams, return_dict_in_generate=True)
+        batch = len(given["input_ids"])
+        found = prefix_left_behind(model, pictures, out.past_key_values, rows, batch)
+        expected = vlmfix.shared_prefix(model, pictures, stock=True)
+        assert torch.equal(found.input_ids, expected.input_ids) and found.is_stock
+        assert torch.equal(found.attention_mask, expected.attention_mask)
+        for pair, own in zip(found.layers, expected.layers, strict=True):
+            for part, other in zip(pair, own, strict=True):
+                torch.testing.assert_close(part, other, atol=1e-4, rtol=1e-4)
+    out = answers(model, inputs, return_dict_in_generate=True)
+    assert inputs["attention_mask"].sum(1).unique().numel() == 2, "padded, so that prefixes end in different columns"
+    assert prefix_left_behind(model, inputs, out.past_key_values, (0, 1), 2) is None
+    for methods, tokens in (([], 0), ([vlmfix.VHR(alpha=1.2)], 67)):
+        vlmfix.patch(model, [*methods, vlmfix.Verify(**STRICT)])
+        assert isinstance(answers(model, inputs_of(processor, IMAGES[:1])), torch.Tensor)
+        cost = vlmfix.status(model).methods[-1]._judge.questioner.cost
+        assert cost.prefix_tokens == tokens and cost.questions and not cost.text_tokens
