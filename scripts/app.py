@@ -30,6 +30,11 @@ SUPPORTED, DOUBTED = "the model stands by it", "the model doubts it when asked"
 
 COLOURS = {SUPPORTED: "#86c5a4", DOUBTED: "#e0655f"}
 
+STYLE = """<style>
+.marked [style*="background-color"], .marked [style*="background-color"] * { color: var(--body-text-color) !important; }
+</style>"""
+"""Gradio writes marked words in black, which cannot be read on the marks of a dark page."""
+
 ABOUT = """\
 # vlmfix
 What a model says about a picture, under two methods. `none` is the stock model. Objects are marked by what that model
@@ -97,6 +102,7 @@ def page(model: Any, processor: Any, *, max_new_tokens: int = 128, picture: Imag
     methods = methods_for(model)
     asked = Answering(vlmfix.patch(model, "none"), processor, max_new_tokens, threading.Lock())
     with gr.Blocks(title="vlmfix") as blocks:
+        gr.HTML(STYLE)
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -114,7 +120,12 @@ def page(model: Any, processor: Any, *, max_new_tokens: int = 128, picture: Imag
             with gr.Column(scale=2, min_width=300), gr.Row():
                 answers = [
                     gr.HighlightedText(
-                        label=label, color_map=COLOURS, show_legend=True, combine_adjacent=False, min_width=240
+                        label=label,
+                        color_map=COLOURS,
+                        show_legend=True,
+                        combine_adjacent=False,
+                        min_width=240,
+                        elem_classes="marked",
                     )
                     for label in ("First answer", "Second answer")
                 ]
