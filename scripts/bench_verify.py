@@ -35,7 +35,7 @@ from vlmfix.recipes import load_recipe
 from vlmfix.verification.ask import Cost
 
 PROMPT = "Please describe this image in detail."
-BATCHES = (1, 8)
+BATCHES = {"tiny": (1, 8), "smol": (1, 8), "random": (1, 4)}
 CAPTION = (
     "The image is of a dining table with a pizza, a cup and a bottle on it. There is a person in a chair with a dog. "
     "A cat is on the couch and a bird is on the bed. In the image there is a tv, and a bus is there with the train. "
@@ -48,7 +48,7 @@ def subject(name: str) -> tuple[Any, Any, list[Image.Image], str | None]:
     """Return a model, its processor, pictures, and what it is made to say about each, if anything."""
     if name != "random":
         model, processor = load(name)
-        scenes = [make_scene(image_id("calibration", index)) for index in range(max(BATCHES))]
+        scenes = [make_scene(image_id("calibration", index)) for index in range(max(BATCHES[name]))]
         return model, processor, [Image.fromarray(scene.pixels) for scene in scenes], None
     from families.saved_llava import build_tiny_llava
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -58,7 +58,7 @@ def subject(name: str) -> tuple[Any, Any, list[Image.Image], str | None]:
         build_tiny_llava(Path(folder), **sizes)
         model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8))
-    return model.eval(), processor, [picture] * max(BATCHES), CAPTION
+    return model.eval(), processor, [picture] * max(BATCHES[name]), CAPTION
 
 
 def seconds(model: Any, inputs: Any, given: list[list[int]] | None) -> tuple[float, torch.Tensor]:
@@ -76,7 +76,7 @@ def measure(name: str, rounds: int) -> list[str]:
     calibrated = [each for each in load_recipe(RECIPES["smol"]) if each.name == "verify" and name == "smol"]
     (method,) = calibrated or [vlmfix.Verify(processor=processor)]
     rows = []
-    for batch in BATCHES:
+    for batch in BATCHES[name]:
         inputs = encode(processor, [PromptBuilder(processor)(PROMPT)] * batch, pictures[:batch], model).to(model.dtype)
         given = text and [processor.tokenizer(text, add_special_tokens=False)["input_ids"]] * batch
         times: list[tuple[float, float]] = []
@@ -109,7 +109,7 @@ def cost_of(model: Any) -> Cost:
 def main() -> None:
     """Measure as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny", "smol", "random"], choices=["tiny", "smol", "random"])
+    parser.add_argument("--models", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--rounds", type=int, default=4, help="default: 4")
     options = parser.parse_args()
     print("| model | batch | answer | verified | prompt + answer | questions | image | asked | read again | no image |")

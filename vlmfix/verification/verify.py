@@ -38,7 +38,8 @@ class Verify(Method):
     leave out comes back as it was, token by token. What goes with the tokens that the model chose (scores, logits,
     attentions, hidden states) is refused, and a cache that comes back is cut where the text was edited.
 
-    The questions cost one reading of the image's prefix, and per different word the tokens of a short question.
+    This costs the tokens of a short question per different word, and one reading of the answer. The image is read once
+    more beside another method, in a stream, and where the answer leaves no cache of plain keys and values.
     """
 
     name = "verify"
