@@ -106,9 +106,18 @@ def test_lm_eval_with_its_plugin(run: Any, processor_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_lm_eval_in_a_run(run: Any, processor_folder: Path) -> None:
-    before = ["-m", "vlmfix", "run", "vhr", "--set", "alpha=0.5", "layers=:", "--", "lm_eval"]
-    done, answers = run("lm_eval", before, "hf-multimodal", "revision=main", "--apply_chat_template")
+@pytest.mark.parametrize(
+    ("client", "program", "model", "arguments", "options"),
+    [
+        ("lm_eval", ["lm_eval"], "hf-multimodal", "revision=main", ["--apply_chat_template"]),
+        ("lmms_eval", ["-m", "lmms_eval"], "llava_hf", "device_map=cpu", []),
+    ],
+)
+def test_an_evaluator_in_a_run(
+    run: Any, processor_folder: Path, client: str, program: list[str], model: str, arguments: str, options: list[str]
+) -> None:
+    before = ["-m", "vlmfix", "run", "vhr", "--set", "alpha=0.5", "layers=:", "--", *program]
+    done, answers = run(client, before, model, arguments, *options)
     assert answers == expected(processor_folder, **VHR), done.stderr
     assert done.returncode == 0 and "2 prompts (0 without an image)" in done.stdout
 
@@ -119,6 +128,18 @@ def test_lmms_eval_with_its_plugin(run: Any, processor_folder: Path) -> None:
     done, answers = run("lmms_eval", ["-m", "lmms_eval"], "vlmfix", arguments)
     assert answers == expected(processor_folder, "opera", num_beams=2), done.stdout + done.stderr
     assert "method=opera" in done.stdout
+
+
+@pytest.mark.slow
+def test_cached_answers_of_lmms_eval_are_those_of_the_method(run: Any, processor_folder: Path, tmp_path: Path) -> None:
+    for method in ("vhr", "pai"):
+        arguments = f"base=llava_hf,device_map=cpu,method={method},method.alpha=0.5,method.layers=:"
+        before = ["-m", "lmms_eval", "--use_cache", str(tmp_path / "cache")]
+        done, answers = run("lmms_eval", before, "vlmfix", arguments)
+        assert answers == expected(processor_folder, method, **VHR), done.stdout + done.stderr
+        for path in tmp_path.rglob("*samples*.jsonl"):
+            path.unlink()
+    assert list((tmp_path / "cache").rglob("*"))
 
 
 @pytest.mark.slow
