@@ -161,7 +161,9 @@ class ForwardBeginner:
         prompt_end: int | None,
     ) -> EditedForward:
         past, known = self._continued(cache, known)
-        if self._needs_cache and cache is None and prompt_end is not None:
+        # In 5.0 a model makes its cache itself: that generate hands none does not mean that there will be none.
+        has_none = cache is None and inputs.get("use_cache") is False
+        if self._needs_cache and has_none and prompt_end is not None:
             raise UnsupportedFeatureError(
                 f"{self._needs_cache[0]} edits a prompt and the tokens generated behind it in different ways, and "
                 "without a cache every new token makes all of them a prompt. Leave use_cache on."

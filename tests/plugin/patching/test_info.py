@@ -72,7 +72,7 @@ def test_what_a_step_costs_is_what_it_does(tiny: Any, name: str) -> None:
     for length in (2, 3):
         rows.clear()
         heads.clear()
-        tiny.generate(**ONE, max_new_tokens=length, min_new_tokens=length, do_sample=False)
+        tiny.generate(**ONE, max_new_tokens=length, min_new_tokens=length, do_sample=False, use_cache=True)
         counts.append((len(rows), sum(rows), len(heads)))
     forwards, samples, read = (more - fewer for more, fewer in zip(counts[1], counts[0], strict=True))
     assert samples == 1 + ("a second branch" in told)
