@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,9 @@ from vlmfix.engine.stand_ins import (
     StandIns,
     TellingLength,
     TellingPrefill,
+    forget_compiled_code,
     refuse_pages,
+    refuse_remains,
 )
 from vlmfix.engine.status import Counters, Status, rounding_of
 from vlmfix.engine.stream import make_block_hooks, make_layer_hooks, own_branch
@@ -147,9 +148,9 @@ class Patch:
         self._hooked = tuple(dict.fromkeys([anatomy.model, anatomy.language_model, anatomy.inner]))
         self._parameters = {module: parameter_names(module) for module in self._hooked}
         # The stock model may read only the rows whose logits are wanted in layers with shared keys (Gemma 4).
-        acts = any(not method.is_identity for method in methods)
+        self._acts = any(not method.is_identity for method in methods)
         read = anatomy.sites if self.block_hooks else self.sites
-        self._wants_every_row = acts and any(getattr(site.module, "is_kv_shared_layer", False) for site in read)
+        self._wants_every_row = self._acts and any(getattr(site.module, "is_kv_shared_layer", False) for site in read)
 
     # Attach and restore.
 
@@ -174,7 +175,7 @@ class Patch:
             parts: list[Any] = [self.beginner.images, self.beginner.vision, self.tower_hooks]
             for part in (*parts, *self.layer_hooks, *self.block_hooks):
                 self._handles += part.attach() if part is not None else ()
-            _forget_compiled_code(self.anatomy.model)
+            forget_compiled_code(self.anatomy.model)
         except BaseException:
             self.detach()
             raise
@@ -193,7 +194,7 @@ class Patch:
         for module in self._hooked:
             if module.__dict__.get(PATCH_ATTRIBUTE) is self:
                 del module.__dict__[PATCH_ATTRIBUTE]
-        _forget_compiled_code(self.anatomy.model)
+        forget_compiled_code(self.anatomy.model)
 
     def _lead_attention_here(self) -> None:
         """Give each attention module a copy of its config that names vlmfix's attention function.
@@ -218,7 +219,8 @@ class Patch:
             if each in telling:
                 self._stand_ins.put(each, name, telling[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
-        if self.branches is not None or self.early_head.mixing:
+        # Where no attention module leads here, only the forward can notice that somebody removed the hooks.
+        if self.branches is not None or self.early_head.mixing or (self._acts and not self.sites):
             self._stand_ins.put(language_model, "forward", self._forward)
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
@@ -268,6 +270,8 @@ class Patch:
                 kwargs[FORWARD_KWARG].hold_past()
             return (args, kwargs) if told else None
         inputs = self._by_name(module, args, kwargs)
+        if self._acts and not torch.compiler.is_compiling():
+            refuse_remains(self, self.anatomy.model)
         if self.beginner.runs_passes or self.branches is not None:
             refuse_replica(called, module, inputs)
         forward = self.beginner.begin(module, inputs, told.get(PROMPT_END_KWARG))
@@ -340,13 +344,3 @@ class Patch:
         """Whether everything that was hung on the model is still there."""
         hooks = all(handle.id in (handle.hooks_dict_ref() or {}) for handle in self._handles)
         return hooks and all(site.module.__dict__.get(SITE_ATTRIBUTE) is site for site in self.sites)
-
-
-def _forget_compiled_code(model: nn.Module) -> None:
-    """Drop code compiled before the model changed: it would go on without looking at the new hooks.
-
-    Dynamo cannot tell which code belongs to a model, so all of it is dropped; other models only compile again.
-    """
-    model.__dict__.pop("_compiled_call", None)
-    if "torch._dynamo" in sys.modules and torch._dynamo.utils.counters["frames"]:
-        torch._dynamo.reset()

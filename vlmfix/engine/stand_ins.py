@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -86,12 +87,21 @@ class ForwardWithHooks:
         # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
         if FORWARD_KWARG in kwargs or not self.patch.is_on:
             return self.stock(*args, **kwargs)
-        if not self.patch.is_whole():
-            raise UnsupportedFeatureError(
-                f"The hooks of this patched {type(self.model).__name__} were removed by somebody else, so vlmfix "
-                "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
-            )
+        refuse_remains(self.patch, self.model)
         return self.model(*args, **kwargs)
+
+
+def refuse_remains(patch: Any, model: nn.Module) -> None:
+    """Refuse a patch of which somebody else has removed a part.
+
+    Raises:
+        UnsupportedFeatureError: Hooks are missing, on the model or on any of its layers.
+    """
+    if not patch.is_whole():
+        raise UnsupportedFeatureError(
+            f"Some hooks of this patched {type(model).__name__} were removed by somebody else, so vlmfix "
+            "cannot act. Take the rest of the patch off, vlmfix.unpatch(model), and patch the model again."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,3 +222,13 @@ class RefuseDrafts:
         raise UnsupportedFeatureError(
             f"{self.reason} Leave assistant_model and prompt_lookup_num_tokens unset, or vlmfix.unpatch(model) first."
         )
+
+
+def forget_compiled_code(model: nn.Module) -> None:
+    """Drop code compiled before the model changed: it would go on without looking at the new hooks.
+
+    Dynamo cannot tell which code belongs to a model, so all of it is dropped; other models only compile again.
+    """
+    model.__dict__.pop("_compiled_call", None)
+    if "torch._dynamo" in sys.modules and torch._dynamo.utils.counters["frames"]:
+        torch._dynamo.reset()

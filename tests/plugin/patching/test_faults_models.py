@@ -75,6 +75,26 @@ def test_cleared_hooks_are_told_and_healed(tiny: Any) -> None:
     assert (forward(tiny, ONE).logits - stock).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["deco", "dola", "iri", "memvr", "pai", "var", "vcd", "vista", "vti"])
+@pytest.mark.parametrize("where", ["everything", "the language model", "its layers", "the vision tower"])
+def test_hooks_of_a_patch_that_are_removed_in_part_are_never_taken_for_a_patch(
+    tiny: Any, name: str, where: str
+) -> None:
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    right = forward(tiny, ONE).logits
+    language_model = tiny.model.language_model
+    parts = {"everything": tiny, "the language model": language_model, "its layers": language_model.layers}
+    for module in parts.get(where, tiny.model.vision_tower).modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if "vlmfix" in repr(hook)]:  # transformers has its own
+                del hooks[key]
+    try:
+        assert torch.equal(forward(tiny, ONE).logits, right)
+    except vlmfix.UnsupportedFeatureError as error:
+        assert "vlmfix.unpatch(model)" in str(error)
+        assert "removed hooks" in str(vlmfix.status(tiny))
+
+
 def test_a_patched_attention_module_s_config_can_be_printed(tiny: Any) -> None:
     vlmfix.patch(tiny, "vhr")
     config = tiny.model.language_model.layers[1].self_attn.config
