@@ -271,7 +271,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         if id(module) not in encoding
         and _is_of(own_config(module), text_config)
         and getattr(module, "layer_idx", None) is not None
-        and "Attention" in type(module).__name__
+        and any("Attention" in kind.__name__ for kind in type(module).__mro__)  # a subclass may be called otherwise
         and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
     # Cross-attention is told by the module's name. Where there is any, the rest looks at text, or at the answer.

@@ -58,6 +58,16 @@ def test_fully_sharded_models_in_either_order(tiny: Any, one_process: Any, name:
     torch.testing.assert_close(forward(tiny, ONE).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_attention_class_of_another_name_is_one_by_its_bases(tiny: Any) -> None:
+    """As transformers' mapping of patched classes, or a user, puts them in some layers."""
+    vlmfix.patch(tiny, "pai", layers=":")
+    expected = forward(tiny, ONE).logits
+    vlmfix.unpatch(tiny)
+    tiny.model.language_model.layers[1].self_attn.__class__ = type("Fused", (LlamaAttention,), {})
+    vlmfix.patch(tiny, "pai", layers=":")
+    assert torch.equal(forward(tiny, ONE).logits, expected)
+
+
 def test_cleared_hooks_are_told_and_healed(tiny: Any) -> None:
     stock = forward(tiny, ONE).logits
     vlmfix.patch(tiny, "vhr", alpha=1.2)
