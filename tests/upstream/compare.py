@@ -17,7 +17,6 @@ METHODS = ("pai", "vhr", "act", "vista", "vcd")
 
 KNOWN: Mapping[str, str] = {
     "test_attn_implementation_composite_models": "reads the name of the attention implementation, which is ours",
-    "test_retain_grad_hidden_states_attentions": "no gradient flows through the maps that an edited layer returns",
 }
 """Tests that fail by what a patch is."""
 

@@ -143,7 +143,7 @@ def _over_base(
     observed = [_observed_rows(forward, method) for method, layer in edits if _observes(method, layer)]
     ranges = [(rows.start, rows.stop) for rows in (*wanted, *observed) if rows.start < rows.stop]
     if not ranges:
-        return base.head_outputs, base.weights
+        return base.result()
     chunks = list(part.row_chunks(min(start for start, _ in ranges), max(stop for _, stop in ranges)))
     # A method sees all rows before it edits any: in one chunk on the way, of several chunks beforehand.
     observe_first = len(chunks) > 1 and bool(observed)
@@ -159,7 +159,7 @@ def _over_base(
         if new.edited is not None:
             new_heads, numbers = weighted_values(part, new.weights), [layer.index for _, layer in edits]
             base.write(start, new_heads, new.weights, new.edited, numbers, part.head_index)
-    return base.head_outputs, base.weights
+    return base.result()
 
 
 class _Rows(NamedTuple):

@@ -43,10 +43,16 @@ class BaseOutput:
         output: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     ) -> None:
         self.head_outputs, self.weights = output or call.base()
-        self.forward = forward
+        self.forward, self._call = forward, call
         if self.head_outputs.requires_grad:  # autograd keeps what the kernel returned
             self.head_outputs = self.head_outputs.clone()
             self.weights = None if self.weights is None else self.weights.clone()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return head outputs and weights; where gradients may flow through these, the outputs are made of them."""
+        if self.weights is not None and self.weights.requires_grad:
+            return weighted_values(self._call, self.weights), self.weights
+        return self.head_outputs, self.weights
 
     def write(
         self,

@@ -83,7 +83,7 @@ class MemVR(Method):
         entered = block.input[:, first:].to(states.device).float()
         retraced = entered @ image.transpose(1, 2) @ image
         sizes = [_over_prompt(each.abs().mean(-1), num_prompt_rows, prompt_rows) for each in (stock, retraced)]
-        scale = torch.where(sizes[1] > 0, sizes[0] / sizes[1], 0.0)[..., None]
+        scale = (sizes[0] / torch.where(sizes[1] > 0, sizes[1], 1.0))[..., None]  # no division by 0: gradients
         edited = torch.lerp(stock, retraced * scale, self.ratio)
         return torch.where(sizes[1][..., None] > 0, edited, stock)
 

@@ -585,6 +585,22 @@ def test_rows_of_weights_sum_to_one_and_none_is_negative(build: Any, name: str) 
                 close(sums, torch.ones_like(sums))
 
 
+@each_of(EDITS)
+def test_gradients_flow_through_returned_maps(build: Any, name: str) -> None:
+    model = build(attn="eager")
+    acting(model, name)
+    without = forward(model, BATCH, output_attentions=True)
+    model.get_input_embeddings().requires_grad_(True)
+    output = model(**BATCH, output_attentions=True)
+    close(output.logits, without.logits)
+    for weights in output.attentions:
+        weights.retain_grad()
+    output.logits[:, -1].square().sum().backward()
+    for weights in output.attentions:
+        assert weights.grad is not None
+        assert weights.grad.abs().max() > 0
+
+
 IN_THE_DECODER = {"vti": {"alpha_image": 0.0}}
 """What keeps a method out of the vision tower, where all that the decoder reads of an image changes."""
 
