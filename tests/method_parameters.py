@@ -49,7 +49,7 @@ def _directions(anatomy: Anatomy) -> dict[str, Any]:
     except UnsupportedModelError:
         return {"alpha_text": 3.0, "alpha_image": 0.0, "directions": {"model": name, "text": text}}
     norms = [[p for name, p in each.layer.named_parameters() if "norm" in name] for each in tower]
-    widths = [parameters[0].shape[0] for parameters in norms]
+    widths = [max(parameter.shape[0] for parameter in parameters) for parameters in norms]  # those of heads are smaller
     vision = [[[math.cos(layer + 3 * d) for d in range(width)]] for layer, width in enumerate(widths)]
     return {"alpha_text": 3.0, "alpha_image": 3.0, "directions": {"model": name, "text": text, "vision": vision}}
 
