@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,6 @@ from vlmfix.model.attention import (
     visible_keys,
     weighted_values,
 )
-
-T = TypeVar("T")
 
 
 class BaseOutput:
@@ -137,18 +135,18 @@ def with_opened_rows(forward: Forward, call: AttentionCall, openers: Sequence[La
     for layer, opening in zip(openers, call.openings, strict=True):
         _count(layer, opening, call, list(call.row_chunks(0, stop)))
     if stop and call.site.implementation == "sdpa" and is_plain(call) and forward.state.all_images:
-        rows = _same_in_layers(forward, call, numbers, lambda: list(_opened_rows(call, call.query.shape[2])))
+        rows = _pieces(forward, call, numbers, call.query.shape[2])
         heads = torch.cat([opened_attention(call, piece.start, piece.bias, piece.seen) for piece in rows], 1)
         if is_measured(forward):
-            index, mask, where = _same_in_layers(forward, call, ("watched",), lambda: _watched_rows(call, stop))
+            key = ("watched", numbers, *call.visibility)
+            index, mask, where = forward.once_for(key, (call.attention_mask,), lambda: _watched_rows(call, stop))
             forward.record_move(numbers, masked_attention(call, index, mask), heads.index_select(1, index), where)
         return BaseOutput(forward, call, (heads, None))
     base = BaseOutput(forward, call)
     if base.weights is None and is_plain(call):
-        for first, opened, bias, seen in _same_in_layers(
-            forward, call, numbers, lambda: [each for each in _opened_rows(call, stop) if len(each.seen)]
-        ):
-            base.write(first, opened_attention(call, first, bias, seen), None, opened, numbers)
+        for first, opened, bias, seen in _pieces(forward, call, numbers, stop):
+            if len(seen):
+                base.write(first, opened_attention(call, first, bias, seen), None, opened, numbers)
     else:
         for first, last in call.row_chunks(0, stop):
             attn_weights = masked_softmax(*explicit_scores(call, first, last))
@@ -157,11 +155,12 @@ def with_opened_rows(forward: Forward, call: AttentionCall, openers: Sequence[La
     return base
 
 
-def _same_in_layers(forward: Forward, call: AttentionCall, kind: Hashable, make: Callable[[], T]) -> T:
-    """Return what is the same in all layers with one mask; made anew in each where it would be large."""
-    if call.query.shape[0] * call.query.shape[2] * call.key.shape[2] > CHUNK_ELEMENTS:
-        return make()
-    found: T = forward.once_for(("opened", kind, *call.visibility), (call.attention_mask,), make)
+def _pieces(forward: Forward, call: AttentionCall, numbers: tuple[int, ...], stop: int) -> Iterable[OpenedRows]:
+    """Return the rows before ``stop`` in pieces, once for all layers with one mask; one by one where they are large."""
+    if call.query.shape[0] * stop * call.key.shape[2] > CHUNK_ELEMENTS:
+        return _opened_rows(call, stop)
+    key = ("opened", numbers, stop, *call.visibility)
+    found: list[OpenedRows] = forward.once_for(key, (call.attention_mask,), lambda: list(_opened_rows(call, stop)))
     return found
 
 

@@ -247,3 +247,20 @@ def test_a_further_turn_on_a_static_cache_of_sliding_layers(build: Any, name: st
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
         found.append(torch.cat(model.generate(**inputs, **options, output_logits=True).logits))
     close(*found)
+
+
+@pytest.mark.parametrize("most", [2**24, 2**6])
+def test_opened_rows_behind_pieces_of_padding_alone(tiny: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A piece of 256 rows may see no key. The pieces of a long prompt, here any, are made one by one in every layer."""
+    monkeypatch.setattr("vlmfix.engine.base_output.CHUNK_ELEMENTS", most)
+    vlmfix.patch(tiny, "mma")
+    inputs = collate([RAGGED[0]])
+    expected = forward(tiny, inputs).logits[:, -1]
+    pads = torch.zeros(1, 300, dtype=torch.long)
+    padded = {
+        **inputs,
+        "input_ids": torch.cat([pads + PAD, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([pads, inputs["attention_mask"]], 1),
+    }
+    close(forward(tiny, padded).logits[:, -1], expected)
+    assert vlmfix.status(tiny).moved[0] > 0.01
