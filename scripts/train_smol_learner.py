@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from train_smol_kernels import add_adapter, speed_up
-from train_smol_packing import ANSWER, CAPTION, CHAT, END, OBJECT, STOP, Batch
+from train_smol_packing import ANSWER, CAPTION, CHAT, END, OBJECT, STOP, Batch, Packed
 from transformers import LlavaForConditionalGeneration
 
-__all__ = ["Learner", "save_atomically"]
+__all__ = ["Learner", "save_atomically", "total_weight"]
 
 WEIGHTS = {CAPTION: 0.4, OBJECT: 1.0, ANSWER: 2.0, END: 0.1, CHAT: 0.3, STOP: 0.17}
 """Weight of each kind of label in the loss, which is the weighted mean: what names an object matters most."""
@@ -106,6 +106,11 @@ class Learner:
                 if bool((kind == which).any())
             }
         return (each * weight).sum() / weight.sum(), logged
+
+
+def total_weight(rows: list[Packed]) -> float:
+    """Sum of the labels' weights in the loss."""
+    return sum(WEIGHTS.get(kind, 0.0) for row in rows for kind in row.kinds)
 
 
 def save_atomically(path: Path, save: Callable[[Path], None]) -> None:
