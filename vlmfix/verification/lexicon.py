@@ -65,30 +65,30 @@ PREDICATES = _words(
 )
 """Adjectives that stand behind the noun they describe."""
 
-VERBS = _words(
-    "feature show depict capture include contain display present reveal hold wear ride sit stand lie walk play look "
-    "appear seem suggest indicate create add give provide make take fill surround cover hang rest lean watch eat "
-    "drink carry use enjoy engage stretch fly run jump swing hit throw catch share complete line place position wait "
-    "drive cut serve prepare pose smile graze swim surf ski skate sleep gaze face occupy extend adorn decorate "
-    "accompany emphasize highlight showcase contribute come go get see hint imply consist offer set reach point pull "
-    "push touch cross pass talk work read write cook perform attempt try keep remain stay spread overlook attach wrap "
-    "join range vary belong serve enhance allow need want help bring turn begin start continue move travel bite lick "
-    "chase sell taste feed lay park perch balance kneel crouch climb approach lead follow spot notice find focus"
-)
-"""Base forms; a word that ends like one of their forms is a verb where a noun would fit as badly."""
-
 NEVER_NOUNS = _words(
     "take suggest appear seem create provide include contain indicate add give enjoy wear hold carry eat surround "
     "imply depict adorn occupy accompany emphasize enhance contribute come go get see sit lie consist belong remain "
     "allow make keep bring become prepare gather extend engage complement resemble protect explore navigate observe "
-    "relax unfold roam overlook perform attempt feature"
+    "relax unfold roam overlook perform attempt feature interact await anticipate demonstrate execute admire"
 )
-"""Verbs that are nouns only behind a determiner."""
+"""Base forms of verbs that are nouns only behind a determiner."""
 
-COMPOUND_GERUNDS = _words(
-    "dining parking living cutting washing swimming sleeping baking serving shopping skating building ceiling "
-    "clothing wedding railing painting evening morning string king ring wing thing spring sling awning landing "
-    "crossing drawing icing topping frosting stuffing pudding wiring lighting seating"
+VERBS = NEVER_NOUNS | _words(
+    "show capture display present reveal ride stand walk play look fill cover hang rest lean watch drink use stretch "
+    "fly run jump swing hit throw catch share complete line place position wait drive cut serve pose smile graze swim "
+    "surf ski skate sleep gaze face decorate highlight showcase hint offer set reach point pull push touch cross pass "
+    "talk work read write cook try stay spread attach wrap join range vary need want help turn begin start continue "
+    "move travel bite lick chase sell taste feed lay park perch balance kneel crouch climb approach lead follow spot "
+    "notice find focus"
+)
+"""Base forms; a word that ends like one of their forms is a verb where a noun would fit as badly."""
+
+ACTIVITIES = _words("dining parking living cutting washing swimming sleeping baking serving shopping skating")
+"""Words in -ing that begin a compound noun and are none by themselves."""
+
+COMPOUND_GERUNDS = ACTIVITIES | _words(
+    "building ceiling clothing wedding railing painting evening morning string king ring wing thing spring sling "
+    "awning landing crossing drawing icing topping frosting stuffing pudding wiring lighting seating"
 )
 """Words in -ing that are nouns, or begin a compound noun."""
 
@@ -103,7 +103,9 @@ ADJECTIVES = _words(
     "glass busy lively different various red-and-white multicolored striped plaid floral public professional male "
     "female adult electric electronic digital polar medium medium-sized mid-sized bare raw casual natural neat "
     "popular unique social urban rural serene cozy warm cold cool calm peaceful playful vibrant festive lush "
-    "grassy sandy snowy rocky dynamic inviting comfortable relaxed picturesque high low second third first"
+    "grassy sandy snowy rocky dynamic inviting comfortable relaxed picturesque high low second third first "
+    "pleasant prominent perfect typical diverse outdoor indoor ideal functional separate similar smaller larger higher "
+    "lower formal curious expansive soft easy fake spent known"
 )
 """Those that may stand before a name without being a part of it."""
 
@@ -144,7 +146,9 @@ ABSTRACT = _words(
     "break ride jump trick play shot thrill interaction movement behavior warmth session journey passion comfort "
     "contact elegance mode routine treat meal-time amount third task effort bond work such black white red blue wind "
     "breeze rain flight transportation traffic greenery company content camaraderie gesture stance leisure peace "
-    "speed name hobby boundary catch course leap sip source bunch scheme unity swirl grace pace share"
+    "speed name hobby boundary catch course leap sip source bunch scheme unity swirl grace pace share safety tennis "
+    "soccer mid-air challenge maneuver demeanor enthusiasm expertise age outcome force hustle bustle internet "
+    "disrepair state era flavor effect harmony practice descent interval stunt flow access freedom"
 )
 """Heads that name nothing that could be seen and be absent."""
 

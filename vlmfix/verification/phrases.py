@@ -215,6 +215,8 @@ def _continues(words: Sequence[str], start: int, at: int, has_determiner: bool) 
         return False
     before = words[at - 1] if at else "."
     nouns_follow = following[0].isalpha() and following not in _NEVER and not lexicon.is_adverb(following)
+    if word in lexicon.ACTIVITIES and not nouns_follow:
+        return False  # "a cat sleeping on a couch"
     if lexicon.is_gerund(word):
         return is_first and has_determiner and nouns_follow
     if lexicon.is_participle(word):

@@ -1,16 +1,10 @@
-"""Noun phrases by word lists: on sentences, and against CHAIR's matches in captions of a real model."""
+"""Noun phrases by word lists, on sentences; on captions of a real model in ``project/test_bench_words.py``."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from vlmfix.evals.benchmarks.coco_objects import ChairMatcher
 from vlmfix.verification.phrases import read_sentences
-
-CAPTIONS = Path(__file__).parents[4] / "shared" / "data" / "chair_captions" / "opera" / "llava-1.5_greedy.jsonl"
 
 
 def names(text: str) -> list[str]:
@@ -27,6 +21,8 @@ def names(text: str) -> list[str]:
         ("The man is wearing a blue shirt, which suggests that it is warm.", ["man", "shirt"]),
         ("There is no dog, and there are not any cats.", []),
         ("A bottle is visible in the background, and a chair can be seen nearby.", ["bottle", "chair"]),
+        ("A cat sleeping on a couch navigates a pleasant and inviting room, ideal for dining.", ["cat", "couch"]),
+        ("People sit and relax, watching the game unfold in safety.", ["person"]),
         ("", []),
         ("Ünïcode: ein Café 🐕.", []),
     ],
@@ -47,18 +43,3 @@ def test_spans_are_the_words_and_do_not_overlap() -> None:
             assert text[start:stop].split()[-1].lower().startswith(phrase.name.split()[-1][:2])
             end = stop
     assert " ".join(text[each.start : each.end] for each in read_sentences(text)).split() == text.split()
-
-
-def test_nearly_all_of_chairs_objects_are_found_in_real_captions() -> None:
-    """Measured: 98.7 % of 1,596 objects, 6.9 candidates a caption; a tagger of 15 MB finds 96.2 % with 11.1."""
-    if not CAPTIONS.is_file():
-        pytest.skip(f"no captions at {CAPTIONS}")
-    matcher, found, objects, candidates = ChairMatcher("original"), 0, 0, 0
-    captions = [json.loads(line)["caption"] for line in CAPTIONS.read_text(encoding="utf-8").splitlines()]
-    for caption in captions:
-        own = set(names(caption))
-        nodes = {node for name in own for text in (name, name + "s") for node in matcher.match(text).nodes}
-        wanted = set(matcher.match(caption).nodes)
-        found, objects, candidates = found + len(wanted & nodes), objects + len(wanted), candidates + len(own)
-    assert found / objects > 0.98
-    assert candidates / len(captions) < 8
