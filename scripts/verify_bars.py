@@ -4,8 +4,9 @@
     python scripts/verify_bars.py --models tiny --limit 100 --out /tmp/v   # a look
     python scripts/verify_bars.py --models tiny --together --out /tmp/v    # with VHR on the same model, and alone
 
-The weights come from ``--calibrate`` scenes of the calibration split; held-out scenes are read once they stand. Early
-stop is matched to the method's recall again in every resample of the images.
+The weights come from ``--calibrate`` scenes of the calibration split (0: from the model's recipe); held-out scenes are
+read once they stand. Early stop is matched to the method's recall again in every resample of the images. *Faults* is
+the share of captions that break a rule of ``grammar.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import grammar
+
 from vlmfix.cli import main as vlmfix
 from vlmfix.evals.data.coco import load_image
 from vlmfix.evals.options import EvalOptions
@@ -27,17 +30,20 @@ from vlmfix.evals.run.generate import Answerer, EncodedBatch, Generator
 from vlmfix.evals.run.plan import plan_run
 from vlmfix.evals.stats.bootstrap import interval_dict
 from vlmfix.observe.prompts import PromptBuilder
-from vlmfix.recipes import load_recipe
 
 SPLITS = ("heldout", "heldout2")
 OTHERS = {"tiny": ("vhr", "pai", "vaf", "iat"), "smol": ("vhr", "pai", "vaf")}
 """Methods on attention, at the strengths of the model's recipe or their gentlest published ones."""
 STRENGTHS = {"tiny": (), "smol": ("vhr.alpha=1.2", "pai.alpha=0.2")}
 HEAD = (
-    "| model, split | method | CHAIR_s | CHAIR_i | recall | F1 | words | rep-4 | seconds | CHAIR_i to early stop |",
-    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    "| model, split | method | CHAIR_s | CHAIR_i | recall | F1 | words | rep-4 | faults | seconds | to early stop |",
+    "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
 )
-HEAD_TOGETHER = ("| split, methods | CHAIR_s | CHAIR_i | recall | F1 |", "|---|--:|--:|--:|--:|")
+HEAD_TOGETHER = (
+    "| split, methods | CHAIR_s | CHAIR_i | recall | F1 | words | faults |",
+    "|---|--:|--:|--:|--:|--:|--:|",
+)
+FIGURES = ("chair_s", "chair_i", "recall", "f1", "length_words")
 
 
 def run(command: Sequence[str]) -> None:
@@ -47,27 +53,41 @@ def run(command: Sequence[str]) -> None:
         raise SystemExit(status)
 
 
+def calibrated(model: str, options: argparse.Namespace) -> str:
+    """Return the recipe with the weights of a model, which are learned unless they are there."""
+    if not options.calibrate:
+        return "verify"
+    recipe = options.out / model / "verify.json"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    if not recipe.is_file():
+        run(["calibrate", "verify", "--model", model, "--limit", str(options.calibrate), "--out", str(recipe)])
+    return str(recipe)
+
+
 def measure(model: str, options: argparse.Namespace) -> list[str]:
     """Calibrate and evaluate on one model, and return the rows of the table."""
-    folder = options.out / model
-    folder.mkdir(parents=True, exist_ok=True)
-    own = [] if model == "tiny" else ["--model", model]
-    recipe = folder / "verify.json"
-    if not recipe.is_file():
-        run(["calibrate", "verify", *own, "--limit", str(options.calibrate), "--out", str(recipe)])
-    rows = []
-    for split in SPLITS:
+    folder, rows = options.out / model, []
+    for split in options.splits:
         others = [] if options.alone else list(OTHERS[model])
         strengths = ["--set", *STRENGTHS[model]] if STRENGTHS[model] and others else []
-        command = ["eval", *own, "--benchmark", "chair", "--split", split, "--limit", str(options.limit)]
-        command += ["--method", str(recipe), *others, *strengths, "--out", str(folder / split)]
+        command = ["eval", "--model", model, "--benchmark", "chair", "--split", split, "--limit", str(options.limit)]
+        command += ["--prompt", options.prompt] if options.prompt else []
+        command += ["--method", calibrated(model, options), *others, *strengths, "--out", str(folder / split)]
         run(command)
         results = json.loads((folder / split / "results.json").read_text(encoding="utf-8"))
-        rows += [row_of(f"{model} {split}", each, results) for each in results["methods"] if each["role"] != "control"]
+        texts = grammar.captions_of(folder / split / "answers.jsonl")
+        for each in (each for each in results["methods"] if each["role"] != "control"):
+            rows.append(row_of(f"{model} {split}", each, results, faulty(texts[each["label"]])))
     return rows
 
 
-def row_of(name: str, method: dict[str, Any], results: dict[str, Any]) -> str:
+def faulty(captions: Sequence[str]) -> str:
+    """Return the share of captions that break a rule of grammar."""
+    count, broken, _ = grammar.share(captions)
+    return f"{100 * broken / count:.1f}"
+
+
+def row_of(name: str, method: dict[str, Any], results: dict[str, Any], faults: str) -> str:
     """Return a method's row: figures, differences to none, and CHAIR_i against early stop."""
     chair, parts = method["chair"], [name, f"`{method['label']}`"]
     for key in ("chair_s", "chair_i", "recall", "f1"):
@@ -75,7 +95,7 @@ def row_of(name: str, method: dict[str, Any], results: dict[str, Any]) -> str:
         parts.append(f"{100 * chair['summary'][key]:.1f}" + (f" ({_signed(change[1])})" if change else ""))
     parts.append(f"{chair['summary']['length_words']:.1f}")
     parts.append(f"{100 * chair['text_quality']['summary']['repetition']:.1f}")
-    parts.append(f"{chair['seconds']:.0f}")
+    parts += [faults, f"{chair['seconds']:.0f}"]
     against = [
         line
         for line in results["controls"]
@@ -87,16 +107,15 @@ def row_of(name: str, method: dict[str, Any], results: dict[str, Any]) -> str:
 
 def together(model: str, options: argparse.Namespace) -> list[str]:
     """Evaluate VHR and verification alone and on one model, and return what the one adds to the other."""
-    folder, own = options.out / model, [] if model == "tiny" else ["--model", model]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "verify.json").is_file():
-        run(["calibrate", "verify", *own, "--limit", str(options.calibrate), "--out", str(folder / "verify.json")])
     rows = []
-    for split in SPLITS:
-        asked = EvalOptions(model=model, benchmarks=("chair",), split=split, limit=options.limit, methods=("vhr",))
+    for split in options.splits:
+        methods = ("vhr", calibrated(model, options))
+        asked = EvalOptions(
+            model=model, benchmarks=("chair",), split=split, limit=options.limit, methods=methods, prompt=options.prompt
+        )
         plan = plan_run(asked)
-        vhr = plan.methods[1].build()
-        verify = load_recipe(folder / "verify.json")[0]
+        by_label = {each.label: each.build() for each in plan.methods if each.label in ("vhr", "verify")}
+        vhr, verify = by_label["vhr"], by_label["verify"]
         rows += compared(plan, split, {"none": None, "vhr": [vhr], "verify": [verify], "vhr + verify": [vhr, verify]})
     return rows
 
@@ -105,7 +124,7 @@ def compared(plan: Any, split: str, methods: dict[str, Any]) -> list[str]:
     """Return a row per combination of methods: its figures, and their differences to the rows before it."""
     (task,) = plan.tasks.tasks
     generator = Generator(load_run_model(plan), plan.source.processor)
-    answerer, tables = Answerer(generator), {}
+    answerer, tables, faults = Answerer(generator), {}, {}
     prompt = PromptBuilder(plan.source.processor)(task.samples[0].question)
     for label, each in methods.items():
         answers = {}
@@ -114,14 +133,18 @@ def compared(plan: Any, split: str, methods: dict[str, Any]) -> list[str]:
             batch = EncodedBatch(generator, [prompt] * len(samples), [load_image(s.path) for s in samples])
             found = answerer.answer(batch, label, each, "text", task.max_new_tokens)
             answers |= {sample.key: answer for sample, answer in zip(samples, found, strict=True)}
-        tables[label] = task.score(answers)
+        tables[label], faults[label] = task.score(answers), faulty([answer.text for answer in answers.values()])
     rows = []
+    figures = {name: task.figure(name).statistic for name in FIGURES}
     for label, table in tables.items():
-        figures = [task.figure(name).statistic for name in ("chair_s", "chair_i", "recall", "f1")]
-        rows.append(f"| {split} `{label}` | " + " | ".join(f"{100 * f.of(table):.1f}" for f in figures) + " |")
-        for other in [other for other in tables if label == "vhr + verify" and other != label]:
-            changes = [interval_dict(f.difference(table, tables[other])) for f in figures]
-            rows.append(f"| - `{other}` | " + " | ".join(map(_signed, changes)) + " |")
+        values = [f"{(1 if name == 'length_words' else 100) * f.of(table):.1f}" for name, f in figures.items()]
+        rows.append(f"| {split} `{label}` | " + " | ".join([*values, faults[label]]) + " |")
+        for other in [other for other in tables if other != label and (other == "none" or other in label.split(" + "))]:
+            changes = [
+                _signed(interval_dict(f.difference(table, tables[other])), 1 if name == "length_words" else 100)
+                for name, f in figures.items()
+            ]
+            rows.append(f"| - `{other}` | " + " | ".join(changes) + " | |")
     return rows
 
 
@@ -130,9 +153,9 @@ def _differences(method: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(key.rpartition(".")[2], value) for key, value in found.items() if isinstance(value, dict)]
 
 
-def _signed(difference: dict[str, Any]) -> str:
-    low, high = (f"{100 * difference[end]:+.1f}" for end in ("low", "high"))
-    return f"{100 * difference['estimate']:+.1f} [{low}, {high}]"
+def _signed(difference: dict[str, Any], scale: float = 100) -> str:
+    low, high = (f"{scale * difference[end]:+.1f}" for end in ("low", "high"))
+    return f"{scale * difference['estimate']:+.1f} [{low}, {high}]"
 
 
 def main() -> None:
@@ -140,11 +163,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["tiny", "smol"], choices=["tiny", "smol"])
     parser.add_argument("--limit", type=int, default=300, help="images of a split (default: 300)")
-    parser.add_argument("--calibrate", type=int, default=300, help="images to calibrate on (default: 300)")
+    parser.add_argument(
+        "--calibrate", type=int, default=300, help="images to calibrate on (default: 300; 0: its recipe)"
+    )
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="default: both")
+    parser.add_argument("--prompt", help="what captions are asked for with (default: as vlmfix eval has it)")
     parser.add_argument("--alone", action="store_true", help="no methods beside it")
     parser.add_argument("--together", action="store_true", help="VHR and verification, alone and on one model")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where runs and the table go")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     head, rows_of = (HEAD_TOGETHER, together) if options.together else (HEAD, measure)
     rows = [row for model in options.models for row in rows_of(model, options)]
     text = "\n".join([*head, *rows]) + "\n"

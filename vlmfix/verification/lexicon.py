@@ -54,7 +54,7 @@ ADVERBS = _words(
     "not also too very quite rather just only even still again nearby together apart away back forward further "
     "farther closer close far well else elsewhere maybe perhaps almost already always often sometimes never ever now "
     "then there here instead however therefore thus overall additionally moreover furthermore meanwhile likewise "
-    "upside front alone ahead afar overhead around indoors outdoors once twice"
+    "upside front alone ahead afar overhead around indoors outdoors once twice halfway"
 )
 
 _NOT_ADVERBS = _words("family fly butterfly jelly belly lily bully ally assembly dragonfly trolley italy ply curly")
@@ -69,7 +69,7 @@ NEVER_NOUNS = _words(
     "take suggest appear seem create provide include contain indicate add give enjoy wear hold carry eat surround "
     "imply depict adorn occupy accompany emphasize enhance contribute come go get see sit lie consist belong remain "
     "allow make keep bring become prepare gather extend engage complement resemble protect explore navigate observe "
-    "relax unfold roam overlook perform attempt feature interact await anticipate demonstrate execute admire"
+    "relax unfold roam overlook perform attempt feature interact await anticipate demonstrate execute admire happen"
 )
 """Base forms of verbs that are nouns only behind a determiner."""
 
@@ -105,7 +105,7 @@ ADJECTIVES = _words(
     "popular unique social urban rural serene cozy warm cold cool calm peaceful playful vibrant festive lush "
     "grassy sandy snowy rocky dynamic inviting comfortable relaxed picturesque high low second third first "
     "pleasant prominent perfect typical diverse outdoor indoor ideal functional separate similar smaller larger higher "
-    "lower formal curious expansive soft easy fake spent known"
+    "lower upper formal curious expansive soft easy fake spent known grainy"
 )
 """Those that may stand before a name without being a part of it."""
 
@@ -118,6 +118,12 @@ NAME_BEGINNINGS = _words(
 """Words that look like adjectives and begin names."""
 
 _ADJECTIVE_ENDINGS = ("ous", "ful", "ish", "ive", "ible", "able", "less", "ic")
+
+_NO_ADJECTIVES = _words(
+    "picnic music fabric traffic attic clinic ceramic mosaic topic mechanic vegetable turntable timetable starfish "
+    "goldfish catfish radish archive motive"
+)
+"""Nouns that end like adjectives."""
 
 MEASURES = _words(
     "pair group couple number variety bunch set row line lot lots slice slices piece pieces pairs groups rows bunches "
@@ -197,9 +203,12 @@ _PLURALS = {
     "tomatoes": "tomato",
 }
 
-ONLY_PLURAL = _words(
+ONE_FORM = _words("sheep deer fish series species")
+"""Words whose plural is their singular."""
+
+ONLY_PLURAL = ONE_FORM | _words(
     "scissors skis glasses sunglasses goggles binoculars pants trousers jeans shorts tights clothes pajamas stairs "
-    "headphones tongs pliers series species sheep deer fish"
+    "headphones tongs pliers"
 )
 """Words whose plural is asked for as it stands."""
 
@@ -242,7 +251,7 @@ def is_adverb(word: str) -> bool:
 
 def is_adjective(word: str) -> bool:
     """Whether a word is listed as an adjective, or ends like one."""
-    return word in ADJECTIVES or (word.endswith(_ADJECTIVE_ENDINGS) and len(word) > 5)
+    return word in ADJECTIVES or (word.endswith(_ADJECTIVE_ENDINGS) and len(word) > 5 and word not in _NO_ADJECTIVES)
 
 
 def is_gerund(word: str) -> bool:

@@ -133,7 +133,8 @@ def _phrase_at(words: Sequence[str], first: int) -> NounPhrase | None:
     name = " ".join([*words[name_first : stop - 1], lexicon.singular(head)])
     opening = words[first:start]
     counted = any(word in lexicon.PLURAL_DETERMINERS or word.isdigit() for word in opening)
-    plural = lexicon.is_plural(head) or counted
+    is_one = any(word in lexicon.SINGULAR_DETERMINERS for word in opening)  # "a sheep"
+    plural = counted or (lexicon.is_plural(head) and not is_one)
     if measure in ("pair", "slice", "piece", "bunch", "row", "pile", "stack", "bit", "team", "view"):
         plural = lexicon.is_plural(measure) or (opening[0] not in lexicon.SINGULAR_DETERMINERS and opening[0] != "the")
     is_object = not lexicon.is_abstract(head) and len(head) > 1 and head not in lexicon.NO_HEADS
@@ -159,8 +160,8 @@ def _is_determiner(words: Sequence[str], at: int, first: int) -> bool:
     if word in lexicon.DETERMINERS or word.isdigit():
         # "that" and "one" also stand alone, before a verb or a preposition.
         following = words[at + 1] if at + 1 < len(words) else "."
-        if word == "one" and lexicon.is_plural(following):
-            return False  # "one sees a dog"
+        if word in ("one", "each", "this", "that") and lexicon.is_plural(following):
+            return False  # "one sees a dog", "this appears to be a beach"
         if word in ("that", "this", "one", "all", "some", "many", "both", "most", "other", "another", "more", "half"):
             return (
                 following not in lexicon.AUXILIARIES
@@ -227,11 +228,11 @@ def _continues(words: Sequence[str], start: int, at: int, has_determiner: bool) 
     if is_first or (not lexicon.is_plural(word) and verb is None):
         return True
     determiner = words[start - 1] if start else "."
-    if verb in lexicon.NEVER_NOUNS or (verb is not None and following in lexicon.DETERMINERS):
+    if verb in lexicon.NEVER_NOUNS or (verb is not None and following in lexicon.DETERMINERS | {"out"}):
         return False
     if verb is not None and not lexicon.is_adjective(before):
         # "the image features a dog", "people stand near a car"; but "wine glasses", "a bus stop".
-        agrees = lexicon.is_plural(word) != lexicon.is_plural(before)
+        agrees = before in lexicon.ONE_FORM or lexicon.is_plural(word) != lexicon.is_plural(before)
         if agrees and (not nouns_follow or following in lexicon.DETERMINERS or lexicon.is_gerund(following)):
             return not _takes_object(following, word)
     if determiner in lexicon.SINGULAR_DETERMINERS and lexicon.is_plural(word) and word not in lexicon.ONLY_PLURAL:
