@@ -4,6 +4,7 @@ Every cell is the outcome of running the family's tiny random model: nothing is 
 
     python scripts/capabilities.py                     # writes tests/families/FAMILIES.md
     python scripts/capabilities.py --check             # fails with a diff if the file is not what is measured
+    python scripts/capabilities.py --check --methods   # the same without the machinery, which the tests compare with it
     python scripts/capabilities.py --families llava,gemma3 --print
     python scripts/capabilities.py --update llava,gemma3   # measures these, and what the file lacks; keeps the rest
 """
@@ -200,6 +201,11 @@ def versions() -> str:
     return f"torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
 
 
+def is_of_these_versions(committed: str) -> bool:
+    """Whether a matrix was measured with the versions that are installed."""
+    return f"{VERSIONS}{versions()}." in committed
+
+
 def difference(committed: str, measured: str) -> list[str]:
     """Compare two matrices, the line of versions left out."""
     before, after = (
@@ -214,6 +220,12 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="compare with tests/families/FAMILIES.md instead of writing it"
     )
+    parser.add_argument(
+        "--methods",
+        action="store_true",
+        help="with --check: only the columns of methods, where tests/families/test_families.py compares the others "
+        "(not with other versions of torch and transformers)",
+    )
     parser.add_argument("--print", action="store_true", help="print the matrix instead of writing it")
     parser.add_argument("--families", default="", metavar="A,B", help="only these (implies --print)")
     parser.add_argument(
@@ -226,6 +238,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from families import FAMILIES, by_name
+    from families.capability import MACHINERY
 
     wanted = [name for name in options.families.split(",") if name]
     try:
@@ -234,11 +247,15 @@ def main() -> int:
         parser.error(error.args[0])
     if wanted and options.check:
         parser.error("--check compares the whole matrix; leave --families out")
+    if options.methods and not options.check:
+        parser.error("--methods goes with --check")
     committed = OUTPUT.read_text(encoding="utf-8") if OUTPUT.exists() else ""
     known = {}
     if options.update is not None:
         again = options.update.split(",")
         known = {name: row for name, row in read(committed).items() if name not in again}
+    elif options.methods and is_of_these_versions(committed):
+        known = {name: {key: row[key] for key in row if key in MACHINERY} for name, row in read(committed).items()}
     text = render(measure_all(names, options.jobs, known))
     if options.print or wanted:
         print(text, end="")

@@ -31,15 +31,14 @@ def _stock_models() -> dict[tuple[Any, ...], Any]:
 @pytest.fixture
 def build(_stock_models: dict[tuple[Any, ...], Any]) -> Callable[..., Any]:
     """Return a fresh copy of a tiny LLaVA; equal arguments give equal weights."""
-    import copy
-
+    from families.copies import Mould
     from families.tiny_llava import tiny_llava
 
     def make(kind: str = "llama", **options: Any) -> Any:
         key = (kind, *sorted(options.items()))
         if key not in _stock_models:
-            _stock_models[key] = tiny_llava(kind, **options)
-        return copy.deepcopy(_stock_models[key])
+            _stock_models[key] = Mould(tiny_llava(kind, **options))
+        return _stock_models[key].cast()
 
     return make
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmfix.errors import VlmfixError
+from vlmfix.methods.registry import entries_of
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from ..data.samples import Sample
     from ..options import EvalOptions
     from .base import Benchmark
@@ -40,13 +41,7 @@ def benchmark_names() -> tuple[str, ...]:
 
 
 def _foreign() -> Mapping[str, EntryPoint]:
-    return _foreign_on(tuple(sys.path))
-
-
-@functools.cache
-def _foreign_on(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
-    """The entry points of what is installed on a search path, which take long to look for."""
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {entry.name: entry for entry in entries_of(GROUP)}
 
 
 @functools.cache

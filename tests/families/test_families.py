@@ -53,13 +53,37 @@ def trial(request: pytest.FixtureRequest) -> Trial:
     return _trial(request.param)
 
 
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """``scripts/capabilities.py`` as a module."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "capabilities.py"
+    spec = importlib.util.spec_from_file_location("capabilities", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def written(script: Any) -> dict[str, dict[str, tuple[str, str]]]:
+    """The matrix on file, by family and column; nothing with other versions than it was measured with."""
+    text = script.OUTPUT.read_text(encoding="utf-8")
+    return script.read(text) if script.is_of_these_versions(text) else {}
+
+
 @pytest.fixture
-def cell(trial: Trial) -> Callable[[str], Cell]:
-    """Measure a column; refused methods and what upstream cannot do are skipped with the reason."""
+def cell(trial: Trial, written: dict[str, dict[str, tuple[str, str]]]) -> Callable[[str], Cell]:
+    """Measure a column, which must be what the matrix says.
+
+    Refused methods and what upstream cannot do are skipped with the reason.
+    """
 
     def look(column: str) -> Cell:
         found = measure(trial, column)
         assert vlmfix.status(trial.model) is None
+        if written:
+            assert found == Cell(*written[trial.family.name][column]), "python scripts/capabilities.py writes it anew"
         if found.mark in ("refused", "upstream"):
             pytest.skip(f"{found.mark}: {found.note}")
         return found
@@ -175,18 +199,6 @@ def test_a_module_that_does_not_dispatch_is_seen(monkeypatch: pytest.MonkeyPatch
 
 
 # The script that writes the matrix.
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    """``scripts/capabilities.py`` as a module."""
-    path = Path(__file__).resolve().parents[2] / "scripts" / "capabilities.py"
-    spec = importlib.util.spec_from_file_location("capabilities", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_matrix_shows_every_cell_and_shares_notes(script: Any) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -100,9 +102,31 @@ def _own_modules() -> dict[str, str]:
 def _offered() -> dict[str, list[EntryPoint]]:
     """Return the entry points of other packages by the method's name."""
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in entries_of(GROUP):
         found.setdefault(entry.name, []).append(entry)
     return found
+
+
+def entries_of(group: str) -> tuple[EntryPoint, ...]:
+    """Return the entry points that installed packages have in a group.
+
+    All packages are read for them, which takes milliseconds; again only once a folder that Python imports from changed.
+    """
+    return _entries_in(group, tuple(_last_change(folder) for folder in sys.path))
+
+
+def _last_change(folder: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(folder or ".")
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _entries_in(group: str, folders: tuple[tuple[int, int, int] | None, ...]) -> tuple[EntryPoint, ...]:
+    """Return the entry points of a group while the folders are as they were."""
+    return tuple(entry_points(group=group))
 
 
 def _package(entry: EntryPoint) -> str:
