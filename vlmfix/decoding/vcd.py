@@ -23,8 +23,8 @@ class VCD(Contrast):
     ``v' = sqrt(a) v + sqrt(1 - a) eps`` on the normalised image, with ``a`` the product of ``1 - b_t`` up to
     ``t = noise_step``, ``b_t = 1e-5 + (0.005 - 1e-5) sigmoid(s_t)``, ``s_t`` from -6 (``t = 0``) to 6 (``t = 999``).
     Only tokens with ``l(v) >= max l(v) + ln(beta)`` may be chosen. The noise of an image depends on ``seed`` and the
-    image's size alone: images of one size get the same, in whatever batch they come. Logits processors, sampling and
-    beams come after the contrast.
+    image's size alone: images of one size get the same, in whatever batch they come (ours; the release draws noise anew
+    for every image). Logits processors, sampling and beams come after the contrast. The release always samples.
 
     Published gains over sampling largely vanish against greedy decoding; compare with that.
     """

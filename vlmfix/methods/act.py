@@ -31,8 +31,9 @@ class ACT(Method):
 
     Where this differs from the released code: its decode step multiplies row sums (up to 1.37), which is not followed.
     It spares the first element of its list of sinks, which is not the first token where that token is no sink. It has
-    no ``min_rows``. The paper is about text models; here prompts without an image are left alone unless
-    ``without_image``.
+    no ``min_rows``, takes an absolute threshold, edits the first sample of a batch alone, and divides by 0 where a row
+    has all its weight on sinks; such rows are left alone here. Its file for Mistral edits the last layer too. The paper
+    is about text models; here prompts without an image are left alone unless ``without_image``.
     """
 
     name = "act"

@@ -29,7 +29,9 @@ class AdaIAT(RaisesGeneratedText):
     summed over heads. The prompt and prompts without an image are not touched.
 
     This is decided per sample, layer and row; the release sums ``ref`` over a batch. The release has no clamp at 0
-    either, so that some of its weights are negative.
+    either, so that some of its weights are negative, and takes everything from position 625 on for generated text. Its
+    statistics are not shipped, and the code that made them was not released: ``vlmfix calibrate adaiat`` is ours. The
+    paper writes another factor, see ``m_form``. For Qwen2.5-VL-7B the release edits layers 5 to 15.
     """
 
     name = "adaiat"

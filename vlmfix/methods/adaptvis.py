@@ -26,7 +26,9 @@ class AdaptVis(Method):
 
     The confidence is read from a stock prefill of the same prompt, so that a prompt costs two prefills. The released
     code repeats the whole generation, though it needs no more than this first distribution. Confidence is not rounded;
-    the release rounds it to two decimals.
+    the release rounds it to two decimals, and on one data set (VSR) takes the largest logit in its place. The release
+    scales everything from the first image token to the last, here only image tokens are; and it stops at layer 31 of
+    models that have more.
     """
 
     name = "adaptvis"

@@ -25,10 +25,12 @@ class ADHH(Method):
     Let T be the text behind the first image token: question, role tokens, generated tokens and the current one; neither
     image tokens nor padding. In the row that predicts the next token, each listed head with ``sum_{j in T} w_j >= tau``
     gets ``w_j <- 0`` for j in T. The rest of the row stays as it is, so that the row's sum falls to 1 - share. Text
-    before the image is never in T, even if it is the question. Decided per sample, head and step.
+    before the image is never in T, even if it is the question. Decided per sample, head and step, in fp32; the release
+    sums the share over a batch, and takes the image's place from one template.
 
     ``vlmfix.calibrate`` finds the heads of other models. It labels mentions of objects where they stand in the text;
-    the released search labels every occurrence of a word's first token.
+    the released search labels every occurrence of a word's first token. The release's list for MiniGPT-4, which
+    transformers does not have, is left out.
     """
 
     name = "adhh"

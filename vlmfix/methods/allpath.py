@@ -22,7 +22,8 @@ class AllPath(Method):
 
     The outputs of head (l, n) are multiplied by ``up`` if it is in Z+ only, by ``down`` if it is in Z- only, and by 1
     otherwise, also if it is in both. This holds for all rows of prompts with an image, image rows too, and for every
-    decode step.
+    decode step. The release scales what a head adds behind the output projection, which is the same. Leaving prompts
+    without an image alone is ours.
 
     The paper takes Z- from the worst heads of its text score, and Z+ from the best heads of its text score and of its
     image score together: 40 and 40 + 50 of 1024 heads for captions with LLaVA-1.5, else 20 and 20 + 10. No lists are

@@ -27,6 +27,9 @@ class DeCo(EarlyLogits):
     candidate the largest probability pi of all is chosen, and the candidates' logits become
     ``l + alpha pi e_j*``; other tokens cannot be chosen.
 
+    The released code reads one prompt at a time, and early logits in the model's precision; here they are fp32. It
+    mixes before logits processors, as this does.
+
     Since the end token is seldom a candidate where an object could follow, captions can run on: look at the share of
     truncated ones beside CHAIR. ``cut=False`` (ours) lets all tokens be chosen.
     """

@@ -39,7 +39,8 @@ class EAH(Method):
 
     What the paper's tables were made with is not known. Title and README speak of the second layer and a threshold of
     0.002. The released file edits layer 15 at 0.0008 and counts in another way, see ``counting``:
-    ``EAH(layers=[15], threshold=0.0008, counting="released")`` is that file.
+    ``EAH(layers=[15], threshold=0.0008, counting="released")`` is that file for one prompt; of a batch it edits the
+    first alone. The released scripts decode with OPERA beside it.
     """
 
     name = "eah"

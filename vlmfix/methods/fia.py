@@ -29,13 +29,13 @@ class FIA(Method):
     ``s_j <- s_j + alpha |s_j|`` for local and ``+ beta |s_j|`` for summary tokens, in all heads. The method needs a
     CLIP-like tower and one token per patch.
 
-    The abstract of the paper's first version speaks of head-specific modulation. No released code has it: all heads
-    get the same factor, here too unless ``head_factors`` says otherwise. The "spatial" tokens of the released code are
-    the top k of softmax row sums, which are all 1; they are not offered. The published runs use guidance beside it, and
-    do not edit the prompt's last row then: ``[FIA(edit_prompt=False), Guidance()]``. The headline setting (ratio 0.25,
-    guidance on) makes captions loop.
-    The default is the one logged setting with a gain and intact text. It was logged with guidance, and has not been
-    measured without.
+    The abstract of the paper's first version speaks of head-specific modulation. No released code has it: all heads get
+    the same factor, here too unless ``head_factors`` says otherwise. The "spatial" tokens of the released code are the
+    top k of softmax row sums, which are all 1; they are not offered. The published runs use guidance beside it, and do
+    not edit the prompt's last row then: ``[FIA(edit_prompt=False), Guidance()]``. The headline setting (ratio 0.25,
+    guidance on) makes captions loop. The default is the one logged setting with a gain and intact text. It was logged
+    with guidance, and has not been measured without. In the vision tower, quartiles are interpolated, and every image
+    is ranked by itself.
     """
 
     name = "fia"
@@ -54,7 +54,12 @@ class FIA(Method):
         help="Gain of local tokens. It is sharp: 0.5 does nothing, 0.8 breaks the text (Table 2). With ``beta``, 0 "
         "switches the method off.",
     )
-    beta: float = parameter(0.4, low=0, search=Range(0.05, 0.8), help="Gain of summary tokens.")
+    beta: float = parameter(
+        0.4,
+        low=0,
+        search=Range(0.05, 0.8),
+        help="Gain of summary tokens. 0.4 as in the tables; the released code's default is 0.3.",
+    )
     local_ratio: float = parameter(0.15, low=0, high=1, help="Share of local tokens.")
     edit_prompt: bool = parameter(
         True, help="Edit the prompt's last row too; the published runs, with guidance, do not."

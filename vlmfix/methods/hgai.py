@@ -19,7 +19,9 @@ class HGAI(RaisesImageScores):
     ``s_hj <- s_hj + alpha g_j`` with ``g_j = mean_h |s_hj|``, for image tokens j. The rows are the last of the prompt
     and that of every decode step. The mean is over query heads, in fp32. A head that ignores an image token is lifted
     by what the others see in it, whereas PAI lifts each head by its own score. All heads of a layer must be on one
-    device: under tensor parallelism, each device would average over its own.
+    device: under tensor parallelism, each device would average over its own. Keys that a mask hides stay hidden, which
+    in the released code they do not from ``alpha=1`` on. Layers of models of other depths are scaled (ours); those of
+    the paper's other models were not released.
 
     Captions repeat themselves and name fewer objects with it. Look at recall, length and repeated n-grams too.
     """

@@ -17,7 +17,8 @@ class IAT(RaisesGeneratedText):
 
     In all heads. j runs over the tokens generated since the prompt, the row's own included. The prompt is not edited,
     so that the first new token is the stock model's. Answers of earlier turns belong to the prompt. Prompts without an
-    image are left alone. The method was made for long captions; one-word answers hardly change.
+    image are left alone. The released code takes everything from position 625 on for generated text, which is right
+    for one prompt and one size of image. The method was made for long captions; one-word answers hardly change.
     """
 
     name = "iat"

@@ -52,8 +52,8 @@ class IRI(Method):
     target, for the row that predicts the next token, ``u = c_l + lambda sum_{k in S, k < l} RR_k c_k`` and
     ``c_l <- u |c_l| / |u|``: the output turns and keeps its length. This is computed in fp32.
 
-    The paper leaves two things open, which are ours: rates below 0 count as 0, and sources are injected as they left
-    their block, before an edit of their own.
+    No code was released, and no rates: they are measured anew. The paper leaves two things open, which are ours: rates
+    below 0 count as 0, and sources are injected as they left their block, before an edit of their own.
     """
 
     name = "iri"

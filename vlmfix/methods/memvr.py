@@ -30,8 +30,9 @@ class MemVR(Method):
 
     This is what the authors' code for LLaVA computes. It multiplies ``z`` by two scales, which cancel. Their code for
     Qwen-VL and GLM-4V puts a SiLU between the two products and reads layers without the final norm; that is not
-    offered. Their code takes the entropy over a whole batch, and keeps the last image for prompts without one; here
-    every prompt has its own.
+    offered. Their scripts edit layers 11 to 16 (``layers="11:17"``). All of their code takes the entropy over a whole
+    batch, and keeps the last image for prompts without one; here every prompt has its own, and those without one are
+    left alone.
     """
 
     name = "memvr"

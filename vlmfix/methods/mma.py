@@ -24,6 +24,10 @@ class MMA(Method):
     Pairs (i, j) with i an image token and j > i a token of the question get the additive mask ``log(gamma)`` instead of
     minus infinity. One softmax runs over old and opened keys. Image tokens among themselves, text, and decode steps
     keep the model's own mask. The paper trains models with this mask. Using it without training is ours, and can hurt.
+    So are ``gamma`` below 1 and leaving out the last layer, which changes nothing. The released code opens the question
+    as far as the token that names the assistant; here what stands behind that (a line break) is opened too. It reads
+    one image and one turn; the paper's mask for several images opens all pairs of different kinds, which is not
+    offered.
     """
 
     name = "mma"
@@ -39,8 +43,8 @@ class MMA(Method):
     )
     columns: Literal["question", "own_image"] = parameter(
         "question",
-        help='``"question"``: text behind the last image of the prompt, the header of the answer included, as in the '
-        'released code. ``"own_image"``: all text behind the image token itself, for prompts of several images.',
+        help='``"question"``: text behind the last image of the prompt, the header of the answer included. '
+        '``"own_image"`` (ours): all text behind the image token itself, for prompts of several images.',
     )
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:

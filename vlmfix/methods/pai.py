@@ -19,8 +19,10 @@ class PAI(RaisesImageScores):
     In all heads. The rows are the last of the prompt and that of every decode step. This is the attention part of the
     method. Its other part, guidance by an image-free branch, is the decoding method ``guidance``.
 
-    With guidance, the released code does not edit the prompt's last row: ``[PAI(edit_prompt=False), Guidance()]`` is
-    PAI as released. Recall, length and repetition suffer as ``alpha`` grows.
+    The released code is followed; the paper was not read. Keys that a mask hides stay hidden, which in that code they
+    do not from ``alpha=1`` on. With guidance, the released code does not edit the prompt's last row:
+    ``[PAI(edit_prompt=False), Guidance()]`` is PAI as released. Recall, length and repetition suffer as ``alpha``
+    grows.
     """
 
     name = "pai"

@@ -26,7 +26,9 @@ class SPIN(Method):
     softmax over heads, which changes no order. Rows that see no image token are left alone.
 
     g is computed as ``q_h . sum_j k_j`` in fp32, before any cap on the scores. The sum of image keys is kept from the
-    prompt on.
+    prompt on, and leaves out keys that a mask hides. In a batch, the release suppresses heads in the prompt of the last
+    sample alone, which is a fault that is not followed. It edits all layers, and for the 13B model and Qwen-VL the
+    first 20: ``layers=":20"``.
     """
 
     name = "spin"

@@ -22,6 +22,11 @@ class VAF(Method):
     first image token (system prompt, first token) are the prefix; there is none where the image comes first. A factor
     on a score is a temperature around zero, not a boost: image tokens with negative scores lose, and much of the effect
     is what the first token, a strong sink, gives up.
+
+    The released code has the prefix and the image at fixed places, and takes a call of at most 611 rows for a decode
+    step: it then edits every row, and text without an image too. Here the rows are known. It edits the same layers in
+    models of every depth, where these are scaled (ours). The paper speaks of heads that look at the image; the released
+    code edits all, see ``heads``.
     """
 
     name = "vaf"

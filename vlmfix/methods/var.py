@@ -52,7 +52,12 @@ class VAR(Method):
     prompt, and that of every decode step. Sinks are those of the prompt; generated tokens never count.
 
     The released code edits the last layer too, since its switch for that has no effect, and recycles 0.4:
-    ``VAR(recycle=0.4, layers="2:")`` equals it. Its rho is one minus this ``nonsink_ratio``.
+    ``VAR(recycle=0.4, layers="2:")`` equals it. Its rho is one minus this ``nonsink_ratio``. It asks for more than tau
+    where the paper, and this, ask for tau at least; and it keeps the sinks of the first image it reads for all later
+    ones, and then edits image rows too, which is a fault that is not followed.
+
+    Two things follow the released code and not the paper: layers 0 and 1 are left alone, and so is a layer whose only
+    sinks are textual. The paper counts generated tokens among the sinks.
     """
 
     name = "var"

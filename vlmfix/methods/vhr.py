@@ -30,6 +30,11 @@ class VHR(Method):
     above the layer's median are multiplied by ``alpha`` at every position (eq. 7), and stay the same while decoding.
     Heads are selected per sample and per layer. Attention weights are never edited.
 
+    The released code was not seen, so the paper is followed. In the pass with the image, a layer is compared after the
+    heads below it were scaled, as in the paper; the image-free pass is the stock model's, its text without a gap in
+    positions. A head that moves by no more than a few roundings counts as one that does not (ours). For InstructBLIP
+    the paper takes the last 18 layers without layer 1.
+
     Where an encoder reads the prompt, the heads are those of the decoder's cross-attention, and the position is the
     last one before the answer. Where image features are keys of cross-attention, the heads are those of self-attention.
     Both are ours.

@@ -41,7 +41,8 @@ class VISTA(Method):
 
     The released code is followed, which edits MLP outputs and not the stream itself. Its direction comes from a PCA of
     one vector, which adds 1 to the first coordinate of layer 0; that is left out unless ``paper_code``. It mixes the
-    logits of all prompt rows; here, rows that predict no token keep theirs, which has no consequence.
+    logits of all prompt rows; here, rows that predict no token keep theirs, which has no consequence. It gives one
+    vector to a whole batch, and returns half precision whatever the model's is.
 
     Two things are ours. A layer in which the image moves the last position by less than a thousandth of its length (or
     two rounding errors of the model's dtype) is left alone, since only the direction of ``v_l`` counts, and that one

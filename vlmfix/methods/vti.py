@@ -33,11 +33,13 @@ class VTI(Method):
     ``x <- |x| unit(unit(x) + 0.1 alpha unit(d_l))``. It keeps its length. In the decoder, ``d_l`` points from
     hallucinated captions to right ones, as the last token's state of layer l holds them. In the vision tower it points
     from pictures to the mean of masked pictures: to what stays when most of a picture is hidden. Prompts without an
-    image are left alone. ``vlmfix calibrate vti`` measures the directions, see ``vlmfix.calibration.vti``.
+    image are left alone (ours). ``vlmfix calibrate vti`` measures the directions, see ``vlmfix.calibration.vti``.
 
     The released code has a direction per token of the vision tower. So can these; by default the tokens of a picture
     share their mean, because towers that read pictures of any size have no fixed tokens. The released code's defaults
-    are .8 and 0, those of its README .9 and .9. Which half carries the published gain is not known.
+    are .8 and 0, those of its README .9 and .9. It reads the whole text anew for every token (no cache) and searches
+    with 5 beams; every row is edited alike, so a cache changes nothing. Which half carries the published gain is not
+    known.
     """
 
     name = "vti"
