@@ -26,6 +26,7 @@ from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.calls import every_row, parameter_names, refuse_replica, tokens_of
 from vlmfix.engine.early_logits import EarlyHead
 from vlmfix.engine.forwards import EditedForward
+from vlmfix.engine.places import Places
 from vlmfix.engine.plan import make_sites
 from vlmfix.engine.stand_ins import (
     BEFORE_PROMPT,
@@ -133,6 +134,7 @@ class Patch:
         self.sites = tuple(make_sites(anatomy, methods, self.branches.branch_methods if self.branches else ()))
         self.beginner = ForwardBeginner(anatomy, methods, self.sites)
         self.layer_hooks = make_layer_hooks(self.sites)
+        self.places = Places(anatomy, self.sites, self.block_hooks)
         self._handles: list[Any] = []
         self._stand_ins = StandIns()
         # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
@@ -294,6 +296,7 @@ class Patch:
         if not isinstance(own, EditedForward):
             return None
         if not own.is_over:
+            self.places.check(own, called)
             self._settle(own, output)
         mixed = None
         if own.early and module is self.anatomy.language_model:

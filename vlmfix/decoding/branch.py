@@ -14,6 +14,7 @@ from vlmfix.decoding.caches import PairedCache, length_of_layer
 from vlmfix.decoding.other_image import looks_of
 from vlmfix.engine.begin import ForwardBeginner
 from vlmfix.engine.forwards import EditedForward, StockForward
+from vlmfix.engine.places import Places
 from vlmfix.engine.plan import PatchedSite, make_sites
 from vlmfix.methods.base import Method
 from vlmfix.methods.sequence import SequenceState
@@ -213,7 +214,8 @@ class BranchEdits:
         self._model = anatomy.model
         self.methods = (method,)
         self._sites = {site.index: site for site in make_sites(anatomy, self.methods)}
-        self._beginner = ForwardBeginner(anatomy, self.methods, tuple(self._sites.values()))
+        sites = tuple(self._sites.values())
+        self._beginner, self._places = ForwardBeginner(anatomy, self.methods, sites), Places(anatomy, sites)
 
     def begin(self, inputs: dict[str, Any]) -> BranchForward:
         """Make the forward of a call with these arguments."""
@@ -223,6 +225,7 @@ class BranchEdits:
 
     def finish(self, forward: BranchForward, cache: Any) -> None:
         """Settle what was learned in a forward, and keep it."""
+        self._places.check(forward.edited, self._model)
         forward.edited.finish()
         if forward.edited.begins and cache is not None:
             self._beginner.keep(cache, forward.edited.state)

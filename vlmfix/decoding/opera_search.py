@@ -16,6 +16,7 @@ from vlmfix.decoding.caches import is_plain, with_new_layers
 from vlmfix.decoding.opera import OPERA
 from vlmfix.decoding.other_image import is_image_argument
 from vlmfix.engine.forwards import StockForward
+from vlmfix.engine.places import passed_by
 from vlmfix.engine.plan import PatchedSite
 from vlmfix.engine.status import Counters
 from vlmfix.errors import UnsupportedFeatureError
@@ -109,11 +110,11 @@ class RowRecorder(StockForward):
     """Keeps the last row's weights in one layer.
 
     Attributes:
-        row: fp32 ``[rows, keys]``, the maximum over heads divided by its sum.
+        row: fp32 ``[rows, keys]``, the maximum over heads divided by its sum; ``None`` until the layer is reached.
     """
 
     def __init__(self) -> None:
-        self.row = torch.empty(0)
+        self.row: torch.Tensor | None = None
 
     def attend(self, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the base kernel and keep the last row's weights."""
@@ -289,8 +290,11 @@ class Search:
                 "past_key_values": cache,
             },
         )
+        self.recorder.row = None
         output = self.model(**{**arguments, "return_dict": True, FORWARD_KWARG: self.recorder})
         row = self.recorder.row
+        if row is None:
+            raise passed_by(self.model, ["the attention whose weights opera reads"])
         row = F.pad(row, (length - row.shape[1], 0))  # keys that have left a sliding window have no weight
         return Look(output.logits[:, -1].float(), *row.tensor_split([self.prompt_length], dim=1))
 

@@ -6,7 +6,7 @@ answers with what methods do there; a ``StockForward`` edits nothing, and its su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,8 @@ class EditedForward(Forward):
         past_is_live: Whether ``past`` is the cache's own counter, which the first layer moves on.
         early: By decoder layer, the residual stream behind it in the rows that predict new tokens,
             ``[batch, rows, hidden_size]``, for methods that mix logits.
+        reached: The places where methods act that it has come to, see ``vlmfix.engine.places``.
+        is_traced: Whether compiled code came to some, which does not tell where.
     """
 
     def __init__(self, state: SequenceState, methods: tuple[Method, ...], **options: Any) -> None:
@@ -83,6 +85,15 @@ class EditedForward(Forward):
         self.pending: Any = None
         self.past_is_live = False
         self.early: dict[int, torch.Tensor] = {}
+        self.reached: set[Hashable] = set()
+        self.is_traced = False
+
+    def reach(self, place: Hashable) -> None:
+        """Note that the forward has come to a place where methods act."""
+        if torch.compiler.is_compiling():
+            self.is_traced = True
+        else:
+            self.reached.add(place)
 
     def hold_past(self) -> None:
         """Keep the number of tokens before this forward, once the language model begins."""
@@ -103,12 +114,14 @@ class EditedForward(Forward):
                     "Choose a method without sinks, such as vlmfix.patch(model, 'pai')."
                 )
             hidden_states = hidden_states[stream]
+        self.reach(("input", site.index))
         for index, method in site.readers:
             layer = Layer(self, site, index)
             layer.learned = method.learn(hidden_states, layer)
 
     def attend(self, site: PatchedSite, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute attention with the edits of a site; without any, exactly what the base kernel returns."""
+        self.reach(site.index)
         return attend(self, site, call)
 
     def keep_early(self, layer_idx: int, hidden_states: torch.Tensor, methods: Sequence[tuple[int, Method]]) -> None:
@@ -116,6 +129,7 @@ class EditedForward(Forward):
         rows, batch = self.rows("last"), self.state.image_mask.shape[0]
         states = hidden_states[:batch, rows.start : rows.stop]  # the other branch of a contrast comes behind
         self.early[layer_idx] = states
+        self.reach(("output", layer_idx))
         for index, method in methods:
             if layer_idx == max(method.early_layers):
                 mask = torch.ones_like(states[..., 0]) if rows.mask is None else rows.mask

@@ -142,6 +142,7 @@ class BlockHooks:
         forward = self._forward()
         if forward is None:
             return None
+        forward.reach((kind, self.blocks.layer_idx))
         states = output[0] if isinstance(output, tuple) else output
         every = states.reshape(-1, forward.q_len, states.shape[-1])  # some MLPs return rows of all samples in one
         batch = forward.state.image_mask.shape[0]

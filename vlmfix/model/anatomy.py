@@ -271,7 +271,7 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         if id(module) not in encoding
         and _is_of(own_config(module), text_config)
         and getattr(module, "layer_idx", None) is not None
-        and any("Attention" in kind.__name__ for kind in type(module).__mro__)  # a subclass may be called otherwise
+        and _is_attention(name, module)
         and any(isinstance(getattr(module, child, None), nn.Module) for child in OUTPUT_PROJECTIONS)
     ]
     # Cross-attention is told by the module's name. Where there is any, the rest looks at text, or at the answer.
@@ -290,6 +290,12 @@ def _attention_sites(model: PreTrainedModel, text_config: Any, encoder: nn.Modul
         yield AttentionSite(
             index, name, module, own_config(module), layer_idx, decoder_layer, kind, is_sliding, *behind
         )
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    """Whether a module mixes tokens by attention: by its class, its bases, or its name, since classes are exchanged."""
+    is_named = any("Attention" in kind.__name__ for kind in type(module).__mro__)
+    return is_named or name.rpartition(".")[2] in ("self_attn", "cross_attn")
 
 
 def _gate_behind(module: nn.Module) -> str | None:

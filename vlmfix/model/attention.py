@@ -6,18 +6,17 @@ Softmax is written out in fp32, and only for the query rows that somebody wants 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import AttentionSite
 from vlmfix.model.images import block_mask_rows
+from vlmfix.model.kernels import base_kernel, is_flash
 
 SINKS = ("s_aux", "sinks")
 """What models call learned terms of the softmax that belong to no key (gpt-oss, Inkling 2)."""
@@ -112,41 +111,6 @@ class AttentionCall(NamedTuple):
         size = max(1, min(CHUNK_ELEMENTS // per_row, most or stop))
         for first in range(start, stop, size):
             yield first, min(first + size, stop)
-
-
-class _WithConfig:
-    """An attention module as its stock kernel expects it: the same module, with the original config.
-
-    Flash kernels read ``module.config._attn_implementation`` to choose their library.
-    """
-
-    def __init__(self, module: nn.Module, config: Any) -> None:
-        self._module = module
-        self.config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def base_kernel(site: AttentionSite, module: nn.Module) -> tuple[Callable[..., Any], Any]:
-    """Return the attention function the unpatched module would call now, and the module to hand to it."""
-    implementation = site.implementation
-    if implementation == "eager":
-        return _eager_kernel(type(module)), module
-    kernel = AttentionInterface()[implementation]
-    return kernel, _WithConfig(module, site.config) if "flash" in implementation else module
-
-
-def _eager_kernel(attention: type) -> Callable[..., Any]:
-    """Return the eager function beside an attention class, or beside the class that it extends."""
-    for parent in attention.__mro__:
-        kernel: Callable[..., Any] | None = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
-        if kernel is not None:
-            return kernel
-    raise UnsupportedFeatureError(
-        f"No eager_attention_forward was found beside {attention.__name__} or the classes it extends. Choose another "
-        "attention function: model.set_attn_implementation('sdpa')."
-    )
 
 
 def _computes_in_half(states: torch.Tensor) -> bool:
@@ -329,7 +293,7 @@ def _keys_and_mask(call: AttentionCall, start: int, stop: int) -> tuple[torch.Te
         return key, mask[:, :, start:stop, :num_keys]
     if mask is None and q_len == 1 and call.kwargs.get("sliding_window") is None:
         return key, None
-    if mask is None and "flash" not in call.site.implementation:
+    if mask is None and not is_flash(call.site.implementation):
         is_causal = call.kwargs.get("is_causal")
         if q_len == 1 or not (is_causal if is_causal is not None else getattr(call.module, "is_causal", True)):
             return key, None
