@@ -120,13 +120,14 @@ def is_unparsed(text: str, parser: Parser = "official") -> bool:
     return prediction is None or (prediction and parser != "repope" and _YES.search(lowered) is None)
 
 
-def readings(text: str, parser: Parser = "official") -> set[bool | None]:
-    """What the parsers that look for words make of an answer, and a given one; None where one finds nothing.
+def readings(text: str, parser: Parser = "official") -> tuple[bool | None, ...]:
+    """What a given parser and those that look for words make of an answer, in this order; None where one finds nothing.
 
     ``vcd`` is no such parser, because it looks at the label, nor is ``repope``, which finds "no" within many words.
     """
-    asked = {*PARSERS, parser} - {"vcd", *({"repope"} - {parser})}
-    return {None if is_unparsed(text, each) else parse_answer(text, each) for each in asked}
+    asked = dict.fromkeys([parser, *(each for each in PARSERS if each != "repope")])
+    asked.pop("vcd", None)
+    return tuple(None if is_unparsed(text, each) else parse_answer(text, each) for each in asked)
 
 
 def says_yes(table: Any) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from typing import Any
 from vlmfix.errors import DataError
 
 from .records import IMAGE_KEYS, parse_image_id
+from .signs import plain_form
 
 ASK_KEYS = ("question", "query", "prompt", "input")
 
@@ -101,8 +102,10 @@ class Row:
 
 
 def id_text(value: Any) -> str:
-    """An id as text, ``17.0`` as ``17``; empty if there is none."""
+    """An id as text, ``17.0`` as ``17``; empty if there is none, or a float that is too large to be whole."""
     if value is None or isinstance(value, bool | list | dict) or value != value:
+        return ""
+    if isinstance(value, float) and abs(value) >= 2**53:
         return ""
     text = str(value).strip()
     return text[:-2] if re.fullmatch(r"\d+\.0", text) else text
@@ -113,12 +116,17 @@ def image_name(value: Any) -> int | str:
     try:
         return parse_image_id(value, "")
     except DataError:
-        return re.split(r"[/\\]", str(value).strip())[-1].rpartition(".")[0].lower() or str(value).strip().lower()
+        name = plain_form(str(value)).strip().lower()
+        return re.split(r"[/\\]", name)[-1].rpartition(".")[0] or name
 
 
 def plain(text: str) -> str:
     """A question in the form that is compared: without case, blanks, placeholders and old spellings of POPE."""
-    text = _PLACEHOLDER.sub(" ", text.lower()).replace("in the imange", "in the image").replace("there an ", "there a ")
+    text = (
+        _PLACEHOLDER.sub(" ", plain_form(text).lower())
+        .replace("in the imange", "in the image")
+        .replace("there an ", "there a ")
+    )
     return " ".join(text.split())
 
 

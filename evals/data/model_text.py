@@ -16,6 +16,7 @@ from vlmfix.errors import DataError
 
 from .matching import ASK_KEYS, SPLIT_KEYS, Asked, Row, is_asked, plain
 from .records import IMAGE_KEYS, text_of
+from .signs import special_token, unseen, without_signs
 from .thinking import without_thinking
 
 MODEL_KEYS = (
@@ -49,7 +50,7 @@ WORDS: Mapping[str, bool] = {"yes": True, "1": True, "true": True, "no": False, 
 """Spellings of yes and no in labels."""
 
 Reading = Callable[[str], Collection[bool | None]]
-"""From an answer to what the parsers of its benchmark make of it; None for nothing."""
+"""From an answer to what the parsers of its benchmark make of it, the one in use first; None for nothing."""
 
 
 def word(value: Any) -> str:
@@ -90,7 +91,7 @@ class TextChoice:
         self._refuse_questions(keys)
         self._refuse_unread(keys, given is not None)
         notes = self._refuse_truth(keys, given is not None)
-        return keys, [*notes, *self._refuse_unparsed(keys, given is not None)]
+        return keys, [*notes, *self._refuse_unparsed(keys, given is not None), *self._refuse_signs(keys)]
 
     def _chosen(self) -> list[str]:
         names = (*self.usual, *(k for k in (*MODEL_KEYS, *UNSURE_KEYS) if k not in self.usual))
@@ -228,3 +229,31 @@ class TextChoice:
                 f"key of {', '.join(self.rows[0].fields)} holds the model's text, say which with --text-key KEY"
             )
         return []
+
+    def _refuse_signs(self, keys: Sequence[str]) -> list[str]:
+        """Refuse answers that special tokens or unseen characters turn into another one; tell of Markdown that does."""
+        found: list[str] = []
+        for row, key in zip(self.rows, keys, strict=True):
+            text = row.fields[key]
+            if self.reads is None or not isinstance(text, str) or (bare := without_signs(text)) == text:
+                continue
+            meant, read = (next(iter(self.reads(each))) for each in (bare, without_thinking(text).answer))
+            if meant is None or read == meant:
+                continue
+            if token := special_token(text):
+                raise DataError(
+                    f"{row.where}: {key!r} holds the special token {token!r} ({text[:40]!r}), with which rules read "
+                    "another answer: decode with skip_special_tokens=True, or take it out of the file"
+                )
+            if sign := unseen(text):
+                raise DataError(
+                    f"{row.where}: {key!r} holds the character U+{ord(sign):04X} ({text[:40]!r}), with which rules "
+                    "read another answer: replace it by a blank, or take it out"
+                )
+            found.append(text)
+        if not found:
+            return []
+        return [
+            f"{len(found)} answers stand within signs that the rule does not look through, so that it finds no yes or "
+            f"no in them (the first is {found[0][:40]!r}): see what another parser makes of them"
+        ]

@@ -33,9 +33,9 @@ IMAGE_KEYS = (
 #: No caption is that long; a text that is comes from a file that lost its line breaks.
 MAX_CHARACTERS = 1_000_000
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_BLANK = re.compile(r"[ \t\r\n\ufeff]*")  # files that are put together have a mark where each begins
 
-_IMAGE_ID = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_(\d{12})|(\d{1,18}))(?:\.[A-Za-z]\w*|\.0+)?", re.ASCII)
+_IMAGE_ID = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_(\d{12})|(\d{1,18}))(?:\.[A-Za-z]\w*|\.0+)?", re.ASCII | re.I)
 
 
 def read_rows(
@@ -67,7 +67,7 @@ def read_rows(
         if not start:
             raise DataError(f"{what} {path} is empty: {remedy}")
         first = text.lstrip("\r\n").split("\n", 1)[0]
-        if start not in "{[" and ("\t" in first or "," in first):
+        if start not in "{[" and any(separator in first for separator in tabular.SEPARATORS):
             rows = tabular.table_rows(text, first, path, what)
         else:
             rows = _unwrapped(list(_values(text, path, what, remedy)), path, what, start == "[")

@@ -12,12 +12,15 @@ from typing import Any
 
 from vlmfix.errors import DataError
 
+SEPARATORS = ("\t", ",", ";")
+"""What may separate columns: the first of them that the first line has. Excel writes semicolons in many languages."""
+
 _STREAM = b"\xff\xff\xff\xff"
 """How an arrow stream begins."""
 
 
 def table_rows(text: str, first: str, path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    """The rows of CSV or TSV.
+    """The rows of a table, its columns separated by one of ``SEPARATORS``.
 
     Args:
         text: The file's.
@@ -28,7 +31,8 @@ def table_rows(text: str, first: str, path: Path, what: str) -> Iterator[tuple[s
     Raises:
         DataError: A line has another number of columns, or stray quotes.
     """
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first else ",", strict=True)
+    delimiter = next(separator for separator in SEPARATORS if separator in first)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         lines = ((f"{path} line {reader.line_num}", values) for values in reader if values)
         yield from _under_header(lines, path, what)

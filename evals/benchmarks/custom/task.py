@@ -24,6 +24,7 @@ from vlmfix.errors import DataError
 
 from ...data.records import read_rows
 from ...data.samples import Answers
+from ...data.signs import without_signs
 from ...data.source import dataset_rows, image_number, is_dataset, row_image
 from ...data.write import file_digest
 from ...stats.figures import Auc, Column, Figure, one, share
@@ -39,7 +40,8 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 def words(text: str) -> list[str]:
     """The words that are compared."""
-    return [word for word in _PUNCTUATION.sub(" ", text.lower()).split() if word not in _ARTICLES]
+    text = without_signs(text).lower()
+    return [word for word in _PUNCTUATION.sub(" ", text).split() if word not in _ARTICLES]
 
 
 def is_exact(answer: str, right: Sequence[str]) -> bool:

@@ -234,8 +234,8 @@ def _results(path: Path) -> list[tuple[MmeQuestion, str]]:
     return answers
 
 
-def _readings(text: str) -> set[bool | None]:
-    return {parse_answer(text, parser) for parser in PARSERS}
+def _readings(text: str) -> tuple[bool | None, ...]:
+    return tuple(parse_answer(text, parser) for parser in PARSERS)
 
 
 def _from_rows(file: AnswerFile) -> list[tuple[MmeQuestion, str]]:

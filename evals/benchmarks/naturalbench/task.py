@@ -170,5 +170,5 @@ def _spellings(each: NaturalItem) -> frozenset[str]:
     return yes_no(each.label) if each.kind == "yes_no" else frozenset({each.right.lower()})
 
 
-def _readings(text: str) -> set[bool | None]:
-    return {parse_answer(text, kind) for kind in OPTIONS}
+def _readings(text: str) -> tuple[bool | None, ...]:
+    return tuple(parse_answer(text, kind) for kind in OPTIONS)

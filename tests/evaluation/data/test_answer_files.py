@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from families.saved_llava import write_lines
 
 from vlmfix.cli import main
 from vlmfix.errors import DataError
+from vlmfix.evals.benchmarks.custom.task import contains, is_exact
+from vlmfix.evals.data.matching import id_text, image_name, is_asked
 from vlmfix.evals.data.records import parse_image_id, read_rows
 from vlmfix.evals.data.thinking import without_thinking
 
@@ -372,3 +375,65 @@ def test_thinking_is_counted_and_may_be_kept(folder: Path, capsys: pytest.Captur
     assert json.loads((folder / "out.json").read_text())["thinking"] == {"answers": 4, "unfinished": 0, "how": "strip"}
     assert counts(folder, path, "--thinking", "keep")["random"] != RIGHT
     assert "kept as part of the answer" in capsys.readouterr().out
+
+
+SIGNS = {
+    "a special token": ("No</s>", "decode with skip_special_tokens=True"),
+    "another one": ("<|im_start|>No.<|im_end|>", "special token '<|im_start|>'"),
+    "a space of no width": ("\u200bNo", "U+200B"),
+    "a space that is none": ("No\u00a0, there is none.", "U+00A0"),
+    "a separator of lines": ("No\u2028There is none.", "U+2028"),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_signs_that_nobody_said_are_refused(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The official rule splits at blanks, so that each of these is yes to it."""
+    text, message = SIGNS[name]
+    path = write_lines(folder / "a.jsonl", rows(lambda i: {"question_id": i + 1, "answer": text if i == 2 else "No"}))
+    found = refusal(folder, path, capsys)
+    assert "line 3" in found and message in found
+
+
+@pytest.mark.parametrize("text", ["**No**, there is none.", '"No"'])
+def test_signs_that_the_model_wrote_are_told(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(folder / "a.jsonl", rows(lambda i: {"question_id": i + 1, "answer": text}))
+    assert counts(folder, path)["random"] == {**ALL_NO, "TP": 2, "FP": 2, "TN": 0, "FN": 0, "unparsed": 4}
+    assert "4 answers stand within signs" in capsys.readouterr().out
+    assert counts(folder, path, "--parser", "vlmeval") == {"random": ALL_NO}
+
+
+def test_signs_that_change_no_reading_are_no_matter(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = ("Yes\u00a0!", "**Yes**", "Yes, “a person”.", "Yes")
+    path = write_lines(folder / "a.jsonl", rows(lambda i: {"question_id": i + 1, "answer": said[i]}))
+    assert counts(folder, path)["random"] == {"n": 4, "TP": 2, "FP": 2, "TN": 0, "FN": 0, "unparsed": 0}
+    assert "within signs" not in capsys.readouterr().out
+
+
+def test_odd_containers_and_names(folder: Path) -> None:
+    lines = [json.dumps({"question_id": i + 1, "answer": "No"}) + "\n" for i in range(4)]
+    mark = b"\xef\xbb\xbf"
+    put_together = folder / "a.jsonl"
+    put_together.write_bytes(mark + "".join(lines[:2]).encode() + mark + "".join(lines[2:]).encode())
+    assert counts(folder, put_together) == {"random": ALL_NO}
+    semicolons = folder / "a.csv"
+    semicolons.write_bytes(mark + b"question_id;answer\r\n" + b"".join(b"%d;No, none\r\n" % (i + 1) for i in range(4)))
+    assert counts(folder, semicolons) == {"random": ALL_NO}
+    shouted = rows(lambda i: {"image": "C:\\val\\" + image(i).upper(), "question": asked(i).upper(), "answer": "No"})
+    assert counts(folder, write_lines(folder / "b.jsonl", shouted)) == {"random": ALL_NO}
+    assert parse_image_id("COCO_VAL2014_000000900001.JPG", "") == 900001
+
+
+def test_ids_that_a_float_cannot_hold_are_none() -> None:
+    """As pandas writes a column of integers with a gap in it."""
+    assert id_text(17.0) == "17" and id_text(2**53 + 1) == str(2**53 + 1)
+    assert id_text(float(2**53 + 1)) == ""  # which of two it was is lost
+
+
+def test_accents_are_compared_in_one_form() -> None:
+    composed, apart = (unicodedata.normalize(form, "Is there a café?") for form in ("NFC", "NFD"))
+    assert composed != apart and is_asked(f"{apart} Answer yes or no.", composed)
+    assert image_name(unicodedata.normalize("NFD", "Café.JPG")) == image_name("café.png")
+    assert is_exact(unicodedata.normalize("NFD", "Café"), ["café"]) and contains(
+        "a cup\u00a0of tea</s>", ["cup of tea"]
+    )
