@@ -13,12 +13,15 @@ from xml.etree import ElementTree
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "idefics3", "phi4_multimodal")
-METHODS = ("pai", "vhr", "act", "vista", "vcd")
+METHODS = ("pai", "vhr", "act", "vista", "deco", "vcd")
+"""One of each kind: scores, heads, weights, blocks, early logits, a second branch."""
 
 KNOWN: Mapping[str, str] = {
     "test_attn_implementation_composite_models": "reads the name of the attention implementation, which is ours",
 }
 """Tests that fail by what a patch is."""
+
+STOCK = "Stock"
 
 
 def stand_in_for_missing(tests: Path) -> None:
@@ -30,51 +33,60 @@ def stand_in_for_missing(tests: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(f"class {name}:\n    pass\n")
     for folder in {tests, *(path for path in tests.iterdir() if path.is_dir())}:
-        (folder / "__init__.py").touch()
+        if not (folder / "__init__.py").exists():
+            (folder / "__init__.py").touch()
 
 
-def outcomes(sources: Path, family: str, method: str) -> dict[str, str]:
-    """Test -> empty if it passes, else why not; skipped tests are left out."""
+def outcomes(sources: Path, extra: Path, family: str, methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Class of tests -> test -> empty if it passes, else why not; skipped tests are left out."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        paths = (sources, sources / "extra", HERE.parent, os.environ.get("PYTHONPATH", ""))
+        paths = (sources, extra, HERE.parent, os.environ.get("PYTHONPATH", ""))
         words = ("-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--noconftest", "--rootdir", str(sources))
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *words, "-c", os.devnull, f"--junitxml={report}", str(HERE / "models.py")],
             cwd=sources,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "FAMILY": family, "METHOD": method},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+                "FAMILY": family,
+                "METHODS": ",".join(methods),
+            },
             capture_output=True,
             text=True,
             check=False,
         )
         if not report.exists() or done.returncode not in (0, 1):
-            raise SystemExit(f"{family} {method}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(f"{family}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         cases = list(ElementTree.parse(report).iter("testcase"))
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for case in cases:
         if case.find("skipped") is None:
             failures = [failure.text or "" for failure in (*case.findall("failure"), *case.findall("error"))]
             name = str(case.get("name")).split(" ")[0]
-            found[name] = found.get(name, "") or "\n".join(failures)
+            of_class = found.setdefault(str(case.get("classname")).rpartition("Test")[2], {})
+            of_class[name] = of_class.get(name, "") or "\n".join(failures)
     return found
 
 
-def main(sources: str, *families: str) -> int:
-    """Compare; returns the number of tests that fail and are not explained."""
+def main(sources: str, extra: str, *words: str) -> int:
+    """Compare families, and methods among the words; returns the number of tests that fail and are not explained."""
     root = Path(sources).resolve()
     stand_in_for_missing(root / "tests")
+    methods = [word.partition("=")[2] for word in words if word.startswith("method=")] or METHODS
     unexplained = 0
-    for family in families or FAMILIES:
-        stock = outcomes(root, family, "")
-        passing = {name for name, why in stock.items() if not why}
+    for family in [word for word in words if "=" not in word] or FAMILIES:
+        found = outcomes(root, Path(extra).resolve(), family, methods)
+        passing = {name for name, why in found[STOCK].items() if not why}
         print(f"{family}: {len(passing)} tests pass unpatched", flush=True)
-        for method in METHODS:
-            lost = {name: why for name, why in outcomes(root, family, method).items() if why and name in passing}
+        for method in methods:
+            of_method = found[method.title().replace("_", "")]
+            lost = {name: why for name, why in of_method.items() if why and name in passing}
             told = {name: explained(name, why) for name, why in lost.items()}
             unexplained += sum(reason is None for reason in told.values())
             print(f"  {method}: {len(passing) - len(lost)} pass", flush=True)
             for name, reason in told.items():
-                print(f"    {name}: {reason or 'UNEXPLAINED ' + lost[name][-300:]}")
+                print(f"    {name}: {reason or 'UNEXPLAINED ' + lost[name][-300:]}", flush=True)
     return unexplained
 
 

@@ -1,6 +1,7 @@
 """transformers' own tests of models, on the tiny model of a family; run by ``compare.py``, not among our tests.
 
-The environment variables ``FAMILY`` and ``METHOD`` say which family, and what every model of the tests is patched with.
+The environment variables ``FAMILY`` and ``METHODS`` say which family, and with what its models are patched: there is a
+class of tests for each method, and ``TestStock`` for none.
 """
 
 from __future__ import annotations
@@ -13,35 +14,22 @@ from typing import Any
 import transformers
 from families import available
 from method_parameters import parameters_of
+from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin
 
 import vlmfix
 
 FAMILY = available(os.environ["FAMILY"])
-METHOD = os.environ.get("METHOD")
 MODEL: Any = getattr(transformers, FAMILY.architecture)
-
-
-def patch_when_built(kind: Any) -> None:
-    """Let every model of a class be patched where it is made: new ones, and those that are loaded."""
-    build = kind.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        build(self, *args, **kwargs)
-        vlmfix.patch(self, METHOD, **parameters_of(METHOD, self))
-
-    __init__.__signature__ = inspect.signature(build)  # type: ignore[attr-defined]
-    kind.__init__ = __init__
-
-
-if METHOD:
-    patch_when_built(MODEL)
+GENERATIVE = (MODEL,) if hasattr(GenerationTesterMixin, "prepare_config_and_inputs_for_generate") else ()
 
 
 class Tester:
     """What transformers' tests ask of a model's tester."""
 
     is_training = True
+    method = ""
+    """What every model is patched with that the running test makes."""
 
     def __init__(self) -> None:
         self.inputs = FAMILY.collate(FAMILY.even())
@@ -54,10 +42,35 @@ class Tester:
         return FAMILY.config(), dict(self.inputs)
 
 
-class TestModel(ModelTesterMixin, unittest.TestCase):
+def patch_when_built(kind: Any) -> None:
+    """Let every model of a class be patched where it is made: new ones, and those that are loaded."""
+    build = kind.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if Tester.method:
+            vlmfix.patch(self, Tester.method, **parameters_of(Tester.method, self))
+
+    __init__.__signature__ = inspect.signature(build)  # type: ignore[attr-defined]
+    kind.__init__ = __init__
+
+
+patch_when_built(MODEL)
+
+
+class Models(ModelTesterMixin, GenerationTesterMixin):
+    """All tests that a model of transformers has; those of generation where the sources hold them."""
+
+    method = ""
     all_model_classes = (MODEL,)
-    all_generative_model_classes = ()
+    all_generative_model_classes = GENERATIVE
     _is_composite = True
 
     def setUp(self) -> None:
+        Tester.method = self.method
         self.model_tester = Tester()
+
+
+for name in ("", *os.environ["METHODS"].split(",")):
+    title = f"Test{name.title().replace('_', '') or 'Stock'}"
+    globals()[title] = type(title, (Models, unittest.TestCase), {"method": name, "__module__": __name__})
