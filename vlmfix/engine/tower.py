@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmfix.engine.places import passed_by
 from vlmfix.engine.plan import Numbered
 from vlmfix.engine.status import Counters
 from vlmfix.methods.base import Method
@@ -35,7 +36,9 @@ class TowerHooks:
         self._counters = counters
         self._editing = tuple((n, each) for n, each in enumerate(methods) if each.edits_vision and not each.is_identity)
         self._layers = find_vision_layers(anatomy.model) if self._editing else ()
+        self._model = anatomy.model
         self._is_stock: Uncopied[int, bool] = Uncopied()
+        self._reached: Uncopied[int, set[BlockKind]] = Uncopied()
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -47,6 +50,7 @@ class TowerHooks:
                     # A partial of a bound method follows ``copy.deepcopy(model)``.
                     hook = functools.partial(self.after_block, kind, number, editing)
                     handles.append(module.register_forward_hook(hook))
+            handles.append(layer.layer.register_forward_hook(functools.partial(self.after_layer, number)))
         return handles
 
     def call(self, *, is_stock: bool) -> None:
@@ -54,12 +58,29 @@ class TowerHooks:
         if self._layers and not torch.compiler.is_compiling():
             self._is_stock[threading.get_ident()] = is_stock
 
+    def after_layer(self, layer_idx: int, module: nn.Module, args: Any, output: Any) -> None:
+        """Refuse a layer that was computed past a block that a method edits, by a kernel for instance.
+
+        Raises:
+            UnsupportedFeatureError: It was.
+        """
+        thread = threading.get_ident()
+        if torch.compiler.is_compiling() or self._is_stock.get(thread, False):
+            return
+        missed = {kind for _, method in self._editing for kind in method.edits_vision} - self._reached.pop(
+            thread, set()
+        )
+        if missed:
+            what = f"the {' and '.join(sorted(missed))} of layer {layer_idx} of the vision tower"
+            raise passed_by(self._model, [what])
+
     def after_block(
         self, kind: BlockKind, layer_idx: int, editing: Numbered, module: nn.Module, args: Any, output: Any
     ) -> Any:
         """Edit what the token mixer or the MLP of a layer adds."""
         if not torch.compiler.is_compiling() and self._is_stock.get(threading.get_ident(), False):
             return None
+        self._reached.setdefault(threading.get_ident(), set()).add(kind)
         states = output[0] if isinstance(output, tuple) else output
         for index, method in editing:
             edited = method.edit_vision(states, kind, layer_idx).to(states.dtype)

@@ -84,8 +84,8 @@ class VisionRecorder:
     """Hooks on a CLIP-like vision tower that keep its class token's attention to the patches until a prompt asks.
 
     The tower runs before the forward that reads the prompt (``generate`` encodes images first) or inside it, in the
-    same thread; what it saw last is kept per thread and taken by the next prompt. The row is computed from the outputs
-    of the projections, so it does not depend on the tower's attention kernel.
+    same thread; what it saw last is kept per thread and taken by the next prompt. The row is computed from what enters
+    a layer's attention, so it does not depend on the tower's attention kernel.
     """
 
     def __init__(self, anatomy: Anatomy, layers: Sequence[int]) -> None:
@@ -109,34 +109,27 @@ class VisionRecorder:
                 f"layers {', '.join(map(str, layers))}. Choose another, such as vlmfix.patch(model, 'pai')."
             )
         self._modules = {layer: attention[layer] for layer in layers}
-        self._projected: Uncopied[tuple[int, int, str], torch.Tensor] = Uncopied()
         self._seen: Uncopied[int, dict[int, torch.Tensor]] = Uncopied()
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
-        handles = []
-        for layer, module in self._modules.items():
-            for name in ("q_proj", "k_proj"):
-                # A partial of a bound method follows ``copy.deepcopy(model)``.
-                hook = functools.partial(self.after_projection, layer, name)
-                handles.append(getattr(module, name).register_forward_hook(hook))
-        return handles
+        # Partials of a bound method follow ``copy.deepcopy(model)``.
+        return [
+            module.register_forward_pre_hook(functools.partial(self.before_attention, layer), with_kwargs=True)
+            for layer, module in self._modules.items()
+        ]
 
     @torch.no_grad()
-    def after_projection(self, layer: int, name: str, module: nn.Module, args: Any, states: torch.Tensor) -> None:
-        """Take the queries or keys ``[images, 1 + patches, width]`` of a layer."""
-        thread = threading.get_ident()
-        self._projected[thread, layer, name] = states[:, :1] if name == "q_proj" else states
-        query = self._projected.get((thread, layer, "q_proj"))
-        key = self._projected.get((thread, layer, "k_proj"))
-        if query is None or key is None:
-            return
-        num_heads = self._modules[layer].num_heads
-        query, key = (each.view(*each.shape[:2], num_heads, -1).transpose(1, 2).float() for each in (query, key))
+    def before_attention(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """See what enters a layer's attention, ``[images, 1 + patches, width]``.
+
+        Its projections are called as they are now: adapters and quantised weights come in their place.
+        """
+        states = args[0] if args else kwargs["hidden_states"]
+        projected = (module.q_proj(states[:, :1]), module.k_proj(states))
+        query, key = (each.view(*each.shape[:2], module.num_heads, -1).transpose(1, 2).float() for each in projected)
         row = torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5, dim=-1)
-        self._seen.setdefault(thread, {})[layer] = row[:, :, 0, 1:].sum(1)
-        for each in ("q_proj", "k_proj"):
-            del self._projected[thread, layer, each]
+        self._seen.setdefault(threading.get_ident(), {})[layer] = row[:, :, 0, 1:].sum(1)
 
     def patch_attention(self) -> dict[int, torch.Tensor]:
         """Take what the tower saw last in this thread: per layer, fp32 ``[images, patches]``, summed over heads.

@@ -219,3 +219,23 @@ def test_a_loss_by_shifted_labels_is_that_of_mixed_logits(tiny: Any) -> None:
         expected = tiny(**inputs, labels=labels).loss
         found = tiny(**inputs, labels=torch.full_like(labels, 1), shift_labels=shifted).loss
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["fia", "vhr", "vista", "deco", "memvr"])
+def test_an_adapter_that_is_added_after_patching_counts(tiny: Any, name: str) -> None:
+    """It takes the place of projections, in the vision tower too."""
+    peft = pytest.importorskip("peft")
+    where = r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj|fc1|fc2)$"
+
+    def adapt(model: Any) -> None:
+        torch.manual_seed(3)
+        model.add_adapter(peft.LoraConfig(r=2, lora_alpha=64, init_lora_weights=False, target_modules=where))
+
+    other, stock = copy.deepcopy(tiny), forward(tiny, ONE).logits
+    adapt(other)
+    vlmfix.patch(other, name, **parameters_of(name, other))
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    adapt(tiny)
+    found, expected = forward(tiny, ONE).logits, forward(other, ONE).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (expected - stock).abs().max() > 0.1

@@ -117,7 +117,7 @@ def test_methods_that_need_no_attention_module_act_beside_such_a_kernel(tiny: An
 def test_opera_needs_the_attention_of_one_layer(tiny: Any) -> None:
     vlmfix.patch(tiny, "opera", num_beams=2)
     kernelize(tiny, ByItself, "self_attn")
-    said = "passed by the attention whose weights opera reads|a step of generate that older versions do not have"
+    said = "passed by the attention whose weights opera reads|opera reads a prompt in one|opera looks ahead on a cache"
     with pytest.raises(vlmfix.UnsupportedFeatureError, match=said):
         tiny.generate(**ONE, max_new_tokens=3)
 
@@ -134,6 +134,19 @@ def test_a_layer_in_one_piece_is_refused_or_right(tiny: Any, name: str) -> None:
     else:
         with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"passed by .* block of layer \d"):
             forward(tiny, ONE)
+
+
+def test_a_layer_of_the_vision_tower_in_one_piece_is_refused(tiny: Any) -> None:
+    class Whole:
+        def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return hidden_states + self.mlp.forward(self.layer_norm2(hidden_states))
+
+    vlmfix.patch(tiny, "vti", **parameters_of("vti", tiny))
+    layer = next(module for module in tiny.model.vision_tower.modules() if type(module).__name__ == "CLIPEncoderLayer")
+    layer.forward = types.MethodType(Whole.forward, layer)
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="passed by the mlp of layer 0 of the vision tower"):
+        forward(tiny, ONE)
+    forward(tiny, ONE, vlmfix=None)
 
 
 def test_layers_left_out_on_purpose_are_not_missed(tiny: Any) -> None:
