@@ -39,6 +39,7 @@ class TowerHooks:
         self._model = anatomy.model
         self._is_stock: Uncopied[int, bool] = Uncopied()
         self._reached: Uncopied[int, set[BlockKind]] = Uncopied()
+        self._is_traced = False  # compiled blocks do not tell that they were reached
 
     def attach(self) -> list[Any]:
         """Register the hooks and return their handles."""
@@ -64,13 +65,13 @@ class TowerHooks:
         Raises:
             UnsupportedFeatureError: It was.
         """
-        thread = threading.get_ident()
-        if torch.compiler.is_compiling() or self._is_stock.get(thread, False):
+        if self._is_traced or torch.compiler.is_compiling():
             return
-        missed = {kind for _, method in self._editing for kind in method.edits_vision} - self._reached.pop(
-            thread, set()
-        )
-        if missed:
+        thread = threading.get_ident()
+        if self._is_stock.get(thread, False):
+            return
+        edited = {kind for _, method in self._editing for kind in method.edits_vision}
+        if missed := edited - self._reached.pop(thread, set()):
             what = f"the {' and '.join(sorted(missed))} of layer {layer_idx} of the vision tower"
             raise passed_by(self._model, [what])
 
@@ -80,7 +81,10 @@ class TowerHooks:
         """Edit what the token mixer or the MLP of a layer adds."""
         if not torch.compiler.is_compiling() and self._is_stock.get(threading.get_ident(), False):
             return None
-        self._reached.setdefault(threading.get_ident(), set()).add(kind)
+        if torch.compiler.is_compiling():
+            self._is_traced = True
+        else:
+            self._reached.setdefault(threading.get_ident(), set()).add(kind)
         states = output[0] if isinstance(output, tuple) else output
         for index, method in editing:
             edited = method.edit_vision(states, kind, layer_idx).to(states.dtype)
