@@ -99,6 +99,17 @@ class Trial:
         assert vlmfix.status(self.model) is None
         return self.logits(self.single)
 
+    @cached_property
+    def text(self) -> dict[str, torch.Tensor]:
+        """A prompt without an image."""
+        return self.family.collate([self.family.text()])
+
+    @cached_property
+    def stock_text(self) -> torch.Tensor:
+        """What the unpatched model answers to it."""
+        assert vlmfix.status(self.model) is None
+        return self.logits(self.text)
+
     @contextmanager
     def patched(self, method: str | Method, **parameters: Any) -> Iterator[Any]:
         """The model under a method; stock afterwards."""
@@ -199,11 +210,10 @@ class Trial:
         """Whether a prompt without an image is answered bit for bit by the stock model."""
         if not self.family.text_only:
             return Cell("-", "takes no prompt without an image")
-        inputs = self.family.collate([self.family.text()])
-        stock = self.logits(inputs)
+        stock = self.stock_text
         for method, parameters in self.acting((Probe(), {}), ("vhr", {"layers": ":"})):
             with self.patched(method, **parameters):
-                if not torch.equal(self.logits(inputs), stock):
+                if not torch.equal(self.logits(self.text), stock):
                     return Cell("no")
         return YES
 
@@ -269,7 +279,7 @@ class Trial:
 
     def _agrees(self, first: dict[str, Any], second: dict[str, Any], tokens: int = TOKENS) -> Cell:
         """Whether two ways of generating agree under the probe, if they do without."""
-        stock = self.logits(self.single, tokens, **first)
+        stock = self.stock if tokens == TOKENS and not first else self.logits(self.single, tokens, **first)
         try:
             if difference(self.logits(self.single, tokens, **second), stock) > TOLERANCE:
                 return Cell("upstream", "the unpatched model's answers differ in the same way")
@@ -317,14 +327,13 @@ class Trial:
             return self.search(name)
         stock = self.stock
         samples = None if self.batchable is None else self.batchable[1]
-        text = self.family.collate([self.family.text()]) if self.family.text_only else None
-        stock_text = None if text is None else self.logits(text)
+        stock_text = self.stock_text if self.family.text_only else None
         with self.patched(name, **parameters_of(name, self.model)):
             changed = difference(self.logits(self.single), stock) > TOLERANCE
             status = vlmfix.status(self.model)
             same = samples is None or self.batch_error(samples) <= TOLERANCE
             is_rounding = not same and self.is_batch_error_rounding(samples)
-            edits_text = text is not None and not torch.equal(self.logits(text), stock_text)
+            edits_text = stock_text is not None and not torch.equal(self.logits(self.text), stock_text)
         assert status is not None
         if edits_text:
             return Cell("edits text", "a prompt without an image is not answered by the stock model")
@@ -353,7 +362,7 @@ class Trial:
                 beams = [self._beams(self.single)]
         inputs = [self.single]
         if self.family.text_only:
-            inputs.append(self.family.collate([self.family.text()]))
+            inputs.append(self.text)
             beams.append(self._beams(inputs[1]))
         with self.patched(name, **parameters):
             found = [self._beams(each) for each in inputs]
