@@ -3,6 +3,7 @@
 
     python scripts/calibrate_testbed.py                  # evals/testbed/recipe.json
     python scripts/calibrate_testbed.py --model smol     # evals/testbed/smol/recipe.json; 15 minutes on one core
+    python scripts/calibrate_testbed.py --model smol --more --out DIR    # methods whose measurements fill files
 
 The rule was fixed before any setting was tried, and is the same for all methods: of the settings whose text is whole
 and whose recall is at most one point below that of the unpatched model, the one with the lowest CHAIR_i; of equals, the
@@ -11,7 +12,9 @@ that run into the token limit at most five. Where no setting is left, the one of
 is taken, and the recipe says so. The held-out splits are never looked at. The whole grid goes into the recipe file, so
 that nobody has to guess how much was tried.
 
-Heads, thresholds and weights are learned first (``vlmfix calibrate``), also on scenes of the calibration split.
+Heads, thresholds and weights are learned first (``vlmfix calibrate``), also on scenes of the calibration split. What
+some methods learn is too much for a recipe in the package (directions of every layer, statistics of every head):
+``--more`` writes a file for each of these to the folder ``--out``, which ``vlmfix eval --method`` takes.
 """
 
 from __future__ import annotations
@@ -98,18 +101,35 @@ PLANS = {
         ],
         "Describe the image.",
     ),
+    "smol, more": Plan(
+        48,
+        {"adaiat": 24, "allpath": 8, "iri": 2, "maskcd": 60, "vti": 40},
+        [
+            {
+                "adaiat": steps("alpha", 2.0, 6.0),
+                "allpath": [{"up": 1.2, "down": 0.8}, {"up": 2.0, "down": 0.0}],
+                "iri": [{"lambda_a": 0.08, "lambda_m": 0.05}, {"lambda_a": 0.26, "lambda_m": 0.16}],
+                "maskcd": steps("alpha", 0.1, 0.5),
+                "vti": [{"alpha_text": 0.3, "alpha_image": 0.3}, {"alpha_text": 0.9, "alpha_image": 0.9}],
+            }
+        ],
+        "Describe the image.",
+    ),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Learn, run the grids, and write the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(PLANS), default="tiny")
+    parser.add_argument("--model", choices=("tiny", "smol"), default="tiny")
+    parser.add_argument("--more", action="store_true", help="smol: methods whose measurements fill files")
     parser.add_argument("--limit", type=int, help="scenes of the calibration split (default: 500, smol 48)")
-    parser.add_argument("--out", type=Path, help="default: the model's recipe.json")
+    parser.add_argument("--out", type=Path, help="default: the model's recipe.json; with --more a folder")
     parser.add_argument("--run", type=Path, default=Path("runs/calibration"), help="run folder, resumed if there")
     args = parser.parse_args(argv)
-    plan = PLANS[args.model]
+    if args.more and (args.model != "smol" or args.out is None):
+        parser.error("--more goes with --model smol and a folder --out")
+    plan = PLANS[args.model + ", more" * args.more]
     limit = args.limit or plan.limit
     chosen, notes, rows = [], [], []
     for number, grid in enumerate(plan.grids):
@@ -143,6 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         "grid": rows,
     }
     out = args.out or RECIPES[None if args.model == "tiny" else args.model]
+    if args.more:
+        out.mkdir(parents=True, exist_ok=True)
+        for each in chosen:
+            (out / f"{each['method']}.json").write_text(json.dumps(each), encoding="utf-8")
+        recipe["methods"], out = [each["method"] for each in chosen], out / "grid.json"
     out.write_text(one_entry_a_line(recipe), encoding="utf-8")
     print(f"written: {out}")
     return 0
