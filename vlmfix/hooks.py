@@ -233,7 +233,11 @@ class Patch:
             if method.rewrites_answers and not method.is_identity:
                 if number not in self._rewriters or self._rewriters[number].stock != model.generate:
                     self._rewriters[number] = method.rewriter(model.generate, number, self.counters)
-                self._stand_ins.put(model, "generate", self._rewriters[number])
+                for name, stand_in in {
+                    **self._rewriters[number].stand_ins,
+                    "generate": self._rewriters[number],
+                }.items():
+                    self._stand_ins.put(model, name, stand_in)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
                 told = (self.refuse, self.tower_hooks.call)

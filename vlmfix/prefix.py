@@ -231,12 +231,12 @@ def shared_prefix(model: object, inputs: Mapping[str, Any], *, stock: bool = Fal
 
 
 def prefix_left_behind(
-    model: object, inputs: Mapping[str, Any], cache: object, rows: Sequence[int], batch: int
+    anatomy: Anatomy, inputs: Mapping[str, Any], cache: object, rows: Sequence[int], batch: int
 ) -> Prefix | None:
     """Take a prefix out of the cache of a stock answer, so that it need not be read again.
 
     Args:
-        model: The model.
+        anatomy: The model.
         inputs: As for :func:`shared_prefix`.
         cache: What ``generate`` has left behind.
         rows: Which prompts of the batch that was answered these are.
@@ -249,7 +249,6 @@ def prefix_left_behind(
     Raises:
         UnsupportedFeatureError: See :func:`shared_prefix`.
     """
-    anatomy = analyse(model)
     layers = cache.layers if isinstance(cache, DynamicCache) and not cache.offloading else []
     ids, mask = _ids_and_mask(inputs)
     ends = [int(row.nonzero()[-1]) + 1 for row in anatomy.is_image(ids) & mask.bool()]

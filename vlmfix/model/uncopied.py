@@ -43,20 +43,27 @@ def standing(model: nn.Module) -> tuple[Any, ...]:
     )
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""What torch keeps on every module: parameters, children, hooks; none of it a name or number that an adapter sets."""
+
+
 def weights_of(model: nn.Module) -> tuple[Any, ...]:
     """Describe what a model computes with, whatever hangs on it: what was read with other weights does not fit it.
 
     Parameters that were exchanged or written to show in it, and adapters that were switched, merged, disabled or scaled
     (which are names and numbers on their modules). Offloaded parameters have no identity and are left out.
     """
-    tensors = [each for each in model.parameters() if each.device.type != "meta"]
-    switches = [
-        (place, name, str(value))
-        for place, module in enumerate(model.modules())
-        for name, value in list(vars(module).items())
-        if name != "training" and _is_plain(value)
-    ]
-    return (*((id(each), 0 if each.is_inference() else each._version) for each in tensors), *switches)
+    found: list[Any] = []
+    for place, module in enumerate(model.modules()):
+        for each in module._parameters.values():
+            if each is not None and each.device.type != "meta":
+                found.append((id(each), 0 if each.is_inference() else each._version))
+        found += [
+            (place, name, str(value))
+            for name, value in list(vars(module).items())
+            if name not in _OF_EVERY_MODULE and _is_plain(value)
+        ]
+    return tuple(found)
 
 
 _PLAIN = (bool, int, float, str)

@@ -150,7 +150,10 @@ class Questioner:
 
     def odds(self, inputs: Mapping[str, Any]) -> list[float]:
         """Return ``ln P(yes) - ln P(no)`` of the first answer token of every prompt."""
-        logits = answer(self.anatomy.model, {**inputs, **self.stock}, logits=True).logits[0]
+        return self.odds_in(answer(self.anatomy.model, {**inputs, **self.stock}, logits=True).logits[0])
+
+    def odds_in(self, logits: torch.Tensor) -> list[float]:
+        """Return ``ln P(yes) - ln P(no)`` in logits ``[rows, vocab]``."""
         return [float(value) for value in self._words.log_odds(logits)]
 
     def asked(self, name: str) -> str:
@@ -209,13 +212,29 @@ class _Shared:
     def _odds(self, pairs: Sequence[tuple[int, str]]) -> list[float]:
         tails = [self.questioner.tail(name) for _, name in pairs]
         self.questioner.cost.question_tokens += sum(map(len, tails))
-        return self.questioner.odds(self._continued([row for row, _ in pairs], tails))
+        return self.questioner.odds_in(self._behind([row for row, _ in pairs], tails, 1)[:, 0])
 
-    def _continued(self, rows: Sequence[int], tails: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def _behind(self, rows: Sequence[int], tails: Sequence[Sequence[int]], steps: int) -> torch.Tensor:
+        """Read what comes behind the images, in one forward, and return the logits of the last columns.
+
+        Args:
+            rows: Which image each tail is about.
+            tails: Tokens.
+            steps: How many columns.
+
+        Returns:
+            fp32 ``[tails, steps, vocab]``.
+        """
         prefix = self.prefix
         begun = [prefix.input_ids[row][prefix.attention_mask[row].bool()].tolist() for row in rows]
         whole = [[*ids, *tail] for ids, tail in zip(begun, tails, strict=True)]
-        return prefix.continued(_padded(whole, prefix.input_ids.device), rows)
+        arguments = prefix.continued(_padded(whole, prefix.input_ids.device), rows)
+        length = prefix.input_ids.shape[1]
+        mask = arguments["attention_mask"]
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, length:]
+        arguments["input_ids"] = arguments["input_ids"][:, length:]
+        with torch.no_grad():
+            return next_logits(self.questioner.anatomy.model, arguments, steps, use_cache=True)
 
     def said(self, answers: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the log probability of every token of the answers to the prompts that showed the images."""
@@ -232,15 +251,9 @@ class _Shared:
         prompts = [_tokens(self.inputs, row)[length:] for row, length in zip(rows, before, strict=True)]
         # The last token of an answer predicts nothing that is asked for.
         tails = [[*prompt, *ids[:-1]] for prompt, ids in zip(prompts, answers, strict=True)]
-        arguments = self._continued(rows, tails)
-        length = self.prefix.input_ids.shape[1]
-        mask = arguments["attention_mask"]
-        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, length:]
-        arguments["input_ids"] = arguments["input_ids"][:, length:]
         steps = max(map(len, answers))
         self.questioner.cost.answer_tokens += sum(map(len, tails))
-        with torch.no_grad():
-            logits = next_logits(self.questioner.anatomy.model, arguments, steps, use_cache=True).log_softmax(-1)
+        logits = self._behind(rows, tails, steps).log_softmax(-1)
         # Answers end in one column, so that shorter ones begin later.
         return [
             logits[at, steps - len(ids) :].gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.model.anatomy import FORWARD_KWARG
@@ -16,6 +17,7 @@ from vlmfix.patching import find_patch
 from vlmfix.prefix import prefix_left_behind
 from vlmfix.verification.judge import Judge, Texts
 from vlmfix.verification.phrases import Sentence, read_sentences
+from vlmfix.verification.said import PROCESSORS, Heard, LogsFirst, SaidLog
 
 if TYPE_CHECKING:
     from vlmfix.engine.status import Counters
@@ -39,6 +41,9 @@ class GenerateVerified:
         self._judge = judge
         self._index = index
         self._counters = counters
+        model = judge.questioner.anatomy.model
+        self.stand_ins = {PROCESSORS: LogsFirst(model)} if hasattr(type(model), PROCESSORS) else {}
+        """What must stand in for other methods of the model."""
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -74,6 +79,9 @@ class GenerateVerified:
         streamer = kwargs.get("streamer")
         if streamer is not None:
             kwargs["streamer"] = VerifyingStreamer(streamer, answers)
+        elif answers.reads_cache:
+            answers.log = SaidLog()
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), answers.log])
         before = self._judge.totals.left_out
         out = self.stock(*args, **kwargs)
         found = answers.edited(out)
@@ -142,17 +150,16 @@ class _Answers:
         self.ends = end_token_ids(judge.questioner.anatomy.model)
         self.streamed: list[int] | None = None
         self.reads_cache = False
+        self.log: SaidLog | None = None
 
-    def texts(self, per_prompt: int = 1, cache: Any = None) -> Texts:
+    def texts(self, per_prompt: int = 1, cache: Any = None, logs: Sequence[Sequence[float]] | None = None) -> Texts:
         """Read the images, or find them read in a cache, and return what judges answers: several for each prompt."""
         questioner, prefix = self.judge.questioner, None
         if cache is not None and self.reads_cache:
-            model = questioner.anatomy.model
-            prefix = prefix_left_behind(model, self._inputs, cache, self._rows, self._batch)
-        looked = questioner.look(self._inputs, prefix)
-        return Texts(
-            self.judge, looked if per_prompt == 1 else Repeated(looked, per_prompt), per_prompt * len(self._rows)
-        )
+            prefix = prefix_left_behind(questioner.anatomy, self._inputs, cache, self._rows, self._batch)
+        looked: Any = questioner.look(self._inputs, prefix)
+        looked = looked if per_prompt == 1 else Repeated(looked, per_prompt)
+        return Texts(self.judge, Heard(looked, logs) if logs else looked, per_prompt * len(self._rows))
 
     def edited(self, out: Any) -> Any:
         """Return the result of ``generate`` with edited sequences; untouched where nothing is doubted."""
@@ -167,7 +174,9 @@ class _Answers:
         read = {row: read_sentences(decode(tokenizer, ids)) for row, (ids, _) in given.items()}
         if not any(phrase.is_object for each in read.values() for sentence in each for phrase in sentence.phrases):
             return out
-        texts = self.texts(per_prompt, getattr(out, "past_key_values", None))
+        noted = self.log.of(sequences[:, self.prompt_length :], sequences) if self.log else None
+        logs = noted and [noted[row] for row in rows]
+        texts = self.texts(per_prompt, getattr(out, "past_key_values", None), logs)
         texts.judge([given[row][0] for row in rows], [read[row] for row in rows])
         changed: dict[int, list[int]] = {}
         for place, row in enumerate(rows):

@@ -24,6 +24,7 @@ from vlmfix.observe.prompts import PromptBuilder, encode
 from vlmfix.observe.unfinished import can_drop
 from vlmfix.prefix import prefix_left_behind
 from vlmfix.verification.ask import Questioner
+from vlmfix.verification.said import SaidLog
 
 IMAGES = [Image.fromarray(make_scene(image_id("calibration", index)).pixels) for index in (4, 7, 9, 1)]
 STRICT = {"lost_per_false": 3.0, "asked_weight": 0.6, "said_weight": 0.5, "bias": -0.3}
@@ -269,6 +270,41 @@ def test_asking_changes_no_prefix_and_does_not_depend_on_the_other_questions(mod
     assert analyse(model).model is model
 
 
+def test_what_was_said_is_noted_while_it_is_said_or_read_again(model: Any, processor: Any) -> None:
+    """Beams and processors of the caller's model settings make the tokens of an answer unlike what was noted."""
+    inputs = inputs_of(processor, IMAGES)
+    found = {}
+    for name, options in {
+        "noted": {},
+        "sampled": {"do_sample": True, "temperature": 0.5},
+        "penalised": {"repetition_penalty": 1.2},
+        "beams": {"num_beams": 2},
+    }.items():
+        vlmfix.patch(model, vlmfix.Verify(**STRICT))
+        torch.manual_seed(0)
+        answers(model, inputs, **options)
+        judge = vlmfix.status(model).methods[-1]._judge
+        found[name] = judge.questioner.cost.answer_tokens
+        assert judge.totals.asked
+    assert found.pop("beams") > 0 and not any(found.values())
+    # Noted and read again, the same tokens have the same probabilities.
+    vlmfix.unpatch(model)
+    stock = answers(model, inputs)
+    log = SaidLog()
+    vlmfix.patch(model, vlmfix.Verify(lost_per_false=1e-9, processor=processor))
+    out = answers(model, inputs, logits_processor=[log], repetition_penalty=1.3)
+    length = inputs["input_ids"].shape[1]
+    rows = out[:, length:].tolist()
+    ends = analyse(model).model.generation_config.eos_token_id
+    ids = [row[: row.index(ends)] if ends in row else row for row in rows]
+    noted = log.of(out[:, length:], out)
+    again = Questioner(model, processor).look(inputs).said(ids)
+    assert noted is not None and not torch.equal(out, stock)
+    for mine, other in zip(noted, again, strict=True):
+        torch.testing.assert_close(torch.tensor(mine[: len(other)]), torch.tensor(other), atol=1e-3, rtol=1e-3)
+    assert SaidLog().of(out[:, length:], out) is None
+
+
 def test_an_image_that_the_answer_was_read_from_is_not_read_again(model: Any, processor: Any) -> None:
     prompts = [PromptBuilder(processor)(text) for text in (PROMPT, "Describe the image.", PROMPT)]
     inputs = encode(processor, prompts[:2], IMAGES[:2])
@@ -278,7 +314,7 @@ def test_an_image_that_the_answer_was_read_from_is_not_read_again(model: Any, pr
         pictures["attention_mask"] = given["attention_mask"][list(rows)]
         out = answers(model, given, num_beams=beams, return_dict_in_generate=True)
         batch = len(given["input_ids"])
-        found = prefix_left_behind(model, pictures, out.past_key_values, rows, batch)
+        found = prefix_left_behind(analyse(model), pictures, out.past_key_values, rows, batch)
         expected = vlmfix.shared_prefix(model, pictures, stock=True)
         assert torch.equal(found.input_ids, expected.input_ids) and found.is_stock
         assert torch.equal(found.attention_mask, expected.attention_mask)
@@ -287,7 +323,7 @@ def test_an_image_that_the_answer_was_read_from_is_not_read_again(model: Any, pr
                 torch.testing.assert_close(part, other, atol=1e-4, rtol=1e-4)
     out = answers(model, inputs, return_dict_in_generate=True)
     assert inputs["attention_mask"].sum(1).unique().numel() == 2, "padded, so that prefixes end in different columns"
-    assert prefix_left_behind(model, inputs, out.past_key_values, (0, 1), 2) is None
+    assert prefix_left_behind(analyse(model), inputs, out.past_key_values, (0, 1), 2) is None
     for methods, tokens in (([], 0), ([vlmfix.VHR(alpha=1.2)], 67)):
         vlmfix.patch(model, [*methods, vlmfix.Verify(**STRICT)])
         assert isinstance(answers(model, inputs_of(processor, IMAGES[:1])), torch.Tensor)
