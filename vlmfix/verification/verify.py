@@ -38,8 +38,9 @@ class Verify(Method):
     leave out comes back as it was, token by token. What goes with the tokens that the model chose (scores, logits,
     attentions, hidden states) is refused, and a cache that comes back is cut where the text was edited.
 
-    This costs the tokens of a short question per different word, and one reading of the answer. The image is read once
-    more beside another method, in a stream, and where the answer leaves no cache of plain keys and values.
+    This costs the tokens of a short question per different word. The image and the answer are read once more beside
+    another method and in a stream, the answer also with beams or drafts, the image where no cache of plain keys and
+    values is left.
     """
 
     name = "verify"
