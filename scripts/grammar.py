@@ -29,6 +29,7 @@ from vlmfix.evals.testbed.scenes import image_id, make_scene
 from vlmfix.evals.testbed.smol.captions import caption as smol_caption
 from vlmfix.evals.testbed.smol.facts import things
 from vlmfix.verification import lexicon
+from vlmfix.verification.leave_out import leave_out
 from vlmfix.verification.phrases import NounPhrase, Sentence, read_sentences
 
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -51,6 +52,8 @@ _DEFINITE = frozenset(("the", "this", "that", "these", "those"))
 
 def faults(text: str) -> list[str]:
     """Return the names of the rules that a caption breaks, once for each place."""
+    if not text:
+        return []  # nothing is said, and nothing wrong
     found = ["doubled" for _ in re.finditer(r"\S {2,}\S|\s[,.;:!?]|[,;:]\s*[,.;:!?]|[.!?]\s+[,.;:!?]|\.\.(?!\.)", text)]
     found += [] if re.search(r"[.!?][\"')]*$", text.rstrip()) else ["end"]
     named: set[str] = set()
@@ -155,6 +158,13 @@ def cut(text: str, rng: random.Random) -> str:
     return re.sub(r" ([,.])", r"\1", re.sub(" +", " ", left)).strip()  # white space alone gives nothing away
 
 
+def left_out(text: str, rng: random.Random) -> str:
+    """Return a caption as verification edits it when it doubts one to three of its objects, whichever they are."""
+    names = sorted({phrase.name for s in read_sentences(text) for phrase in s.phrases if phrase.is_object})
+    doubted = rng.sample(names, min(rng.randint(1, 3), len(names)))
+    return leave_out(text, lambda phrase: phrase.name in doubted)
+
+
 def share(captions: Iterable[str], of: Callable[[str], Sequence[str]] = faults) -> tuple[int, int, Counter[str]]:
     """Return how many captions there are, how many have a fault, and the faults."""
     each = [of(text) for text in captions]
@@ -191,6 +201,7 @@ def main() -> None:
         written, rng = list(training_captions(options.training)), random.Random(0)
         print(row_of("training", written))
         print(row_of("the same, one noun phrase cut out", [cut(text, rng) for text in written]))
+        print(row_of("the same, objects left out by verification", [left_out(text, rng) for text in written]))
     for path in options.captions:
         for method, captions in captions_of(path).items():
             print(row_of(f"{path.parent.name} `{method}`", captions))

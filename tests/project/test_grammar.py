@@ -72,3 +72,5 @@ def test_training_captions_have_no_fault_until_a_phrase_is_cut_out() -> None:
     written, rng = list(grammar.training_captions(40)), random.Random(0)
     assert grammar.share(written)[1] == 0
     assert grammar.share([grammar.cut(text, rng) for text in written])[1] > 0.8 * len(written)
+    edited = [grammar.left_out(text, rng) for text in written]
+    assert grammar.share(edited)[1] <= 1 and all(one != other for one, other in zip(edited, written, strict=True))

@@ -15,6 +15,9 @@ _POINTS_BACK = frozenset(("it", "its", "they", "their", "them", "he", "she", "hi
 _LOCATING = frozenset("located placed positioned situated found seated parked set mounted attached".split())
 """Participles that say nothing without the place behind them."""
 
+_QUANTIFIERS = frozenset("some others another one each many both".split())
+"""Words that may stand for what was named before."""
+
 _SAYING_NOTHING = frozenset("appears appear seems seem looks look sits sit takes take stands stand comes come".split())
 
 
@@ -98,6 +101,8 @@ def _lists(sentence: Sentence) -> list[list[NounPhrase]]:
     for phrase in sentence.phrases:
         between = words[groups[-1][-1].last + 1 : phrase.first] if groups else ["."]
         joined = tuple(between) in (("and",), ("or",), (",",), (",", "and"), (",", "or"), ("as", "well", "as"))
+        if between == [","] and words[0] in lexicon.PREPOSITIONS and len(groups) == 1 == len(groups[0]):
+            joined = False  # "In this image, a laptop and a toilet are seen."
         if joined and not _begins_clause(sentence, phrase, groups[-1]):
             groups[-1].append(phrase)
         else:
@@ -263,6 +268,14 @@ def _remove_modifier(edit: Edit, start: int, stop: int, doubted: set[int]) -> No
     words = [token.word for token in edit.sentence.tokens]
     while start > 0 and lexicon.is_adverb(words[start - 1]):
         start -= 1
+    quantified = 3 if words[max(start - 2, 0) : start] == ["of", "them"] else 1
+    if start > quantified and words[start - quantified] in _QUANTIFIERS:
+        start -= quantified  # "with some of them sitting on a boat"
+        joined = stop < len(words) and words[stop] in ("and", ",")
+        if words[start - 1] in lexicon.PREPOSITIONS:
+            start, stop = (start, stop + 1) if joined else (start - 1, stop)
+    elif start > 0 and words[start - 1] in lexicon.PREPOSITIONS:
+        start = _preposition_start(words, start - 1)  # "in the middle of throwing a pitch"
     if start == 0:
         _remove_opening(edit, stop, doubted)
     elif words[start - 1] in ("and", "or") and start >= 2 and words[start - 2] != ",":

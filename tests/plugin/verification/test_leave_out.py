@@ -35,6 +35,15 @@ def without(text: str, *names: str) -> str:
         ("Looking above the dog, one finds a car.", "dog", "One finds a car."),
         ("The color of the car is red. A dog sleeps.", "car", "A dog sleeps."),
         ("A dog sleeps.", "dog", ""),
+        ("In this image, a cup and a dog are seen.", "cup", "In this image, a dog is seen."),
+        ("A sheep and a dog are visible.", "dog", "A sheep is visible."),
+        ("A boy is in the middle of throwing a ball.", "ball", "A boy is in the middle."),
+        ("Two bears sit here, with some of them sitting on a boat.", "boat", "Two bears sit here."),
+        (
+            "Bears are here, with some holding a cup and others sleeping.",
+            "cup",
+            "Bears are here, with others sleeping.",
+        ),
     ],
 )
 def test_what_stays_of_a_sentence(text: str, gone: str, left: str) -> None:
