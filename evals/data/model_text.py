@@ -235,12 +235,17 @@ class TextChoice:
         found: list[str] = []
         for row, key in zip(self.rows, keys, strict=True):
             text = row.fields[key]
-            if self.reads is None or not isinstance(text, str) or (bare := without_signs(text)) == text:
+            if not isinstance(text, str) or (bare := without_signs(text)) == text:
                 continue
-            meant, read = (next(iter(self.reads(each))) for each in (bare, without_thinking(text).answer))
-            if meant is None or read == meant:
-                continue
-            if token := special_token(text):
+            token = special_token(text)
+            if self.reads is None:  # letters, words or a caption, of which a token around it is no part
+                if not token or not (text.strip().startswith(token) or text.strip().endswith(token)):
+                    continue
+            else:
+                meant, read = (next(iter(self.reads(each))) for each in (bare, without_thinking(text).answer))
+                if meant is None or read == meant:
+                    continue
+            if token:
                 raise DataError(
                     f"{row.where}: {key!r} holds the special token {token!r} ({text[:40]!r}), with which rules read "
                     "another answer: decode with skip_special_tokens=True, or take it out of the file"

@@ -436,3 +436,13 @@ def test_every_container_of_every_benchmark(made, tmp_path):
             rows = [{key: value for key, value in row.items() if key != PLACE} for row in case.rows]
             (tmp_path / "answers").write_bytes(write(rows))
             assert outcome(case, tmp_path / "answers") == world.expected(case.meant), (name, container)
+
+
+def test_special_tokens_behind_answers_never_make_a_wrong_figure(made, tmp_path):
+    """As decoders leave them that skip none."""
+    for name, world in made.items():
+        for token in ("</s>", "<|im_end|>"):
+            case = Case(world, random.Random(name))
+            case.add(lambda row, token=token: {KEY: row[KEY] + token})
+            (tmp_path / "answers").write_bytes(written(case, random.Random(name)))
+            assert outcome(case, tmp_path / "answers") in (None, world.expected(case.meant)), (name, token)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,3 +242,43 @@ def test_an_adapter_that_is_added_after_patching_counts(tiny: Any, name: str) ->
     found, expected = forward(tiny, ONE).logits, forward(other, ONE).logits
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (expected - stock).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["vhr", "act", "vti", "vcd"])
+def test_a_model_that_is_halved_after_patching(tiny: Any, name: str) -> None:
+    other = copy.deepcopy(tiny).to(torch.bfloat16)
+    vlmfix.patch(other, name, **parameters_of(name, other))
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    tiny.to(torch.bfloat16)
+    assert torch.equal(forward(tiny, ONE).logits, forward(other, ONE).logits)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["pai", "deco"])
+def test_a_forward_that_is_compiled_after_patching(tiny: Any, name: str) -> None:
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    expected = forward(tiny, ONE).logits
+    tiny.forward = torch.compile(tiny.forward, backend="eager")
+    torch.testing.assert_close(forward(tiny, ONE).logits, expected, atol=1e-4, rtol=1e-4)
+    vlmfix.unpatch(tiny)
+
+
+def test_a_patched_model_that_is_deleted_is_gone(build: Any) -> None:
+    """With its twin for single calls, and whatever it remembered of them."""
+    model = build()
+    vlmfix.patch(model, "vcd")
+    model.generate(**ONE, max_new_tokens=2)
+    model.generate(**ONE, max_new_tokens=2, vlmfix="vhr")
+    gone = [weakref.ref(model), weakref.ref(next(model.parameters()))]
+    del model
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+
+
+def test_a_patched_model_can_be_pickled(tiny: Any) -> None:
+    vlmfix.patch(tiny, "pai", layers=":")
+    copied = pickle.loads(pickle.dumps(tiny))
+    assert torch.equal(forward(copied, ONE).logits, forward(tiny, ONE).logits)
+    assert vlmfix.status(copied).edited == vlmfix.status(tiny).edited
+    vlmfix.unpatch(copied)
+    assert vlmfix.status(copied) is None and vlmfix.status(tiny) is not None
