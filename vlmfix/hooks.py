@@ -233,10 +233,7 @@ class Patch:
             if method.rewrites_answers and not method.is_identity:
                 if number not in self._rewriters or self._rewriters[number].stock != model.generate:
                     self._rewriters[number] = method.rewriter(model.generate, number, self.counters)
-                for name, stand_in in {
-                    **self._rewriters[number].stand_ins,
-                    "generate": self._rewriters[number],
-                }.items():
+                for name, stand_in in self._rewriters[number].stand_ins.items():
                     self._stand_ins.put(model, name, stand_in)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:

@@ -42,8 +42,9 @@ class GenerateVerified:
         self._index = index
         self._counters = counters
         model = judge.questioner.anatomy.model
-        self.stand_ins = {PROCESSORS: LogsFirst(model)} if hasattr(type(model), PROCESSORS) else {}
-        """What must stand in for other methods of the model."""
+        logs_first = {PROCESSORS: LogsFirst(model)} if hasattr(type(model), PROCESSORS) else {}
+        self.stand_ins = {**logs_first, "generate": self}
+        """What stands in for methods of the model."""
 
     @property
     def __signature__(self) -> inspect.Signature:
