@@ -40,7 +40,9 @@ class Options:
     """
 
     model: str | None = option(
-        "model folder, hub id, or smol (default: tiny, the embedded testbed)", group=MODEL, metavar="PATH_OR_ID"
+        "model folder, hub id, smol or smol-seed1 (default: tiny, the embedded testbed)",
+        group=MODEL,
+        metavar="PATH_OR_ID",
     )
     yes: bool = option(
         "download what the model needs without a question (also VLMFIX_YES=1)", group=MODEL, default=False

@@ -4,6 +4,7 @@
     python scripts/calibrate_testbed.py                  # evals/testbed/recipe.json
     python scripts/calibrate_testbed.py --model smol     # evals/testbed/smol/recipe.json; 15 minutes on one core
     python scripts/calibrate_testbed.py --model smol --more --out DIR    # methods whose measurements fill files
+    python scripts/calibrate_testbed.py --model smol-seed1
 
 The rule was fixed before any setting was tried, and is the same for all methods: of the settings whose text is whole
 and whose recall is at most one point below that of the unpatched model, the one with the lowest CHAIR_i; of equals, the
@@ -30,7 +31,7 @@ from vlmfix.cli import main as vlmfix_command
 from vlmfix.evals.evaluate import evaluate
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.methods import method_specs, recipe_of_one
-from vlmfix.evals.testbed import RECIPES
+from vlmfix.evals.testbed import MODELS, OF_SMOL, RECIPES
 from vlmfix.methods.registry import make_method
 
 MAX_RECALL_LOSS = 0.01
@@ -121,15 +122,15 @@ PLANS = {
 def main(argv: list[str] | None = None) -> int:
     """Learn, run the grids, and write the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("tiny", "smol"), default="tiny")
+    parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--more", action="store_true", help="smol: methods whose measurements fill files")
     parser.add_argument("--limit", type=int, help="scenes of the calibration split (default: 500, smol 48)")
     parser.add_argument("--out", type=Path, help="default: the model's recipe.json; with --more a folder")
     parser.add_argument("--run", type=Path, default=Path("runs/calibration"), help="run folder, resumed if there")
     args = parser.parse_args(argv)
-    if args.more and (args.model != "smol" or args.out is None):
+    if args.more and (args.model not in OF_SMOL or args.out is None):
         parser.error("--more goes with --model smol and a folder --out")
-    plan = PLANS[args.model + ", more" * args.more]
+    plan = PLANS[("smol" if args.model in OF_SMOL else args.model) + ", more" * args.more]
     limit = args.limit or plan.limit
     chosen, notes, rows = [], [], []
     for number, grid in enumerate(plan.grids):

@@ -3,8 +3,9 @@
 
     python scripts/smol_table.py --out DIR              # everything; goes on where it stopped
     python scripts/smol_table.py --out DIR --scenes 10 --question-scenes 4     # a look
+    python scripts/smol_table.py --out DIR --model smol-seed1 --runs captions heads      # the other seed, captions only
 
-Strengths are those of ``smol``'s recipe, chosen on the calibration split. Captions (CHAIR, with the early-stop control
+Strengths are those of the model's recipe, chosen on the calibration split. Captions (CHAIR, with the early-stop control
 and VHR's head controls) and questions (POPE, and count, colour, height and relation) are separate runs of ``vlmfix
 eval``, whose commands are printed. The table's figures go to ``DIR/figures.json``, which ``evals/testbed/smol`` keeps.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmfix.cli import main as vlmfix_command
+from vlmfix.evals import testbed
 from vlmfix.evals.compare.compare import compare_runs
 from vlmfix.evals.scores.counts import load_run
 from vlmfix.evals.testbed import prepare
@@ -55,9 +57,18 @@ def write_questions(split: str, scenes: int, path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def evaluate(split: str, benchmarks: Sequence[str], methods: Sequence[str], scenes: int, out: Path, *more: str) -> None:
+def evaluate(options: argparse.Namespace, run: str, split: str) -> None:
     """Run ``vlmfix eval`` on scenes of a split, or go on with it."""
-    command = ["eval", "--model", "smol", "--split", split, "--limit", str(scenes), "--benchmark", *benchmarks]
+    out = options.out / split / run
+    if run == "questions":
+        asked = options.out / split / "questions.jsonl"
+        write_questions(split, options.question_scenes, asked)
+        benchmarks, methods, scenes = ["pope", "custom"], [*METHODS, *HEAD_METHODS], options.question_scenes
+        more = ["--benchmark-data", f"custom={asked}"]
+    else:
+        benchmarks, methods, scenes = ["chair"], METHODS if run == "captions" else HEAD_METHODS, options.scenes
+        more = []
+    command = ["eval", "--model", options.model, "--split", split, "--limit", str(scenes), "--benchmark", *benchmarks]
     command += ["--method", *methods, "--prompt", PROMPT, *more, "--out", str(out)]
     print("vlmfix " + " ".join(command), flush=True)
     if code := vlmfix_command(command):
@@ -69,14 +80,15 @@ def change(difference: Mapping[str, Any], scale: float = 100) -> list[float]:
     return [round(scale * difference[end], 2) for end in ("estimate", "low", "high")]
 
 
-def figures_of(folder: Path) -> dict[str, Any]:
+def figures_of(folder: Path, runs: Sequence[str] = RUNS) -> dict[str, Any]:
     """What the tables show of a split: rows of the captions and of the questions, and what was run.
 
     Args:
-        folder: Of the split, with the folders of both runs.
+        folder: Of the split, with the folders of the runs.
+        runs: Which, the captions among them.
     """
     found: dict[str, Any] = {}
-    for name in RUNS:
+    for name in runs:
         results = json.loads((folder / name / "results.json").read_text(encoding="utf-8"))
         rows = {row["label"]: _row(row) for row in results["methods"]}
         for line in results["controls"]:
@@ -134,9 +146,9 @@ def _own_name(key: str) -> str:
     return key if key.startswith("custom.") else key.rpartition(".")[2]
 
 
-def write_figures(folder: Path) -> None:
+def write_figures(folder: Path, runs: Sequence[str] = RUNS) -> None:
     """Write ``figures.json``, a row a line."""
-    found = {split: figures_of(folder / split) for split in SPLITS}
+    found = {split: figures_of(folder / split, runs) for split in SPLITS}
     lines = []
     for split, runs in found.items():
         for name, run in runs.items():
@@ -183,10 +195,10 @@ def questions_table(figures: Mapping[str, Any], split: str) -> str:
     return "\n".join(lines)
 
 
-def opening_table(figures: Mapping[str, Any]) -> str:
+def opening_table(figures: Mapping[str, Any], model: str = "smol") -> str:
     """The figures that README opens with: both splits side by side; a star where the interval excludes 0."""
     shown = {"chair_i": "CHAIR_i ↓", "recall": "recall ↑", "f1": "F1 ↑"}
-    head = ["`smol`", *(f"{title}, {split}" for split in ("held-out", "held-out 2") for title in shown.values())]
+    head = [f"`{model}`", *(f"{title}, {split}" for split in ("held-out", "held-out 2") for title in shown.values())]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     other = dict(_caption_rows(figures, SPLITS[1]))
     for label, row in _caption_rows(figures, SPLITS[0]):
@@ -223,26 +235,22 @@ def _signed(change: Sequence[float] | None) -> str:
 def main() -> None:
     """Measure as asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=testbed.OF_SMOL, default="smol")
     parser.add_argument("--scenes", type=int, default=200, help="scenes of a split to describe (default: 200)")
     parser.add_argument("--question-scenes", type=int, default=60, help="scenes to ask about (default: 60)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the runs and figures go")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="only some (default: all)")
     options = parser.parse_args()
     for run, split in ((run, split) for run in options.runs for split in SPLITS):
-        out = options.out / split / run
-        if run == "questions":
-            asked = options.out / split / "questions.jsonl"
-            write_questions(split, options.question_scenes, asked)
-            more = ["--benchmark-data", f"custom={asked}"]
-            evaluate(split, ["pope", "custom"], [*METHODS, *HEAD_METHODS], options.question_scenes, out, *more)
-        else:
-            evaluate(split, ["chair"], METHODS if run == "captions" else HEAD_METHODS, options.scenes, out)
-    if {run for split in SPLITS for run in RUNS if not (options.out / split / run / "results.json").is_file()}:
+        evaluate(options, run, split)
+    done = [run for run in RUNS if all((options.out / split / run / "results.json").is_file() for split in SPLITS)]
+    if not {"captions", "heads"} <= {*done}:
         return
-    write_figures(options.out)
+    write_figures(options.out, done)
     figures = json.loads((options.out / "figures.json").read_text(encoding="utf-8"))
-    tables = [opening_table(figures)]
-    tables += [table(figures, split) for table in (captions_table, questions_table) for split in SPLITS]
+    tables = [opening_table(figures, options.model)]
+    shown = (captions_table, questions_table) if "questions" in done else (captions_table,)
+    tables += [table(figures, split) for table in shown for split in SPLITS]
     (options.out / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 

@@ -58,7 +58,7 @@ VERBS = {
 }
 
 
-EMBEDDED_MODELS = ("tiny", "smol")
+EMBEDDED_MODELS = ("tiny", "smol", "smol-seed1")
 """Models that come with the evaluation, by the name that ``--model`` takes."""
 
 

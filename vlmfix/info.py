@@ -29,7 +29,7 @@ configuration is read.
 
   vlmfix info llava-hf/llava-1.5-7b-hf             a model of the hub, if it is cached or can be reached
   vlmfix info ./my-finetune                        a folder that save_pretrained wrote
-  vlmfix info tiny                                 an embedded model, or smol
+  vlmfix info tiny                                 an embedded model: tiny, smol or smol-seed1
 """
 
 
@@ -42,7 +42,9 @@ def add_info(verbs: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, hub id, tiny or smol; only its configuration is read")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, hub id or embedded model; only its configuration is read"
+    )
     return parser
 
 

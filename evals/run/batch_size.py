@@ -16,7 +16,7 @@ from .models import ModelSource
 
 AUTO = "auto"
 
-OF_TESTBED = {"testbed": 64, "smol": 32}
+OF_TESTBED = {"testbed": 64, "smol": 32, "smol-seed1": 32}
 """Samples per batch of the embedded models, by the name of their source."""
 
 LARGEST = 256

@@ -100,7 +100,8 @@ def find_model(location: str | Path | None, *, yes: bool = False) -> ModelSource
     }
     name = "testbed" if location is None else str(location)
     # Decoding its batches in bfloat16 by torch's fused attention takes 1.6 times as long on a CPU.
-    return ModelSource(name, text, revision, config, processor, identity, "eager" if location == "smol" else None)
+    kernel = "eager" if location in testbed.OF_SMOL else None
+    return ModelSource(name, text, revision, config, processor, identity, kernel)
 
 
 def _load_failure(location: str, part: str, error: Exception) -> str:

@@ -12,13 +12,15 @@ from types import MappingProxyType
 
 from .captions import DETAILED_PROMPTS, SHORT_ANSWER
 from .export import default_cache_dir, prepare
-from .models import CAPTION_TOKENS, MODELS, load, model_folder
+from .models import CAPTION_TOKENS, MODELS, OF_SMOL, ModelName, load, model_folder
 from .scenes import SPLITS, Split
 
 __all__ = [
     "CAPTION_TOKENS",
     "MODELS",
     "MODEL_DIR",
+    "OF_SMOL",
+    "ModelName",
     "PROMPTS",
     "RECIPES",
     "SPLITS",
@@ -35,7 +37,11 @@ MODEL_DIR = Path(__file__).parent / "model"
 
 
 RECIPES: Mapping[str | None, Path] = MappingProxyType(
-    {None: Path(__file__).parent / "recipe.json", "smol": Path(__file__).parent / "smol" / "recipe.json"}
+    {
+        None: Path(__file__).parent / "recipe.json",
+        "smol": Path(__file__).parent / "smol" / "recipe.json",
+        "smol-seed1": Path(__file__).parent / "smol" / "recipe_seed1.json",
+    }
 )
 """Method strengths by the model's name (None: the default model), chosen on the calibration split."""
 

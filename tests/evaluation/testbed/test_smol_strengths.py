@@ -14,7 +14,7 @@ from vlmfix.evals.benchmarks.custom.task import Custom
 from vlmfix.evals.data.samples import Answer, Sample
 from vlmfix.evals.options import EvalOptions
 from vlmfix.evals.run.methods import plan_methods, strengths_on
-from vlmfix.evals.testbed import RECIPES
+from vlmfix.evals.testbed import OF_SMOL, RECIPES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,8 +31,9 @@ def test_smol_runs_at_the_strengths_of_its_recipe() -> None:
     assert strengths_on("some/model") == ({}, [])
 
 
-def test_the_recipe_holds_what_its_rule_chooses_from_its_grid() -> None:
-    recipe = json.loads(RECIPES["smol"].read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", OF_SMOL)
+def test_the_recipe_holds_what_its_rule_chooses_from_its_grid(name: str) -> None:
+    recipe = json.loads(RECIPES[name].read_text(encoding="utf-8"))
     none = recipe["grid"][0]
     assert none["method"] == "none"
     for chosen in recipe["methods"]:
@@ -88,6 +89,14 @@ def test_the_tables_on_file_are_those_of_the_figures() -> None:
     for split in table.SPLITS:
         assert table.captions_table(figures, split) in text
         assert table.questions_table(figures, split) in text
+
+
+def test_the_tables_of_the_other_seed_are_those_of_its_figures() -> None:
+    figures = json.loads((ROOT / "evals/testbed/smol/figures_seed1.json").read_text(encoding="utf-8"))
+    text = (ROOT / "evals/testbed/SMOL_SEED1.md").read_text(encoding="utf-8")
+    assert table.opening_table(figures, "smol-seed1") in text
+    for split in table.SPLITS:
+        assert table.captions_table(figures, split) in text
 
 
 def test_accuracy_of_other_questions_is_not_that_of_pope() -> None:
