@@ -14,8 +14,8 @@ __all__ = ["CAPTION_TOKENS", "MODELS", "OF_SMOL", "ModelName", "load", "model_fo
 ModelName = Literal["tiny", "smol", "smol-seed1"]
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-"""``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use; and the same
-trained with another seed."""
+"""``tiny``: 2 M parameters, in the package. ``smol``: SmolLM2-135M-Instruct inside, assembled at first use.
+``smol-seed1``: the same, trained with another seed."""
 
 OF_SMOL: tuple[ModelName, ...] = ("smol", "smol-seed1")
 """Those with SmolLM2 inside."""
