@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -138,11 +139,13 @@ def test_a_layer_in_one_piece_is_refused_or_right(tiny: Any, name: str) -> None:
 
 def test_a_layer_of_the_vision_tower_in_one_piece_is_refused(tiny: Any) -> None:
     class Whole:
-        def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return hidden_states + self.mlp.forward(self.layer_norm2(hidden_states))
+        def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = hidden_states + self.mlp.forward(self.layer_norm2(hidden_states))
+            return (output,) if returns_tuple else output
 
-    vlmfix.patch(tiny, "vti", **parameters_of("vti", tiny))
     layer = next(module for module in tiny.model.vision_tower.modules() if type(module).__name__ == "CLIPEncoderLayer")
+    returns_tuple = "tuple" in str(inspect.signature(layer.forward).return_annotation).lower()
+    vlmfix.patch(tiny, "vti", **parameters_of("vti", tiny))
     layer.forward = types.MethodType(Whole.forward, layer)
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="passed by the mlp of layer 0 of the vision tower"):
         forward(tiny, ONE)
