@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -76,8 +75,7 @@ def test_the_source_distribution_is_whole_and_builds_a_wheel(tmp_path: Path) -> 
     sources = copy_of_the_sources(tmp_path / "sources")
     held = contents(sources)
     archive = build(sources, "sdist", tmp_path)
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     assert held - contents(unpacked) == set()
     for script in ("scripts/demo", "scripts/test", "scripts/reproduce", ".ci/run"):
