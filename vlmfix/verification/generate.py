@@ -42,8 +42,8 @@ class GenerateVerified:
         self._index = index
         self._counters = counters
         model = judge.questioner.anatomy.model
-        logs_first = {PROCESSORS: LogsFirst(model)} if hasattr(type(model), PROCESSORS) else {}
-        self.stand_ins = {**logs_first, "generate": self}
+        collects = getattr(model, PROCESSORS, None)
+        self.stand_ins = {**({PROCESSORS: LogsFirst(collects)} if collects else {}), "generate": self}
         """What stands in for methods of the model."""
 
     @property

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 PROCESSORS = "_get_logits_processor"
@@ -66,13 +65,17 @@ class SaidLog(LogitsProcessor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class LogsFirst:
-    """Stands in for the method in which a model collects its logits processors: a ``SaidLog`` comes first."""
+    """Stands in for the method in which a model collects its logits processors: a ``SaidLog`` comes first.
 
-    model: nn.Module
+    Attributes:
+        stock: The method, the model's own or one that somebody has put on the model.
+    """
+
+    stock: Callable[..., LogitsProcessorList]
 
     def __call__(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Do what the model's own method does."""
-        found = getattr(type(self.model), PROCESSORS)(self.model, *args, **kwargs)
+        """Do what the method does."""
+        found = self.stock(*args, **kwargs)
         logs = [each for each in found if isinstance(each, SaidLog)]
         for log in logs:
             log.comes_first = True

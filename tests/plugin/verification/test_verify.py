@@ -270,6 +270,22 @@ def test_asking_changes_no_prefix_and_does_not_depend_on_the_other_questions(mod
     assert analyse(model).model is model
 
 
+def test_a_method_that_somebody_put_on_the_model_still_collects_the_processors(model: Any, processor: Any) -> None:
+    collected: list[int] = []
+
+    def collects(*args: Any, **kwargs: Any) -> Any:
+        found = type(model)._get_logits_processor(model, *args, **kwargs)
+        collected.append(len(found))
+        return found
+
+    inputs = inputs_of(processor, IMAGES)
+    model._get_logits_processor = collects
+    with vlmfix.patched(model, vlmfix.Verify(**STRICT, processor=processor)):
+        answers(model, inputs)
+        assert collected, "it was passed over"
+    assert model.__dict__.pop("_get_logits_processor") is collects
+
+
 def test_what_was_said_is_noted_while_it_is_said_or_read_again(model: Any, processor: Any) -> None:
     """Beams and processors of the caller's model settings make the tokens of an answer unlike what was noted."""
     inputs = inputs_of(processor, IMAGES)
