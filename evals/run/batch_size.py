@@ -12,11 +12,12 @@ from vlmfix.observe.prompts import PromptBuilder, encode
 
 from ..data.coco import load_image
 from ..data.samples import Sample
+from ..testbed import OF_SMOL
 from .models import ModelSource
 
 AUTO = "auto"
 
-OF_TESTBED = {"testbed": 64, "smol": 32, "smol-seed1": 32}
+OF_TESTBED = {"testbed": 64} | dict.fromkeys(OF_SMOL, 32)
 """Samples per batch of the embedded models, by the name of their source."""
 
 LARGEST = 256
