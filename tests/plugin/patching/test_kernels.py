@@ -278,12 +278,18 @@ def test_attention_functions_of_the_hub(tiny: Any, hub_kernel: str, name: str, o
 def exchanged(model: Any, kind: type) -> Any:
     """The same model with another class for its attention."""
     patching = pytest.importorskip("transformers.monkey_patching", reason="this transformers exchanges no classes")
+    # transformers writes into the classes of models which modules show their attention maps, and leaves that there.
+    kinds = {type(module) for module in model.modules()}
+    recording = {each: copy.deepcopy(found) for each in kinds if (found := getattr(each, "_can_record_outputs", None))}
     patching.register_patch_mapping({"LlamaAttention": kind})
     try:
         with patching.apply_patches():
             made = type(model)(copy.deepcopy(model.config)).eval()
     finally:
         patching.clear_patch_mapping()
+        for each, recorders in recording.items():
+            each._can_record_outputs.clear()
+            each._can_record_outputs.update(recorders)
     made.load_state_dict(model.state_dict())
     assert type(made.model.language_model.layers[0].self_attn) is kind
     return made
