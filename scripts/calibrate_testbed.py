@@ -210,9 +210,11 @@ def choose(rows: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> tupl
         return tried[0], "every setting breaks the text; the gentlest is taken"
     kept = [label for label in whole if rows[label]["recall"] >= none["recall"] - MAX_RECALL_LOSS]
     if not kept:
-        return max(whole, key=lambda label: rows[label]["recall"]), "every setting of whole text loses more recall"
+        return max(
+            whole, key=lambda label: rows[label]["recall"]
+        ), "all settings that keep the text whole lose more than a point of recall; the smallest loss is taken"
     best = min(kept, key=lambda label: rows[label]["chair_i"])
-    return best, "" if rows[best]["chair_i"] < none["chair_i"] else "no setting lowers CHAIR_i"
+    return best, "" if rows[best]["chair_i"] < none["chair_i"] else "no setting lowers CHAIR_i; the lowest is taken"
 
 
 def one_entry_a_line(recipe: Mapping[str, Any]) -> str:
