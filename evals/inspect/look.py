@@ -162,10 +162,11 @@ def inspect_picture(case: Case, specs: Sequence[MethodSpec], *, title: str, fact
     versions = [_look(case, inputs, "stock model", "")]
     for spec in specs:
         method = spec.build()
-        if method.replaces_logits and not method.is_identity:
+        if (method.replaces_logits or method.rewrites_answers) and not method.is_identity:
             with patched(case.model, method):
                 tokens = answer(case.model, inputs, case.max_new_tokens).tokens
-            note = f"The words are those of {spec.label}; what they rest on is measured in one branch, the stock model."
+            where = "the stock model" if method.rewrites_answers else "one branch, the stock model"
+            note = f"The words are those of {spec.label}; what they rest on is measured in {where}."
             versions.append(_look(case, inputs, spec.describe(), note, tokens))
         else:
             with patched(case.model, method):

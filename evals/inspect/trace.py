@@ -287,7 +287,7 @@ Write a page that shows how one answer comes about: which layers carry what the 
 which attention edges it cannot do without.
 
   vlmfix trace                                     is the largest object of a scene there, asked the embedded model
-  vlmfix trace --model smol --scene 26 --object cat
+  vlmfix trace --model smol --scene 26 --object dog
   vlmfix trace --model llava-hf/llava-1.5-7b-hf --image dog.jpg --object dog --box 0.1 0.2 0.6 0.9
 
 Causal tracing noises the picture until the answer is half lost, puts the clean output of one block of one layer back at

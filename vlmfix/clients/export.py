@@ -118,7 +118,9 @@ def _fixed_factors(method: Method, num_heads: int) -> dict[tuple[int, int], floa
     """
     found = method.fixed_factors(num_heads)
     if found is None:
-        if method.replaces_logits:
+        if method.rewrites_answers:
+            reason = "it edits answers that are finished"
+        elif method.replaces_logits or method.rewrites_logits:
             reason = "it decides on the next token, behind the layers"
         elif method.edits_heads and not method.edits_weights:
             reason = "it chooses heads anew for every prompt"

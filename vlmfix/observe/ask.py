@@ -289,7 +289,7 @@ def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
 
     Raises:
         UnsupportedFeatureError: The model reads no prompt with image tokens by self-attention, a method that decodes
-            from two branches acts, or the inputs hold no ``input_ids`` or are padded on the right.
+            from two branches or rewrites answers acts, or the inputs hold no ``input_ids`` or are padded on the right.
     """
     anatomy = analyse(model)
     if not anatomy.reads_image_tokens:
@@ -311,11 +311,17 @@ def look_at(model: object, probe: str, inputs: Mapping[str, Any]) -> Subject:
         )
     patch = find_patch(model)
     methods = () if patch is None else patch.methods
-    decoding = [method.name for method in methods if method.replaces_logits and not method.is_identity]
-    if decoding:
+    for method in methods:
+        if method.is_identity or not (method.replaces_logits or method.rewrites_answers):
+            continue
+        conflict = (
+            f"the forwards that choose an answer's words, and {method.name} leaves words out of it afterwards"
+            if method.rewrites_answers
+            else f"one branch of an answer, and {method.name} decodes from two"
+        )
         raise UnsupportedFeatureError(
-            f"{probe} looks at one branch of an answer, and {decoding[0]} decodes from two. Let the patched model "
-            f"answer, then give its words to the stock model: vlmfix.unpatch(model); {probe}(..., answers=[ids])."
+            f"{probe} looks at {conflict}. Let the patched model answer, then give its words to the stock model: "
+            f"vlmfix.unpatch(model); {probe}(..., answers=[ids])."
         )
     return Subject(anatomy, methods)
 

@@ -49,6 +49,14 @@ def page(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
+def test_answers_that_are_rewritten_are_shown_with_what_they_rest_on_in_the_stock_model() -> None:
+    found = inspect_command(InspectOptions(scene=356, methods=("verify",)))
+    stock, verified = found.versions
+    assert "measured in the stock model" in verified.note and not stock.note
+    assert "frisbee" in stock.caption and "frisbee" not in verified.caption
+    assert [word.text for word in verified.words] == verified.caption.split()
+
+
 # The planted cause: an object that usually stands in such a place.
 
 

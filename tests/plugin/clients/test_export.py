@@ -63,6 +63,7 @@ def test_a_command(processor_folder: Path, tmp_path: Path, capsys: pytest.Captur
     ("name", "reason"),
     [
         ("vhr", "chooses heads anew for every prompt"),
+        ("deco", "decides on the next token"),
         ("spin", "chooses heads anew for every prompt"),
         ("pai", "edits the attention of each prompt"),
         ("vcd", "decides on the next token"),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from families import by_name
 from families.tiny_llava import IMAGE, RAGGED, collate, generate, snapshot
+from PIL import Image as Images
 from test_probes import FAMILIES
 from test_probes_knockout import masks_cut
 
 import vlmfix
 from vlmfix.errors import MethodError, UnsupportedFeatureError
-from vlmfix.probes import attention_to_image, doubt, evidence
+from vlmfix.evals import testbed
+from vlmfix.observe.prompts import encode
+from vlmfix.probes import attention_to_image, doubt, evidence, head_divergence
 
 ANSWER = [9, 12, 7, 33]
 
@@ -116,6 +119,16 @@ def test_decoding_from_two_branches_is_refused_with_the_way_out(tiny: Any) -> No
     with pytest.raises(UnsupportedFeatureError, match=r"vcd decodes from two.*unpatch.*answers=\[ids\]"):
         evidence(tiny, inputs)
     assert evidence(vlmfix.unpatch(tiny), inputs, answers=[ANSWER]).patch is None
+
+
+def test_answers_that_are_rewritten_afterwards_are_refused_with_the_way_out() -> None:
+    model, processor = testbed.load("tiny")
+    inputs = encode(processor, ["<image>\nDescribe the image."], [Images.new("RGB", (96, 96))], model)
+    vlmfix.patch(model, "verify", processor=processor)
+    for probe in (evidence, attention_to_image, head_divergence):
+        with pytest.raises(UnsupportedFeatureError, match=r"verify leaves words out.*unpatch.*answers=\[ids\]"):
+            probe(model, inputs)
+    assert evidence(vlmfix.patch(model, vlmfix.Verify(lost_per_false=0)), inputs).tokens, "switched off"
 
 
 def test_a_context_that_does_not_fit_is_refused(tiny: Any) -> None:
