@@ -132,7 +132,7 @@ class Status:
         """A few readable lines."""
         lines = [
             f"{self.model} patched with {describe(self.methods)}",
-            f"  layers {', '.join(map(str, self.layers))}; image token ids {', '.join(map(str, self.image_token_ids))}",
+            f"  {_spelled(self.layers)}; image token ids {', '.join(map(str, self.image_token_ids))}",
             f"  {self.prompts} prompts ({self.prompts_without_image} without an image), "
             f"{self.decode_steps} decode steps",
         ]
@@ -140,6 +140,18 @@ class Status:
             how_far = "" if moved is None else f", moved by {100 * moved:.2g} %"
             lines.append(f"  {method.name}: {edited} {method.counts} edited{how_far}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _spelled(layers: Sequence[int]) -> str:
+    """Name ascending layers, those that follow one another by the first and the last."""
+    pieces: list[list[int]] = []
+    for layer in layers:
+        if pieces and layer == pieces[-1][-1] + 1:
+            pieces[-1] = [pieces[-1][0], layer]
+        else:
+            pieces.append([layer])
+    named = ["-".join(map(str, piece)) for piece in pieces]
+    return f"layers {', '.join(named)}" if named else "in no layer"
 
 
 def rounding_of(dtype: torch.dtype) -> float:

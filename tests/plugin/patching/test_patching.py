@@ -348,6 +348,8 @@ def test_status_counts_edits_prompts_and_steps(sinky: Any) -> None:
     assert status.edited[0] > 0
     assert "var" in str(status)
     assert str(status.edited[0]) in str(status)
+    assert "\n  layers 0-3; " in str(status)
+    assert "\n  layers 1, 3; " in str(vlmfix.status(vlmfix.patch(sinky, vlmfix.VHR(layers=[1, 3]))))
 
 
 def test_status_counts_exactly_the_selected_rows(sinky: Any) -> None:
