@@ -9,7 +9,18 @@ from ..benchmarks.base import EARLY_STOP, SELF_VERIFICATION
 from ..scores.pareto import CURVES, axes, curve_of, flat_front, pareto
 from ..stats.figures import Figure
 from ..tables import number
-from .drawing import FAINT, INK, WIDE, draw_dot, empty_figure, hide_spines, place_labels, row_colours, write_title
+from .drawing import (
+    FAINT,
+    INK,
+    PAPER,
+    WIDE,
+    draw_dot,
+    empty_figure,
+    hide_spines,
+    place_labels,
+    row_colours,
+    write_title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,6 +175,7 @@ def _name_points(
         panel.annotate(
             name, at, xycoords="figure points", fontsize=size, va="center", color=colour, annotation_clip=False,
             fontweight="bold" if name in bold else "normal",
+            bbox={"boxstyle": "square,pad=0.08", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8},
         )  # fmt: skip
         if max(left - x, x - right, top - (height - y), height - y - bottom) > _LEADER:
             panel.annotate(
