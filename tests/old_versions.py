@@ -110,15 +110,6 @@ EXEMPTIONS = (
         (r"::test_compiled_decoding_\w+\[(act|cmai).*",),
         since=V5,
     ),
-    Exemption(
-        "known: the image-free pass of vhr fails on GLM-4V",
-        (
-            r"test_families\.py::test_what_every_family_does\[glm4v(_moe)?-strength 0\]",
-            r"test_families\.py::test_vhr_acts\w+\[glm4v(_moe)?\]",
-            r"::test_markers_of_an_image_leave_with_it\[glm4v\]",
-        ),
-        V5,
-    ),
     Exemption("batches of the 4-bit kernel differ from single prompts", (r"::test_four_bit_weights\[.*",), V5),
     Exemption(
         "refused where a forward takes no logits_to_keep; upstream: looking drafts up needs an end token",

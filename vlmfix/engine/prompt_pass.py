@@ -97,9 +97,8 @@ def text_only_inputs(
     token_types = inputs.get("token_type_ids")
     if isinstance(token_types, torch.Tensor) and token_types.shape[1] >= length:  # PaliGemma: who sees whom
         text["token_type_ids"] = token_types[:, :length].gather(1, order)  # without a cache the answer so far follows
-    # Without padding the model is called without a mask, as a text alone would be.
+    text["attention_mask"] = attention_mask.long()  # all ones too: GLM-4V of transformers 4.57 cannot do without
     if min(lengths) < max(lengths):
-        text["attention_mask"] = attention_mask.long()
         text["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
     return text
 
