@@ -91,11 +91,7 @@ EXEMPTIONS = (
     ),
     Exemption("generate() does not take mm_token_type_ids yet", (r"::test_other_families\[qwen2_5_vl\]",)),
     Exemption(
-        "known: the search of calibrate(model, 'adhh') fails on Qwen-VL",
-        (r"::test_heads_are_ablated_in_every_kind_of_cache\[qwen2_5_vl\]",),
-    ),
-    Exemption(
-        "known: the search of calibrate(model, 'adhh') is wrong on hybrid caches",
+        "upstream: a hybrid cache cannot be repeated, which raises",
         (r"::test_heads_are_ablated_in_every_kind_of_cache\[lfm2_vl\]",),
         V5,
     ),

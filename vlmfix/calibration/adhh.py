@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vlmfix.calibration.session import Contrast, Found, Head, Session, ranked, scaled_count
+from vlmfix.engine.calls import parameter_names
 from vlmfix.errors import DataError, MethodError, UnsupportedFeatureError
 from vlmfix.methods.adhh import ADHH
 from vlmfix.methods.base import Method
@@ -105,7 +106,16 @@ def _influences(
         if index in wanted:
             yield index, _influence(session, cache, step, ids[index], variants)
         with session.acting(HeadAblation()):
-            session.model(input_ids=step, past_key_values=cache, use_cache=True)
+            _decode(session, step, cache)
+
+
+def _decode(session: Session, step: torch.Tensor, cache: Any) -> Any:
+    """Take a decode step ``[batch, 1]`` behind a prompt, as ``generate`` does."""
+    positions, deltas = {}, vars(session.anatomy.inner).get("rope_deltas")
+    if deltas is not None and "cache_position" in parameter_names(session.model):
+        # Before transformers 5.1, Qwen-VL and GLM-4V count the positions of a prompt repeated like this wrongly.
+        positions["position_ids"] = (cache.get_seq_length() + deltas.to(step.device)).expand(3, len(step), 1)
+    return session.model(input_ids=step, past_key_values=cache, use_cache=True, **positions)
 
 
 def _influence(session: Session, cache: Any, step: torch.Tensor, token: int, variants: int) -> torch.Tensor:
@@ -117,9 +127,7 @@ def _influence(session: Session, cache: Any, step: torch.Tensor, token: int, var
         repeated = copy.deepcopy(cache)
         repeated.reorder_cache(torch.zeros(len(targets), dtype=torch.int64, device=step.device))
         with session.acting(HeadAblation(targets)):
-            logits = session.model(
-                input_ids=step.expand(len(targets), -1), past_key_values=repeated, use_cache=True
-            ).logits[:, -1]
+            logits = _decode(session, step.expand(len(targets), -1), repeated).logits[:, -1]
         probability = logits.float().softmax(-1)[:, token]
         falls.append(probability[:1] - probability[1:])
     return torch.cat(falls).view(len(session.layers()), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -570,8 +571,18 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
 
     def read(ablate: tuple[int, int] | None) -> torch.Tensor:
         cache = model(**inputs, use_cache=True).past_key_values
+
+        def step(each: int) -> torch.Tensor:
+            positions = {}
+            if "cache_position" in inspect.signature(model.forward).parameters:  # generate of older versions tells it
+                positions = {"cache_position": torch.tensor([cache.get_seq_length()])}
+            logits: torch.Tensor = model(
+                input_ids=torch.tensor([[each]]), past_key_values=cache, use_cache=True, **positions
+            ).logits[0, -1]
+            return logits
+
         for each in ids[: token - 1]:
-            model(input_ids=torch.tensor([[each]]), past_key_values=cache, use_cache=True)
+            step(each)
 
         def zero(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             heads, size = args[0].clone(), args[0].shape[-1] // session.anatomy.num_heads
@@ -581,8 +592,7 @@ def test_heads_are_ablated_in_every_kind_of_cache(name: str) -> None:
 
         sites = [site for site in session.anatomy.sites if ablate is not None and site.layer_idx == ablate[0]]
         handles = [site.output_projection.register_forward_pre_hook(zero) for site in sites]
-        last = torch.tensor([[ids[token - 1]]])
-        logits: torch.Tensor = model(input_ids=last, past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = step(ids[token - 1])
         for handle in handles:
             handle.remove()
         return logits
