@@ -27,14 +27,13 @@ STOCK = "Stock"
 def stand_in_for_missing(tests: Path) -> None:
     """Write what ``test_modeling_common`` imports and a source distribution lacks: mixins, without their tests."""
     text = (tests / "test_modeling_common.py").read_text(encoding="utf-8")
+    (tests / "__init__.py").touch()
     for package, module, name in re.findall(r"^from \.(\w+)\.(\w+) import (\w+)$", text, re.MULTILINE):
         path = tests / package / f"{module}.py"
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "__init__.py").touch()
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
             path.write_text(f"class {name}:\n    pass\n")
-    for folder in {tests, *(path for path in tests.iterdir() if path.is_dir())}:
-        if not (folder / "__init__.py").exists():
-            (folder / "__init__.py").touch()
 
 
 def outcomes(sources: Path, extra: Path, family: str, methods: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -78,15 +77,19 @@ def main(sources: str, extra: str, *words: str) -> int:
     for family in [word for word in words if "=" not in word] or FAMILIES:
         found = outcomes(root, Path(extra).resolve(), family, methods)
         passing = {name for name, why in found[STOCK].items() if not why}
-        print(f"{family}: {len(passing)} tests pass unpatched", flush=True)
+        print(f"{family}: {len(passing)} of {len(found[STOCK])} tests pass unpatched", flush=True)
         for method in methods:
             of_method = found[method.title().replace("_", "")]
             lost = {name: why for name, why in of_method.items() if why and name in passing}
             told = {name: explained(name, why) for name, why in lost.items()}
             unexplained += sum(reason is None for reason in told.values())
             print(f"  {method}: {len(passing) - len(lost)} pass", flush=True)
-            for name, reason in told.items():
-                print(f"    {name}: {reason or 'UNEXPLAINED ' + lost[name][-300:]}", flush=True)
+            for reason in dict.fromkeys(told.values()):
+                names = [name for name in told if told[name] == reason]
+                some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+                print(f"    {some}: {reason or 'UNEXPLAINED'}", flush=True)
+                if reason is None:
+                    print("\n".join(f"    {name}: {lost[name][-300:]}" for name in names), flush=True)
     return unexplained
 
 

@@ -20,6 +20,7 @@ from tests.test_modeling_common import ModelTesterMixin
 import vlmfix
 
 FAMILY = available(os.environ["FAMILY"])
+PROMPTS = FAMILY.even()
 MODEL: Any = getattr(transformers, FAMILY.architecture)
 GENERATIVE = (MODEL,) if hasattr(GenerationTesterMixin, "prepare_config_and_inputs_for_generate") else ()
 
@@ -32,7 +33,7 @@ class Tester:
     """What every model is patched with that the running test makes."""
 
     def __init__(self) -> None:
-        self.inputs = FAMILY.collate(FAMILY.even())
+        self.inputs = FAMILY.collate(PROMPTS)
         self.batch_size, self.seq_length = self.inputs["input_ids"].shape
         self.encoder_seq_length = self.seq_length
         text = FAMILY.config().get_text_config()
@@ -69,6 +70,12 @@ class Models(ModelTesterMixin, GenerationTesterMixin):
     def setUp(self) -> None:
         Tester.method = self.method
         self.model_tester = Tester()
+
+    def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[Any, dict[str, Any]]:
+        """Take whole prompts: rows of ``pixel_values`` may be patches, of which a prompt has many."""
+        config, first_rows = super().prepare_config_and_inputs_for_generate(batch_size)
+        inputs = FAMILY.collate(PROMPTS[:batch_size], pad_to=self.model_tester.seq_length)
+        return config, {name: inputs[name] for name in first_rows}
 
 
 for name in ("", *os.environ["METHODS"].split(",")):

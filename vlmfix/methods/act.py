@@ -133,7 +133,7 @@ class ACT(Method):
     def edit_weights(self, attn_weights: torch.Tensor, layer: Layer) -> EditedRows:
         """Calibrate the rows of ``[batch, num_heads, rows, keys]``."""
         heads = layer.constant(lambda: self._chosen(layer, attn_weights))
-        is_sink = self.find_sinks(layer.learned, layer)
+        is_sink = self.find_sinks(layer.learned, layer)[..., : attn_weights.shape[-1]]
         if heads is not None:
             is_sink = is_sink & heads[:, None, None]
         image = layer.keys("image", attn_weights)[:, None, None] if self.recipients == "image" else None
@@ -161,7 +161,10 @@ class ACT(Method):
         return listed_heads(self.heads, layer, attn_weights)
 
     def find_sinks(self, means: ColumnMeans, layer: Layer) -> torch.Tensor:
-        """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``."""
+        """Return what is a sink to each row, never the first token: bool ``[batch, num_heads, rows or 1, keys]``.
+
+        Its keys are all of the cache, of which a static one may have more than were read.
+        """
         least = layer.per_mask("least", lambda: self._least(means.seen, layer), means.seen)
         is_sink: torch.Tensor = means.sums.at_rows(layer) > least
         return is_sink
@@ -183,10 +186,11 @@ class NewRows(NamedTuple):
         is_first: Whether they are the first of their forward.
         accepted: How many rows of the forward before have stayed in the cache.
         shift: By how many keys the first one has moved on; a sliding cache drops early ones.
-        num_keys: How many keys there are now.
+        num_keys: How many keys the cache has now.
         prompt: How many of the rows are a prompt's.
         stop: How many of them are summed up at all.
         mask: Which rows count, fp32 ``[batch, 1, rows]``; ``None`` for all.
+        stays: Whether none of them can be taken back, as in a static cache.
     """
 
     is_first: bool
@@ -196,6 +200,7 @@ class NewRows(NamedTuple):
     prompt: int
     stop: int
     mask: torch.Tensor | None
+    stays: bool
 
 
 class RunningSum(NamedTuple):
@@ -204,7 +209,8 @@ class RunningSum(NamedTuple):
     Attributes:
         sums: fp32 ``[batch, heads, keys]``.
         rows: The generated rows of the last forward, fp32 ``[batch, heads, n, keys]``. They are kept apart until the
-            next one: a draft may be cropped away.
+            next one: a draft may be cropped away. In a static cache one token is not, so that compiled code finds the
+            same shapes at every step.
         total: The sum with these rows.
     """
 
@@ -215,8 +221,12 @@ class RunningSum(NamedTuple):
     @classmethod
     def before(cls, new: torch.Tensor) -> RunningSum:
         """Return the sum before the rows ``[batch, heads, rows, keys]``: none."""
-        nothing = torch.zeros_like(new[:, :, 0])
-        return cls(nothing, new[:, :, :0], nothing)
+        return cls.of(torch.zeros_like(new[:, :, 0]))
+
+    @classmethod
+    def of(cls, sums: torch.Tensor) -> RunningSum:
+        """Return a sum none of whose rows can be taken back."""
+        return cls(sums, sums[:, :, None][:, :, :0], sums)
 
     def extended(self, rows: NewRows, new: torch.Tensor) -> RunningSum:
         """Add rows ``[batch, heads, rows, keys]``; generated ones must not be changed any more."""
@@ -227,15 +237,16 @@ class RunningSum(NamedTuple):
         if rows.prompt:
             assert rows.mask is not None
             # A product, so that no row is written out again.
-            sums = sums + (rows.mask[:, None, :, : rows.prompt] @ new[:, :, : rows.prompt]).squeeze(2)
-        generated = new.narrow(2, rows.prompt, rows.stop - rows.prompt)
+            of_prompt = (rows.mask[:, None, :, : rows.prompt] @ new[:, :, : rows.prompt]).squeeze(2)
+            sums = sums + take_keys(of_prompt, 0, rows.num_keys)
+        generated = take_keys(new.narrow(2, rows.prompt, rows.stop - rows.prompt), 0, rows.num_keys)
         if rows.mask is not None:
             generated = generated * rows.mask[:, :, rows.prompt : rows.stop, None]
         if waiting and not rows.is_first:
             generated = torch.cat([self.rows, generated], dim=2)
         number = generated.shape[2]
         total = sums + (generated.squeeze(2) if number == 1 else generated.sum(2)) if number else sums
-        return RunningSum(sums, generated, total)
+        return RunningSum.of(total) if number <= int(rows.stays) else RunningSum(sums, generated, total)
 
     def at_rows(self, layer: Layer) -> torch.Tensor:
         """Return the sum as it is at the rows in hand; rows of a prompt share it.
@@ -263,13 +274,13 @@ class Seen(NamedTuple):
     Attributes:
         counts: How many rows may see each key, ``[batch, 1, keys]``.
         tokens: How many rows there are, ``[batch, 1, 1]``; none of them is padding.
-        length: How many tokens are summed up: int, or a 0-d tensor with a static cache while decoding.
+        length: How many tokens are summed up; ``None`` once a static cache, which is never cropped, holds answers.
         offset: Position of the first key.
     """
 
     counts: RunningSum
     tokens: RunningSum
-    length: int | torch.Tensor
+    length: int | None
     offset: int | torch.Tensor
 
     @classmethod
@@ -289,28 +300,31 @@ class Seen(NamedTuple):
         visible = allowed.any(1, keepdim=True).expand(batch, 1, num_rows, num_keys).to(attn_weights.dtype)
         every = visible.new_ones(batch, 1, num_rows, 1)
         offset, past = layer.key_offset(num_keys), forward.past
+        length = None if isinstance(past, torch.Tensor) else past
         if known is None:  # turns before the first image are left alone, and count for nothing
-            known = cls(RunningSum.before(visible), RunningSum.before(every), past, offset)
+            known = cls(RunningSum.before(visible), RunningSum.before(every), length, offset)
         prompt = max(min(forward.prompt_len - start, num_rows), 0) if forward.is_prefill else 0
         rows = NewRows(
             is_first=start == 0,
             accepted=known._accepted(past) if start == 0 and not is_frozen else 0,
             shift=offset - known.offset,
-            num_keys=num_keys,
+            num_keys=layer.call.key.shape[2],
             prompt=prompt,
             stop=prompt if is_frozen else num_rows,
             mask=None if layer.row_mask is None else layer.row_mask.to(visible)[:, None],
+            stays=length is None,
         )
         counts = known.counts.extended(rows, visible)
         tokens = known.tokens.extended(rows._replace(shift=0, num_keys=1), every)
-        length = past + start + prompt if prompt or start == 0 else known.length
+        if length is not None:
+            length = length + start + prompt if prompt or start == 0 else known.length
         return rows, cls(counts, tokens, length, offset)
 
     def _accepted(self, past: int | torch.Tensor) -> int:
         """Return how many rows behind ``length`` stayed in the cache, now of ``past`` tokens."""
         waiting = self.counts.rows.shape[2]
-        if isinstance(past, torch.Tensor) or isinstance(self.length, torch.Tensor):
-            return waiting  # a static cache is never cropped
+        if isinstance(past, torch.Tensor) or self.length is None:
+            return waiting
         accepted = min(past - self.length, waiting)
         if accepted < 0 or past > self.length + waiting:
             raise UnsupportedFeatureError(

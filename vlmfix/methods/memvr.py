@@ -108,7 +108,7 @@ def _image_tokens(states: torch.Tensor, block: Block) -> torch.Tensor:
     forward, known = block.forward, block.shared
     mask = forward.rows("image", decode=False).mask
     assert mask is not None and isinstance(forward.past, int)
-    new = (states.float() * mask.to(states.device)[..., None])[:, : forward.image_stop]
+    new = states.float() * mask.to(states.device)[..., None]
     if not forward.past:
         return new
     known = new[:, :0] if known is None else known[:, : forward.past].to(new.device)

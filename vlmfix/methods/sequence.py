@@ -151,10 +151,11 @@ class SequenceState:
                 token, no padding); ``"behind"`` (no image, behind the first image token, no padding); ``"first"`` (the
                 first token that is no padding).
         """
-        if name not in self.key_masks:
+        made = self.key_masks.get(name)
+        if made is None:
             image, valid = self.image_mask, self.valid_mask
             seen = image.cumsum(1) > 0
-            self.key_masks[name] = {
+            made = {
                 "image": lambda: image,
                 "valid": lambda: valid,
                 "prompt": lambda: torch.ones_like(image),
@@ -162,7 +163,9 @@ class SequenceState:
                 "behind": lambda: valid & seen & ~image,
                 "first": lambda: valid & (valid.cumsum(1) == 1),
             }[name]()
-        return self.key_masks[name]
+            if not torch.compiler.is_compiling():  # it would be compiled again for the second step, which finds them
+                self.key_masks[name] = made
+        return made
 
     def ids_so_far(self, length: int) -> torch.Tensor:
         """Return the ids of the first ``length`` tokens of prompt and answer, -1 where they are not known."""

@@ -674,9 +674,10 @@ def test_gradients_pass(tiny: Any, name: str) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @each_of(EDITS)
-def test_compiled_decoding_equals_eager_and_compiles_no_further_step(build: Any, name: str) -> None:
-    """The first step may differ from the later ones: nothing was generated before it."""
+def test_compiled_decoding_equals_eager_and_compiles_its_first_step_alone(build: Any, name: str) -> None:
+    """No later one, and none behind a padded prompt of the same length with its image elsewhere."""
     model, length = build(layers=2), ONE["input_ids"].shape[1]
+    padded = collate([RAGGED[3]], pad_to=length)
     acting(model, name)
     graphs: list[Any] = []
 
@@ -684,10 +685,10 @@ def test_compiled_decoding_equals_eager_and_compiles_no_further_step(build: Any,
         graphs.append(graph)
         return graph.forward
 
-    def decode(run: Any) -> tuple[torch.Tensor, list[int]]:
+    def decode(run: Any, prompt: Any) -> tuple[torch.Tensor, list[int]]:
         cache, logits, counts = StaticCache(config=model.config, max_cache_len=length + 12), [], []
         with torch.compiler.set_stance("force_eager"):
-            forward(model, ONE, past_key_values=cache, use_cache=True)
+            forward(model, prompt, past_key_values=cache, use_cache=True)
         for step in range(4):
             ids, position = torch.tensor([[20 + step]]), torch.tensor([[length + step]])
             with torch.no_grad():
@@ -696,9 +697,13 @@ def test_compiled_decoding_equals_eager_and_compiles_no_further_step(build: Any,
             counts.append(len(graphs))
         return torch.stack(logits), counts
 
-    found, counts = decode(torch.compile(model, backend=count, fullgraph=True))
-    close(found, decode(model)[0])
-    assert counts[0] <= 2 and counts[1:] == [min(counts[1], 2)] * 3
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    counts = []
+    for prompt in (ONE, padded):
+        found, graphs_so_far = decode(compiled, prompt)
+        close(found, decode(model, prompt)[0])
+        counts += graphs_so_far
+    assert 0 < counts[0] <= 2 and counts == counts[:1] * 8
 
 
 @each_of(EDITS + CONTRASTS)
