@@ -237,8 +237,7 @@ class Patch:
                     self._stand_ins.put(model, name, stand_in)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
-                told = (self.refuse, self.tower_hooks.call)
-                self._generate = GenerateByCall(model, model.generate, self.choose, *told)
+                self._generate = GenerateByCall(self, model, model.generate)
             self._stand_ins.put(model, "generate", self._generate)
 
     def refuse(self, error: VlmfixError) -> None:

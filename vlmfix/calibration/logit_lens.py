@@ -88,7 +88,7 @@ class LogitLens:
                 f"{type(anatomy.model).__name__} has no language-model head for a logit lens."
             )
         self._head = head
-        self._norm = final_norm(anatomy) if use_norm else None
+        self._norm = final_norm(anatomy)() if use_norm else None
         self._projections = {site.layer_idx: site.output_projection for site in anatomy.sites}
         self._model = anatomy.model
         self._device, self._dtype = states_device(head, anatomy.model), anatomy.model.dtype

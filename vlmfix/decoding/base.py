@@ -15,6 +15,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.refusals import check_next_token
 
 
 class OtherTokens(NamedTuple):
@@ -106,7 +107,7 @@ class DecodingMethod(Method):
             MethodError: The model predicts no next token, an encoder reads the prompt, ``generate`` hands merged
                 embeddings to a model inside, or an edit of the other branch means nothing there.
         """
-        check_next_token(self, anatomy)
+        check_next_token(self.name, anatomy.model)
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model:
             raise MethodError(
                 f"{self.name} does not act in {type(anatomy.model).__name__}: what reads the prompt there is not the "
@@ -209,20 +210,6 @@ class WithoutImage(DecodingMethod):
         if not kept:
             raise UnsupportedFeatureError(NO_TEXT)
         return OtherTokens(tuple(ids[place] for place in kept), kept)
-
-
-def check_next_token(method: Method, anatomy: Anatomy) -> None:
-    """Refuse a model whose logits are not those of a next token.
-
-    Raises:
-        MethodError: It has another head (classes, rewards), or none.
-    """
-    model = anatomy.model
-    if not model.can_generate() and model.get_output_embeddings() is None:
-        raise MethodError(
-            f"{method.name} decides on the next token, and {type(model).__name__} predicts none: it has no "
-            "language-model head. Load the model with AutoModelForImageTextToText."
-        )
 
 
 def contrast(logits: torch.Tensor, other: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

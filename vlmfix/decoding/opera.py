@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 
-from vlmfix.decoding.base import check_next_token
 from vlmfix.errors import MethodError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.refusals import check_next_token
 
 FIRST = 10
 """Rows of an answer in which the released code looks at the image instead, and first place it rolls back to."""
@@ -83,7 +83,7 @@ class OPERA(Method):
             MethodError: There is none of the kind, ``generate`` runs another model or is not transformers' own, or
                 ``layers`` names several.
         """
-        check_next_token(self, anatomy)
+        check_next_token(self.name, anatomy.model)
         if anatomy.encoder is not None or anatomy.language_model is not anatomy.model or "image" in anatomy.kinds:
             raise MethodError(
                 f"opera does not act in {type(anatomy.model).__name__}: no attention there is over the image's tokens "

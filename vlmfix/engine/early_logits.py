@@ -18,6 +18,7 @@ from vlmfix.methods.base import Method
 from vlmfix.methods.forward import squared_move
 from vlmfix.model.anatomy import Anatomy
 from vlmfix.model.blocks import final_norm
+from vlmfix.model.devices import weights_device
 
 
 class EarlyHead:
@@ -117,9 +118,9 @@ class EarlyHead:
         head = self._head
         if normed:
             assert self._norm is not None
-            states = self._norm(states)
-        device = next(head.parameters()).device
-        if device.type != "meta":  # offloaded: accelerate's own hook moves the states
+            states = self._norm()(states)
+        device = weights_device(head)
+        if device is not None:  # where weights are offloaded, accelerate's own hook moves the states
             states = states.to(device)
         logits: torch.Tensor = head(states).float()
         logits = logits * (self._scale or 1) / (self._divisor or 1)

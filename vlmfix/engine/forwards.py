@@ -7,7 +7,7 @@ answers with what methods do there; a ``StockForward`` edits nothing, and its su
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -50,6 +50,17 @@ STOCK = StockForward()
 """For passes through the stock model in the middle of a call that does not ask for it (which ``None`` would)."""
 
 
+class OfLayers(dict[int, torch.Tensor]):
+    """What decoder layers left behind, by layer."""
+
+    def __missing__(self, layer_idx: int) -> NoReturn:
+        """Refuse a layer that the forward did not come to."""
+        raise UnsupportedFeatureError(
+            f"A method of the patch reads what leaves decoder layer {layer_idx}, which this forward left out. Patch "
+            "the model again if it has lost layers (vlmfix.patch(model, ...)), and leave assistant_early_exit unset."
+        )
+
+
 class StreamRecorder(StockForward):
     """Keeps the residual stream at each sample's last position.
 
@@ -58,7 +69,7 @@ class StreamRecorder(StockForward):
     """
 
     def __init__(self, at_last: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.states: dict[int, torch.Tensor] = {}
+        self.states = OfLayers()
         self._at_last = at_last
 
     def after_layer(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
@@ -84,7 +95,7 @@ class EditedForward(Forward):
         self.methods = methods
         self.pending: Any = None
         self.past_is_live = False
-        self.early: dict[int, torch.Tensor] = {}
+        self.early = OfLayers()
         self.reached: set[Hashable] = set()
         self.is_traced = False
 

@@ -242,7 +242,7 @@ def begin_methods(
         return
 
     def first_logits() -> torch.Tensor:
-        logits = _read_prompt(model, forward, inputs, STOCK)
+        logits = _read_prompt(model, forward, inputs, STOCK).logits
         return (forward.at_last_position(logits) if logits.shape[1] == forward.q_len else logits[:, -1]).float()
 
     def patch_attention() -> dict[int, torch.Tensor]:
@@ -269,10 +269,8 @@ def begin_methods(
 
 
 @torch.no_grad()
-def _read_prompt(
-    model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StockForward
-) -> torch.Tensor:
-    """Run a prompt through the stock model before its own forward, and leave its cache as it was: the logits."""
+def _read_prompt(model: nn.Module, forward: EditedForward, inputs: dict[str, Any], stand_in: StockForward) -> Any:
+    """Run a prompt through the stock model before its own forward, and leave its cache as it was: the output."""
     # An empty cache need not be copied; the pass then runs without one.
     cache = inputs.get("past_key_values")
     if not forward.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
@@ -287,5 +285,4 @@ def _read_prompt(
         "return_dict": True,
         FORWARD_KWARG: stand_in,
     }
-    logits: torch.Tensor = model(**options).logits
-    return logits
+    return model(**options)

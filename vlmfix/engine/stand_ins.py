@@ -165,18 +165,15 @@ class GenerateByCall:
     """Stands in for a model's ``generate``: ``generate(..., vlmfix="vhr")`` chooses methods for that call alone.
 
     Attributes:
+        patch: The ``vlmfix.hooks.Patch``. It is told of refused calls before their error is raised: many callers
+            swallow it.
         model: The model.
         stock: What generates without it.
-        choose: Returns a model with the same weights under other methods.
-        remember: Is told of a refused call before its error is raised: many callers swallow it.
-        begin: Is told of a call before it begins: whether it asks for the stock model.
     """
 
+    patch: Any
     model: nn.Module
     stock: Any
-    choose: Callable[[nn.Module, Any], Any]
-    remember: Callable[[VlmfixError], None]
-    begin: Callable[..., None]
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -186,13 +183,32 @@ class GenerateByCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the methods of the patch, with none (``vlmfix=None``), or with those that are named."""
         try:
-            if kwargs.get(FORWARD_KWARG) is None:
-                self.begin(is_stock=FORWARD_KWARG in kwargs)
+            if kwargs.get(FORWARD_KWARG) is not None:
+                return self.patch.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
+            self.patch.tower_hooks.call(is_stock=FORWARD_KWARG in kwargs)
+            if FORWARD_KWARG in kwargs:
                 return self.stock(*args, **kwargs)
-            return self.choose(self.model, kwargs.pop(FORWARD_KWARG)).generate(*args, **kwargs)
+            return self._under_the_patch(*args, **kwargs)
         except VlmfixError as error:
-            self.remember(error)
+            self.patch.refuse(error)
             raise
+
+    def _under_the_patch(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, and refuse an answer during which another thread has changed what is on the model."""
+        was_on, cause = self.patch.is_on, None
+        try:
+            answer = self.stock(*args, **kwargs)
+        except Exception as error:
+            if self.patch.is_on or not was_on:
+                raise
+            cause = error
+        if was_on and not self.patch.is_on:
+            raise UnsupportedFeatureError(
+                "The patch of this model was taken off or replaced while generate ran, so that its answer is neither "
+                "of the patched model nor of the stock model. Change patches between calls, or let each call choose "
+                "for itself: model.generate(..., vlmfix='vhr'), or vlmfix=None."
+            ) from cause
+        return answer
 
 
 def refuse_pages(*args: Any, **kwargs: Any) -> NoReturn:

@@ -13,6 +13,7 @@ from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.scores import visible
 from vlmfix.methods.views import EditedRows, Layer, Prompt
 from vlmfix.model.anatomy import Anatomy
+from vlmfix.model.refusals import check_next_token
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ class AdaptVis(Method):
         if self.mode == "fixed":
             return self.factor
         return self.low if self.low == self.high else None
+
+    def bind(self, anatomy: Anatomy) -> AdaptVis:
+        """Refuse a model without a next token to be confident of."""
+        if not self.is_identity and self._only_factor is None:
+            check_next_token(self.name, anatomy.model)
+        return super().bind(anatomy)
 
     def notes(self, anatomy: Anatomy) -> tuple[str, ...]:
         """Say what confidence costs."""

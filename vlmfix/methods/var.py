@@ -195,6 +195,7 @@ def sink_values(hidden_states: torch.Tensor, sink_dims: Sequence[int]) -> torch.
 
 
 def _peak_and_rms(hidden_states: torch.Tensor, sink_dims: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=torch.float32) / math.sqrt(hidden_states.shape[-1])
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # norms of fp64 are not taken in fp32
+    rms = torch.linalg.vector_norm(hidden_states, dim=-1, dtype=dtype).float() / math.sqrt(hidden_states.shape[-1])
     peak = hidden_states[..., list(sink_dims)].abs().amax(-1).float()
     return peak, (rms.square() + 1e-6).sqrt()

@@ -7,6 +7,8 @@ attention), ``m`` the MLP (or all experts of a mixture together). Where a norm f
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -125,8 +127,8 @@ def _blocks_of(anatomy: Anatomy, index: int, layer: nn.Module) -> ResidualBlocks
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 
 
-def final_norm(anatomy: Anatomy) -> nn.Module:
-    """Return the norm between the last decoder layer and the language-model head.
+def final_norm(anatomy: Anatomy) -> Callable[[], nn.Module]:
+    """Find the norm between the last decoder layer and the language-model head; return what gets it as it is then.
 
     Raises:
         UnsupportedFeatureError: It was not found.
@@ -135,9 +137,8 @@ def final_norm(anatomy: Anatomy) -> nn.Module:
         for layers in module.children():
             if isinstance(layers, nn.ModuleList) and any(each is anatomy.decoder_layers[0] for each in layers):
                 for name in _FINAL_NORMS:
-                    norm = getattr(module, name, None)
-                    if isinstance(norm, nn.Module):
-                        return norm
+                    if isinstance(getattr(module, name, None), nn.Module):
+                        return functools.partial(getattr, module, name)
     raise UnsupportedFeatureError(
         f"The final norm of {type(anatomy.model).__name__} was not found. Read layers without it, as released: "
         "lens_norm=False of allpath's search, sla_final_norm=False of vista."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -24,5 +25,11 @@ def states_device(module: torch.nn.Module, model: Any) -> Any:
 
     That is where its weights are; if they are loaded as it is called, its hook moves what comes from any real device.
     """
-    device = next(module.parameters()).device
-    return input_device(model) if device.type == "meta" else device
+    device = weights_device(module)
+    return input_device(model) if device is None else device
+
+
+def weights_device(module: torch.nn.Module) -> torch.device | None:
+    """Where a module's weights are; ``None`` if they are loaded as it is called, or hidden in it (packed weights)."""
+    weights = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return None if weights is None or weights.device.type == "meta" else weights.device

@@ -279,10 +279,12 @@ def brings_pictures(inputs: Mapping[str, Any]) -> bool:
     return any(isinstance(value, (torch.Tensor, list, tuple, Mapping)) and len(value) > 0 for value in given)
 
 
+@torch.no_grad()
 def _are_words(embeds: torch.Tensor, embedding: Any) -> bool:
-    """Whether all vectors are rows of a model's table of words: a prompt without an image."""
-    scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0))
-    table = embedding.weight[:, :LEADING].detach() * scale
+    """Whether all vectors are what a model's embedding makes of words: a prompt without an image."""
+    # It is called, not read: its weights may be offloaded, quantised or scaled.
+    ids = torch.arange(embedding.num_embeddings, device=embeds.device)
+    table = torch.cat([embedding(part)[:, :LEADING] for part in torch.split(ids, 4096)])
     rows = embeds[..., :LEADING].detach().reshape(-1, LEADING).to(table)
     # If no row is new to the table, the number of distinct rows stays the same.
     known = torch.unique(table, dim=0)

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from vlmfix.errors import UnsupportedFeatureError, UnsupportedModelError, VlmfixError
+from vlmfix.errors import MethodError, UnsupportedFeatureError, UnsupportedModelError, VlmfixError
 
 MASKED_KERNELS = ("eager", "sdpa")
 """The attention functions to which sparse indexers hand the keys they select in the mask."""
@@ -91,4 +91,17 @@ def check_selection(site: Site, kind: type[VlmfixError] = UnsupportedFeatureErro
             f"{site.name} selects keys with a sparse indexer, and hands them to the attention function "
             f"{site.implementation!r} outside the mask, where vlmfix cannot see them. Choose another one: "
             "model.set_attn_implementation('sdpa')."
+        )
+
+
+def check_next_token(method: str, model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not those of a next token.
+
+    Raises:
+        MethodError: It has another head (classes, rewards), or none.
+    """
+    if not model.can_generate() and model.get_output_embeddings() is None:
+        raise MethodError(
+            f"{method} decides on the next token, and {type(model).__name__} predicts none: it has no "
+            "language-model head. Load the model with AutoModelForImageTextToText."
         )

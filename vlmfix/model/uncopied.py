@@ -38,7 +38,7 @@ def standing(model: nn.Module) -> tuple[Any, ...]:
     return tuple(
         (name, _described(value, described, are_shared=name in ("_parameters", "_buffers")))
         for module in model.modules()
-        for name, value in list(vars(module).items())
+        for name, value in [("__class__", type(module)), *vars(module).items()]
         if name not in _OF_EVERY_CALL
     )
 

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmfix.decoding.base import check_next_token
 from vlmfix.errors import MethodError, UnsupportedFeatureError, VlmfixError
 from vlmfix.methods.base import Method
 from vlmfix.methods.parameters import Range, parameter
 from vlmfix.methods.selection import DefaultLayers
+from vlmfix.model.refusals import check_next_token
 from vlmfix.prefix import check_shares_prefix
 from vlmfix.verification.ask import QUESTION, Questioner
 from vlmfix.verification.generate import GenerateVerified
@@ -86,7 +86,7 @@ class Verify(Method):
         Raises:
             MethodError: They cannot, or there is no processor.
         """
-        check_next_token(self, anatomy)
+        check_next_token(self.name, anatomy.model)
         try:
             check_shares_prefix(anatomy)
         except UnsupportedFeatureError as error:

@@ -1,0 +1,169 @@
+"""What other libraries and threads do to a model while it is patched: as if it had been done before, or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families.tiny_llava import RAGGED, collate, forward, generate
+from method_parameters import parameters_of
+from torch import nn
+
+import vlmfix
+
+BATCH = collate(RAGGED)
+
+
+def acting(model: Any, name: str) -> Any:
+    return vlmfix.patch(model, name, **parameters_of(name, model))
+
+
+# Modules that are exchanged.
+
+
+class Scaled(nn.Module):
+    """What adapters and quantisers put in the place of a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return 1.3 * self.inner(states)
+
+
+def quantise(model: Any) -> None:
+    """The weights of every linear layer, the head's too, are packed: no parameter is left of them."""
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def exchange_norms(model: Any) -> None:
+    language_model = model.model.language_model
+    language_model.norm = Scaled(language_model.norm)
+    for layer in language_model.layers:
+        layer.input_layernorm = Scaled(layer.input_layernorm)
+
+
+def exchange_blocks(model: Any) -> None:
+    for layer in model.model.language_model.layers:
+        layer.mlp = Scaled(layer.mlp)
+        layer.self_attn.o_proj = Scaled(layer.self_attn.o_proj)
+
+
+def double(model: Any) -> None:
+    model.to(torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize_per_tensor")
+@pytest.mark.parametrize("name", ["deco", "dola", "memvr", "var", "vcd", "vhr", "vista"])
+@pytest.mark.parametrize("change", [quantise, exchange_norms, exchange_blocks, double], ids=lambda each: each.__name__)
+def test_a_model_that_is_changed_after_patching(tiny: Any, name: str, change: Callable[[Any], None]) -> None:
+    other = copy.deepcopy(tiny)
+    change(other)
+    stock = generate(other, BATCH, 3)[1]
+    expected = generate(acting(other, name), BATCH, 3)[1]
+    change(acting(tiny, name))
+    torch.testing.assert_close(generate(tiny, BATCH, 3)[1], expected, atol=1e-4, rtol=1e-4)
+    assert (expected - stock).abs().max() > 1e-3
+    vlmfix.unpatch(tiny)
+    torch.testing.assert_close(generate(tiny, BATCH, 3)[1], stock, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deco", "dola", "vista"])
+@pytest.mark.parametrize("is_told", [True, False], ids=["config too", "modules alone"])
+def test_layers_that_are_lost_after_patching_are_missed(tiny: Any, name: str, is_told: bool) -> None:
+    acting(tiny, name)
+    tiny.model.language_model.layers = tiny.model.language_model.layers[:3]
+    tiny.config.text_config.num_hidden_layers = 3 if is_told else 4
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"vlmfix\.(un)?patch\(model"):
+        forward(tiny, BATCH)
+
+
+def test_a_single_call_behind_a_class_that_was_exchanged(tiny: Any) -> None:
+    vlmfix.patch(tiny, "none")
+    generate(tiny, BATCH, 2, vlmfix="vhr")
+    mlp = tiny.model.language_model.layers[1].mlp
+
+    class Other(type(mlp)):  # type: ignore[misc]
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return 1.5 * super().forward(states)
+
+    mlp.__class__ = Other
+    found = generate(tiny, BATCH, 2, vlmfix="vhr")[1]
+    assert torch.equal(found, generate(vlmfix.patch(tiny, "vhr"), BATCH, 2)[1])
+
+
+# Weights that lie elsewhere.
+
+
+def on_the_cpu(model: Any, folder: Path) -> None:
+    from accelerate import dispatch_model
+
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True, main_device="cpu")
+
+
+def on_the_disk(model: Any, folder: Path) -> None:
+    from accelerate import disk_offload
+
+    disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["deco", "pai", "vcd", "vhr", "vti"])
+@pytest.mark.parametrize("move", [on_the_cpu, on_the_disk])
+@pytest.mark.parametrize("order", ["patched first", "moved first"])
+def test_hooks_of_accelerate_come_and_go(tiny: Any, tmp_path: Path, name: str, move: Any, order: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    stock = generate(tiny, BATCH, 3)[1]
+    expected = generate(acting(copy.deepcopy(tiny), name), BATCH, 3)[1]
+    steps = [lambda: acting(tiny, name), lambda: move(tiny, tmp_path)]
+    for step in steps if order == "patched first" else reversed(steps):
+        step()
+    assert torch.equal(generate(tiny, BATCH, 3)[1], expected)
+    hooks.remove_hook_from_module(tiny, recurse=True)
+    assert torch.equal(generate(tiny, BATCH, 3)[1], expected)
+    vlmfix.unpatch(tiny)
+    assert torch.equal(generate(tiny, BATCH, 3)[1], stock)
+
+
+def test_embeddings_of_words_are_recognised_where_their_table_cannot_be_read(tiny: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    text = collate([RAGGED[2]])
+    embeds = tiny.get_input_embeddings()(text["input_ids"]).detach()
+    with torch.no_grad():
+        stock = tiny(inputs_embeds=embeds).logits
+        accelerate.cpu_offload(vlmfix.patch(tiny, "pai", layers=":"), execution_device="cpu")
+        assert torch.equal(tiny(inputs_embeds=embeds).logits, stock)
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match="inputs_embeds"):
+            tiny(inputs_embeds=embeds + 1)
+
+
+# Models without a next token, and patches that change meanwhile.
+
+
+def test_confidence_in_a_next_token_needs_one(tiny: Any) -> None:
+    with pytest.raises(vlmfix.MethodError, match="predicts none"):
+        vlmfix.patch(tiny.model, "adaptvis")
+    vlmfix.patch(tiny.model, "adaptvis", mode="fixed", factor=2.0)
+
+
+@pytest.mark.parametrize("name", ["pai", "vcd"])
+@pytest.mark.parametrize("change", ["taken off", "replaced", "put on anew"])
+def test_a_patch_that_changes_while_generate_runs(tiny: Any, name: str, change: str) -> None:
+    """As another thread may change it."""
+    expected = generate(acting(tiny, name), BATCH, 4)[1]
+
+    def switch(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == BATCH["input_ids"].shape[1] + 2:
+            vlmfix.unpatch(tiny)
+            if change != "taken off":
+                acting(tiny, "vhr" if change == "replaced" else name)
+        return scores
+
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="while generate ran"):
+        tiny.generate(**BATCH, max_new_tokens=4, do_sample=False, logits_processor=[switch])
+    assert torch.equal(generate(acting(tiny, name), BATCH, 4)[1], expected)
