@@ -12,6 +12,7 @@ import torch
 
 import vlmfix
 from vlmfix.errors import VlmfixError
+from vlmfix.model.products import ProductsByOneDnn, fast_products
 
 from ..data.coco import load_image
 from ..data.samples import Answers, Sample
@@ -159,7 +160,7 @@ def generate_answers(
     shard = shard or Shard()
     if model is None:
         model = load_run_model(plan.run, shard)
-    with fitting_threads(model):
+    with fitting_threads(model), fast_products(model):
         share = _Share(plan, log, model)
         if shard.is_main:
             share.describe()
@@ -203,6 +204,7 @@ class _Share:
             "model_class": type(model).__name__,
             "attn_implementation": model.config._attn_implementation,
             "threads": torch.get_num_threads(),
+            "fp32_products": "oneDNN" if isinstance(fast_products(model), ProductsByOneDnn) else "torch",
             "python": platform.python_version(),
             "platform": platform.platform(terse=True),
             "image_features": {"reused": False} if self._features is None else self._features.summary(),

@@ -171,6 +171,8 @@ class PairedForward(StockForward):
         cache: The model's own cache.
     """
 
+    joins_branches = True
+
     def __init__(self, own: EditedForward, branch: Branch, cache: Any) -> None:
         self.own = own
         self.branch = branch

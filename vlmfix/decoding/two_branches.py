@@ -6,8 +6,8 @@ stopping criteria of ``generate`` work as ever: nothing of ``generate`` is repla
 
 Two batches of one row cost twice a step. So the caches of both branches are joined into one of twice the rows after the
 prompt, and a step is one forward over both, in which every weight is read once (``PairedCache``). On the model of
-``scripts/bench.py`` (163 M parameters, 576 image tokens, one thread) that is 1.2 to 1.3 of a greedy step in bf16. It is
-1.7 to 1.9 in fp32, where torch's product of a matrix with two rows costs 1.9 times that with one. Caches whose layers
+``scripts/bench.py`` (163 M parameters, 576 image tokens, one thread) that is 1.2 to 1.3 of a greedy step; in fp32 by
+oneDNN's products, which such a step takes (``vlmfix.model.products``), and 1.7 to 1.9 by torch's. Caches whose layers
 hold more than keys and values (recurrent states, cross-attention) cannot be joined: there the other branch has a cache
 and a forward of its own, as it has for every prompt. Tokens that both branches begin with are read once: their keys and
 values are copied, never shared.

@@ -33,7 +33,13 @@ def reached_from_outside(what: str) -> UnsupportedFeatureError:
 
 
 class StockForward:
-    """A forward in which nothing is edited; subclasses record what they see of it."""
+    """A forward in which nothing is edited; subclasses record what they see of it.
+
+    Attributes:
+        joins_branches: Whether it is a step of two branches, with twice the rows of the batch.
+    """
+
+    joins_branches = False
 
     def before_layer(self, site: PatchedSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Be told of a decoder layer, by the arguments it is called with."""

@@ -22,6 +22,7 @@ from vlmfix.methods.views import Prompt
 from vlmfix.model.anatomy import FORWARD_KWARG, Anatomy, image_markers
 from vlmfix.model.attention import AttentionCall
 from vlmfix.model.images import Encoded, blank_images
+from vlmfix.model.products import fast_products
 from vlmfix.model.vision_tower import VisionRecorder
 
 NO_TEXT = "A prompt of the batch has no text beside its image, so there is nothing to compare with. Add a question."
@@ -106,7 +107,7 @@ def text_only_inputs(
 @torch.no_grad()
 def read_text(anatomy: Anatomy, text: dict[str, Any], recorder: StockForward) -> None:
     """Run a text (see ``text_only_inputs``) through the stock language model; ``recorder`` sees it."""
-    with positions_kept(anatomy):
+    with positions_kept(anatomy), fast_products(anatomy.model):
         anatomy.inner(**text, use_cache=False, **{FORWARD_KWARG: recorder})
 
 

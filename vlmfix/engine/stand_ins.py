@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from vlmfix.errors import UnsupportedFeatureError, VlmfixError
 from vlmfix.model.anatomy import FORWARD_KWARG
+from vlmfix.model.products import fast_products
 
 PROMPT_END_KWARG = "vlmfix_prompt_end"
 """The keyword argument in which ``generate`` tells the forwards that read a prompt how long it is, earlier turns
@@ -86,7 +88,9 @@ class ForwardWithHooks:
         """
         # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
         if FORWARD_KWARG in kwargs or not self.patch.is_on:
-            return self.stock(*args, **kwargs)
+            joins = getattr(kwargs.get(FORWARD_KWARG), "joins_branches", False)
+            with fast_products(self.model) if joins else nullcontext():
+                return self.stock(*args, **kwargs)
         refuse_remains(self.patch, self.model)
         return self.model(*args, **kwargs)
 
