@@ -68,6 +68,8 @@ def test_what_is_not_plain_fp32_on_the_cpu_is_torchs() -> None:
         F.linear(states.bfloat16(), weight.bfloat16())
         F.linear(states, weight.as_subclass(Special))
         F.linear(states.T.contiguous().T, weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(states).dtype == torch.bfloat16
         with torch.enable_grad():
             layer(states).sum().backward()
 
