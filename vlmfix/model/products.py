@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 class ProductsByOneDnn(TorchFunctionMode):
     """Within it, ``F.linear`` of plain fp32 tensors on the CPU is oneDNN's, in this thread.
 
-    Not where gradients are kept, nor under autocast, which takes other types.
-
+    Not where gradients are kept, nor under autocast, which takes other types, nor in code that is compiled within it.
     Weights are read where they lie: nothing is repacked or changed.
     """
 
@@ -29,7 +28,7 @@ class ProductsByOneDnn(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, or oneDNN's in its place."""
-        if func is F.linear and not kwargs and all(map(_is_plain, args)):
+        if func is F.linear and not kwargs and not torch.compiler.is_compiling() and all(map(_is_plain, args)):
             states, weight, bias = (*args, None)[:3]
             if states.numel() and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
                 return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")

@@ -80,6 +80,23 @@ def test_what_is_not_plain_fp32_on_the_cpu_is_torchs() -> None:
     assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
 
 
+@torch.no_grad()
+def test_code_compiled_within_takes_torchs() -> None:
+    """A model's forward may be compiled inside the one that was patched; inductor cannot lower oneDNN's product."""
+    layer, states, traced = torch.nn.Linear(4, 5), torch.randn(3, 4), []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        traced.append({node.target for node in graph.graph.nodes if node.op == "call_function"})
+        return graph.forward
+
+    with ProductsByOneDnn():
+        found = torch.compile(lambda given: layer(given) + 1, backend=backend)(states)
+    assert len(traced) == 1 and torch.ops.mkldnn._linear_pointwise not in traced[0]
+    assert torch.ops.mkldnn._linear_pointwise.default not in traced[0]
+    torch.testing.assert_close(found, layer(states) + 1)
+    torch._dynamo.reset()
+
+
 def test_other_threads_and_what_comes_behind_are_left_alone() -> None:
     weight, states, seen = torch.randn(5, 4), torch.randn(3, 4), []
     with torch.no_grad(), ProductsByOneDnn():
