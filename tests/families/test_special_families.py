@@ -77,8 +77,9 @@ def test_a_prompt_without_an_image_is_answered_by_the_stock_model(name: str) -> 
         assert (status.edited[0], status.prompts, status.prompts_without_image) == (before, 2, 1)
 
 
-def test_a_placeholder_without_pictures_is_a_word() -> None:
-    family, model = build("mllama")
+@pytest.mark.parametrize("name", ["mllama", "florence2"])
+def test_a_placeholder_without_pictures_is_a_word(name: str) -> None:
+    family, model = build(name)
     inputs = family.collate([family.single()])
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     stock = logits(model, text)

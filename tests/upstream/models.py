@@ -6,6 +6,7 @@ class of tests for each method, and ``TestStock`` for none.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import unittest
@@ -62,13 +63,11 @@ patch_when_built(MODEL)
 class Models(ModelTesterMixin, GenerationTesterMixin):
     """All tests that a model of transformers has; those of generation where the sources hold them."""
 
-    method = ""
     all_model_classes = (MODEL,)
     all_generative_model_classes = GENERATIVE
     _is_composite = True
 
     def setUp(self) -> None:
-        Tester.method = self.method
         self.model_tester = Tester()
 
     def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[Any, dict[str, Any]]:
@@ -78,6 +77,40 @@ class Models(ModelTesterMixin, GenerationTesterMixin):
         return config, {name: inputs[name] for name in first_rows}
 
 
+def own_tests() -> tuple[type, ...]:
+    """The class of tests that the sources hold of this model alone, on configurations and inputs of its own."""
+    kind = FAMILY.config().model_type
+    try:
+        module = importlib.import_module(f"tests.models.{kind}.test_modeling_{kind}")
+    except ModuleNotFoundError as error:
+        if not f"tests.models.{kind}.test_modeling_{kind}".startswith(str(error.name)):
+            raise
+        return ()
+    return tuple(
+        each for each in vars(module).values() if getattr(each, "__name__", "").endswith("ModelTest") and takes(each)
+    )
+
+
+def takes(tests: Any) -> bool:
+    """Whether a class of tests is about the model."""
+    case = tests()
+    case.setUp()
+    return MODEL in case.all_model_classes
+
+
+class Patched:
+    """A case whose models are patched."""
+
+    method = ""
+
+    def setUp(self) -> None:
+        Tester.method = self.method
+        super().setUp()  # type: ignore[misc]
+
+
+OWN = own_tests()
 for name in ("", *os.environ["METHODS"].split(",")):
     title = f"Test{name.title().replace('_', '') or 'Stock'}"
-    globals()[title] = type(title, (Models, unittest.TestCase), {"method": name, "__module__": __name__})
+    globals()[title] = type(
+        title, (Patched, *(OWN or (Models, unittest.TestCase))), {"method": name, "__module__": __name__}
+    )

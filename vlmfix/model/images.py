@@ -124,11 +124,9 @@ class ImageFinder:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Remember where the images of an encoded prompt are."""
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        inputs = {"input_ids": args[0], **kwargs} if args else kwargs
         known = self._encoded.setdefault(threading.get_ident(), deque(maxlen=REMEMBERED))
-        known.appendleft(
-            self._as_encoded(input_ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), output[0].detach())
-        )
+        known.appendleft(self._as_encoded(inputs, output[0].detach()))
 
     def find(self, inputs: dict[str, Any], *, past: int, is_inside: bool, must_know: bool = True) -> torch.Tensor:
         """Find the image tokens of a forward.
@@ -148,10 +146,9 @@ class ImageFinder:
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if not self._anatomy.image_token_ids:
             return first_looks(inputs, past)
-        if ids is not None and not (past and "image" in self._anatomy.kinds) and not brings_pictures(inputs):
-            return torch.zeros_like(ids, dtype=torch.bool)  # the model reads a placeholder without a picture as a word
+        has_pictures = bool(past and "image" in self._anatomy.kinds) or brings_pictures(inputs)
         try:
-            return self._among_tokens(ids, embeds, is_inside=is_inside, past=past)
+            return self._among_tokens(ids, embeds, has_pictures, is_inside=is_inside, past=past)
         except UnsupportedFeatureError:
             if must_know or embeds is None:
                 raise
@@ -166,29 +163,32 @@ class ImageFinder:
         encoded = inputs.get("encoder_outputs")
         if encoded is not None:
             return self._of_encoded(encoded[0])
-        names = ("input_ids", "inputs_embeds", "attention_mask")
-        return self._as_encoded(*(inputs.get(name) for name in names), is_inside=is_inside)
+        return self._as_encoded(inputs, is_inside=is_inside)
 
     def _as_encoded(
-        self,
-        input_ids: torch.Tensor | None,
-        embeds: torch.Tensor | None,
-        attention_mask: Any,
-        states: torch.Tensor | None = None,
-        *,
-        is_inside: bool = True,
+        self, inputs: Mapping[str, Any], states: torch.Tensor | None = None, *, is_inside: bool = True
     ) -> Encoded:
-        image_mask = self._among_tokens(input_ids, embeds, is_inside=is_inside)
-        valid_mask = attended_keys(attention_mask, 0, image_mask.shape[1], image_mask)
+        input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        image_mask = self._among_tokens(input_ids, embeds, brings_pictures(inputs), is_inside=is_inside)
+        valid_mask = attended_keys(inputs.get("attention_mask"), 0, image_mask.shape[1], image_mask)
         tokens = embeds if input_ids is None else input_ids
         assert tokens is not None
         leading = tokens[..., :0] if states is None else states[..., :LEADING].clone()
         return Encoded(leading, image_mask & valid_mask, valid_mask, tokens.detach())
 
     def _among_tokens(
-        self, input_ids: torch.Tensor | None, embeds: torch.Tensor | None, *, is_inside: bool, past: int = 0
+        self,
+        input_ids: torch.Tensor | None,
+        embeds: torch.Tensor | None,
+        has_pictures: bool,
+        *,
+        is_inside: bool,
+        past: int = 0,
     ) -> torch.Tensor:
+        """Find image tokens; without a picture, the model reads a placeholder as a word, be it id or embedding."""
         ids = self._anatomy.image_token_ids
+        if input_ids is not None and not has_pictures:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
         if input_ids is not None:
             mask: torch.Tensor = input_ids == ids[0]
             for other in ids[1:]:
@@ -206,7 +206,7 @@ class ImageFinder:
         else:
             rows = embedding(torch.tensor(ids, device=embeds.device).clamp_max(embedding.num_embeddings - 1))
             mask = (embeds[:, :, None] == rows.to(embeds)).all(-1).any(-1)
-            if bool(mask.any()):
+            if (is_inside or has_pictures) and bool(mask.any()):
                 return mask
         if _are_words(embeds, embedding):
             return torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)

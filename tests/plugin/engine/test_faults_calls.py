@@ -225,9 +225,11 @@ def test_answers_that_begin_in_different_columns_are_refused(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_placeholder_without_a_picture_is_a_word(tiny: Any, name: str) -> None:
+@pytest.mark.parametrize("what", ["input_ids", "inputs_embeds"])
+def test_a_placeholder_without_a_picture_is_a_word(tiny: Any, name: str, what: str) -> None:
     ids = torch.tensor([[1, 20, *[IMAGE] * IMAGE_TOKENS, 30, 31, 32]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokens = ids if what == "input_ids" else tiny.get_input_embeddings()(ids).detach()
+    inputs = {what: tokens, "attention_mask": torch.ones_like(ids)}
     stock = last(tiny, inputs)
     on(tiny, name)
     assert torch.equal(last(tiny, inputs), stock)
