@@ -121,8 +121,10 @@ def score(options: argparse.Namespace) -> str:
         VlmfixError: A file cannot be read or scored, or the two files do not answer the same questions.
     """
     from .benchmarks.registry import benchmark_class
-    from .data.write import SCHEMA_VERSION, write_json
+    from .data.write import SCHEMA_VERSION, check_not_read, write_json
 
+    if options.out is not None:
+        check_not_read(options.out, vars(options))
     kind = benchmark_class(options.benchmark)
     own = _scored(kind, _file(options), options)
     other = None if options.baseline is None else _scored(kind, options.baseline, options)

@@ -8,15 +8,16 @@ the text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vlmfix.errors import DataError
 
-from .matching import ASK_KEYS, SPLIT_KEYS, Asked, Row, is_asked, plain
+from .matching import ASK_KEYS, SPLIT_KEYS, Asked, Row, is_asked
 from .records import IMAGE_KEYS, text_of
-from .signs import special_token, unseen, without_signs
+from .signs import holds_prompt, special_token, unseen, without_signs, written_out
 from .thinking import without_thinking
 
 MODEL_KEYS = (
@@ -32,6 +33,8 @@ TRUTH_KEYS = (
     *("label", "gt", "gold", "ground_truth", "gt_answer", "gold_answer", "gold_answers", "solution", "reference"),
     *("target", "truth"),
 )
+
+_YES_OR_NO = re.compile(r"\b(?:yes|no)\b")
 
 _NO_TEXT = frozenset(
     {
@@ -147,7 +150,7 @@ class TextChoice:
         if asked := self.asked[index].text:
             return is_asked(value, asked)
         beside = [v for key in ASK_KEYS if isinstance(v := self.rows[index].fields.get(key), str)]
-        return value.strip().endswith("?") or plain(value) in map(plain, beside)
+        return value.strip().endswith("?") or any(is_asked(value, each) for each in beside)
 
     def _refuse_difference(self, key: str, other: str) -> None:
         for row in self.rows:
@@ -231,18 +234,29 @@ class TextChoice:
         return []
 
     def _refuse_signs(self, keys: Sequence[str]) -> list[str]:
-        """Refuse answers that special tokens or unseen characters turn into another one; tell of Markdown that does."""
+        """Refuse answers behind their prompt, and those that signs which nobody said turn into another one.
+
+        Of Markdown's and quotation marks, and of whatever else hides the word yes or no ("NO!"), it is told.
+        """
         found: list[str] = []
         for row, key in zip(self.rows, keys, strict=True):
             text = row.fields[key]
-            if not isinstance(text, str) or (bare := without_signs(text)) == text:
+            if not isinstance(text, str):
                 continue
-            token = special_token(text)
+            if holds_prompt(text):
+                raise DataError(
+                    f"{row.where}: {key!r} begins with the prompt ({text[:40]!r}): decode what was generated only, "
+                    "output[:, inputs['input_ids'].shape[1]:], or take the prompt out of the file"
+                )
+            bare, token = without_signs(text), special_token(text)
             if self.reads is None:  # letters, words or a caption, of which a token around it is no part
-                if not token or not (text.strip().startswith(token) or text.strip().endswith(token)):
+                is_around = token and (text.strip().startswith(token) or text.strip().endswith(token))
+                if not is_around and not written_out(text):
                     continue
             else:
                 meant, read = (next(iter(self.reads(each))) for each in (bare, without_thinking(text).answer))
+                if meant is None is read and len(said := set(_YES_OR_NO.findall(text.lower()))) == 1:
+                    meant = said == {"yes"}
                 if meant is None or read == meant:
                     continue
             if token:
@@ -250,7 +264,12 @@ class TextChoice:
                     f"{row.where}: {key!r} holds the special token {token!r} ({text[:40]!r}), with which rules read "
                     "another answer: decode with skip_special_tokens=True, or take it out of the file"
                 )
-            if sign := unseen(text):
+            if sign := written_out(text):
+                raise DataError(
+                    f"{row.where}: {key!r} holds {sign!r}, a line break or letter that was escaped twice "
+                    f"({text[:40]!r}), with which rules read another answer: write the character itself"
+                )
+            if bare != text and (sign := unseen(text)):
                 raise DataError(
                     f"{row.where}: {key!r} holds the character U+{ord(sign):04X} ({text[:40]!r}), with which rules "
                     "read another answer: replace it by a blank, or take it out"

@@ -12,7 +12,21 @@ _NAMES = "eos|bos|pad|unk|start_of_turn|end_of_turn|end_of_utterance"
 
 _TOKEN = re.compile(rf"</?s>|<\|[\w ]{{1,30}}\|>|<(?:{_NAMES})>", re.IGNORECASE)
 
+_ESCAPE = re.compile(r"\\[nrt](?![a-z])|\\u[\da-fA-F]{4}")  # no LaTeX, such as \nu
+
 _MARKS = re.compile(r"[*_`\"“”„«»]")
+
+_PROMPT = re.compile(
+    r"(?:A chat between .{,500}?|system\n.{,4000}?)?(?:(?:### *)?(?:USER|User|HUMAN|Human):|\[INST\]|\buser\n).{,8000}?"
+    r"(?:\b(?:ASSISTANT|Assistant|GPT):|\[/INST\]|\n(?:assistant|model)\n)",
+    re.DOTALL,
+)
+"""A user's turn and the beginning of the assistant's, as chat templates of many models write them."""
+
+
+def holds_prompt(text: str) -> bool:
+    """Whether a text begins with a prompt in a chat template: whole sequences were decoded, not what was generated."""
+    return _PROMPT.match(_TOKEN.sub("", text).lstrip()) is not None
 
 
 def special_token(text: str) -> str:
@@ -26,6 +40,12 @@ def unseen(text: str) -> str:
     return next((each for each in text if unicodedata.category(each) == "Cf" or (each.isspace() and each > "\x7f")), "")
 
 
+def written_out(text: str) -> str:
+    """The first escape in a text, such as a line break as two characters; empty without any."""
+    found = _ESCAPE.search(text)
+    return found[0] if found else ""
+
+
 def plain_form(text: str) -> str:
     """A text in one form of Unicode: accents and full-width letters as people type them."""
     return unicodedata.normalize("NFKC", text)
@@ -33,5 +53,5 @@ def plain_form(text: str) -> str:
 
 def without_signs(text: str) -> str:
     """A text without special tokens, characters that are not seen, and Markdown's or quotation marks."""
-    kept = "".join(each for each in _TOKEN.sub(" ", text) if unicodedata.category(each) != "Cf")
+    kept = "".join(each for each in _ESCAPE.sub(" ", _TOKEN.sub(" ", text)) if unicodedata.category(each) != "Cf")
     return " ".join(_MARKS.sub("", plain_form(kept)).split())

@@ -43,17 +43,24 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file or leave the old one untouched (temporary file, fsync, ``os.replace``).
 
+    A link stays one: what it leads to is written. A device or pipe (/dev/stdout) is written to as it is.
+
     Raises:
         VlmfixError: The file could not be written; the message names it and the reason.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir() and (not path.is_file() or path.is_relative_to("/dev")):
+            with path.open("ab", buffering=0) as device:
+                device.write(data)
+            return
+        real.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
@@ -69,10 +76,37 @@ def check_parent(path: Path) -> None:
     """Make sure that a file that ``--out`` names can be written once its content is there.
 
     Raises:
-        DataError: Its folder does not exist.
+        DataError: It is a folder, or its folder does not exist or takes no files.
     """
+    if path.is_dir():
+        raise DataError(f"--out {path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise DataError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"--out {path}: no file can be written to {path.parent}; name another folder")
+
+
+def check_not_read(path: Path, options: Mapping[str, Any]) -> None:
+    """Make sure that a file that ``--out`` names is none of those that a command reads.
+
+    Args:
+        path: The file.
+        options: The command's options: paths, and lists of paths, among others.
+
+    Raises:
+        DataError: It is one of them.
+    """
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [value]:
+            if name != "out" and isinstance(each, (str, Path)) and path.is_file() and _is_file(each, path):
+                raise DataError(f"--out {path} would overwrite what is read ({each}); name another file")
+
+
+def _is_file(given: str | Path, path: Path) -> bool:
+    try:
+        return os.path.samefile(given, path)
+    except (OSError, ValueError):  # no file, or no path at all
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -181,13 +181,13 @@ def add_inspect(verbs: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Inspect as asked and write the page."""
-    from ..data.write import check_parent
+    from ..data.write import check_parent, write_text
     from .page import inspection_page, summary
 
     options = InspectOptions.from_arguments(arguments)
     check_parent(options.out)
     found = inspect_command(options)
-    options.out.write_text(inspection_page(found), encoding="utf-8")
+    write_text(options.out, inspection_page(found))
     for version in found.versions:
         show(f"{version.label}: {version.caption}")
     for line in summary(found):

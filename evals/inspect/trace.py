@@ -309,12 +309,12 @@ def add_trace(verbs: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Trace as asked and write the page."""
-    from ..data.write import check_parent
+    from ..data.write import check_parent, write_text
 
     options = TraceOptions.from_arguments(arguments)
     check_parent(options.out)
     found = trace_command(options)
-    options.out.write_text(trace_page(found), encoding="utf-8")
+    write_text(options.out, trace_page(found))
     for line in summary(found):
         show(line)
     show(f"written: {options.out}")

@@ -208,7 +208,10 @@ class Chair(Benchmark):
         samples = tuple(Sample(cls.name, i, None, "") for i in sorted(captions))
         counter = matcher if matcher.exact_tokens else _token_counter()
         made = cls(samples, truth.objects, matcher, 0, truth, counter, cut_off_flags(captions))
-        return made, FileAnswers(file, samples, [captions[sample.image_id].answer() for sample in samples])
+        answers = FileAnswers(file, samples, [captions[sample.image_id].answer() for sample in samples])
+        if blank := sum(not text.strip() for text in made.captions(answers).values()):
+            file.notes.append(f"{blank} of {len(captions)} captions are blank, and count as captions without objects")
+        return made, answers
 
     def _part(self, scored: ScoredFile) -> dict[str, Any]:
         """Counts and figures, the counts under the names of the official scripts' outputs.
@@ -230,6 +233,13 @@ class Chair(Benchmark):
         """CHAIR with text quality, and the differences to a baseline, also at equal length."""
         truth, matcher = self.source, self.matcher
         assert truth is not None, "captions of a file have a source of their ground truth"
+        for each in filter(None, (own, other)):
+            if not any(each.table.nodes):
+                text = next(iter(self.captions(each.answers).values()))
+                raise DataError(
+                    f"{each.path}: no caption names an object of CHAIR's list (the first is {text[:40]!r}): there is "
+                    "nothing to count in refusals, nor in another language, as the list holds English words"
+                )
         mode = matcher.mode if matcher.mode == truth.mode else "mixed"
         result: dict[str, Any] = {
             "mode": mode,

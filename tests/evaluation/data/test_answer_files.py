@@ -383,6 +383,10 @@ SIGNS = {
     "a space of no width": ("\u200bNo", "U+200B"),
     "a space that is none": ("No\u00a0, there is none.", "U+00A0"),
     "a separator of lines": ("No\u2028There is none.", "U+2028"),
+    "a line break that was escaped twice": ("No\\nThere is none.", "escaped twice"),
+    "the prompt": ("USER: <image>\nAnswer yes or no. ASSISTANT: Yes", "begins with the prompt"),
+    "a prompt of Qwen": ("system\nYou help.\nuser\nAnswer yes or no.\nassistant\nYes", "begins with the prompt"),
+    "a prompt of Mistral": ("[INST] Answer yes or no. [/INST] Yes", "begins with the prompt"),
 }
 
 
@@ -395,7 +399,7 @@ def test_signs_that_nobody_said_are_refused(name: str, folder: Path, capsys: pyt
     assert "line 3" in found and message in found
 
 
-@pytest.mark.parametrize("text", ["**No**, there is none.", '"No"'])
+@pytest.mark.parametrize("text", ["**No**, there is none.", '"No"', "NO!", "(No)"])
 def test_signs_that_the_model_wrote_are_told(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lines(folder / "a.jsonl", rows(lambda i: {"question_id": i + 1, "answer": text}))
     assert counts(folder, path)["random"] == {**ALL_NO, "TP": 2, "FP": 2, "TN": 0, "FN": 0, "unparsed": 4}
