@@ -30,13 +30,14 @@ from typing import Any
 
 import torch
 import transformers
-from bench_measure import Timing, bandwidth, keep_freed_memory, measure, peak_memory, rounds, step_bytes, summary
+from bench_measure import Timing, bandwidth, measure, peak_memory, rounds, step_bytes, summary
 from bench_models import SHAPES, build, make_inputs
 from bench_report import curve_markdown, curve_table, markdown, table
 from bench_variants import CORE, EAGER, STOCK, dtype_of, edited, everywhere, make, names
 from transformers import PreTrainedModel
 
 import vlmfix
+from vlmfix.evals.run.models import keep_freed_memory
 
 README_AT_2880 = ("vhr", "var", "released var")
 CURVE = ((576, 60), (1152, 60), (2880, 60), (2880, 1000))

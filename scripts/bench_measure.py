@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -63,20 +62,6 @@ def measure(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens:
         values = (at[1] - at[0], statistics.median(steps), end[which] - start[which])
         both.append(dict(zip(PARTS, values, strict=True)))
     return Timing(*both)
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed, instead of handing it back and taking it anew; whether it is glibc.
-
-    Else a decode step, whose keys and values are copied at every token, costs some percent more or less depending on
-    what the prefill before it has freed, with any variant.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_threshold, 2**25))
 
 
 def synchronize(device: torch.device) -> None:
