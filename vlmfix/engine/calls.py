@@ -133,9 +133,10 @@ def refuse_replica(called: nn.Module, model: nn.Module, inputs: dict[str, Any]) 
 
 
 def refuse_export() -> None:
-    """Refuse to be traced by ``torch.export``; older versions of torch do not tell."""
+    """Refuse to be traced by ``torch.export``, of which older versions of torch do not tell, or ``torch.jit.trace``."""
     is_exporting = getattr(torch.compiler, "is_exporting", None)
-    if is_exporting is not None and is_exporting():
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    if is_traced or (is_exporting is not None and is_exporting()):
         raise UnsupportedFeatureError(
             "A patch looks at every prompt anew (where its image is, which heads to edit), which an exported graph "
             "cannot do. Export the stock model: vlmfix.unpatch(model)."

@@ -42,16 +42,22 @@ class Places:
         Compiled code does not tell where it came. In training, layers may be dropped on purpose.
 
         Raises:
-            UnsupportedFeatureError: It has; the message names the places and what to do.
+            UnsupportedFeatureError: It has, or the model has more layers than before; the message says what to do.
         """
         # A caller may use fewer layers (early exit): the others are passed by on purpose.
-        if not forward.acts or forward.is_traced or module.training or self._current_depth() != self._depth:
+        depth = self._current_depth()
+        if not forward.acts or forward.is_traced or module.training or (depth or 0) < (self._depth or 0):
             return
+        if depth != self._depth:
+            raise UnsupportedFeatureError(
+                f"This model has {depth} layers, and had {self._depth} when it was patched. Patch it again: "
+                "vlmfix.patch(model, ...)."
+            )
         missed = [name for place, name in self._expected(forward) if place not in forward.reached]
         if missed:
             raise passed_by(self._anatomy.model, missed)
 
-    def _current_depth(self) -> object:
+    def _current_depth(self) -> int | None:
         return getattr(self._anatomy.text_config, "num_hidden_layers", None)
 
     def _expected(self, forward: EditedForward) -> Iterator[tuple[Hashable, str]]:

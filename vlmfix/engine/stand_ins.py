@@ -86,6 +86,8 @@ class ForwardWithHooks:
         Raises:
             UnsupportedFeatureError: There are no hooks any more.
         """
+        if args and args[0] is self.model:  # somebody took this for a function and bound it (Accelerator.unwrap_model)
+            args = args[1:]
         # Somebody may have wrapped this since (offloading does), so that it stays when the patch is taken off.
         if FORWARD_KWARG in kwargs or not self.patch.is_on:
             joins = getattr(kwargs.get(FORWARD_KWARG), "joins_branches", False)

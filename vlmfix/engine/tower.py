@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from vlmfix.engine.places import passed_by
 from vlmfix.engine.plan import Numbered
 from vlmfix.engine.status import Counters
+from vlmfix.errors import UnsupportedFeatureError
 from vlmfix.methods.base import Method
 from vlmfix.methods.forward import squared_move
 from vlmfix.model.anatomy import Anatomy
@@ -37,6 +39,8 @@ class TowerHooks:
         self._editing = tuple((n, each) for n, each in enumerate(methods) if each.edits_vision and not each.is_identity)
         self._layers = find_vision_layers(anatomy.model) if self._editing else ()
         self._model = anatomy.model
+        named = anatomy.model.named_modules() if self._layers else ()
+        self._first = next((name for name, module in named if module is self._layers[0].layer), "")
         self._is_stock: Uncopied[int, bool] = Uncopied()
         self._reached: Uncopied[int, set[BlockKind]] = Uncopied()
         self._is_traced = False  # compiled blocks do not tell that they were reached
@@ -55,9 +59,25 @@ class TowerHooks:
         return handles
 
     def call(self, *, is_stock: bool) -> None:
-        """Be told of a call of the model in this thread: whether it asks for the stock model."""
+        """Be told of a call of the model in this thread: whether it asks for the stock model.
+
+        Raises:
+            UnsupportedFeatureError: It does not, and has got another tower since.
+        """
         if self._layers and not torch.compiler.is_compiling():
             self._is_stock[threading.get_ident()] = is_stock
+            if not is_stock and not self._is_in_model():
+                raise UnsupportedFeatureError(
+                    "The vision tower of this model, which a method of the patch edits, was exchanged. Patch the model "
+                    "again: vlmfix.patch(model, ...)."
+                )
+
+    def _is_in_model(self) -> bool:
+        first: nn.Module = self._layers[0].layer
+        with suppress(AttributeError):
+            if self._model.get_submodule(self._first) is first:
+                return True
+        return any(each is first for each in self._model.modules())  # perhaps within a wrapper
 
     def after_layer(self, layer_idx: int, module: nn.Module, args: Any, output: Any) -> None:
         """Refuse a layer that was computed past a block that a method edits, by a kernel for instance.

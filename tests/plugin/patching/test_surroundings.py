@@ -97,6 +97,52 @@ def test_a_single_call_behind_a_class_that_was_exchanged(tiny: Any) -> None:
     assert torch.equal(found, generate(vlmfix.patch(tiny, "vhr"), BATCH, 2)[1])
 
 
+def test_a_tower_or_layers_that_are_new_are_missed(build: Any) -> None:
+    model = acting(build(), "vti")
+    forward(model, BATCH)
+    model.model.vision_tower = build(seed=5).model.vision_tower
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"exchanged. .* vlmfix.patch"):
+        forward(model, BATCH)
+    forward(acting(model, "vti"), BATCH)
+    layers = model.model.language_model.layers
+    layers.append(copy.deepcopy(layers[0]))
+    layers[-1].self_attn.layer_idx = 4
+    model.config.text_config.num_hidden_layers = 5
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"5 layers, .* vlmfix.patch"):
+        forward(model, BATCH)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["pai", "vcd"])
+def test_a_traced_graph_is_refused(tiny: Any, name: str) -> None:
+    class Logits(nn.Module):
+        def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = tiny(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+            return logits
+
+    acting(tiny, name)
+    one = collate([RAGGED[0]])
+    with pytest.raises(vlmfix.UnsupportedFeatureError, match="Export the stock model"):
+        torch.jit.trace(Logits(), (one["input_ids"], one["pixel_values"]), check_trace=False)
+
+
+@pytest.mark.parametrize("name", ["deco", "pai", "vcd"])
+def test_what_accelerate_wraps_and_unwraps(tiny: Any, name: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = generate(acting(copy.deepcopy(tiny), name), BATCH, 3)[1]
+    stock = generate(tiny, BATCH, 3)[1]
+    accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        wrapped = accelerator.prepare(acting(tiny, name))
+        assert (generate(wrapped, BATCH, 3)[1] - expected).abs().median() < 0.1 < (stock - expected).abs().max()
+        model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    assert torch.equal(generate(model, BATCH, 3)[1], expected)
+    assert torch.equal(generate(vlmfix.unpatch(model), BATCH, 3)[1], stock)
+
+
 # Weights that lie elsewhere.
 
 
