@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmarks.registry import benchmark_class
-from ..data.write import write_json, write_text
+from ..data.write import check_not_read, write_json, write_text
 from ..report.rows import answers_table, controls_table
 from ..report.summary import legend, main_table, markdown_main, summarise
 from ..report.text import TERMINAL_WIDTH, paragraphs, wrapped
@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     Raises:
         VlmfixError: A folder that is no run, runs that share nothing, an unknown row, or an unwritable file.
     """
+    if options.out is not None:
+        check_not_read(options.out, vars(options))
     found = compare_runs(
         [load_run(folder) for folder in options.runs],
         against=options.against,

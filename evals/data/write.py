@@ -86,8 +86,11 @@ def check_parent(path: Path) -> None:
         raise DataError(f"--out {path}: no file can be written to {path.parent}; name another folder")
 
 
+_OF_A_RUN = frozenset({"answers.jsonl", "config.json", "counts.json", "results.json", "report.html", "report.md"})
+
+
 def check_not_read(path: Path, options: Mapping[str, Any]) -> None:
-    """Make sure that a file that ``--out`` names is none of those that a command reads.
+    """Make sure that a file that ``--out`` names is none of those that a command reads, and none of a run's folder.
 
     Args:
         path: The file.
@@ -96,6 +99,8 @@ def check_not_read(path: Path, options: Mapping[str, Any]) -> None:
     Raises:
         DataError: It is one of them.
     """
+    if path.name in _OF_A_RUN and (path.parent / "counts.json").is_file():
+        raise DataError(f"--out {path} would overwrite a file of the run in {path.parent}; name another file")
     for name, value in options.items():
         for each in value if isinstance(value, list) else [value]:
             if name != "out" and isinstance(each, (str, Path)) and path.is_file() and _is_file(each, path):

@@ -47,8 +47,12 @@ def run(options: argparse.Namespace, *, show: Callable[[str], None]) -> None:
     """Load a model, and write it with the factors folded in, and its processor.
 
     Raises:
-        VlmfixError: See :func:`export`; or there is no such model.
+        VlmfixError: See :func:`export`; or there is no such model, or it would be overwritten.
     """
+    if Path(options.model).is_dir() and options.out.is_dir() and options.out.samefile(options.model):
+        raise UnsupportedModelError(
+            f"--out {options.out} is the folder of the model, whose weights would be lost. Name another one."
+        )
     methods = methods_of(options)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -34,6 +34,14 @@ def test_what_is_read_is_never_overwritten(words: list[str], name: str, tmp_path
     assert main([*words, "--out", str(tmp_path / "out.json")]) == 0
 
 
+def test_a_run_s_own_files_are_kept(words: list[str], tmp_path: Path, refused: Any) -> None:
+    for name in ("counts.json", "results.json"):
+        (tmp_path / name).write_text("{}")
+    for name in ("results.json", "report.md"):
+        assert "a file of the run" in refused([*words, "--out", str(tmp_path / name)])
+        assert "a file of the run" in refused(["compare", str(tmp_path), "--out", str(tmp_path / name)])
+
+
 def test_links_stay_links(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far" / "file")

@@ -57,6 +57,8 @@ def test_a_command(processor_folder: Path, tmp_path: Path, capsys: pytest.Captur
     patched = vlmfix.patch(stock(processor_folder), "vhr", select="all", alpha=3.0, layers=":")
     assert answer(stock(tmp_path), tmp_path, picture(1)) == answer(patched, processor_folder, picture(1))
     assert main(["export", "vhr", "--model", "/nowhere", "--out", str(tmp_path)]) == 2
+    assert main(["export", "vhr", "--model", str(processor_folder), "--out", f"{processor_folder}/."]) == 2
+    assert "whose weights would be lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
