@@ -160,6 +160,14 @@ class TwoBranches:
                 f"{name} defines the logits of the next token only, and this forward wants those of several (assisted "
                 "decoding, or logits_to_keep > 1). Leave assistant_model and prompt_lookup_num_tokens unset."
             )
+        wanted = inputs.get("logits_to_keep")
+        if isinstance(wanted, torch.Tensor) and forward.q_len > 1:
+            places, last = (wanted.reshape(-1) % forward.q_len).tolist(), forward.q_len - 1
+            if places.count(last) != 1 or places[-1] != last:
+                raise UnsupportedFeatureError(
+                    f"{name} defines the logits of the next token only. Where logits_to_keep names positions, the last "
+                    "one must come last, and once. Leave it out, or give 1."
+                )
         if inputs.get("labels") is not None:
             raise UnsupportedFeatureError(f"{name} defines no loss. Leave labels out, or vlmfix.unpatch(model) first.")
         mask = inputs.get("attention_mask")

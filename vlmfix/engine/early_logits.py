@@ -86,7 +86,7 @@ class EarlyHead:
         # Logits exist for the rows that were asked for, by number from the end or by position. Early states exist for
         # the rows that predict new tokens. What both have is mixed.
         if isinstance(wanted, torch.Tensor):
-            place = wanted.to(logits.device) - rows.start
+            place = wanted.to(logits.device) % forward.q_len - rows.start  # negative ones count from the end
             inside = (place >= 0) & (place < num_rows)
             start, chosen = 0, place.clamp(0, num_rows - 1)
         else:

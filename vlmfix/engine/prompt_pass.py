@@ -277,7 +277,8 @@ def _read_prompt(model: nn.Module, forward: EditedForward, inputs: dict[str, Any
     if not forward.past and not getattr(cache, "is_compileable", False):  # masks are made for a static cache's length
         cache = None
     left_out = {"labels", "output_attentions"}
-    if forward.q_len != forward.prompt_len:  # an answer follows, and the last logits are not those of the prompt
+    # Where an answer follows, or logits are asked for by position, the last ones are not those of the prompt.
+    if forward.q_len != forward.prompt_len or isinstance(inputs.get("logits_to_keep"), torch.Tensor):
         left_out.add("logits_to_keep")
     options = {
         **{name: value for name, value in inputs.items() if name not in left_out},

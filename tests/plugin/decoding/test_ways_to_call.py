@@ -13,6 +13,7 @@ import torch
 import transformers
 from families.tiny_llava import RAGGED, collate, forward, generate, sample
 from invariants import close
+from method_parameters import parameters_of
 from transformers import DynamicCache
 
 import vlmfix
@@ -139,6 +140,22 @@ def test_the_last_position_of_a_row_padded_on_the_right_is_refused(tiny: Any, me
     close(forward(tiny, left, logits_to_keep=1).logits[:, -1], forward(tiny, left).logits[:, -1])
     ends = inputs["attention_mask"].sum(1) - 1
     close(forward(tiny, inputs).logits[range(2), ends], forward(tiny, left).logits[:, -1])
+
+
+@pytest.mark.parametrize("name", ["adaptvis", "causalmm", "deco", "dola", "flb", "pai", "vcd", "vhr", "vista"])
+@pytest.mark.parametrize("places", [[3], [3, 32], [32, 3], [32, 32], [-1], [3, -1], [5, 9]], ids=str)
+def test_logits_of_named_positions_are_those_of_all_or_refused(tiny: Any, name: str, places: list[int]) -> None:
+    inputs = collate([RAGGED[1]])
+    assert inputs["input_ids"].shape[1] == 33
+    vlmfix.patch(tiny, name, **parameters_of(name, tiny))
+    expected = forward(tiny, inputs).logits[:, places]
+    try:
+        found = forward(tiny, inputs, logits_to_keep=torch.tensor(places)).logits
+    except vlmfix.UnsupportedFeatureError as error:
+        assert "must come last" in str(error) and name in ("causalmm", "flb", "vcd")
+        assert places not in ([3, 32], [-1], [3, -1])
+    else:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mask_longer_than_the_prompt(tiny: Any) -> None:
