@@ -32,25 +32,26 @@ class NaiveAct(Naive):
         history += [weights.clone() for weights in maps]
         if rows[0].generated and self.sinks == "frozen":
             history = history[: sequence.prompt_length]
+        heads = [h for h in range(len(maps[0])) if self.heads_list is None or (number, h) in self.heads_list]
+        sinks = {head: self.find_sinks([weights[head].tolist() for weights in history]) for head in heads}
         edited = []
         for row, weights in zip(rows, maps, strict=True):
             new = weights.clone()
-            for head in range(len(weights)) if self.wants(row) else ():
-                if self.heads_list is None or (number, head) in self.heads_list:
-                    new[head] = self.calibrate(sequence, weights[head], self.find_sinks(history, head))
+            for head in heads if self.wants(row) else ():
+                new[head] = self.calibrate(sequence, weights[head], sinks[head])
             edited.append(new)
         return edited
 
     def wants(self, row: Row) -> bool:
         return {"all": True, "text": row.is_behind_the_image, "last": row.predicts}[self.rows]
 
-    def find_sinks(self, history: list[torch.Tensor], head: int) -> list[int]:
+    def find_sinks(self, history: list[list[float]]) -> list[int]:
         """a_j = mean weight of key j over the rows that may see it; S = {j > 0: a_j > tau}."""
         total = len(history)
         tau = self.tau if self.alpha is None else self.alpha / total
         sinks = []
         for j in range(1, total):
-            column = [float(row[head, j]) for row in history if j < row.shape[1]]
+            column = [row[j] for row in history if j < len(row)]
             seen = [weight for weight in column if weight > 0]  # hidden keys have weight 0
             if len(seen) >= self.min_rows and sum(seen) / len(seen) > tau:
                 sinks.append(j)
