@@ -136,7 +136,7 @@ class Patch:
         self.layer_hooks = make_layer_hooks(self.sites)
         self.places = Places(anatomy, self.sites, self.block_hooks)
         self._handles: list[Any] = []
-        self._stand_ins = StandIns()
+        self.stand_ins = StandIns()
         # Made once: a patch that is put on again after a ``with`` block leaves the model as it was.
         models = (anatomy.model, anatomy.language_model)
         name, telling = (
@@ -187,7 +187,7 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._stand_ins.remove()
+        self.stand_ins.remove()
         for site in self.sites:
             if site.module.__dict__.get(SITE_ATTRIBUTE) is site:
                 del site.module.__dict__[SITE_ATTRIBUTE]
@@ -216,29 +216,29 @@ class Patch:
         """Put objects in the place of methods of ``generate`` that go other ways than a forward with hooks."""
         model, language_model = self.anatomy.model, self.anatomy.language_model
         for each in dict.fromkeys([model, language_model]):
-            self._stand_ins.put(each, PAGED, refuse_pages)
+            self.stand_ins.put(each, PAGED, refuse_pages)
             name, telling = self._tell
             if each in telling:
-                self._stand_ins.put(each, name, telling[each])
+                self.stand_ins.put(each, name, telling[each])
         # Decoding methods and early logits act behind the model's head, where only the hooks on the model itself are.
         # Where no attention module leads here, only the forward can notice that somebody removed the hooks.
         if self.branches is not None or self.early_head.mixing or (self._acts and not self.sites):
-            self._stand_ins.put(language_model, "forward", self._forward)
+            self.stand_ins.put(language_model, "forward", self._forward)
         for decoder in (self.branches, self.search):
             for name, stand_in in decoder.stand_ins().items() if decoder else ():
-                self._stand_ins.put(model, name, stand_in)
+                self.stand_ins.put(model, name, stand_in)
         if self.branches is None and not self.beginner.can_tell_drafts:
-            self._stand_ins.put(language_model, DRAFTS, self._no_drafts)
+            self.stand_ins.put(language_model, DRAFTS, self._no_drafts)
         for number, method in enumerate(self.methods):
             if method.rewrites_answers and not method.is_identity:
                 if number not in self._rewriters or self._rewriters[number].stock != model.generate:
                     self._rewriters[number] = method.rewriter(model.generate, number, self.counters)
                 for name, stand_in in self._rewriters[number].stand_ins.items():
-                    self._stand_ins.put(model, name, stand_in)
+                    self.stand_ins.put(model, name, stand_in)
         if model.can_generate():
             if self._generate is None or self._generate.stock != model.generate:
                 self._generate = GenerateByCall(self, model, model.generate)
-            self._stand_ins.put(model, "generate", self._generate)
+            self.stand_ins.put(model, "generate", self._generate)
 
     def refuse(self, error: VlmfixError) -> None:
         """Remember a refused call of ``generate``."""

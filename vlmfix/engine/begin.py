@@ -173,6 +173,7 @@ class ForwardBeginner:
         if drafted and (prompt_len <= 1 or bool(image_mask[:, prompt_len:].any())):
             drafted = 0  # a prompt whose caller wants many logits
         forward = self._read(known, past, image_mask, inputs, drafted)
+        forward.state.of_generate = prompt_end is not None
         goes_on = prompt_end is not None and past + forward.q_len < prompt_end
         check_whole_prompt(known, forward, goes_on=goes_on)
         # Only inside a vision-language model: elsewhere a prompt is more than its embeddings.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -39,9 +40,14 @@ DRAFTS = "_get_candidate_generator"
 
 
 class StandIns:
-    """What a patch has put in the place of methods, and what was there before."""
+    """What a patch has put in the place of methods, and what was there before.
+
+    Attributes:
+        removed_in: The thread in which they were removed last.
+    """
 
     def __init__(self) -> None:
+        self.removed_in: int | None = None
         self._placed: list[tuple[nn.Module, str, Any, dict[str, Any]]] = []
 
     def put(self, module: nn.Module, name: str, stand_in: Any) -> None:
@@ -57,6 +63,7 @@ class StandIns:
                 del module.__dict__[name]
                 module.__dict__.update(before)
         self._placed.clear()
+        self.removed_in = threading.get_ident()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,16 +212,20 @@ class GenerateByCall:
         try:
             answer = self.stock(*args, **kwargs)
         except Exception as error:
-            if self.patch.is_on or not was_on:
+            if not self._was_taken_off(was_on):
                 raise
             cause = error
-        if was_on and not self.patch.is_on:
+        if self._was_taken_off(was_on):
             raise UnsupportedFeatureError(
-                "The patch of this model was taken off or replaced while generate ran, so that its answer is neither "
-                "of the patched model nor of the stock model. Change patches between calls, or let each call choose "
-                "for itself: model.generate(..., vlmfix='vhr'), or vlmfix=None."
+                "Another thread took off or replaced the patch of this model while generate ran, so that its answer is "
+                "neither of the patched model nor of the stock model. Change patches between calls, or let each call "
+                "choose for itself: model.generate(..., vlmfix='vhr'), or vlmfix=None."
             ) from cause
         return answer
+
+    def _was_taken_off(self, was_on: bool) -> bool:
+        """Whether another thread took the patch off; a logits processor in this one knows what it does."""
+        return was_on and not self.patch.is_on and self.patch.stand_ins.removed_in != threading.get_ident()
 
 
 def refuse_pages(*args: Any, **kwargs: Any) -> NoReturn:

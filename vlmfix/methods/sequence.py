@@ -62,6 +62,7 @@ class SequenceState:
         lost_image: Whether a prompt's image was cropped away, but not what was read with it.
         outdated: Names of the methods that chose something at the end of a prompt that was cropped away.
         stale: Why this is no longer about its cache, as a sentence; empty if it is.
+        of_generate: Whether ``generate`` read the prompt: it reorders a batch among the beams of each prompt only.
         in_encoder: Whether the masks are those of an encoder's tokens, and all tokens of the decoder generated ones.
         key_masks: Properties of the prompt's tokens derived from the masks, by name.
         constants: Tensors made once per sequence, by (method index, site index).
@@ -82,6 +83,7 @@ class SequenceState:
     lost_image: bool = False
     outdated: tuple[str, ...] = ()
     stale: str = ""
+    of_generate: bool = False
     in_encoder: bool = False
     key_masks: dict[str, torch.Tensor] = field(default_factory=dict)
     constants: dict[tuple[int, int], Any] = field(default_factory=dict)
@@ -139,7 +141,20 @@ class SequenceState:
         )
 
     def reorder(self, beams: torch.Tensor) -> None:
-        """Follow a reordering of the batch by beam search; beams of one prompt share its masks."""
+        """Follow a reordering of the batch; beams of one prompt share its masks, and what was learned of it.
+
+        In a loop of the user's own, rows may also have changed their prompts. These are told by their tokens, and what
+        was learned of each follows.
+        """
+        batch = self.image_mask.shape[0]
+        if batch > 1 and not self.of_generate:
+            masks = [each for each in (self.image_mask, self.valid_mask, self.input_ids) if each is not None]
+            if len(beams) != batch or any(not torch.equal(each, rows_of(each, beams, batch)) for each in masks):
+                self.stale = _MOVED.format("reorder_cache")
+                return
+            self.learned, self.decoded = rows_of(self.learned, beams, batch), rows_of(self.decoded, beams, batch)
+            self.constants = {}
+            return
         for key, value in self.learned.items():
             self.learned[key] = self.methods[key[0]].reorder(value, beams)
 
@@ -228,8 +243,11 @@ def keep_state(cache: Any, state: SequenceState, *, reorders: bool = False) -> N
     setattr(cache, STATE_ATTRIBUTE, state)
     if hasattr(cache, "batch_select_indices"):
         cache.batch_select_indices = _PickAndTell(cache)
-    if reorders and hasattr(cache, "reorder_cache"):
+    if (reorders or not state.of_generate) and hasattr(cache, "reorder_cache"):
         cache.reorder_cache = _ReorderWithState(cache)
+
+
+_MOVED = "Rows of this cache were picked or put in another order ({}), and what is known of their prompts was not."
 
 
 class _PickAndTell:
@@ -243,10 +261,7 @@ class _PickAndTell:
         type(self.cache).batch_select_indices(self.cache, indices)
         state = state_of(self.cache)
         if state is not None and state.image_mask.shape[0] > 1:  # a single prompt may be continued in several ways
-            state.stale = (
-                "Rows of this cache were picked or put in another order (batch_select_indices), and what is known of "
-                "their prompts was not."
-            )
+            state.stale = _MOVED.format("batch_select_indices")
 
 
 class _ReorderWithState:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families.tiny_llava import RAGGED, collate, forward, generate
-from method_parameters import parameters_of
+from families.tiny_llava import RAGGED, Sample, collate, forward, generate, pictures
+from invariants import Loop, close
+from method_parameters import IN_FORWARDS, parameters_of
 from torch import nn
 
 import vlmfix
@@ -188,6 +190,29 @@ def test_embeddings_of_words_are_recognised_where_their_table_cannot_be_read(tin
             tiny(inputs_embeds=embeds + 1)
 
 
+# Rows of a cache.
+
+
+@pytest.mark.parametrize("name", [name for name in IN_FORWARDS if name not in ("none", "opera")])
+@pytest.mark.parametrize("are_alike", [True, False], ids=["one text", "two texts"])
+def test_rows_that_change_places_take_along_what_is_known_or_are_refused(tiny: Any, name: str, are_alike: bool) -> None:
+    """As a loop of the user's own puts the answers of a batch in another order."""
+    first = RAGGED[0]
+    samples = (first, Sample(first.ids, pictures(1, seed=9))) if are_alike else (first, RAGGED[3])
+    acting(tiny, name)
+    loop = Loop(tiny, collate(samples))
+    loop.cache.reorder_cache(torch.tensor([1, 0]))
+    mask = torch.nn.functional.pad(collate(samples)["attention_mask"][[1, 0]], (0, 1), value=1)
+    step = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+    if not are_alike:
+        with pytest.raises(vlmfix.UnsupportedFeatureError, match=r"another order \(reorder_cache\)"):
+            loop.read(input_ids=torch.tensor([[20], [21]]), **step)
+        return
+    found = loop.read(input_ids=torch.tensor([[20], [21]]), **step)
+    expected = [Loop(tiny, collate([each])).read(token) for each, token in zip(samples[::-1], (20, 21), strict=True)]
+    close(found, torch.cat(expected))
+
+
 # Models without a next token, and patches that change meanwhile.
 
 
@@ -200,16 +225,21 @@ def test_confidence_in_a_next_token_needs_one(tiny: Any) -> None:
 @pytest.mark.parametrize("name", ["pai", "vcd"])
 @pytest.mark.parametrize("change", ["taken off", "replaced", "put on anew"])
 def test_a_patch_that_changes_while_generate_runs(tiny: Any, name: str, change: str) -> None:
-    """As another thread may change it."""
+    """In another thread; what a logits processor changes itself, it knows."""
     expected = generate(acting(tiny, name), BATCH, 4)[1]
 
-    def switch(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def switch() -> None:
+        vlmfix.unpatch(tiny)
+        if change != "taken off":
+            acting(tiny, "vhr" if change == "replaced" else name)
+
+    def process(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] == BATCH["input_ids"].shape[1] + 2:
-            vlmfix.unpatch(tiny)
-            if change != "taken off":
-                acting(tiny, "vhr" if change == "replaced" else name)
+            other = threading.Thread(target=switch)
+            other.start()
+            other.join()
         return scores
 
     with pytest.raises(vlmfix.UnsupportedFeatureError, match="while generate ran"):
-        tiny.generate(**BATCH, max_new_tokens=4, do_sample=False, logits_processor=[switch])
+        tiny.generate(**BATCH, max_new_tokens=4, do_sample=False, logits_processor=[process])
     assert torch.equal(generate(acting(tiny, name), BATCH, 4)[1], expected)
