@@ -1,8 +1,8 @@
 """Products with weight matrices in fp32 on a CPU: by oneDNN, where torch would take MKL.
 
 PyTorch has both. MKL's product with two rows takes nearly twice as long as with one, although it reads a weight once;
-oneDNN's takes a tenth longer. On AMD processors MKL also leaves the widest instructions unused: products of whole
-prompts take twice as long as oneDNN's. Both round within fp32, each in its own way.
+oneDNN's takes about as long with two as MKL's with one. On AMD processors MKL also leaves the widest instructions
+unused: products of whole prompts take twice as long as oneDNN's. Both round within fp32, each in its own way.
 """
 
 from __future__ import annotations
