@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+_LINEAR = F.linear
+
 
 class ProductsByOneDnn(TorchFunctionMode):
     """Within it, ``F.linear`` of plain fp32 tensors on the CPU is oneDNN's, in this thread.
@@ -28,7 +30,9 @@ class ProductsByOneDnn(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function of torch, or oneDNN's in its place."""
-        if func is F.linear and not kwargs and not torch.compiler.is_compiling() and all(map(_is_plain, args)):
+        if func is not _LINEAR:  # whatever a layer does comes here, shapes included
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if not kwargs and not torch.compiler.is_compiling() and all(map(_is_plain, args)):
             states, weight, bias = (*args, None)[:3]
             if states.numel() and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
                 return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
