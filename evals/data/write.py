@@ -51,7 +51,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     real = Path(os.path.realpath(path))
     temporary = real.with_name(f".{real.name}.{os.getpid()}.tmp")
     try:
-        if path.exists() and not path.is_dir() and (not path.is_file() or path.is_relative_to("/dev")):
+        if _is_stream(path):
             with path.open("ab", buffering=0) as device:
                 device.write(data)
             return
@@ -70,6 +70,17 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left of files that it was writing; nobody else may be writing there."""
     for path in folder.rglob(".*.tmp"):
         path.unlink()
+
+
+_STREAMS = (Path("/dev/stdout"), Path("/dev/stderr"))
+
+_OPENED = (Path("/dev/fd"), Path("/proc/self/fd"))
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path leads to a device, a pipe or what this process has open, and not to a file of its own."""
+    is_open = path in _STREAMS or path.parent in _OPENED
+    return path.exists() and not path.is_dir() and (is_open or not path.is_file())
 
 
 def check_parent(path: Path) -> None:

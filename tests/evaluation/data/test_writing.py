@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,14 @@ def test_blank_captions_and_prompts_are_told(
     rows = [{"image_id": i, "prompt": asked, "caption": f"{asked} A dog."} for i in (1, 2)]
     write_lines(tmp_path / "captions.jsonl", rows)
     assert "is the question" in refused(words)
+
+
+def test_files_in_shared_memory_are_files() -> None:
+    """A file under /dev is replaced like any other, not written to as a device is."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no shared memory to write to")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "results.json"
+        write_text(path, "first, and longer")
+        write_text(path, "second")
+        assert path.read_text(encoding="utf-8") == "second"
