@@ -113,7 +113,7 @@ def _decode(session: Session, step: torch.Tensor, cache: Any) -> Any:
     """Take a decode step ``[batch, 1]`` behind a prompt, as ``generate`` does."""
     positions, deltas = {}, vars(session.anatomy.inner).get("rope_deltas")
     if deltas is not None and "cache_position" in parameter_names(session.model):
-        # Before transformers 5.1, Qwen-VL and GLM-4V count the positions of a prompt repeated like this wrongly.
+        # Before transformers 5.1, Qwen-VL and GLM-4V miscount positions behind a prompt that was repeated like this.
         positions["position_ids"] = (cache.get_seq_length() + deltas.to(step.device)).expand(3, len(step), 1)
     return session.model(input_ids=step, past_key_values=cache, use_cache=True, **positions)
 
